@@ -1,0 +1,33 @@
+"""Choosing one row of a literal table by name.
+
+Each family (mechanisms, attacks, strategies ...) is one dict in its package's ``__init__``.  There
+are no decorators, no scanning and no dotted paths: the run config comes from the other party, so a
+name may select only what the code lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from fedsplit.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def pick(table: Mapping[str, T], name: str, kind: str) -> T:
+    """Return ``table[name]``.
+
+    Args:
+        table: the family's literal table.
+        name: the row asked for.
+        kind: what a row is, for the message ("mechanism", "attack" ...).
+
+    Raises:
+        ConfigError: if there is no such row; the message lists the known names.
+    """
+    try:
+        return table[name]
+    except KeyError:
+        known = ", ".join(sorted(table))
+        raise ConfigError(f"{kind}={name!r}: must be one of {known}") from None
