@@ -1,0 +1,19 @@
+"""What the other party could learn: attacks on what really left, with public knowledge.
+
+An attack is given arrays of a recorded transcript and public material (the initial bottom, a public
+corpus), never an owner object.  ``ATTACKS`` is the family's table; a new attack is a file here and
+one row below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedsplit.attacks.nearest import NearestNeighbour
+from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
+
+ATTACKS: dict[str, type[Any]] = {
+    "nearest": NearestNeighbour,
+}
+
+__all__ = ["ATTACKS", "AttackResult", "Inversion", "NearestNeighbour", "score_tokens"]

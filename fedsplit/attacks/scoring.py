@@ -1,0 +1,187 @@
+"""How an inversion attack is scored: positional token accuracy, an honest interval, a baseline.
+
+Accuracy counts a token only if it is right at its own position, and only tokens of the text: no
+special tokens, no padding.  ("TokAcc" in public code is set overlap: it flatters.)  Tokens of one
+sample fall together, so intervals are clustered over samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedsplit.errors import AttackError
+from fedsplit.seeding import numpy_generator
+
+Z95 = 1.959963984540054
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """What an inversion attack guesses.
+
+    Args:
+        ids: per sample, the best guess, int64 ``(T_i,)``.
+        top: per sample, the k best guesses, best first, int64 ``(T_i, k)``.
+        seconds: what it took.
+    """
+
+    ids: list[Tensor]
+    top: list[Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """An attack's success against the truth.
+
+    Args:
+        name: the attack.
+        success: share of targets recovered, in [0, 1].
+        interval: 95 % interval of ``success``.
+        tokens: targets scored.
+        baseline: success of guessing the most frequent target everywhere.
+        top10: share of targets among the ten best guesses; None if the attack ranks fewer.
+        knowledge: what the attacker was given.
+        seconds: what the attack took.
+    """
+
+    name: str
+    success: float
+    interval: tuple[float, float]
+    tokens: int
+    baseline: float
+    top10: float | None
+    knowledge: str
+    seconds: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def empirical_privacy(self) -> float:
+        """1 - success: the share that stayed hidden from this attack, and from this one only."""
+        return 1.0 - self.success
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result, JSON-able."""
+        return {
+            "name": self.name,
+            "success": self.success,
+            "empirical_privacy": self.empirical_privacy,
+            "interval": list(self.interval),
+            "tokens": self.tokens,
+            "baseline": self.baseline,
+            "top10": self.top10,
+            "knowledge": self.knowledge,
+            "seconds": self.seconds,
+            **self.extra,
+        }
+
+
+def wilson_interval(success: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share ``success`` seen in ``n`` independent trials."""
+    if n <= 0:
+        return 0.0, 1.0
+    centre = success + z * z / (2 * n)
+    half = z * math.sqrt(success * (1 - success) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return max(0.0, min(low, success)), min(1.0, max(high, success))
+
+
+def clustered_interval(correct: Floats, total: Floats, z: float = Z95) -> tuple[float, float]:
+    """Return Wilson's interval with the number of tokens divided by the design effect.
+
+    The design effect is the ratio estimator's variance over samples divided by the variance if
+    tokens were independent (Kish 1965; at least 1 here).  Unlike a bootstrap it keeps a width at
+    0 % and 100 %.
+
+    Args:
+        correct: tokens recovered per sample, ``(S,)``.
+        total: tokens per sample, ``(S,)``.
+        z: normal quantile.
+    """
+    n, samples = float(total.sum()), len(total)
+    p = float(correct.sum()) / n
+    if samples < 2 or not 0.0 < p < 1.0:
+        return wilson_interval(p, n if samples >= 2 else min(n, 1.0), z)
+    residual = correct - p * total
+    variance = samples / (samples - 1) * float((residual**2).sum()) / (n * n)
+    effect = max(1.0, variance / (p * (1 - p) / n))
+    return wilson_interval(p, n / effect, z)
+
+
+def bootstrap_interval(
+    correct: Floats, total: Floats, *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval that resamples whole samples."""
+    rng = numpy_generator(seed, "attacks", "bootstrap")
+    samples = len(total)
+    weight = rng.multinomial(samples, np.full(samples, 1.0 / samples), size=draws)  # (draws, S)
+    share = (weight @ correct) / np.maximum(weight @ total, 1)
+    low, high = np.quantile(share, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def score_tokens(
+    name: str,
+    inversion: Inversion,
+    truth: Sequence[Tensor],
+    *,
+    special_ids: Collection[int] = (),
+    knowledge: str = "",
+    extra: dict[str, Any] | None = None,
+) -> AttackResult:
+    """Score guesses by positional token accuracy.
+
+    Args:
+        name: the attack.
+        inversion: its guesses.
+        truth: per sample, the true ids ``(T_i,)``.
+        special_ids: ids whose positions are not scored (CLS, SEP, padding ...).
+        knowledge: what the attacker was given.
+        extra: more entries for ``to_dict``.
+
+    Raises:
+        AttackError: if shapes do not fit or no position is left to score.
+    """
+    if len(inversion.ids) != len(truth):
+        raise AttackError(f"guesses={len(inversion.ids)}: must be as many as truth ({len(truth)})")
+    special = torch.tensor(sorted(special_ids), dtype=torch.int64)
+    hits, totals, top_hits, kept = [], [], [], []
+    rank = min((int(t.shape[1]) for t in inversion.top), default=0)
+    for i, (guess, top, true) in enumerate(zip(inversion.ids, inversion.top, truth, strict=True)):
+        if guess.shape != true.shape:
+            raise AttackError(f"guesses[{i}]={tuple(guess.shape)}: must be {tuple(true.shape)}")
+        true = true.cpu().to(torch.int64)
+        scored = ~torch.isin(true, special)
+        right = (guess.cpu() == true)[scored]
+        hits.append(int(right.sum()))
+        totals.append(int(scored.sum()))
+        in_top = (top[:, :10].cpu() == true.unsqueeze(1)).any(1)  # (T, k) -> (T,)
+        top_hits.append(int(in_top[scored].sum()))
+        kept.append(true[scored])
+    use = np.asarray(totals) > 0
+    if not use.any():
+        raise AttackError("truth: 0 tokens besides special ones: must be >= 1")
+    correct = np.asarray(hits, dtype=np.float64)[use]
+    total = np.asarray(totals, dtype=np.float64)[use]
+    counts = torch.bincount(torch.cat(kept))
+    n = int(total.sum())
+    return AttackResult(
+        name=name,
+        success=float(correct.sum() / n),
+        interval=clustered_interval(correct, total),
+        tokens=n,
+        baseline=int(counts.max()) / n,
+        top10=sum(top_hits) / n if rank >= 10 else None,
+        knowledge=knowledge,
+        seconds=inversion.seconds,
+        extra=dict(extra or {}),
+    )

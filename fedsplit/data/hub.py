@@ -1,0 +1,115 @@
+"""Data sets of the Hugging Face Hub, or a local folder, through ``datasets.load_dataset``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedsplit.data.table import Request, Table, Value
+from fedsplit.errors import DataError
+
+_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
+
+
+def splits(request: Request) -> tuple[str, ...]:
+    """Return the names of the data set's splits.
+
+    Raises:
+        DataError: if the name is malformed, or the data set cannot be reached.
+    """
+    path, revision, config = _locate(request.path)
+    with _quiet(request.path) as datasets:
+        names = datasets.get_dataset_split_names(path, config_name=config, revision=revision)
+    return tuple(str(name) for name in names)
+
+
+def read(request: Request, split: str) -> Table:
+    """Read one split.
+
+    ``request.path`` is ``owner/name``, with ``@revision`` and ``:config`` where they are needed
+    (``nyu-mll/glue:sst2``), or a local folder in a layout that ``datasets`` knows.  Old names
+    without an owner are refused: they could also name one of ``datasets``' own file readers.
+    Nothing in the repository is executed (``datasets`` 4 has no loading scripts any more).  Pin a
+    revision where owners must have the same rows.
+
+    Raises:
+        DataError: if the name is malformed, the data set cannot be reached, or the split or a
+            column is missing; lists what was found.
+    """
+    path, revision, config = _locate(request.path)
+    with _quiet(request.path) as datasets:
+        rows = datasets.load_dataset(path, name=config, revision=revision, split=split)
+    wanted = [request.text_column, *filter(None, [request.label_column]), *request.columns]
+    for column in wanted:
+        if column not in rows.column_names:
+            raise DataError(
+                f"{request.path}: column={column!r}: is missing; found: "
+                f"{', '.join(rows.column_names)}"
+            )
+    names: tuple[str, ...] = ()
+    labels: tuple[Value, ...] = ()
+    if request.label_column:
+        labels = _values(request, rows, request.label_column)
+        names = tuple(getattr(rows.features[request.label_column], "names", None) or ())
+        if names and -1 in labels:
+            raise DataError(
+                f"{request.path}: split {split!r}: row {labels.index(-1)}: label=-1: the labels of "
+                "this split are not public, name another one"
+            )
+    return Table(
+        texts=tuple(rows[request.text_column]),
+        labels=labels,
+        columns={column: _values(request, rows, column) for column in request.columns},
+        name=request.path,
+        label_names=names,
+    )
+
+
+def _values(request: Request, rows: Any, column: str) -> tuple[Value, ...]:
+    values = tuple(rows[column])
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, (str, int, float, bool)):
+            raise DataError(
+                f"{request.path}: row {row}: {column}={value!r:.80}: must be a string, a number or "
+                "a boolean"
+            )
+    return values
+
+
+def _locate(path: str) -> tuple[str, str | None, str | None]:
+    """Return path or repository, revision and configuration, as ``datasets`` wants them."""
+    if path and Path(path).is_dir():
+        return str(Path(path).resolve()), None, None
+    match = _NAME.fullmatch(path)
+    if match is None:
+        raise DataError(f"path={path!r}: must be owner/name[@revision][:config] or a local folder")
+    return match["repo"], match["revision"], match["config"]
+
+
+@contextmanager
+def _quiet(path: str) -> Iterator[Any]:
+    """Give the ``datasets`` module without progress bars; its errors become ``DataError``."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"datasets: {error}: pip install 'fedsplit[data]'") from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise DataError(
+            f"datasets={datasets.__version__}: must be >= 4 for the hub: earlier versions can run "
+            "a repository's own code"
+        )
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    except Exception as error:  # of datasets, huggingface_hub, its HTTP client, file systems ...
+        raise DataError(
+            f"{path}: cannot be loaded ({type(error).__name__}: {error}); without a network use "
+            "a local folder"
+        ) from error
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()

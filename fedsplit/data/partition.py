@@ -1,0 +1,253 @@
+"""Who owns which rows: Flower Datasets' partitioners, from a seed, with every row owned once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsplit.data.dataset import TextDataset
+from fedsplit.data.table import Value
+from fedsplit.errors import DataError, check
+from fedsplit.registry import pick
+from fedsplit.seeding import derive_seed, numpy_generator
+
+Indices = npt.NDArray[np.int64]
+
+MIN_ALPHA = 1e-6  # a Dirichlet draw stays finite between these
+MAX_ALPHA = 1e6
+
+
+def partition(
+    dataset: TextDataset,
+    owners: int,
+    scheme: str,
+    *,
+    seed: int,
+    alpha: float = 0.5,
+    column: str = "",
+    min_size: int = 1,
+) -> list[Indices]:
+    """Divide the rows among the owners.
+
+    Each row has exactly one owner, each owner at least ``min_size`` rows, and the same arguments
+    give the same division (for one version of flwr-datasets and NumPy).
+
+    Args:
+        dataset: the rows.
+        owners: number of owners.
+        scheme: a name in :data:`PARTITIONS`: ``iid`` (sizes differ by at most one), ``dirichlet``
+            (each label's rows in proportions drawn from Dirichlet(alpha)) or ``column`` (rows that
+            share a value, such as an author, have the same owner; sizes are balanced).
+        seed: the run's root seed.
+        alpha: concentration for ``dirichlet``: 100 is nearly even, 0.1 gives most owners few of
+            the labels.  Drawn anew up to ten times while an owner has fewer than ``min_size`` rows.
+        column: name of the column for ``column``.
+        min_size: rows that every owner must have.
+
+    Returns:
+        One ascending array of row numbers for each owner.
+
+    Raises:
+        ConfigError: if the scheme is unknown or a number out of its range.
+        DataError: if an owner is left with fewer than ``min_size`` rows (named, with all sizes),
+            or labels or the column are missing.
+    """
+    check(owners >= 1, "owners", owners, ">= 1")
+    check(min_size >= 1, "min_size", min_size, ">= 1 (rows)")
+    check(MIN_ALPHA <= alpha <= MAX_ALPHA, "alpha", alpha, f"from {MIN_ALPHA} to {MAX_ALPHA}")
+    divide = pick(PARTITIONS, scheme, "partition")
+    if owners * min_size > len(dataset):
+        raise DataError(
+            f"owners={owners}: must be <= {len(dataset) // min_size}, as {dataset.name} has "
+            f"{len(dataset)} rows and every owner must have {min_size}"
+        )
+    parts = divide(dataset, owners, seed, alpha, column, min_size)
+    sizes = [len(part) for part in parts]
+    for owner, size in enumerate(sizes):
+        if size < min_size:
+            raise DataError(
+                f"{scheme} partition of {dataset.name}: owner {owner}: rows={size}: must be >= "
+                f"{min_size}; sizes of all owners: {sizes}"
+            )
+    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+
+
+def train_test_split(
+    indices: Sequence[int] | npt.NDArray[Any], labels: Sequence[int], share: float, seed: int
+) -> tuple[Indices, Indices]:
+    """Hold out a share of one owner's rows, each label in proportion.
+
+    Of each label's rows ``floor(share * count)`` are held out, then one more of the labels with the
+    largest remainders until ``round(share * m)`` rows are.  A label with a single row keeps it for
+    training unless nothing else is left to hold out.
+
+    Args:
+        indices: (m,) row numbers of the owner.
+        labels: the labels of the whole data set, indexed by row number; empty: not stratified.
+        share: share to hold out, between 0 and 1.
+        seed: seed of the owner.
+
+    Returns:
+        Ascending row numbers to train and to test on; together they are ``indices``.
+
+    Raises:
+        ConfigError: if the share is out of its range.
+        DataError: if either part would be empty, or a row number occurs twice or has no label.
+    """
+    check(0.0 < share < 1.0, "share", share, "> 0 and < 1")
+    rows = np.unique(np.asarray(indices, dtype=np.int64))
+    if len(rows) != len(indices):
+        raise DataError(f"indices: {len(indices) - len(rows)} of {len(indices)} occur twice")
+    if len(labels) and len(rows) and not 0 <= rows[0] <= rows[-1] < len(labels):
+        raise DataError(
+            f"indices={rows[0]}..{rows[-1]}: must be from 0 to {len(labels) - 1}, the labelled rows"
+        )
+    wanted = round(share * len(rows))
+    if not 0 < wanted < len(rows):
+        raise DataError(
+            f"share={share}: {wanted} of {len(rows)} rows to test on: must leave at least one row "
+            "on each side"
+        )
+    order = numpy_generator(seed, "train_test_split").permutation(rows)
+    own = np.asarray(labels, dtype=np.int64)[order] if len(labels) else np.zeros_like(order)
+    names, counts = np.unique(own, return_counts=True)
+    exact = share * counts
+    quota = np.floor(exact).astype(np.int64)
+    by_remainder = sorted(
+        range(len(names)),
+        key=lambda k: (quota[k] + 1 >= counts[k], quota[k] - exact[k], names[k]),
+    )
+    for position in by_remainder[: wanted - int(quota.sum())]:
+        quota[position] += 1
+    test = np.concatenate([order[own == name][:k] for name, k in zip(names, quota, strict=True)])
+    return np.setdiff1d(rows, test), np.sort(test)
+
+
+def balanced_groups(values: Sequence[Value], owners: int, seed: int) -> Indices:
+    """Assign whole groups of equal values to owners, largest group first to the smallest owner.
+
+    An owner's size exceeds the mean by less than the largest group (Graham 1969, list scheduling).
+
+    Args:
+        values: (n,) the group of each row.
+        owners: number of owners.
+        seed: decides between groups of the same size.
+
+    Returns:
+        (n,) the owner of each row.
+
+    Raises:
+        DataError: if a value is missing, or there are fewer groups than owners.
+    """
+    sizes: dict[Value, int] = {}
+    for row, value in enumerate(values):
+        if value is None or value != value:
+            raise DataError(f"row {row}: group={value!r}: must be a value")
+        sizes[value] = sizes.get(value, 0) + 1
+    if len(sizes) < owners:
+        found = ", ".join(f"{value!r}: {size}" for value, size in list(sizes.items())[:20])
+        raise DataError(f"owners={owners}: must be <= {len(sizes)}, the number of groups ({found})")
+    groups = sorted(sizes, key=lambda value: (type(value).__name__, str(value)))
+    order = numpy_generator(seed, "balanced_groups").permutation(len(groups))
+    loads = [0] * owners
+    owner_of: dict[Value, int] = {}
+    for position in sorted(order, key=lambda position: -sizes[groups[position]]):
+        owner = loads.index(min(loads))
+        owner_of[groups[position]] = owner
+        loads[owner] += sizes[groups[position]]
+    return np.asarray([owner_of[value] for value in values], dtype=np.int64)
+
+
+def _iid(
+    dataset: TextDataset, owners: int, seed: int, alpha: float, column: str, min_size: int
+) -> list[list[int]]:
+    order = numpy_generator(seed, "partition", "iid").permutation(len(dataset))
+    partitioner = _flower().IidPartitioner(num_partitions=owners)
+    return _apply(partitioner, owners, {"row": order.tolist()})
+
+
+def _dirichlet(
+    dataset: TextDataset, owners: int, seed: int, alpha: float, column: str, min_size: int
+) -> list[list[int]]:
+    if not dataset.labels:
+        raise DataError(f"{dataset.name}: labels=(): must be there for a dirichlet partition")
+    rows = {"row": list(range(len(dataset))), "label": list(dataset.labels)}
+    for least in (min_size, 0):  # 0: the first draw, so that the caller can name its sizes
+        partitioner = _flower().DirichletPartitioner(
+            num_partitions=owners,
+            partition_by="label",
+            alpha=alpha,
+            min_partition_size=least,
+            self_balancing=False,
+            seed=derive_seed(seed, "partition", "dirichlet"),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one warning for each draw that is refused
+            try:
+                return _apply(partitioner, owners, rows)
+            except ValueError as error:
+                reason = error
+    raise DataError(f"dirichlet partition of {dataset.name}: {reason}")
+
+
+def _column(
+    dataset: TextDataset, owners: int, seed: int, alpha: float, column: str, min_size: int
+) -> list[list[int]]:
+    if column not in dataset.columns:
+        found = ", ".join(sorted(dataset.columns)) or "none"
+        raise DataError(f"column={column!r}: must be a column of {dataset.name}; found: {found}")
+    owner_of = balanced_groups(dataset.columns[column], owners, seed)
+    partitioner = _flower().GroupedNaturalIdPartitioner(
+        partition_by="owner", group_size=1, sort_unique_ids=True
+    )
+    rows = {"row": list(range(len(dataset))), "owner": owner_of.tolist()}
+    return _apply(partitioner, owners, rows)
+
+
+PARTITIONS: dict[str, Callable[[TextDataset, int, int, float, str, int], list[list[int]]]] = {
+    "iid": _iid,
+    "dirichlet": _dirichlet,
+    "column": _column,
+}
+
+
+def _apply(partitioner: Any, owners: int, rows: dict[str, list[int]]) -> list[list[int]]:
+    """Return the ``row`` entries of each partition."""
+    import datasets
+
+    partitioner.dataset = datasets.Dataset.from_dict(rows)
+    return [list(partitioner.load_partition(owner)["row"]) for owner in range(owners)]
+
+
+def _flower() -> Any:
+    """Return Flower Datasets' partitioners, its telemetry switched off.
+
+    Only ``FederatedDataset`` and plotting report to Flower; the partitioners used here do not.
+    The switch is read once, at the first import, so it also holds for the other two.
+    """
+    with _variable("FLWR_TELEMETRY_ENABLED", "0"):
+        try:
+            import flwr_datasets.partitioner
+        except ImportError as error:
+            raise DataError(f"flwr-datasets: {error}: pip install 'fedsplit[data]'") from None
+    return flwr_datasets.partitioner
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable and put it back afterwards."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

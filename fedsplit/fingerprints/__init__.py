@@ -1,0 +1,61 @@
+"""Fingerprints of models, the lineage gate, evidence and portraits.
+
+| module | what it does |
+| --- | --- |
+| :mod:`.view`, :mod:`.weights_file` | what a fingerprint reads: a live model, a half, or files |
+| :mod:`.pcs` | parameter cosine |
+| :mod:`.ics` | HuRef's invariants, corrected and as published |
+| :mod:`.align`, :mod:`.awm` | residual alignment, unbiased CKA of aligned weights |
+| :mod:`.aligned_products` | the gate's score: weight products in a common basis |
+| :mod:`.reef` | CKA of representations |
+| :mod:`.gate` | :class:`LineageGate`, the check after every aggregate |
+| :mod:`.verdict` | calibrated test: p-value, error rates, three outcomes |
+| :mod:`.public_file`, :mod:`.evidence` | signed fingerprint file, signed chain of rounds |
+| :mod:`.transforms` | evasion suite of function-preserving maps |
+| :mod:`.encoder`, :mod:`.portrait` | HuRef's picture: invariants to vector to dog |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fedsplit.fingerprints.aligned_products import AlignedProducts
+from fedsplit.fingerprints.awm import AWM
+from fedsplit.fingerprints.gate import GateConfig, LineageGate, LineageReport
+from fedsplit.fingerprints.ics import ICS, PublishedICS
+from fedsplit.fingerprints.pcs import PCS
+from fedsplit.fingerprints.reef import REEF
+from fedsplit.fingerprints.view import Similarity, WeightView
+
+
+class Fingerprint(Protocol):
+    """One way to compare two models."""
+
+    name: str
+
+    def compare(
+        self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
+    ) -> Similarity:
+        """Similarity of ``suspect`` to ``base``; ``tokens`` are the base's public list."""
+        ...
+
+
+FINGERPRINTS: dict[str, type[Fingerprint]] = {
+    "pcs": PCS,
+    "ics": ICS,
+    "ics_published": PublishedICS,
+    "awm": AWM,
+    "reef": REEF,
+    "score": AlignedProducts,
+}
+
+__all__ = [
+    "FINGERPRINTS",
+    "Fingerprint",
+    "GateConfig",
+    "LineageGate",
+    "LineageReport",
+    "Similarity",
+    "WeightView",
+]

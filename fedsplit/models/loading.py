@@ -1,0 +1,273 @@
+"""Loading pretrained models: safetensors only, no remote code, reproducible new heads, a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as hf_logging
+
+from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError, check
+from fedsplit.models.anatomy import probe, text_config
+from fedsplit.registry import pick
+from fedsplit.seeding import derive_seed
+
+TASKS: dict[str, Any] = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be split.
+
+    Attributes:
+        model: in evaluation mode, on the device asked for.
+        tokenizer: has a pad token (the end-of-sequence token where the checkpoint had none).
+        digest: sha256 (hex) of the base model's weights as loaded; see :func:`weights_digest`.
+            New heads are left out, so one checkpoint loaded for two tasks has one digest.
+        source: what was asked for.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    source: str
+
+
+def load(
+    name_or_path: str | Path,
+    task: str,
+    *,
+    num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attn: str | None = None,
+    seed: int = 0,
+    dropout: float | None = None,
+    expected_sha256: str | None = None,
+    revision: str | None = None,
+) -> LoadedModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        name_or_path: a folder, a hub name, or ``package:NAME`` for an installed Python package that
+            ships a ``model/`` folder (it is located, not imported).
+        task: ``"sequence-classification"`` or ``"causal-lm"``.
+        num_labels: classes of a classifier; None: the checkpoint's own, or ``len(label_names)``.
+        label_names: their names, in order of the class index.
+        dtype: of the weights.
+        device: where the model is put.
+        attn: attention implementation (``"eager"``, ``"sdpa"``); None: transformers' choice.
+        seed: of a new classification head (same seed, same weights).
+        dropout: probability for every dropout of the model; None leaves the checkpoint's.
+        expected_sha256: of the folder's ``model.safetensors``; checked before loading.
+        revision: of a hub model.
+
+    Raises:
+        ConfigError: if the task or a value is not a known one.
+        UnsupportedModelError: if a causal language model is asked of an encoder-only family.
+        ModelError: if there is no such model, it has no safetensors, a file is damaged, weights
+            are missing, or the digest differs; names the place.
+    """
+    auto = pick(TASKS, task, "task")
+    check(dropout is None or 0.0 <= dropout < 1.0, "dropout", dropout, "None or in [0, 1)")
+    labels = _label_settings(task, num_labels, label_names)
+    where = _resolve(str(name_or_path))
+    if expected_sha256 is not None:
+        _check_file(where, expected_sha256)
+    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
+    with _naming(name_or_path), _quiet():
+        config = AutoConfig.from_pretrained(where, **options)
+        if task == "causal-lm":
+            _check_causal(config, str(name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "models.loading", "head"))
+            model, info = auto.from_pretrained(
+                where,
+                use_safetensors=True,
+                dtype=dtype,
+                attn_implementation=attn,
+                output_loading_info=True,
+                **labels,
+                **options,
+            )
+    new = {str(key) for key in info["missing_keys"]}
+    _check_complete(model, task, new, str(name_or_path))
+    _give_pad_token(model, tokenizer, str(name_or_path))
+    if dropout is not None:
+        set_dropout(model, dropout)
+    digest = weights_digest(model, leave_out=new)
+    model = model.to(device).eval()
+    return LoadedModel(model, tokenizer, digest, str(name_or_path))
+
+
+def weights_digest(model: PreTrainedModel, *, leave_out: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+    """Return the sha256 (hex) over the base model's weights: names, dtypes, shapes and bytes.
+
+    The head is not part of it; nor are the parameters named in ``leave_out`` (as in ``model``).
+    """
+    base = model.base_model
+    prefix = "" if base is model else next(n for n, m in model.named_modules() if m is base) + "."
+    sha = hashlib.sha256()
+    for name, tensor in sorted(base.state_dict().items()):
+        if prefix + name in leave_out:
+            continue
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        sha.update(f"{name}\0{flat.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(memoryview(flat.view(torch.uint8).numpy()))
+    return sha.hexdigest()
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Set every ``nn.Dropout`` of ``model``, and every float ``*drop*`` attribute and setting."""
+    holders: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        holders[id(module)] = module
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            holders[id(config)] = config
+    # Attention code reads its probability from an attribute or the configuration, not a module.
+    for holder in holders.values():
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(holder, name, probability)
+
+
+def _label_settings(
+    task: str, num_labels: int | None, label_names: Sequence[str] | None
+) -> dict[str, Any]:
+    if num_labels is None and label_names is None:
+        return {}
+    check(task == "sequence-classification", "num_labels", num_labels, f"None for task {task!r}")
+    count = num_labels if num_labels is not None else len(label_names or ())
+    check(count >= 2, "num_labels", count, ">= 2")
+    settings: dict[str, Any] = {"num_labels": count}
+    if label_names is not None:
+        names = [str(name) for name in label_names]
+        check(len(names) == count, "label_names", names, f"{count} names, one for each class")
+        settings["id2label"] = dict(enumerate(names))
+        settings["label2id"] = {name: i for i, name in enumerate(names)}
+    return settings
+
+
+def _resolve(name: str) -> str:
+    if not name.startswith("package:"):
+        if name.startswith((".", "/", "~")) or Path(name).exists():
+            path = Path(name).expanduser()
+            if not (path / "config.json").is_file():
+                raise ModelError(f"{path}: must be a folder with a config.json")
+            return str(path)
+        return name
+    package = name.removeprefix("package:")
+    check(package.isidentifier(), "package", package, "a plain package name")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"{name}: no installed package of that name (pip install it first)")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: {folder} must hold a config.json")
+    return str(folder)
+
+
+def _check_file(where: str, expected: str) -> None:
+    file = Path(where) / "model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{file}: expected_sha256 needs this file")
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != expected.lower():
+        raise ModelError(f"{file}: sha256 {found}: must be {expected.lower()}")
+
+
+def _check_causal(config: PreTrainedConfig, source: str) -> None:
+    kind = str(config.model_type)
+    bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", False
+    )
+    if bidirectional or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedModelError(
+            f"{source}: model_type={kind!r} is not a decoder: task 'causal-lm' needs one; use "
+            "'sequence-classification'"
+        )
+
+
+def _check_complete(model: PreTrainedModel, task: str, new: set[str], source: str) -> None:
+    """Only a classification head (and its pooler) may be missing from a checkpoint."""
+    base = model.base_model
+    known = {f"{n}." for n, m in model.named_modules() if m is base and n}
+    prefix = next(iter(known), "")
+    bad = sorted(
+        k for k in new if task == "causal-lm" or (k.startswith(prefix) and "pooler" not in k)
+    )
+    if bad:
+        shown = ", ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")
+        raise ModelError(f"{source}: {len(bad)} weights are missing from the checkpoint: {shown}")
+
+
+def _give_pad_token(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"{source}: the tokenizer has neither a pad nor an eos token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if text_config(model).pad_token_id is None:
+        text_config(model).pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+    rows = getattr(probe(model).input_embeddings, "num_embeddings", None)
+    if isinstance(rows, int) and len(tokenizer) > rows:
+        raise ModelError(f"{source}: {len(tokenizer)} tokens: must be <= {rows} embedding rows")
+
+
+@contextmanager
+def _naming(source: str | Path) -> Iterator[None]:
+    """Turn whatever the readers of config, tokenizer and weights raise into a ModelError."""
+    try:
+        yield
+    except (ModelError, ConfigError, UnsupportedModelError):
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{source}: cannot be loaded ({type(error).__name__}): {text[0]}") from (
+            error
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or reports of a new head: what matters is checked and raised here."""
+    level = hf_logging.get_verbosity()
+    bar = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bar:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

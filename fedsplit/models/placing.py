@@ -1,0 +1,84 @@
+"""Where a top runs: one device, or several by a map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedsplit.errors import ConfigError
+from fedsplit.models.halves import Upper
+
+AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def place(
+    top: Upper,
+    device_map: str | torch.device | Mapping[str, str | int],
+    dtype: torch.dtype | None = None,
+    *,
+    max_memory: dict[int | str, int | str] | None = None,
+) -> Upper:
+    """Move ``top`` and return it; ``hidden`` may then come from anywhere, logits are float32.
+
+    Args:
+        top: a top or a head; changed in place.
+        device_map: a device (``"cpu"``, ``"cuda:1"``), one of ``auto``, ``balanced``,
+            ``balanced_low_0``, ``sequential`` (accelerate spreads the modules over what is there,
+            never cutting through a block), or a map from module name, as inside ``top.model``, to
+            device.
+        dtype: cast parameters and buffers first; None leaves them.
+        max_memory: for the automatic maps, bytes or ``"10GiB"`` per device.
+
+    Raises:
+        ConfigError: if the device or map is not one that this machine can serve.
+    """
+    if dtype is not None:
+        top.model.to(dtype)  # type: ignore[arg-type]
+    if isinstance(device_map, str) and device_map not in AUTOMATIC:
+        device_map = _device(device_map)
+    if isinstance(device_map, torch.device):
+        _present(device_map)
+        top.model.to(device_map)  # type: ignore[arg-type]
+        return top
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = list(getattr(top.model, "_no_split_modules", None) or [])
+    if isinstance(device_map, str):
+        memory = max_memory
+        if device_map != "sequential":
+            memory = get_balanced_memory(
+                top.model,
+                max_memory=max_memory,
+                no_split_module_classes=whole,
+                low_zero=device_map == "balanced_low_0",
+            )
+        chosen = infer_auto_device_map(top.model, max_memory=memory, no_split_module_classes=whole)
+    else:
+        chosen = dict(device_map)
+    try:
+        dispatch_model(top.model, device_map=chosen)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"device_map={chosen!r}: must fit the model and machine: {error}") from (
+            error
+        )
+    return top
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        known = ", ".join(AUTOMATIC)
+        raise ConfigError(
+            f"device_map={name!r}: must be a device, a map, or one of {known}"
+        ) from error
+
+
+def _present(device: torch.device) -> None:
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device_map={str(device)!r}: must be one of this machine's "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )

@@ -1,0 +1,108 @@
+"""Where an owner's texts come from: its own node config, or its share of a simulated federation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from fedsplit.config import DataConfig
+from fedsplit.data import TextDataset, load_splits, partition, train_test_split
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.owners.home import in_simulation
+from fedsplit.seeding import derive_seed
+
+
+@lru_cache(maxsize=2)
+def simulated_shares(
+    config: DataConfig, seed: int, labelled: bool
+) -> tuple[tuple[TextDataset, TextDataset], ...]:
+    """Return (train, test) of every simulated owner.
+
+    A source with its own test split is shared out to the owners too, so that the sum of the owners'
+    results is the result on that split.
+
+    Raises:
+        DataError: unknown source or column, an owner without samples, and see ``load_splits``.
+    """
+    train, test = load_splits(
+        config.kind,
+        path=config.path,
+        text_column=config.text_column,
+        label_column=config.label_column if labelled else "",
+        columns=(config.column,) if config.partition == "column" and config.column else (),
+        limit=config.limit or None,
+        seed=derive_seed(seed, "limit"),
+    )
+    parts = partition(
+        train,
+        config.owners,
+        config.partition,
+        seed=derive_seed(seed, "partition"),
+        alpha=config.alpha,
+        column=config.column,
+        min_size=2,
+    )
+    shares = []
+    if test is None:
+        for owner, indices in enumerate(parts):
+            keep, held_out = train_test_split(
+                indices, train.labels, config.test_share, derive_seed(seed, "test", owner)
+            )
+            shares.append((train.select(keep), train.select(held_out)))
+    else:
+        tests = partition(test, config.owners, "iid", seed=derive_seed(seed, "test"))
+        shares = [(train.select(a), test.select(b)) for a, b in zip(parts, tests, strict=True)]
+    return tuple(shares)
+
+
+def own_data(
+    config: DataConfig, seed: int, labelled: bool, node_config: Mapping[str, object]
+) -> tuple[TextDataset, TextDataset]:
+    """Return this owner's (train, test).
+
+    Only in a simulation does the run config say which data; anywhere else it is the owner's node
+    config (keys ``data-kind``, ``data-path``, ``text-column``, ``label-column``): a server must not
+    be able to name a file on the owner's disk.
+
+    Raises:
+        ConfigError: no data named in the node config.
+        DataError: as :func:`simulated_shares`.
+    """
+    if in_simulation():
+        index = node_config.get("partition-id")
+        if not isinstance(index, int) or not 0 <= index < config.owners:
+            raise ConfigError(f"partition-id={index!r}: must be in [0, {config.owners})")
+        return simulated_shares(config, seed, labelled)[index]
+    path = str(node_config.get("data-path", ""))
+    if not path:
+        raise ConfigError("node config data-path: must name this owner's own data")
+    train, test = load_splits(
+        str(node_config.get("data-kind", "file")),
+        path=path,
+        text_column=str(node_config.get("text-column", "text")),
+        label_column=str(node_config.get("label-column", "label")) if labelled else "",
+    )
+    if test is not None:
+        return train, test
+    if len(train) < 2:
+        raise DataError(f"{path}: {len(train)} samples: must be >= 2 to hold some out")
+    keep, held_out = train_test_split(
+        range(len(train)), train.labels, config.test_share, derive_seed(seed, "test")
+    )
+    return train.select(keep), train.select(held_out)
+
+
+def owner_name(node_config: Mapping[str, object]) -> str:
+    """Return the owner's public name: ``owner`` in its node config, else its partition.
+
+    Raises:
+        ConfigError: if there is neither, or the name is not plain.
+    """
+    name = node_config.get("owner")
+    if name is None and "partition-id" in node_config:
+        name = f"owner-{node_config['partition-id']}"
+    if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError(f"node config owner={name!r}: must be letters, digits, '-' and '_'")
+    if len(name) > 64:
+        raise ConfigError(f"node config owner={name!r}: must be at most 64 characters")
+    return name

@@ -1,0 +1,359 @@
+"""The owner's half of split tuning, as a machine that answers frames with frames.
+
+The same object serves a stream (one live session per round) and Flower messages (a new process per
+message): it asks for nothing but the last frame and its own :meth:`SplitOwner.state`.
+
+What leaves, per step: the representations of samples the server does not hold yet, after the
+privacy mechanism; the gradient of the private-label loss with respect to the server's output; slot
+numbers, text lengths in tokens, and the number of samples or targets.  With a head at the server,
+that gradient tells the labels (arXiv 2102.08504); this class does not hide it.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsplit.errors import FrameError, ModelError, SessionError
+from fedsplit.owners.samples import Samples
+from fedsplit.privacy.perturb import SamplePerturber
+from fedsplit.wire.codecs import decode_rows, encode_rows
+from fedsplit.wire.frames import Frame, Kind
+
+Outgoing = tuple[Kind, dict[str, Any], bytes]
+
+
+@dataclass(frozen=True)
+class SplitSettings:
+    """What one session of an owner does.
+
+    Attributes:
+        mode: ``train`` or ``evaluate``.
+        joint: whether the bottom learns; then every batch is sent anew.
+        codec: wire form of representations and their gradients.
+        logits_codec: wire form of logits and their gradients.
+        bottom_lr: learning rate of the bottom (joint).
+        optimizer: ``adamw`` or ``sgd``, for the bottom (joint).
+        weight_decay: decoupled weight decay (joint).
+        clip: bound on the bottom's gradient norm, 0 = none (joint).
+    """
+
+    mode: str
+    joint: bool
+    codec: str
+    logits_codec: str
+    bottom_lr: float = 1e-5
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+
+class SplitOwner:
+    """Answers one session's frames.
+
+    Args:
+        bottom: (input_ids (B, T), attention_mask (B, T)) -> (B, T, d); run without dropout, since
+            noise drawn once protects one representation, not a family of them.
+        samples: the split that this session works on.
+        batches: slots of each step, in order.
+        views: the noise view of each step; 0 for a frozen bottom.
+        perturber: the privacy mechanism with the owner's secret.
+        settings: see :class:`SplitSettings`.
+    """
+
+    def __init__(
+        self,
+        bottom: nn.Module,
+        samples: Samples,
+        batches: Sequence[np.ndarray],
+        views: Sequence[int],
+        perturber: SamplePerturber,
+        settings: SplitSettings,
+    ) -> None:
+        self.bottom = bottom.eval()
+        self.samples = samples
+        self.batches = [[int(slot) for slot in batch] for batch in batches]
+        self.views = list(views)
+        self.perturber = perturber
+        self.settings = settings
+        self.held: set[int] = set()  # slots whose representations the server has
+        self.sent = 0  # batches sent
+        self.answered = 0  # logits answered
+        self.finished = 0  # steps that are over
+        self.loss_sum = 0.0
+        self.weight_sum = 0.0
+        self.correct = 0
+        self._graphs: dict[int, Tensor] = {}
+        self._optimizer = self._make_optimizer() if self._learns else None
+
+    @property
+    def _learns(self) -> bool:
+        return self.settings.joint and self.settings.mode == "train"
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        s = self.settings
+        parameters = [p for p in self.bottom.parameters() if p.requires_grad]
+        if not parameters:
+            raise ModelError("joint bottom has 0 trainable parameters: must be >= 1")
+        if s.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=s.bottom_lr, weight_decay=s.weight_decay)
+        return torch.optim.AdamW(parameters, lr=s.bottom_lr, weight_decay=s.weight_decay)
+
+    def ready(self) -> Outgoing:
+        """Return the frame that announces how much follows."""
+        header = {
+            "batches": len(self.batches),
+            "samples": len(self.samples),
+            "mechanism": self.perturber.mechanism.guarantee(max(1, len(set(self.views)))),
+        }
+        return Kind.READY, header, b""
+
+    def handle(self, frame: Frame) -> Iterator[Outgoing]:
+        """Yield the frames that answer ``frame``; the first is ready before the last is computed.
+
+        Raises:
+            SessionError: the frame does not belong here.
+            FrameError: its step, shape or numbers are not acceptable.
+        """
+        if frame.kind is Kind.START:
+            if self.sent:
+                raise SessionError("START frame: must come once, before any batch")
+            self.held = _slots_held(frame.body, len(self.samples))
+            # A joint bottom changes with every step: a batch sent ahead would be of an old one.
+            window = 1 if self._learns else max(1, frame["window"])
+            yield from self._send_batches(window)
+        elif frame.kind is Kind.LOGITS:
+            yield from self._on_logits(frame)
+        elif frame.kind is Kind.HIDDEN_GRAD and self._learns:
+            self._on_hidden_grad(frame)
+            yield from self._advance()
+        else:
+            raise SessionError(f"{frame.kind.name} frame: not expected in {self.settings.mode}")
+
+    def _send_batches(self, count: int) -> Iterator[Outgoing]:
+        for _ in range(count):
+            if self.sent >= len(self.batches):
+                return
+            step = self.sent
+            slots = self.batches[step]
+            fresh = slots if self.settings.joint else [s for s in slots if s not in self.held]
+            body = b""
+            dim = 0
+            if fresh:
+                rows = self._represent(step, fresh)
+                dim = int(rows.shape[1])
+                body = encode_rows(rows, self.settings.codec)
+            if not self.settings.joint:
+                self.held.update(fresh)
+            self.sent += 1
+            header = {
+                "step": step,
+                "slots": slots,
+                "fresh": fresh,
+                "lengths": [int(self.samples.ids[s].shape[0]) for s in fresh],
+                "codec": self.settings.codec,
+                "dim": dim,
+                "last": self.sent == len(self.batches),
+            }
+            yield Kind.BATCH, header, body
+
+    def _represent(self, step: int, slots: Sequence[int]) -> Tensor:
+        """Return privatised representations, the tokens of all ``slots`` stacked: (N, d)."""
+        hidden = self._forward(slots)
+        if self._learns:
+            self._graphs[step] = hidden
+        view = self.views[step]
+        rows = []
+        for row, slot in enumerate(slots):
+            ids = self.samples.ids[slot]
+            clean = hidden[row, : ids.shape[0]].detach()  # (T, d)
+            rows.append(self.perturber.perturb(clean, ids, view))
+        return torch.cat(rows)
+
+    def _forward(self, slots: Sequence[int]) -> Tensor:
+        ids, mask = self.samples.padded(slots)
+        with torch.set_grad_enabled(self._learns):
+            hidden: Tensor = self.bottom(ids, mask)  # (B, T, d)
+        return hidden
+
+    def _on_logits(self, frame: Frame) -> Iterator[Outgoing]:
+        step = self._step(frame, self.answered, self.sent)
+        slots = self.batches[step]
+        rows = len(slots) if self.samples.labels is not None else self._tokens(slots)
+        shape = tuple(frame["shape"])
+        if len(shape) != 2 or shape[0] != rows or not 1 < shape[1] <= 1 << 20:
+            raise FrameError(f"LOGITS shape {shape}: must be ({rows}, classes)")
+        logits = decode_rows(frame.body, shape, frame["codec"])
+        self.answered += 1
+        train = self.settings.mode == "train"
+        loss, weight, grad = self._loss(logits, slots, train)
+        self.loss_sum += loss * weight
+        self.weight_sum += weight
+        if train:
+            header = {
+                "step": step,
+                "codec": self.settings.logits_codec,
+                "shape": list(shape),
+                "weight": weight,
+            }
+            yield Kind.GRAD, header, encode_rows(grad, self.settings.logits_codec)
+        if not self._learns:
+            yield from self._advance()
+
+    def _loss(
+        self, logits: Tensor, slots: Sequence[int], train: bool
+    ) -> tuple[float, float, Tensor]:
+        """Return (mean loss, its weight, gradient of the mean with respect to ``logits``)."""
+        logits = logits.requires_grad_(train)
+        if self.samples.labels is not None:
+            targets = self.samples.labels[slots]  # (B,)
+            if int(targets.max()) >= logits.shape[1]:
+                raise FrameError(
+                    f"LOGITS with {logits.shape[1]} classes: must be > {int(targets.max())}"
+                )
+            scores = logits
+        else:
+            keep, following = self._next_tokens(slots)
+            scores, targets = logits[keep], following
+        with torch.set_grad_enabled(train):
+            loss = functional.cross_entropy(scores.float(), targets)
+        self.correct += int((scores.argmax(dim=1) == targets).sum())
+        grad = torch.empty(0)
+        if train:
+            (grad,) = torch.autograd.grad(loss, logits)
+        return float(loss.detach()), float(targets.shape[0]), grad
+
+    def _next_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows that predict something, and what they should predict."""
+        keep, following, at = [], [], 0
+        for slot in slots:
+            ids = self.samples.ids[slot]
+            keep.append(torch.arange(at, at + ids.shape[0] - 1))
+            following.append(ids[1:])
+            at += int(ids.shape[0])
+        return torch.cat(keep), torch.cat(following)
+
+    def _on_hidden_grad(self, frame: Frame) -> None:
+        step = self._step(frame, self.finished, self.answered)
+        slots = self.batches[step]
+        hidden = self._graphs.pop(step, None)
+        if hidden is None:  # a new process: the graph is gone, the bottom is as it was
+            hidden = self._forward(slots)
+        shape = (self._tokens(slots), hidden.shape[2])
+        if tuple(frame["shape"]) != shape:
+            raise FrameError(f"HIDDEN_GRAD shape {tuple(frame['shape'])}: must be {shape}")
+        rows = decode_rows(frame.body, shape, frame["codec"])
+        grad = torch.zeros_like(hidden)
+        at = 0
+        for row, slot in enumerate(slots):
+            length = int(self.samples.ids[slot].shape[0])
+            grad[row, :length] = rows[at : at + length].to(grad)
+            at += length
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward([hidden], [grad])
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.bottom.parameters(), self.settings.clip)
+        self._optimizer.step()
+
+    def _advance(self) -> Iterator[Outgoing]:
+        self.finished += 1
+        if self.finished == len(self.batches):
+            yield Kind.DONE, {"samples": len(self.samples), "steps": self.finished}, b""
+            return
+        yield from self._send_batches(1)
+
+    def _step(self, frame: Frame, expected: int, bound: int) -> int:
+        if frame["step"] != expected or expected >= bound:
+            raise FrameError(f"{frame.kind.name} step {frame['step']}: must be {expected}")
+        return expected
+
+    def _tokens(self, slots: Sequence[int]) -> int:
+        return sum(int(self.samples.ids[s].shape[0]) for s in slots)
+
+    @property
+    def done(self) -> bool:
+        """Whether every step of the session is over."""
+        return self.finished == len(self.batches)
+
+    def metrics(self) -> dict[str, float | int]:
+        """Return the session's averages; ``num-examples`` is Flower's weighting key."""
+        weight = max(self.weight_sum, 1.0)
+        return {
+            "num-examples": len(self.samples),
+            "targets": self.weight_sum,
+            "steps": self.finished,
+            "loss": self.loss_sum / weight,
+            "accuracy": self.correct / weight,
+            "share-touched": self.perturber.share_touched,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the bottom's trainable parameters by name, for averaging (joint)."""
+        return {n: p.detach().clone() for n, p in self.bottom.named_parameters() if p.requires_grad}
+
+    def load_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the bottom's trainable parameters by the averaged ones.
+
+        Raises:
+            ModelError: on a missing, foreign, misshapen or non-finite tensor; nothing is changed.
+        """
+        own = {n: p for n, p in self.bottom.named_parameters() if p.requires_grad}
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[:4]
+            raise ModelError(f"bottom weights: missing or foreign names {odd}")
+        for name, value in state.items():
+            if value.shape != own[name].shape or not bool(torch.isfinite(value).all()):
+                raise ModelError(
+                    f"bottom weight {name}: must be finite, of shape {tuple(own[name].shape)}"
+                )
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """Return the JSON-able part of what the next process needs (messages transport)."""
+        held = np.zeros(len(self.samples), dtype=np.uint8)
+        held[list(self.held)] = 1
+        return {
+            "held": base64.b64encode(np.packbits(held).tobytes()).decode(),
+            "sent": self.sent,
+            "answered": self.answered,
+            "finished": self.finished,
+            "loss_sum": self.loss_sum,
+            "weight_sum": self.weight_sum,
+            "correct": self.correct,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state` was taken."""
+        self.held = _slots_held(base64.b64decode(state["held"]), len(self.samples))
+        self.sent, self.answered = int(state["sent"]), int(state["answered"])
+        self.finished, self.correct = int(state["finished"]), int(state["correct"])
+        self.loss_sum, self.weight_sum = float(state["loss_sum"]), float(state["weight_sum"])
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The bottom's optimizer (joint training), else None."""
+        return self._optimizer
+
+
+def _slots_held(bitmap: bytes | memoryview, slots: int) -> set[int]:
+    """Return the slots whose bit is set; an empty bitmap means none.
+
+    Raises:
+        FrameError: if the bitmap is of another length.
+    """
+    if len(bitmap) == 0:
+        return set()
+    if len(bitmap) != (slots + 7) // 8:
+        raise FrameError(f"slot bitmap of {len(bitmap)} bytes: must be {(slots + 7) // 8}")
+    bits = np.unpackbits(np.frombuffer(bitmap, dtype=np.uint8), count=slots)
+    return {int(i) for i in np.flatnonzero(bits)}

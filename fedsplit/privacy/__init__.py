@@ -1,0 +1,54 @@
+"""What an owner does to representations before they leave: mechanisms, noise secret, accounting.
+
+``MECHANISMS`` is the family's table; a new mechanism is a file here and one row below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedsplit.errors import ConfigError
+from fedsplit.privacy.cti import ContributingTokens, select_contributing_tokens
+from fedsplit.privacy.dchi import DChi, eta_from_ratio
+from fedsplit.privacy.mechanism import Mechanism
+from fedsplit.privacy.none import NoNoise
+from fedsplit.privacy.perturb import SamplePerturber
+from fedsplit.privacy.secret import OwnerSecret, SecretStream
+from fedsplit.registry import pick
+
+MECHANISMS: dict[str, type[Mechanism]] = {
+    "dchi": DChi,
+    "none": NoNoise,
+}
+
+
+def build(name: str, **params: Any) -> Mechanism:
+    """Return the mechanism ``name`` with its parameters.
+
+    Raises:
+        ConfigError: for an unknown name, an unknown, missing or out-of-range parameter.
+    """
+    mechanism = pick(MECHANISMS, name, "mechanism")
+    known = list(mechanism.__dataclass_fields__)
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise ConfigError(f"{name} parameter={unknown[0]!r}: must be one of {known}")
+    try:
+        return mechanism(**params)
+    except TypeError as error:
+        raise ConfigError(f"mechanism={name!r}: {error}") from error
+
+
+__all__ = [
+    "MECHANISMS",
+    "ContributingTokens",
+    "DChi",
+    "Mechanism",
+    "NoNoise",
+    "OwnerSecret",
+    "SamplePerturber",
+    "SecretStream",
+    "build",
+    "eta_from_ratio",
+    "select_contributing_tokens",
+]

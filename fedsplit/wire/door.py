@@ -1,0 +1,56 @@
+"""Who may start a session: one check for every transport."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import fedsplit
+from fedsplit.errors import SessionError, TokenError
+from fedsplit.wire.frames import PROTOCOL, Frame
+from fedsplit.wire.tokens import MODES, TokenBook
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Who opened a session, after its token was accepted."""
+
+    run: int
+    node: int
+    round: int
+    mode: str
+    owner: str
+    bottom: str
+
+
+class Door:
+    """Admits sessions of one run.
+
+    Args:
+        tokens: the book that issued the run's tokens.
+        run: Flower's run id.
+    """
+
+    def __init__(self, tokens: TokenBook, run: int) -> None:
+        self.tokens = tokens
+        self.run = run
+
+    def admit(self, frame: Frame) -> Hello:
+        """Redeem a HELLO's token and return who it is.
+
+        Raises:
+            TokenError: the token is not acceptable.
+            SessionError: another protocol, version or mode.
+        """
+        if frame["protocol"] != PROTOCOL:
+            raise SessionError(f"session protocol {frame['protocol']}: must be {PROTOCOL}")
+        if frame["version"].split(".")[:2] != fedsplit.__version__.split(".")[:2]:
+            raise SessionError(
+                f"owner's fedsplit {frame['version']}: must match {fedsplit.__version__}"
+            )
+        if frame["mode"] not in MODES:
+            raise SessionError(f"session mode {frame['mode']!r}: must be one of {MODES}")
+        if frame["run"] != self.run:
+            raise TokenError("session token: must be one issued for this run, node, round and mode")
+        node, round_, mode = frame["node"], frame["round"], frame["mode"]
+        self.tokens.redeem(frame["token"], self.run, node, round_, mode)
+        return Hello(self.run, node, round_, mode, frame["owner"], frame["bottom"])

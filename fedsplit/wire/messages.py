@@ -1,0 +1,186 @@
+"""What Flower messages carry: a session's offer, an owner's report, and frames as a fallback.
+
+One RecordDict per message, always new: Flower's own helper shares one among all nodes, which would
+hand every node's token to every other.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedsplit.errors import FrameError, SessionError, WireError
+
+OFFER = "fedsplit.offer"
+REPORT = "fedsplit.report"
+WHO = "fedsplit.who"
+FRAMES = "fedsplit.frames"
+WEIGHTS = "arrays"
+STEP_TYPE = "query.fedsplit_step"
+WHO_TYPE = "query.fedsplit_who"
+_LENGTH = struct.Struct("<I")
+_MAX_PEM = 1 << 16
+
+
+@dataclass(frozen=True)
+class SessionOffer:
+    """What an owner needs to open its session.
+
+    Attributes:
+        run: Flower's run id.
+        node: Flower's node id of the receiver.
+        round: server round, from 1.
+        mode: ``train`` or ``evaluate``.
+        transport: ``stream`` or ``messages``.
+        token: single-use token for exactly this session.
+        address: ``host:port`` of the session server (stream).
+        ca: PEM of the server's authority, empty on loopback without TLS; an owner's own node config
+            outranks it.
+        server_name: name in the server's certificate, when it is not the address's host.
+        bottom: digest of the bottom's bundle.
+        exchange: counts the Flower messages of this session (messages transport), from 0.
+    """
+
+    run: int
+    node: int
+    round: int
+    mode: str
+    transport: str
+    token: str
+    address: str = ""
+    ca: bytes = b""
+    server_name: str = ""
+    bottom: str = ""
+    exchange: int = 0
+
+    def to_record(self) -> ConfigRecord:
+        """Return the record for one message."""
+        return ConfigRecord(
+            {
+                "run": str(self.run),  # ids use all 64 bits, records hold signed integers
+                "node": str(self.node),
+                "round": self.round,
+                "mode": self.mode,
+                "transport": self.transport,
+                "token": self.token,
+                "address": self.address,
+                "ca": self.ca,
+                "server-name": self.server_name,
+                "bottom": self.bottom,
+                "exchange": self.exchange,
+            }
+        )
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> SessionOffer:
+        """Parse a message's content.
+
+        Raises:
+            SessionError: if the message announces no session, or a field is missing or mistyped.
+        """
+        record = content.config_records.get(OFFER)
+        if record is None:
+            raise SessionError("message announces no session: no record fedsplit.offer in it")
+
+        def text(key: str, longest: int) -> str:
+            value = record.get(key)
+            if not isinstance(value, str) or len(value) > longest:
+                raise SessionError(f"offer {key}: must be text of at most {longest} characters")
+            return value
+
+        def number(key: str) -> int:
+            value = record.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise SessionError(f"offer {key}: must be an integer >= 0")
+            return value
+
+        def identity(key: str) -> int:
+            value = text(key, 20)
+            if not value.isdecimal() or int(value) >= 2**64:
+                raise SessionError(f"offer {key}: must be a 64-bit id")
+            return int(value)
+
+        ca = record.get("ca")
+        if not isinstance(ca, bytes) or len(ca) > _MAX_PEM:
+            raise SessionError(f"offer ca: must be PEM bytes, at most {_MAX_PEM}")
+        return cls(
+            run=identity("run"),
+            node=identity("node"),
+            round=number("round"),
+            mode=text("mode", 16),
+            transport=text("transport", 16),
+            token=text("token", 256),
+            address=text("address", 300),
+            ca=ca,
+            server_name=text("server-name", 300),
+            bottom=text("bottom", 100),
+            exchange=number("exchange"),
+        )
+
+
+def report(metrics: dict[str, float | int], owner: str) -> RecordDict:
+    """Return an owner's reply: numbers that the strategy averages, and the owner's public name."""
+    content = RecordDict()
+    content[REPORT] = MetricRecord(dict(metrics))
+    content[WHO] = ConfigRecord({"owner": owner})
+    return content
+
+
+def read_report(content: RecordDict) -> tuple[dict[str, float], str]:
+    """Return (metrics, owner name) of a reply.
+
+    Raises:
+        WireError: if the reply has no report, or a number in it is not finite.
+    """
+    record = content.metric_records.get(REPORT)
+    who = content.config_records.get(WHO)
+    if record is None or who is None or not isinstance(who.get("owner"), str):
+        raise WireError("reply carries no report of its session")
+    metrics: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, list) or not abs(value) < 1e30:
+            raise WireError(f"reply metric {str(key)[:60]!r}: must be one finite number")
+        metrics[str(key)] = float(value)
+    return metrics, str(who["owner"])[:200]
+
+
+def pack_frames(frames: list[bytes]) -> ArrayRecord:
+    """Return encoded frames as one byte array (Flower sends arrays in chunks)."""
+    data = b"".join(_LENGTH.pack(len(frame)) + frame for frame in frames)
+    return ArrayRecord(
+        {"frames": Array(dtype="uint8", shape=(len(data),), stype=FRAMES, data=data)}
+    )
+
+
+def unpack_frames(content: RecordDict, max_frame_bytes: int, max_frames: int = 4096) -> list[bytes]:
+    """Return the encoded frames in a message; frames themselves are parsed by the link.
+
+    Raises:
+        FrameError: truncated, too many, or one over its bound.
+    """
+    record = content.array_records.get(FRAMES)
+    if record is None or "frames" not in record:
+        raise FrameError("message carries no frames")
+    data = memoryview(record["frames"].data)
+    frames: list[bytes] = []
+    at = 0
+    while at < len(data):
+        if len(frames) >= max_frames:
+            raise FrameError(f"message with over {max_frames} frames")
+        if at + _LENGTH.size > len(data):
+            raise FrameError("message ends inside a frame's length")
+        (length,) = _LENGTH.unpack_from(data, at)
+        at += _LENGTH.size
+        if length > max_frame_bytes or at + length > len(data):
+            raise FrameError(f"frame of {length} bytes: must be <= {max_frame_bytes} and complete")
+        frames.append(bytes(data[at : at + length]))
+        at += length
+    return frames
+
+
+def weights_record(state: dict[str, np.ndarray]) -> ArrayRecord:
+    """Return named float32 weights as Flower arrays."""
+    return ArrayRecord({name: Array(value) for name, value in state.items()})

@@ -1,0 +1,1 @@
+"""Experiments: start federations, sweep settings, attack and measure them, write reports."""

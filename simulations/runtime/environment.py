@@ -1,0 +1,102 @@
+"""The environment of Flower's processes: own homes, own temp folders, bounded threads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedsplit.errors import RunError, check
+
+from .watchdog import MARK_VARIABLE
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+)
+# Idle OpenMP threads sleep instead of spinning: libgomp reads the first two, LLVM/Intel the others.
+WAITING = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "KMP_BLOCKTIME": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+FLOWER = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    # The SuperExec asks for work every second by default: 0.5 s per start, and per message of a
+    # deployment, for nothing.
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+}
+RAY = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",  # else equal lines of two clients are swallowed
+    "RAY_COLOR_PREFIX": "0",
+    # Ray would start a set of workers without the job's environment first, and throw them away.
+    "RAY_prestart_worker_first_driver": "0",
+}
+LOCAL_HOSTS = "127.0.0.1,localhost,::1"
+
+
+def scripts_path() -> str:
+    """Return PATH with this interpreter's scripts first, so that Flower's commands are found.
+
+    The SuperLink starts ``flower-superexec`` by name, and that starts the apps by name; without
+    this an interpreter called by its path, outside an activated environment, would run others.
+    """
+    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    return os.pathsep.join([*dict.fromkeys(folders), os.environ.get("PATH", os.defpath)])
+
+
+def find_command(name: str) -> str:
+    """Return the path of one of Flower's commands.
+
+    Raises:
+        RunError: if it is not installed beside this interpreter.
+    """
+    path = shutil.which(name, path=scripts_path())
+    if path is None:
+        raise RunError(f"{name}: not found beside {sys.executable} or on PATH; install flwr")
+    return path
+
+
+def thread_environment(threads: int | None) -> dict[str, str]:
+    """Return the variables that bound a process to ``threads`` compute threads (None: no bound)."""
+    if threads is None:
+        return dict(WAITING)
+    check(threads >= 1, "threads", threads, ">= 1")
+    return {**dict.fromkeys(THREAD_VARIABLES, str(threads)), **WAITING}
+
+
+def base_environment(mark: str, extra: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that all processes of one runtime share.
+
+    The caller's own ``FLWR_*`` and ``RAY_*`` variables are left out: ``RAY_ADDRESS`` would join a
+    cluster of somebody else's, ``FLWR_HOME`` would share state with other runs.
+
+    Args:
+        mark: the runtime's mark, by which its processes are found again.
+        extra: variables that win over everything here.
+    """
+    dropped = ("FLWR_", "RAY_")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
+    for name in ("NO_PROXY", "no_proxy"):
+        env[name] = ",".join(filter(None, [env.get(name, ""), LOCAL_HOSTS]))
+    env |= FLOWER
+    env |= {
+        MARK_VARIABLE: mark,
+        "PATH": scripts_path(),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+    return env | dict(extra)

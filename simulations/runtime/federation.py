@@ -1,0 +1,395 @@
+"""What simulation and deployment share: one SuperLink, and Flower apps submitted to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import psutil
+
+import fedsplit
+from fedsplit.errors import RunError, check
+
+from .certificates import Certificates, make_certificates
+from .children import Child, LogLine, Nursery, free_port, is_port_taken, tail_text, wait_until
+from .environment import base_environment, find_command
+from .submission import (
+    STARTED,
+    FlowerRun,
+    Scalar,
+    app_processes,
+    check_run_config,
+    end_tree,
+    lives,
+    route_app_line,
+)
+from .toml_text import to_toml
+
+OnLine = Callable[[LogLine], None]
+
+CONNECTION = "own"
+START_TIMEOUT_S = 90.0
+START_ATTEMPTS = 3
+VANISHED_AFTER_S = 8.0
+ACCESS_LOG = "[uvicorn.access]"
+LOG_NAMES = ("superlink.log", "serverapp.log", "clientapps.log", "supernode-*.log")
+
+
+class Federation(ABC):
+    """A SuperLink of its own, and what belongs to it; a context manager.
+
+    Entering starts it, leaving (normally, by an exception, by Ctrl-C or SIGTERM) ends every process
+    that was started and removes the temporary folders.  Logs stay in ``log_dir``.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_dir: Path,
+        workdir: Path | None,
+        env: Mapping[str, str] | None,
+        server_threads: int | None,
+        client_threads: int | None,
+    ) -> None:
+        """Check the parameters; nothing is started before ``with``."""
+        for name, value in (("server_threads", server_threads), ("client_threads", client_threads)):
+            check(value is None or value >= 1, name, value, ">= 1, or None for no bound")
+        self.log_dir = Path(log_dir).absolute()
+        self.server_threads = server_threads
+        self.client_threads = client_threads
+        self.address = ""
+        self._workdir = workdir
+        self._extra_env = dict(env or {})
+        self._lines: queue.SimpleQueue[LogLine] = queue.SimpleQueue()
+        self._nursery: Nursery | None = None
+        self._superlink: Child | None = None
+        self._python_path: list[str] = []
+        self._old_sigterm: Any = None
+
+    # Life cycle.
+
+    def __enter__(self) -> Self:
+        """Start everything.
+
+        Raises:
+            RunError: if a process does not come up; nothing is left running.
+        """
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        for pattern in LOG_NAMES:
+            for old in self.log_dir.glob(pattern):
+                old.unlink()
+        self._nursery = Nursery(self._workdir)
+        try:
+            self._catch_sigterm()
+            self._nursery.watch()
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End everything."""
+        self.stop()
+
+    def stop(self) -> None:
+        """End every process of this runtime; harmless when called again."""
+        nursery, self._nursery = self._nursery, None
+        try:
+            if nursery is not None:
+                nursery.close()
+        finally:
+            if self._old_sigterm is not None:
+                signal.signal(signal.SIGTERM, self._old_sigterm)
+                self._old_sigterm = None
+
+    def _catch_sigterm(self) -> None:
+        """Let SIGTERM unwind the stack, unless the program handles it already."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            raise SystemExit(128 + number)
+
+        self._old_sigterm = signal.signal(signal.SIGTERM, leave)
+
+    @property
+    def nursery(self) -> Nursery:
+        """The processes of this runtime.
+
+        Raises:
+            RunError: outside the ``with`` block.
+        """
+        if self._nursery is None:
+            raise RunError(f"{type(self).__name__}: not running; use it in a with statement")
+        return self._nursery
+
+    @cached_property
+    def certificates(self) -> Certificates:
+        """Certificates for localhost that live as long as the runtime; made when first asked for.
+
+        A deployment's SuperLink uses them; a session server of our own can, in either mode.
+        """
+        return make_certificates(self.nursery.folder("tls"))
+
+    # What the two modes fill in.
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Start the SuperLink and all else, and return when it is ready."""
+
+    @abstractmethod
+    def _submission(self) -> list[str]:
+        """Return the arguments of ``flwr run`` that describe the federation."""
+
+    def _workers(self) -> list[Child]:
+        """Return the processes besides the SuperLink whose end matters to a run."""
+        return []
+
+    # Building blocks.
+
+    def _environment(self, home: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        env = base_environment(self.nursery.mark, {**(more or {}), **self._extra_env})
+        # The children run in folders of their own, and must find the very copy that launches them.
+        given = [os.path.abspath(x) for x in env.get("PYTHONPATH", "").split(os.pathsep) if x]
+        checkout = str(Path(fedsplit.__file__).resolve().parent.parent)
+        env["PYTHONPATH"] = os.pathsep.join([*given, *self._python_path, checkout])
+        return env | {"FLWR_HOME": str(self.nursery.folder("home", home))}
+
+    def _start_superlink(
+        self, arguments: list[str], more: Mapping[str, str], tls: Certificates | None
+    ) -> None:
+        """Start the SuperLink on a free port; wait until it answers; write the CLI's connection."""
+        for attempt in range(START_ATTEMPTS):
+            port = free_port()
+            self.address = f"127.0.0.1:{port}"
+            self._superlink = self.nursery.add(
+                Child(
+                    "superlink",
+                    [
+                        *(find_command("flower-superlink"), "--host", "127.0.0.1"),
+                        *("--port", str(port), "--disable-runtime-dependency-installation"),
+                        *arguments,
+                    ],
+                    env=self._environment("superlink", more),
+                    cwd=self.nursery.folder("cwd", "superlink"),
+                    log_path=self.log_dir / "superlink.log",
+                    lines=self._lines,
+                    route=lambda text: None if ACCESS_LOG in text else LogLine("superlink", text),
+                )
+            )
+            if self._wait_for_health(self._superlink, tls):
+                break
+            if not is_port_taken(self._superlink) or attempt == START_ATTEMPTS - 1:
+                raise self._superlink.failure(f"did not answer within {START_TIMEOUT_S:.0f} s")
+        connection: dict[str, Scalar] = {"address": self.address}
+        if tls is None:
+            connection["insecure"] = True
+        else:
+            connection["root-certificates"] = str(tls.ca)
+        text = to_toml({"superlink": {"default": CONNECTION, CONNECTION: connection}})
+        (self.nursery.folder("home", "cli") / "config.toml").write_text(text, encoding="utf-8")
+
+    def _wait_for_health(self, superlink: Child, tls: Certificates | None) -> bool:
+        url = f"{'http' if tls is None else 'https'}://{self.address}/health"
+        context = None if tls is None else ssl.create_default_context(cafile=str(tls.ca))
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+        if context is not None:
+            handlers.append(urllib.request.HTTPSHandler(context=context))
+        opener = urllib.request.build_opener(*handlers)
+
+        def answered() -> bool:
+            if not superlink.alive:
+                return True
+            try:
+                with opener.open(url, timeout=2) as response:
+                    return bool(response.status == 200)
+            except (urllib.error.URLError, OSError):
+                return False
+
+        answered_in_time = wait_until(answered, START_TIMEOUT_S)
+        superlink.finish_log(0 if superlink.alive else 1)
+        return answered_in_time and superlink.alive
+
+    def _flwr(self, *arguments: str, timeout_s: float = 60.0) -> dict[str, Any]:
+        """Run one of Flower's CLI commands and return its JSON output.
+
+        Raises:
+            RunError: if it fails, takes too long or answers no JSON.
+        """
+        command = f"flwr {' '.join(arguments)}"
+        try:
+            done = subprocess.run(
+                [find_command("flwr"), *arguments, "--format", "json"],
+                env=self._environment("cli"),
+                cwd=self.nursery.folder("cwd", "cli"),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+                start_new_session=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RunError(f"{command}: no answer within {timeout_s:.0f} s") from error
+        try:
+            answer = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError:
+            answer = {}
+        if done.returncode != 0 or not isinstance(answer, dict) or not answer.get("success"):
+            output = (done.stdout + done.stderr).splitlines()
+            raise RunError(f"{command}: exit code {done.returncode}\n{tail_text(output)}")
+        return answer
+
+    # Running an app.
+
+    def run(
+        self,
+        app_dir: Path,
+        run_config: Mapping[str, Scalar] | None = None,
+        *,
+        timeout_s: float | None = None,
+        on_line: OnLine | None = None,
+    ) -> FlowerRun:
+        """Run the Flower app in ``app_dir`` and return when it has ended.
+
+        Args:
+            app_dir: folder with the app's pyproject.toml; bundled and sent as ``flwr run`` does.
+            run_config: values for keys that the app declares (dotted when nested).
+            timeout_s: seconds after which the run is stopped; None waits for ever.
+            on_line: called in this thread with each line as it arrives: components ``serverapp``,
+                ``clientapp`` (simulation), ``superlink``, ``supernode-<i>``.  What it raises ends
+                the call.
+
+        Raises:
+            ConfigError: if the app or the config is not valid.
+            RunError: if the run fails, is stopped or takes too long, or a process of the runtime
+                dies; names the component, its log and the log's last lines.  Start a new federation
+                for the next attempt: this one may still be busy with the run that failed.
+        """
+        check(timeout_s is None or timeout_s > 0, "timeout_s", timeout_s, "> 0, or None")
+        app_dir = Path(app_dir).absolute()
+        run_config = dict(run_config or {})
+        check_run_config(app_dir, run_config)
+        arguments = [find_command("flwr"), "run", str(app_dir), CONNECTION, "--stream"]
+        if run_config:
+            config_file = self.nursery.folder("run-config") / f"{time.monotonic_ns()}.toml"
+            config_file.write_text(to_toml(run_config), encoding="utf-8")
+            arguments += ["-c", str(config_file)]
+        began = time.monotonic()
+        stream = self.nursery.add(
+            Child(
+                "serverapp",
+                arguments + self._submission(),
+                env=self._environment("cli"),
+                cwd=self.nursery.folder("cwd", "cli"),
+                log_path=self.log_dir / "serverapp.log",
+                lines=self._lines,
+                route=route_app_line,
+                logs={"clientapp": self.log_dir / "clientapps.log"},
+            )
+        )
+        try:
+            run_id = self._follow(stream, None if timeout_s is None else began + timeout_s, on_line)
+        except Exception:
+            self._give_up()
+            raise
+        finally:
+            stream.stop(grace_s=0.5)
+        return self._verdict(stream, run_id, time.monotonic() - began)
+
+    def _follow(self, stream: Child, deadline: float | None, on_line: OnLine | None) -> int | None:
+        """Pass lines on until the stream ends; return the run's number.
+
+        Raises:
+            RunError: at the deadline, or when the SuperLink or the app's process dies.
+        """
+        run_id: int | None = None
+        apps: set[psutil.Process] = set()
+        looked = lived = time.monotonic()
+        assert self._superlink is not None
+        while True:
+            ended = not stream.alive
+            if ended:
+                stream.finish_log()
+            while (line := self._next_line(0.0 if ended else 0.1)) is not None:
+                if run_id is None and (found := STARTED.search(line.text)):
+                    run_id = int(found.group(1))
+                if on_line is not None:
+                    on_line(line)
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+            now = time.monotonic()
+            if ended:
+                return run_id
+            if deadline is not None and now > deadline:
+                raise stream.failure(f"run {run_id} did not end in time and was stopped")
+            if not self._superlink.alive:
+                raise self._superlink.failure("ended during the run")
+            if now - looked > 1.0:
+                looked = now
+                apps |= app_processes(self._superlink.process.pid)
+                if not apps or any(lives(process) for process in apps):
+                    lived = now
+                elif now - lived > VANISHED_AFTER_S:  # Flower itself notices after a minute
+                    raise stream.failure("the app's process is gone: killed, or out of memory?")
+
+    def _next_line(self, timeout_s: float) -> LogLine | None:
+        try:
+            return self._lines.get(timeout=timeout_s) if timeout_s else self._lines.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _give_up(self) -> None:
+        """End the processes of the run that was submitted; the SuperLink marks it as failed."""
+        if self._superlink is not None:
+            for process in app_processes(self._superlink.process.pid):
+                end_tree(process)
+
+    def _verdict(self, stream: Child, run_id: int | None, duration_s: float) -> FlowerRun:
+        """Read how the run ended: the exit code of ``flwr run --stream`` does not say."""
+        if run_id is None:
+            raise stream.failure("the app was not accepted")
+        row = self._flwr("ls", CONNECTION, "--run-id", str(run_id))["runs"][0]
+        status = str(row["status"])
+        details = "" if row["status-details"] == "N/A" else str(row["status-details"])
+        run = FlowerRun(run_id, status, duration_s, details, row)
+        if status == "finished:completed":
+            return run
+        self._keep_ray_logs()
+        dead = [child.name for child in self._workers() if not child.alive]
+        more = f"; no longer running: {', '.join(dead)}" if dead else ""
+        raise RunError(
+            f"{stream.name}: run {run_id} is {status} after {duration_s:.1f} s: "
+            f"{details or 'no details'}{more}; log: {stream.log_path}\n{tail_text(stream.tail)}"
+        )
+
+    def _keep_ray_logs(self) -> None:
+        """Copy the small Ray logs of a failed run beside ours: they die with the temp folder."""
+        for source in self.nursery.ray_root.glob("ray/session_latest/logs/*"):
+            if source.suffix in (".out", ".err") and 0 < source.stat().st_size < 2**20:
+                target = self.log_dir / "ray"
+                target.mkdir(exist_ok=True)
+                shutil.copy(source, target / source.name)

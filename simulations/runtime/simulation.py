@@ -1,0 +1,127 @@
+"""Simulated owners: one process runs the ServerApp and Ray, Ray's actors run the ClientApps."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedsplit.errors import check
+
+from . import hooks
+from .environment import RAY, thread_environment
+from .federation import Federation
+from .machine import machine_cores
+
+ENGINE_MAX_THREADS = 32
+
+
+class Simulation(Federation):
+    """Many owners on one machine, by Flower's simulation engine on Ray.
+
+    Attributes:
+        actors: client processes; each runs one message at a time.
+        concurrency: messages that really run at the same time.  The engine hands messages to
+            ``ThreadPoolExecutor()`` threads, whose number Python bounds by min(32, cores + 4).
+    """
+
+    def __init__(
+        self,
+        supernodes: int,
+        *,
+        log_dir: Path,
+        cpus_per_client: float = 1.0,
+        gpus_per_client: float = 0.0,
+        max_actors: int | None = None,
+        workdir: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        client_env: Mapping[str, str] | None = None,
+        server_threads: int | None = None,
+        client_threads: int | None = None,
+        object_store_bytes: int | None = None,
+    ) -> None:
+        """Describe the federation; it starts with the ``with`` statement.
+
+        Args:
+            supernodes: simulated owners; their ``partition-id`` is 0 ... supernodes - 1.
+            log_dir: where ``superlink.log``, ``serverapp.log`` and ``clientapps.log`` go.
+            cpus_per_client: cores an actor counts as; floor(cores / cpus_per_client) actors are
+                started, at most one per owner.  Bookkeeping only: nothing binds an actor to cores.
+            gpus_per_client: GPUs an actor counts as; with 0 Ray hides all GPUs from the actors.
+            max_actors: upper bound of the number of actors; each costs a Python process with torch.
+            workdir: parent of the temporary folder; None is the system's.
+            env: variables for all processes; wins over everything set here.
+            client_env: variables for the actors only.
+            server_threads: compute threads of the ServerApp's process.
+            client_threads: compute threads of each actor; None is max(1, floor(cpus_per_client)).
+            object_store_bytes: bound of Ray's shared memory; None is Ray's 30 % of the memory.
+
+        Raises:
+            ConfigError: if a parameter is out of its range.
+        """
+        check(supernodes >= 1, "supernodes", supernodes, ">= 1")
+        check(
+            cpus_per_client > 0 and math.isfinite(cpus_per_client),
+            "cpus_per_client",
+            cpus_per_client,
+            "> 0 and finite (cores)",
+        )
+        cores = machine_cores()
+        check(
+            cpus_per_client <= cores,
+            "cpus_per_client",
+            cpus_per_client,
+            f"<= {cores}, the cores of this machine, or no client could run",
+        )
+        check(gpus_per_client >= 0, "gpus_per_client", gpus_per_client, ">= 0")
+        check(max_actors is None or max_actors >= 1, "max_actors", max_actors, ">= 1, or None")
+        if object_store_bytes is not None:
+            least = 75 * 2**20
+            check(
+                object_store_bytes >= least,
+                "object_store_bytes",
+                object_store_bytes,
+                f">= {least} (Ray's minimum)",
+            )
+        threads = client_threads or max(1, math.floor(cpus_per_client))
+        super().__init__(
+            log_dir=log_dir,
+            workdir=workdir,
+            env=env,
+            server_threads=server_threads,
+            client_threads=threads,
+        )
+        self.supernodes = supernodes
+        self.gpus_per_client = gpus_per_client
+        self.actors = min(
+            supernodes, math.floor(cores / cpus_per_client + 1e-9), max_actors or supernodes
+        )
+        self.concurrency = min(self.actors, ENGINE_MAX_THREADS, (os.cpu_count() or 1) + 4)
+        self._client_env = dict(client_env or {})
+        self._object_store_bytes = object_store_bytes
+
+    def _start(self) -> None:
+        more = {**RAY, **thread_environment(self.server_threads)}
+        if self._object_store_bytes is not None:
+            more["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(self._object_store_bytes)
+        client = {**thread_environment(self.client_threads), **self._client_env}
+        more |= {
+            "RAY_TMPDIR": str(self.nursery.ray_root),
+            "RAY_RUNTIME_ENV_HOOK": hooks.RAY_HOOK,
+            hooks.CLIENT_ENVIRONMENT_VARIABLE: json.dumps(client),
+        }
+        self._python_path = [hooks.FOLDER]
+        self._start_superlink(["--insecure", "--simulation"], more, tls=None)
+
+    def _submission(self) -> list[str]:
+        # client-resources-num-cpus is an integer in Flower's protocol, so fractions of a core are
+        # expressed by telling Ray that the machine has as many CPUs as there shall be actors.
+        values = [
+            f"num-supernodes={self.supernodes}",
+            "client-resources-num-cpus=1",
+            f"init-args-num-cpus={self.actors}",
+            f"client-resources-num-gpus={float(self.gpus_per_client)}",
+        ]
+        return ["--federation-config", " ".join(values)]

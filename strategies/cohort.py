@@ -1,0 +1,228 @@
+"""Stepping the top with a cohort of connected owners: one forward and one backward for all.
+
+With the step's loss L = sum_i (n_i / n) L_i over owners i with n_i targets each, one cohort step
+equals a centralised step on the union of the owners' batches.  An owner that fails in the middle of
+a step loses its own rows; the others' weights are renormalised and the step goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.errors import FedsplitError
+from strategies.member import Batch, Member
+from strategies.optimisation import Optimisation
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class CohortReport:
+    """What a cohort did in one round."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    compute_s: float = 0.0
+    waiting_s: float = 0.0
+    seconds: float = 0.0
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+class Cohort:
+    """Runs the sessions of connected owners against one top.
+
+    Args:
+        top: (hidden (B, T, d), mask (B, T)) -> logits (B, C) or (B, T, V).
+        optimisation: the top's optimizer.
+        joint: whether gradients of the representations go back.
+        per_token: whether logits are per token (language modelling).
+        window: batches an owner may send ahead.
+        on_step: called after every step with (step, steps of this wave).
+    """
+
+    def __init__(
+        self,
+        top: nn.Module,
+        optimisation: Optimisation,
+        *,
+        joint: bool,
+        per_token: bool,
+        window: int,
+        on_step: Callable[[int, int], None],
+    ) -> None:
+        self._top = top
+        self._optimisation = optimisation
+        self._joint = joint
+        self._per_token = per_token
+        self._window = window
+        self._on_step = on_step
+
+    def train(
+        self,
+        members: Sequence[Member],
+        schedule: str,
+        progress: Callable[[float], float],
+        report: CohortReport,
+    ) -> None:
+        """Train with ``members``, in their order.
+
+        Args:
+            members: connected owners, all greeted.
+            schedule: ``parallel`` or ``sequential``.
+            progress: share of this wave that is done -> share of the run that is done.
+            report: is added to.
+        """
+        groups = [list(members)] if schedule == "parallel" else [[m] for m in members]
+        began = time.perf_counter()
+        self._top.train()
+        for index, group in enumerate(groups):
+            shared = partial(_progress, progress, index, len(groups))
+            self._train_group(group, shared, report)
+        report.seconds += time.perf_counter() - began
+
+    def _train_group(
+        self, members: list[Member], progress: Callable[[float], float], report: CohortReport
+    ) -> None:
+        live = self._each(members, lambda m: m.start(1 if self._joint else self._window), report)
+        steps = max((m.steps for m, _ in live), default=0)
+        step = 0
+        while live:
+            waited = time.perf_counter()
+            batches = self._each([m for m, _ in live], lambda m: m.batch(), report)
+            report.waiting_s += time.perf_counter() - waited
+            live = [(m, None) for m, _ in batches]
+            if not batches:
+                return
+            survivors = self._step(batches, progress(step / steps), report)
+            ended = [m for m, batch in survivors if batch.last]
+            self._each(ended, lambda m: m.finish(), report)
+            live = [(m, None) for m, batch in survivors if not batch.last]
+            step += 1
+            report.steps += 1
+            self._on_step(step, steps)
+
+    def _step(
+        self, batches: list[tuple[Member, Batch]], progress: float, report: CohortReport
+    ) -> list[tuple[Member, Batch]]:
+        """Do one step and return the members that are still there, with their batches."""
+        clock = time.perf_counter()
+        hidden, mask = pad_rows([row for _, batch in batches for row in batch.rows])
+        if self._joint:
+            hidden.requires_grad_()
+        rows = self._rows(self._top(hidden, mask), mask)  # (R, C)
+        parts = self._parts(batches, rows)
+        report.compute_s += time.perf_counter() - clock
+
+        clock = time.perf_counter()
+        order = dict(batches)
+        sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
+        gradients = self._each(
+            [m for m, _ in sent], lambda m: m.gradient(order[m], tuple(parts[m].shape)), report
+        )
+        report.waiting_s += time.perf_counter() - clock
+        if not gradients:
+            return []
+
+        clock = time.perf_counter()
+        total = sum(weight for _, (_, weight) in gradients)
+        received = dict(gradients)
+        pieces = []
+        for member in order:
+            if member in received:
+                gradient, weight = received[member]
+                pieces.append(gradient * (weight / total))
+            else:  # lost since the forward: its rows contribute nothing
+                pieces.append(torch.zeros(parts[member].shape))
+        self._optimisation.zero_grad()
+        torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
+        self._optimisation.step(progress)
+        report.compute_s += time.perf_counter() - clock
+        kept = [m for m, _ in gradients]
+        if self._joint:
+            assert hidden.grad is not None
+            flat = torch.split(hidden.grad[mask.bool()], [sum(b.lengths) for _, b in batches])
+            back = dict(zip(order, flat, strict=True))
+            kept = [
+                m
+                for m, _ in self._each(
+                    kept,
+                    # The owner steps its own bottom by the gradient of its own mean loss.
+                    lambda m: m.send_hidden_gradient(order[m], back[m] * (total / received[m][1])),
+                    report,
+                )
+            ]
+        report.samples += sum(len(order[m].slots) for m in kept)
+        report.tokens += sum(sum(order[m].lengths) for m in kept)
+        return [(m, order[m]) for m in kept]
+
+    def evaluate(self, members: Sequence[Member], report: CohortReport) -> None:
+        """Answer the members' held-out batches; nothing is learned from them."""
+        began = time.perf_counter()
+        self._top.eval()
+        live = [m for m, _ in self._each(members, lambda m: m.start(self._window), report)]
+        while live:
+            answered = self._answer(self._each(live, lambda m: m.batch(), report), report)
+            self._each([m for m, b in answered if b.last], lambda m: m.finish(), report)
+            live = [m for m, b in answered if not b.last]
+        report.seconds += time.perf_counter() - began
+
+    def _answer(
+        self, batches: list[tuple[Member, Batch]], report: CohortReport
+    ) -> list[tuple[Member, Batch]]:
+        """Send each member the logits of its batch, without any gradient."""
+        if not batches:
+            return []
+        with torch.inference_mode():
+            hidden, mask = pad_rows([row for _, batch in batches for row in batch.rows])
+            rows = self._rows(self._top(hidden, mask), mask)
+        order = dict(batches)
+        parts = self._parts(batches, rows)
+        sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
+        report.samples += sum(len(order[m].slots) for m, _ in sent)
+        return [(m, order[m]) for m, _ in sent]
+
+    def _rows(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Return logits as rows: (B, C), or (tokens, V) without padding."""
+        return logits[mask.to(logits.device).bool()] if self._per_token else logits
+
+    def _parts(self, batches: list[tuple[Member, Batch]], rows: Tensor) -> dict[Member, Tensor]:
+        """Cut rows into each member's own."""
+        counts = [sum(b.lengths) if self._per_token else len(b.slots) for _, b in batches]
+        parts = torch.split(rows.detach(), counts)
+        return dict(zip([m for m, _ in batches], parts, strict=True))
+
+    def _each(
+        self, members: Sequence[Member], action: Callable[[Member], T], report: CohortReport
+    ) -> list[tuple[Member, T]]:
+        """Apply ``action`` to each member; one that fails is told, recorded and left out."""
+        done = []
+        for member in members:
+            try:
+                done.append((member, action(member)))
+            except FedsplitError as error:
+                report.lost[member.name] = f"{type(error).__name__}: {error}"
+                log.warning("owner %s left out: %s", member.name, report.lost[member.name])
+                member.link.fail(error)
+        return done
+
+
+def _progress(whole: Callable[[float], float], index: int, groups: int, done: float) -> float:
+    return whole((index + done) / groups)
+
+
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (hidden (B, T, d), mask (B, T)) from B tensors (T_i, d), right-padded with zeros."""
+    hidden = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([r.shape[0] for r in rows])
+    mask = (torch.arange(hidden.shape[1])[None, :] < lengths[:, None]).long()
+    return hidden, mask

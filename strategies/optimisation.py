@@ -1,0 +1,72 @@
+"""The optimizer of the top, its learning-rate schedule, and one step of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fedsplit.config import TrainConfig
+from fedsplit.errors import ModelError
+
+
+class Optimisation:
+    """AdamW or SGD with warm-up and decay by progress.
+
+    The rate follows the share of the run that is done, not a step count, because nobody knows
+    beforehand how many steps the owners' data will make.
+
+    Args:
+        body: parameters trained with ``config.lr``.
+        head: parameters trained with ``config.head_lr`` (or ``config.lr`` where that is 0).
+        config: the training settings.
+
+    Raises:
+        ModelError: if there is nothing to train.
+    """
+
+    def __init__(
+        self, body: Iterable[nn.Parameter], head: Iterable[nn.Parameter], config: TrainConfig
+    ) -> None:
+        groups = [(list(body), config.lr), (list(head), config.head_lr or config.lr)]
+        self.parameters = [p for group, _ in groups for p in group]
+        if not self.parameters:
+            raise ModelError("top has 0 trainable parameters: must be >= 1")
+        options = [{"params": group, "lr": lr} for group, lr in groups if group]
+        self._peaks = [lr for group, lr in groups if group]
+        decay = config.weight_decay
+        if config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(options, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.AdamW(options, weight_decay=decay, foreach=True)
+        self._config = config
+
+    def factor(self, progress: float) -> float:
+        """Return the share of the peak rate at ``progress`` in [0, 1] of the run."""
+        warmup = self._config.warmup
+        if warmup and progress < warmup:
+            return max(progress / warmup, 1e-3)
+        if self._config.schedule == "constant":
+            return 1.0
+        return max(0.0, (1.0 - progress) / (1.0 - warmup))
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, progress: float) -> float:
+        """Apply the gradients at that progress of the run and return their norm before clipping.
+
+        Raises:
+            ModelError: if the gradient is not finite; nothing is changed.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self._config.clip or float("inf")))
+        if norm != norm or norm == float("inf"):
+            self.zero_grad()
+            raise ModelError(f"gradient norm {norm}: must be finite; the step was not taken")
+        factor = self.factor(progress)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.step()
+        return norm

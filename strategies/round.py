@@ -1,0 +1,239 @@
+"""One round's sessions: who is expected, waves of those really connected, and what came of it.
+
+There is no barrier over all sampled owners: a simulation runs only as many at once as it has actor
+slots, so waiting for more would wait for ever.  A wave starts when it is full, when everyone still
+expected is there, or when nobody new has come for ``wait_s`` seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedsplit.errors import FedsplitError, SessionError
+from fedsplit.wire.door import Hello
+from fedsplit.wire.link import Link
+from strategies.cohort import Cohort, CohortReport
+from strategies.member import Member
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RoundReport:
+    """What one round's sessions came to."""
+
+    mode: str
+    cohort: CohortReport = field(default_factory=CohortReport)
+    waves: list[list[str]] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    frames: int = 0
+    row_bytes: int = 0
+    row_tokens: int = 0
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report, JSON-able."""
+        row = {k: v for k, v in vars(self).items() if k != "cohort"}
+        return {**row, **vars(self.cohort)}
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Return a key that sorts owner-2 before owner-10."""
+    return tuple(int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name))
+
+
+class Round:
+    """Collects the sessions of one round and steps them, wave by wave.
+
+    Args:
+        number: server round, from 1.
+        mode: ``train`` or ``evaluate``.
+        nodes: node ids that were sent an offer.
+        cohort: steps the top.
+        make_member: session -> member.
+        bundle: the bottom's files and digest.
+        wave: members stepped together at most; 0 = all.
+        wait_s: see the module's text.
+        schedule: ``parallel`` or ``sequential``.
+        progress: share of the round that is done -> share of the run.
+        threads: CPU threads for the top's compute; 0 = leave.
+        seed: seeds dropout for this round.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        mode: str,
+        nodes: Iterable[int],
+        cohort: Cohort,
+        make_member: Callable[[Link, Hello], Member],
+        bundle: tuple[dict[str, bytes], str],
+        *,
+        wave: int,
+        wait_s: float,
+        schedule: str,
+        progress: Callable[[float], float],
+        threads: int,
+        seed: int,
+    ) -> None:
+        self.number = number
+        self.mode = mode
+        self.report = RoundReport(mode)
+        self._expected = set(nodes)
+        self._total = len(self._expected)
+        self._cohort = cohort
+        self._make_member = make_member
+        self._bundle = bundle
+        self._wave = wave or self._total
+        self._wait_s = wait_s
+        self._schedule = schedule
+        self._progress = progress
+        self._threads = threads
+        self._seed = seed
+        self._ready: list[Member] = []
+        self._change = threading.Condition()
+        self._last_change = time.monotonic()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    # ---- sessions come in -------------------------------------------------------------------
+
+    def admit(self, link: Link, hello: Hello) -> None:
+        """Take a session whose token was accepted; greets it in a thread of its own.
+
+        Raises:
+            SessionError: the session is not one of this round's.
+        """
+        with self._change:
+            if hello.round != self.number or hello.mode != self.mode or self._stopped:
+                raise SessionError(
+                    f"session for {hello.mode} round {hello.round}: the server is at "
+                    f"{self.mode} round {self.number}"
+                )
+            if hello.node not in self._expected:
+                raise SessionError("session of an owner that was not asked in this round")
+        threading.Thread(target=self.greet, args=(link, hello), daemon=True).start()
+
+    def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
+        """Welcome one owner and line it up; a failure is recorded and costs only that owner."""
+        member = self._make_member(link, hello)
+        try:
+            member.greet(*self._bundle, welcomed=welcomed)
+        except FedsplitError as error:
+            link.fail(error)
+            self.lose(hello.node, hello.owner, error)
+            return
+        with self._change:
+            self._expected.discard(hello.node)
+            self._ready.append(member)
+            self._last_change = time.monotonic()
+            self._change.notify_all()
+
+    def lose(self, node: int, name: str, error: Exception) -> None:
+        """Record an owner that will not take part."""
+        with self._change:
+            self._expected.discard(node)
+            self.report.cohort.lost[name] = f"{type(error).__name__}: {error}"
+            log.warning("owner %s left out: %s", name, self.report.cohort.lost[name])
+            self._last_change = time.monotonic()
+            self._change.notify_all()
+
+    # ---- and are stepped --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the waves in a background thread."""
+        self._thread = threading.Thread(target=self.run, name="round", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Run wave after wave until nobody is expected any more."""
+        try:
+            if self._threads:
+                torch.set_num_threads(self._threads)
+            torch.manual_seed(self._seed)
+            waves = -(-self._total // self._wave)
+            done = 0
+            while wave := self._next_wave():
+                names = [m.name for m in wave]
+                self.report.waves.append(names)
+                if self._total > self._wave:
+                    log.info("wave %d of %d: %s", done + 1, waves, ", ".join(names))
+                self._run_wave(wave, min(done, waves - 1), waves)
+                done += 1
+        except Exception as error:  # the main thread must hear of it, whatever it is
+            log.exception("round %d failed", self.number)
+            self.report.error = f"{type(error).__name__}: {error}"
+        finally:
+            with self._change:
+                self._stopped = True
+                left = self._ready
+                self._ready = []
+            for member in left:
+                member.link.fail(SessionError("the round ended"))
+
+    def _run_wave(self, wave: list[Member], index: int, waves: int) -> None:
+        report = self.report
+        try:
+            if self.mode == "train":
+                self._cohort.train(
+                    wave,
+                    self._schedule,
+                    lambda part: self._progress((index + part) / waves),
+                    report.cohort,
+                )
+            else:
+                self._cohort.evaluate(wave, report.cohort)
+        finally:
+            for member in wave:
+                traffic = member.link.traffic
+                report.bytes_up += traffic.bytes_in
+                report.bytes_down += traffic.bytes_out
+                report.frames += traffic.frames_in + traffic.frames_out
+                report.row_bytes += member.row_bytes
+                report.row_tokens += member.tokens_received
+                if member.finished:
+                    report.finished.append(member.name)
+                else:
+                    member.link.fail(SessionError("the round failed"))
+
+    def _next_wave(self) -> list[Member]:
+        """Wait for the next wave and return it sorted by owner; empty when the round is over."""
+        with self._change:
+            while True:
+                want = min(self._wave, len(self._expected) + len(self._ready))
+                quiet = time.monotonic() - self._last_change
+                if len(self._ready) >= want or quiet >= self._wait_s:
+                    if self._ready and len(self._ready) < want:
+                        log.warning("wave of %d owners, %d were expected", len(self._ready), want)
+                    for node in self._expected if not self._ready else ():
+                        name = f"node {node}"
+                        self.report.cohort.lost[name] = f"never connected ({self._wait_s:g} s)"
+                    break
+                self._change.wait(min(1.0, self._wait_s))
+            # Arrival decides who is in a wave, never the order of its gradients.
+            self._ready.sort(key=lambda m: natural(m.name))
+            wave, self._ready = self._ready[: self._wave], self._ready[self._wave :]
+            self._last_change = time.monotonic()
+            return wave
+
+    def join(self, timeout_s: float) -> RoundReport:
+        """Wait for the last wave and return the report.
+
+        Raises:
+            SessionError: if it does not end within ``timeout_s``.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            if self._thread.is_alive():
+                raise SessionError(f"round {self.number} did not end within {timeout_s:g} s")
+        return self.report

@@ -1,0 +1,23 @@
+"""The Flower ServerApp: reads the settings and hands over to the strategy they name."""
+
+from __future__ import annotations
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.config import RunConfig
+from fedsplit.registry import pick
+from strategies import STRATEGIES
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the configured strategy to its end.
+
+    Raises:
+        ConfigError: an unknown setting or strategy, or a value out of range.
+    """
+    config = RunConfig.from_flat(dict(context.run_config))
+    pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)

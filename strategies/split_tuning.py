@@ -1,0 +1,430 @@
+"""SplitTuning: the strategy that holds the top model (SAP, arXiv 2312.15603).
+
+Per round, each sampled owner gets one train message that announces a session.  Inside it the owner
+sends privatised representations, the server answers with logits, the owner returns the gradient of
+its private-label loss, and the top learns from all connected owners at once.  ``Strategy.start()``
+is Flower's own: sessions open in ``configure_*`` and close in ``aggregate_*``, so Flower's wrappers
+(differential privacy on joint bottoms, for one) compose.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Strategy
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import FedsplitError, LineageError, ModelError, RunError, WireError
+from fedsplit.fingerprints.gate import LineageGate
+from fedsplit.models.halves import Top
+from fedsplit.models.trainable import Trainable
+from fedsplit.seeding import derive_seed
+from fedsplit.wire.door import Door, Hello
+from fedsplit.wire.link import Link
+from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, WHO_TYPE, SessionOffer, read_report
+from strategies.cohort import Cohort
+from strategies.hub import MessageHub, StreamHub
+from strategies.member import Member, welcome_header
+from strategies.optimisation import Optimisation
+from strategies.recorder import Recorder
+from strategies.round import Round, RoundReport, natural
+from strategies.store import RepresentationStore
+
+log = logging.getLogger(__name__)
+
+LONG_S = 7 * 86_400.0
+
+
+@dataclass
+class ServerParts:
+    """What a run's strategy works with; built by :mod:`strategies.split_tuning_run`.
+
+    Attributes:
+        top: the top model, placed and with its trainable part chosen.
+        trainable: that part.
+        optimisation: its optimizer.
+        bundle: the bottom's files and digest.
+        door: admits sessions of this run.
+        gate: lineage gate, or None.
+        recorder: writes what happened.
+        hub: the stream server, or None for ``transport = "messages"``.
+        ca: PEM that owners should trust for the stream; empty without TLS.
+        max_tokens: longest sample that an owner may send.
+    """
+
+    top: Top
+    trainable: Trainable
+    optimisation: Optimisation
+    bundle: tuple[dict[str, bytes], str]
+    door: Door
+    gate: LineageGate | None
+    recorder: Recorder
+    hub: StreamHub | None
+    ca: bytes = b""
+    max_tokens: int = 1 << 17
+
+
+class SplitTuning(Strategy):
+    """Trains the top with owners that keep the bottom, their text and their labels.
+
+    Args:
+        config: the run's settings.
+        parts: top, optimizer, sessions and records.
+        averaging: Flower strategy that averages joint bottoms (its ``aggregate_train``).
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: ServerParts, averaging: Strategy | None = None
+    ) -> None:
+        self.config = config
+        self.parts = parts
+        self.store = RepresentationStore()
+        self.averaging = averaging or FedAvg(weighted_by_key="num-examples")
+        self._joint = config.split.bottom == "joint"
+        self._round: Round | None = None
+        self._began = 0.0
+        self._messages = 0
+        self._names: dict[int, str] = {}
+        self._good: dict[str, Tensor] | None = None
+        self._cohort = Cohort(
+            parts.top,
+            parts.optimisation,
+            joint=self._joint,
+            per_token=config.model.task == "causal-lm",
+            window=config.session.window,
+            on_step=self._on_step,
+        )
+
+    # ---- Flower's hooks ---------------------------------------------------------------------
+
+    def summary(self) -> None:
+        """Log what is about to happen."""
+        c = self.config
+        log.info(
+            "split tuning of %s at k=%d (%s bottom), %s over %s, %.1f %% of the top trained",
+            c.model.name, c.split.k, c.split.bottom, c.session.schedule, c.session.transport,
+            100 * self.parts.trainable.share,
+        )  # fmt: skip
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open the round's sessions and return one message per sampled owner."""
+        self._good = self.parts.trainable.state() if self.config.lineage.gate == "reject" else None
+        return self._open(server_round, "train", arrays, grid, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Close the sessions, average joint bottoms, check the lineage, record the round."""
+        report, good, metrics = self._close(replies)
+        arrays = None
+        if self._joint:
+            good = [m for m in good if self._weights_ok(m, report)]
+            if good:
+                arrays, _ = self.averaging.aggregate_train(server_round, good)
+        lineage = self._check_lineage(server_round)
+        row = {"round": server_round, "train": self._row(report, metrics), "lineage": lineage}
+        self.parts.recorder.round(row)
+        self._say(server_round, "train", metrics, lineage)
+        record = MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+        for key in ("pcs", "ics", "score"):
+            if isinstance(lineage.get(key), float):
+                record[f"lineage-{key}"] = lineage[key]
+        record["lineage-ok"] = int(lineage.get("verdict") in ("in_lineage", "off"))
+        return arrays, record
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open evaluation sessions on the owners' held-out samples, when they are due."""
+        every = self.config.output.evaluate_every
+        last = server_round == self.config.train.rounds
+        if not every or (server_round % every and not last):
+            return []
+        return self._open(server_round, "evaluate", arrays, grid, MessageType.EVALUATE)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the owners' reports, weighted by their number of samples."""
+        if self._round is None:
+            return None
+        report, _, metrics = self._close(replies)
+        row = {"round": server_round, "evaluate": self._row(report, metrics)}
+        self.parts.recorder.round(row)
+        self._say(server_round, "evaluate", metrics, {})
+        return MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+
+    # ---- opening ----------------------------------------------------------------------------
+
+    def _open(
+        self, number: int, mode: str, arrays: ArrayRecord, grid: Grid, message_type: str
+    ) -> list[Message]:
+        self._began = time.perf_counter()
+        nodes = self._sample(grid, number)
+        session = self.config.session
+        rounds = self.config.train.rounds
+        self._round = Round(
+            number,
+            mode,
+            nodes,
+            self._cohort,
+            self._member,
+            self.parts.bundle,
+            wave=session.wave,
+            wait_s=session.wave_wait_s,
+            schedule=session.schedule,
+            progress=lambda part: (number - 1 + part) / rounds,
+            threads=self.config.output.threads,
+            seed=derive_seed(self.config.seed, "dropout", mode, number),
+        )
+        bring = arrays if self._joint and len(arrays) else None
+
+        def content(node: int, exchange: int) -> RecordDict:
+            return self._content(number, mode, node, exchange, bring)
+
+        self._messages = 2 * len(nodes)
+        exchanges = dict.fromkeys(nodes, 0)
+        if self.parts.hub is not None:
+            self.parts.hub.begin(self._round)
+        else:
+            hub = self._message_hub(grid, content)
+            hub.run(self._round, nodes)
+            exchanges = hub.exchanges()
+            self._messages += hub.messages
+        return [
+            Message(content(node, exchange), dst_node_id=node, message_type=message_type)
+            for node, exchange in exchanges.items()
+        ]
+
+    def _message_hub(self, grid: Grid, content: Callable[[int, int], RecordDict]) -> MessageHub:
+        session = self.config.session
+        return MessageHub(
+            grid,
+            self.parts.door,
+            content,
+            welcome_header(self.parts.bundle[1], session.codec, session.logits_codec),
+            max_frame_bytes=session.max_frame_mb << 20,
+            deadline_s=session.deadline_s,
+            on_bytes=self.parts.recorder.on_bytes,
+        )
+
+    def _content(
+        self, number: int, mode: str, node: int, exchange: int, arrays: ArrayRecord | None
+    ) -> RecordDict:
+        """Return a new RecordDict: one shared by all nodes would share their tokens too."""
+        hub, door = self.parts.hub, self.parts.door
+        offer = SessionOffer(
+            run=door.run,
+            node=node,
+            round=number,
+            mode=mode,
+            transport=self.config.session.transport,
+            token=door.tokens.issue(door.run, node, number, mode),
+            address=hub.address if hub is not None else "",
+            ca=self.parts.ca,
+            bottom=self.parts.bundle[1],
+            exchange=exchange,
+        )
+        record = RecordDict({OFFER: offer.to_record()})
+        if arrays is not None and exchange == 0:
+            record[WEIGHTS] = arrays
+        return record
+
+    def _sample(self, grid: Grid, number: int) -> list[int]:
+        """Return the sampled nodes, in the order of their owners' names.
+
+        Node ids are random in every run; names are not, so the same seed samples the same owners.
+        """
+        need = self.config.train.min_owners
+        waited = 0.0
+        while len(nodes := sorted(grid.get_node_ids())) < need:
+            if waited >= 600:
+                raise RunError(
+                    f"connected owners={len(nodes)}: must be >= {need} (train.min-owners)"
+                )
+            log.info("waiting for owners: %d of %d connected", len(nodes), need)
+            time.sleep(1.0)
+            waited += 1.0
+        fraction = self.config.train.fraction
+        if fraction >= 1.0:
+            return nodes
+        self._learn_names(grid, nodes)
+        known = sorted(
+            (n for n in nodes if n in self._names), key=lambda n: natural(self._names[n])
+        )
+        count = max(need, round(fraction * len(known)))
+        generator = random.Random(derive_seed(self.config.seed, "sample", number))
+        return sorted(generator.sample(known, min(count, len(known))), key=known.index)
+
+    def _learn_names(self, grid: Grid, nodes: list[int]) -> None:
+        unknown = [n for n in nodes if n not in self._names]
+        if not unknown:
+            return
+        asked = [Message(RecordDict(), dst_node_id=n, message_type=WHO_TYPE) for n in unknown]
+        for reply in grid.send_and_receive(asked, timeout=self.config.session.deadline_s):
+            if reply.has_error():
+                continue
+            who = reply.content.config_records.get(WHO)
+            name = None if who is None else who.get("owner")
+            if isinstance(name, str):
+                self._names[reply.metadata.src_node_id] = name
+
+    def _member(self, link: Link, hello: Hello) -> Member:
+        session = self.config.session
+        return Member(
+            link,
+            hello,
+            self.store,
+            width=self.parts.top.hidden_size,
+            max_tokens=min(self.parts.max_tokens, self.config.model.max_tokens),
+            joint=self._joint,
+            codec=session.codec,
+            logits_codec=session.logits_codec,
+            deadline_s=session.deadline_s,
+        )
+
+    # ---- closing ----------------------------------------------------------------------------
+
+    def _close(
+        self, replies: Iterable[Message]
+    ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
+        """Return (report, acceptable replies, their weighted averages)."""
+        assert self._round is not None
+        replies = list(replies)
+        report = self._round.join(LONG_S)
+        self._round = None
+        if report.error:
+            raise RunError(f"{report.mode} round failed: {report.error}")
+        good: list[Message] = []
+        rows: dict[str, dict[str, float]] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
+                log.warning("owner at node %d: %s", node, reason)
+                report.cohort.lost.setdefault(self._names.get(node, f"node {node}"), reason)
+                continue
+            try:
+                metrics, name = read_report(reply.content)
+            except WireError as error:
+                report.cohort.lost[f"node {node}"] = str(error)
+                continue
+            self._names[node] = name
+            if name in report.finished:
+                good.append(reply)
+                rows[name] = metrics
+        self._rename_lost(report)
+        good.sort(key=lambda m: natural(self._names[m.metadata.src_node_id]))
+        return report, good, _average(rows)
+
+    def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {
+            **report.to_dict(),
+            "metrics": metrics,
+            "wall_s": time.perf_counter() - self._began,
+            "messages": self._messages,
+        }
+
+    def _rename_lost(self, report: RoundReport) -> None:
+        """Call lost nodes by their owners' names where those are known."""
+        by_node = {f"node {node}": name for node, name in self._names.items()}
+        lost = report.cohort.lost
+        report.cohort.lost = {by_node.get(key, key): why for key, why in lost.items()}
+
+    def _weights_ok(self, message: Message, report: RoundReport) -> bool:
+        """Refuse NaN and foreign tensors from one owner; the others' work is kept."""
+        name = self._names[message.metadata.src_node_id]
+        records = message.content.array_records
+        try:
+            if list(records) != [WEIGHTS]:
+                raise ModelError(f"array records {list(records)[:4]}: must be [{WEIGHTS!r}]")
+            for key, array in records[WEIGHTS].items():
+                if not bool(torch.isfinite(torch.from_numpy(array.numpy().copy())).all()):
+                    raise ModelError(f"bottom weight {key}: must be finite")
+        except (FedsplitError, ValueError) as error:
+            report.cohort.lost[name] = f"update refused: {error}"
+            log.warning("owner %s: update refused: %s", name, error)
+            return False
+        return True
+
+    def _check_lineage(self, number: int) -> dict[str, Any]:
+        gate = self.parts.gate
+        if gate is None:
+            return {"verdict": "off"}
+        began = time.perf_counter()
+        changed = [name for name, _ in self.parts.trainable.named_parameters()]
+        found = gate.check(self.parts.top.model, changed)
+        row = {
+            "round": number,
+            "pcs": found.pcs,
+            "ics": found.ics,
+            "score": found.score,
+            "verdict": found.verdict,
+            "per_layer": list(found.per_layer),
+            "seconds": time.perf_counter() - began,
+        }
+        if found.verdict != "in_lineage":
+            log.warning("round %d: lineage %s (score %.3f)", number, found.verdict, found.score)
+            policy = self.config.lineage.gate
+            if policy == "stop":
+                raise LineageError(
+                    f"round {number}: lineage {found.verdict}, score {found.score:.3f}"
+                )
+            if policy == "reject" and self._good is not None:
+                self.parts.trainable.load(self._good)
+                row["rejected"] = True
+        return row
+
+    # ---- telling ----------------------------------------------------------------------------
+
+    def _on_step(self, step: int, steps: int) -> None:
+        if self._round is not None:
+            self.parts.recorder.progress(
+                round=self._round.number,
+                rounds=self.config.train.rounds,
+                mode=self._round.mode,
+                step=step,
+                steps=steps,
+                owners=len(self._round.report.waves[-1]) if self._round.report.waves else 0,
+                lost=len(self._round.report.cohort.lost),
+            )
+
+    def _say(
+        self, number: int, mode: str, metrics: dict[str, Any], lineage: dict[str, Any]
+    ) -> None:
+        self.parts.recorder.progress(
+            force=True,
+            round=number,
+            rounds=self.config.train.rounds,
+            mode=mode,
+            done=True,
+            loss=metrics.get("loss"),
+            accuracy=metrics.get("accuracy"),
+            verdict=lineage.get("verdict"),
+        )
+
+
+def _average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return weighted means over owners, sums of counts, and the owners' own rows."""
+    if not rows:
+        return {"num-examples": 0, "owners": {}}
+    weight = sum(r["targets"] for r in rows.values()) or 1.0
+    return {
+        "num-examples": int(sum(r["num-examples"] for r in rows.values())),
+        "loss": sum(r["loss"] * r["targets"] for r in rows.values()) / weight,
+        "accuracy": sum(r["accuracy"] * r["targets"] for r in rows.values()) / weight,
+        "share-touched": sum(r["share-touched"] * r["num-examples"] for r in rows.values())
+        / max(1.0, sum(r["num-examples"] for r in rows.values())),
+        "owners": dict(sorted(rows.items(), key=lambda item: natural(item[0]))),
+    }

@@ -1,0 +1,162 @@
+"""One split-tuning run at the server: load, split, serve, start, write the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError
+from fedsplit.fingerprints.gate import LineageGate
+from fedsplit.models.anatomy import probe
+from fedsplit.models.bundle import pack_bottom
+from fedsplit.models.halves import Bottom, split
+from fedsplit.models.heads import head_parameters
+from fedsplit.models.loading import LoadedModel, load
+from fedsplit.models.placing import place
+from fedsplit.models.trainable import make_trainable
+from fedsplit.seeding import derive_seed
+from fedsplit.wire.door import Door
+from fedsplit.wire.messages import weights_record
+from fedsplit.wire.stream import ServerTls
+from fedsplit.wire.tokens import TokenBook
+from strategies.hub import StreamHub
+from strategies.optimisation import Optimisation
+from strategies.recorder import Recorder
+from strategies.split_tuning import LONG_S, ServerParts, SplitTuning
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_base(config: RunConfig) -> LoadedModel:
+    """Load the base model as the settings say; the same for the server and a baseline.
+
+    Raises:
+        ModelError, UnsupportedModelError, ConfigError: see :func:`fedsplit.models.loading.load`.
+    """
+    m = config.model
+    return load(
+        m.name,
+        m.task,
+        num_labels=m.labels if m.task == "sequence-classification" else None,
+        dtype=DTYPES[m.dtype],
+        seed=derive_seed(config.seed, "head"),
+        dropout=None if m.dropout < 0 else m.dropout,
+        expected_sha256=m.sha256 or None,
+    )
+
+
+def server_tls() -> tuple[ServerTls | None, bytes]:
+    """Return the session server's TLS and the authority to announce, from the environment.
+
+    ``FEDSPLIT_TLS_CERT``, ``FEDSPLIT_TLS_KEY`` and ``FEDSPLIT_TLS_CA`` name PEM files.  They are
+    not run settings, because those travel to every owner.
+
+    Raises:
+        ConfigError: only some of them are set, or a file cannot be read.
+    """
+    names = ("FEDSPLIT_TLS_CERT", "FEDSPLIT_TLS_KEY", "FEDSPLIT_TLS_CA")
+    values = [os.environ.get(name, "") for name in names]
+    if not any(values):
+        return None, b""
+    if not all(values):
+        missing = [n for n, v in zip(names, values, strict=True) if not v]
+        raise ConfigError(f"{missing[0]}: must be set when another of {names} is")
+    try:
+        certificate, key, ca = (Path(v).read_bytes() for v in values)
+    except OSError as error:
+        raise ConfigError(f"session certificate: must be readable: {error}") from None
+    return ServerTls(certificate, key), ca
+
+
+def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[ServerParts, Bottom]:
+    """Load and split the model, choose what is trained, open the session server."""
+    loaded = load_base(config)
+    bottom, top = split(loaded.model, config.split.k)
+    bundle = pack_bottom(bottom, loaded.tokenizer)
+    embedding = probe(bottom.model).input_embeddings
+    rows = next(embedding.parameters()).detach()
+    gate = None if config.lineage.gate == "off" else LineageGate(top.model, rows=rows)
+    trainable = make_trainable(top, config.train.method)
+    place(top, config.model.device, DTYPES[config.model.dtype])
+    head = head_parameters(top) if config.model.task == "sequence-classification" else set()
+    parameters = trainable.parameters()
+    optimisation = Optimisation(
+        [p for p in parameters if id(p) not in head],
+        [p for p in parameters if id(p) in head],
+        config.train,
+    )
+    door = Door(TokenBook(), run_id)
+    hub, ca = None, b""
+    if config.session.transport == "stream":
+        tls, ca = server_tls()
+        hub = StreamHub(
+            door,
+            host=config.session.host,
+            port=config.session.port,
+            tls=tls,
+            max_frame_bytes=config.session.max_frame_mb << 20,
+            on_bytes=recorder.on_bytes if config.output.capture else None,
+        )
+    recorder.write(
+        base_digest=loaded.digest,
+        bottom_digest=bundle.digest,
+        bottom_bytes=sum(len(b) for b in bundle.files.values()),
+        trainable_share=trainable.share,
+        trained_parameters=sum(p.numel() for p in parameters),
+    )
+    parts = ServerParts(
+        top=top,
+        trainable=trainable,
+        optimisation=optimisation,
+        bundle=(dict(bundle.files), bundle.digest),
+        door=door,
+        gate=gate,
+        recorder=recorder,
+        hub=hub,
+        ca=ca,
+    )
+    return parts, bottom
+
+
+def run(grid: Grid, context: Context, config: RunConfig) -> None:
+    """Carry out the whole run (a row of ``strategies.STRATEGIES``)."""
+    folder = Path(config.output.dir) if config.output.dir else None
+    recorder = Recorder(folder, capture=config.output.capture)
+    began = time.perf_counter()
+    if config.output.threads:
+        torch.set_num_threads(config.output.threads)
+    parts, bottom = build_parts(config, context.run_id, recorder)
+    strategy = SplitTuning(config, parts)
+    initial = ArrayRecord()
+    if config.split.bottom == "joint":
+        state = {
+            n: p.detach().float().numpy()
+            for n, p in bottom.named_parameters()
+            if p.is_floating_point() and "rotary" not in n
+        }
+        initial = weights_record(state)
+    del bottom
+    recorder.write(setup_s=time.perf_counter() - began, status="running")
+    try:
+        strategy.start(grid, initial, num_rounds=config.train.rounds, timeout=LONG_S)
+        if config.output.transcript:
+            recorder.transcript(strategy.store)
+        recorder.write(status="completed", run_s=time.perf_counter() - began)
+    except BaseException as error:
+        recorder.content["status"] = "failed"
+        recorder.content["error"] = f"{type(error).__name__}: {error}"
+        recorder.write()
+        raise
+    finally:
+        if parts.hub is not None:
+            parts.hub.stop()
+        recorder.close()

@@ -1,0 +1,90 @@
+"""Representations the server has received: each crosses once, every later epoch reads it here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedsplit.errors import FrameError
+
+
+class RepresentationStore:
+    """Privatised representations by (owner, split, slot), in the precision they were sent in.
+
+    Args:
+        max_bytes: bound on what is held; an owner that would exceed it is refused.
+    """
+
+    def __init__(self, max_bytes: int = 64 << 30) -> None:
+        self._rows: dict[tuple[str, str], dict[int, Tensor]] = {}
+        self._max = max_bytes
+        self.bytes = 0
+
+    def put(self, owner: str, split: str, slot: int, rows: Tensor, exact: torch.dtype) -> None:
+        """Keep one sample.
+
+        Args:
+            owner: the owner's public name.
+            split: ``train`` or ``test``.
+            slot: the owner's number of the sample.
+            rows: (T, d) float32.
+            exact: dtype that holds the received values without loss (bf16 rows keep 2 bytes).
+
+        Raises:
+            FrameError: if the slot is already held (a second draw must never replace the first), or
+                the store is full.
+        """
+        held = self._rows.setdefault((owner, split), {})
+        if slot in held:
+            raise FrameError(f"BATCH slot {slot}: was already sent; each sample crosses once")
+        kept = rows.to(exact)
+        size = kept.numel() * kept.element_size()
+        if self.bytes + size > self._max:
+            raise FrameError(
+                f"representation store of {self.bytes + size} bytes: must be <= {self._max}"
+            )
+        held[slot] = kept
+        self.bytes += size
+
+    def get(self, owner: str, split: str, slots: Sequence[int]) -> list[Tensor]:
+        """Return the float32 (T, d) rows of ``slots``.
+
+        Raises:
+            FrameError: if one was never sent.
+        """
+        held = self._rows.get((owner, split), {})
+        missing = [s for s in slots if s not in held]
+        if missing:
+            raise FrameError(f"BATCH slot {missing[0]}: was never sent")
+        return [held[s].float() for s in slots]
+
+    def bitmap(self, owner: str, split: str, slots: int) -> bytes:
+        """Return which of the owner's ``slots`` are held, one bit each; empty if none are."""
+        held = self._rows.get((owner, split))
+        if not held:
+            return b""
+        bits = np.zeros(slots, dtype=np.uint8)
+        bits[[s for s in held if s < slots]] = 1
+        return np.packbits(bits).tobytes()
+
+    def save(self, path: Path) -> None:
+        """Write everything received as one safetensors file: the transcript that attacks read.
+
+        Keys ``owner/split/rows`` (N, d), ``.../slots`` (n,), ``.../lengths`` (n,).
+        """
+        tensors: dict[str, Tensor] = {}
+        for (owner, split), held in sorted(self._rows.items()):
+            slots = sorted(held)
+            prefix = f"{owner}/{split}"
+            tensors[f"{prefix}/rows"] = torch.cat([held[s] for s in slots])
+            tensors[f"{prefix}/slots"] = torch.tensor(slots, dtype=torch.int64)
+            lengths = [held[s].shape[0] for s in slots]
+            tensors[f"{prefix}/lengths"] = torch.tensor(lengths, dtype=torch.int64)
+        draft = path.with_suffix(".draft")
+        save_file(tensors, draft)
+        draft.replace(path)

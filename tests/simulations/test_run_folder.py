@@ -1,0 +1,239 @@
+"""One run, one folder: atomic, strict, honest about how the run ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsplit.errors import ConfigError, RunError
+from simulations.run_folder import (
+    REQUIRED,
+    RunFolder,
+    check_results,
+    default_folder,
+    read_results,
+    write_atomically,
+)
+
+TRAINING = {"rounds": [{"round": 1, "loss": 0.5}], "metrics": {"accuracy": 0.9}}
+
+
+def raw(path: Path) -> dict[str, object]:
+    document = json.loads((path / "results.json").read_text())
+    assert isinstance(document, dict)
+    return document
+
+
+def test_folder_records_versions_machine_time_and_results(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", name="demo", kind="training") as folder:
+        assert raw(folder.path)["status"] == "running"
+        folder.record(**TRAINING)
+
+    document = read_results(tmp_path / "run")
+
+    assert document["status"] == "completed"
+    assert document["results"] == TRAINING
+    assert document["versions"]["python"].startswith("3.")
+    assert document["versions"]["numpy"] == np.__version__
+    assert set(document["versions"]) == {
+        *("python", "fedsplit", "flwr", "ray", "torch", "transformers", "numpy")
+    }
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["memory_bytes"] > 2**20
+    assert document["machine"]["cpu"]
+    assert document["time"]["started"] <= document["time"]["ended"]
+    assert document["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("boom"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(143), "interrupted"),
+    ],
+)
+def test_partial_results_are_kept_and_marked(
+    tmp_path: Path, error: BaseException, status: str
+) -> None:
+    with (
+        pytest.raises(type(error)),
+        RunFolder(tmp_path, name="demo", kind="training") as folder,
+    ):
+        folder.record(rounds=[{"round": 1}])
+        raise error
+
+    document = read_results(tmp_path)
+
+    assert document["status"] == status
+    assert document["results"] == {"rounds": [{"round": 1}]}
+    assert type(error).__name__ in document["error"]
+
+
+def test_completed_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, name="first", kind="training") as folder:
+        folder.record(**TRAINING)
+
+    with pytest.raises(RunError, match="holds a completed run"):
+        RunFolder(tmp_path, name="second", kind="training")
+    assert raw(tmp_path)["name"] == "first"
+
+    RunFolder(tmp_path, name="second", kind="training", force=True)
+    assert raw(tmp_path)["name"] == "second"
+
+
+def test_unfinished_run_may_be_repeated(tmp_path: Path) -> None:
+    RunFolder(tmp_path, name="first", kind="training").mark("interrupted")
+    assert RunFolder(tmp_path, name="second", kind="training").status == "running"
+
+
+def test_completing_without_required_keys_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder.record(rounds=[])
+    with pytest.raises(RunError, match=r"results\.metrics: missing"):
+        folder.mark("completed")
+    assert raw(tmp_path)["status"] == "running"
+
+
+def test_values_that_json_lacks_become_null_with_a_note(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder.record(
+        metrics={"loss": math.nan, "best": -math.inf, "f1": np.float32(0.5), "p": tmp_path},
+        rounds=({"round": 1, "losses": np.array([1.0, np.nan])},),
+    )
+
+    text = (tmp_path / "results.json").read_text()
+    document = raw(tmp_path)
+
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert document["results"] == {
+        "metrics": {"loss": None, "best": None, "f1": 0.5, "p": str(tmp_path)},
+        "rounds": [{"round": 1, "losses": [1.0, None]}],
+    }
+    assert document["notes"] == [
+        "metrics.loss: nan written as null",
+        "metrics.best: -inf written as null",
+        "rounds[0].losses[1]: nan written as null",
+    ]
+
+
+def test_values_json_cannot_express_are_refused_and_the_file_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="training")
+    with pytest.raises(ConfigError, match=r"metrics\.model=object"):
+        folder.record(metrics={"model": object()})
+    assert raw(tmp_path)["results"] == {}
+    folder.record(metrics={})  # the refused value is not remembered
+    assert raw(tmp_path)["results"] == {"metrics": {}}
+
+
+def test_full_disk_names_path_and_bytes_and_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder.record(rounds=[{"round": 1}])
+    before = (tmp_path / "results.json").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"results\.json: cannot write \d+ bytes: No space left"):
+        folder.record(rounds=[{"round": 1}, {"round": 2}])
+    monkeypatch.undo()
+
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["log", "results.json"]
+
+
+def test_failure_to_record_does_not_hide_the_runs_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        RunFolder(tmp_path, name="demo", kind="training") as folder,
+    ):
+        monkeypatch.setattr(folder, "results_path", tmp_path / "gone" / "results.json")
+        raise ZeroDivisionError
+
+
+def test_config_toml_reads_back(tmp_path: Path) -> None:
+    config = {"rounds": 3, "data": {"name": "sst2", "noise.eta": 1.5}, "dims": [1, 2], "none": None}
+    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder.write_config(config)
+    assert tomllib.loads((tmp_path / "config.toml").read_text()) == {
+        "rounds": 3,
+        "data": {"name": "sst2", "noise.eta": 1.5},
+        "dims": [1, 2],
+    }
+
+
+def test_write_atomically_leaves_ordinary_permissions(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "x", b"1")
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
+
+
+def test_default_folder_is_named_after_run_and_time(tmp_path: Path) -> None:
+    first = default_folder("split/base run", tmp_path)
+    assert first.name.startswith("split-base-run-2")
+    first.mkdir()
+    second = default_folder("split/base run", tmp_path)
+    assert second != first
+    assert not second.exists()
+    assert default_folder("../..", tmp_path).parent == tmp_path
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file: cannot be made a run folder"):
+        RunFolder(tmp_path / "file", name="demo", kind="training")
+
+
+def test_unknown_kind_and_status_list_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kind='x'.*training"):
+        RunFolder(tmp_path, name="demo", kind="x")
+    folder = RunFolder(tmp_path, name="demo", kind="sweep")
+    with pytest.raises(ConfigError, match=r"status='done'.*interrupted"):
+        folder.mark("done")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "results", "message"),
+    [
+        ("training", {"metrics": {}}, r"results\.rounds: missing"),
+        ("training", {"rounds": {}, "metrics": {}}, r"results\.rounds: must be a list"),
+        ("training", {"rounds": [{"loss": 1}], "metrics": {}}, r"rounds\[0\]: lacks round"),
+        ("training", {"rounds": [], "metrics": []}, r"results\.metrics: must be a table"),
+        ("attack", {"attacks": [{"attack": "x"}]}, r"attacks\[0\]: lacks metrics"),
+        ("benchmark", {"measurements": ["x"]}, r"measurements\[0\]: lacks name, value, unit"),
+        ("other", {}, r"kind='other': must be one of"),
+    ],
+)
+def test_schema_check_names_what_is_missing(
+    kind: str, results: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RunError, match=message):
+        check_results(kind, results)
+
+
+@pytest.mark.parametrize("kind", sorted(REQUIRED))
+def test_every_kind_accepts_its_smallest_results(kind: str) -> None:
+    smallest: dict[str, object] = {
+        key: {} if columns is None else [] for key, columns in REQUIRED[kind].items()
+    }
+    check_results(kind, smallest)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": NaN}'])
+def test_unreadable_results_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RunError, match=r"results\.json"):
+        read_results(tmp_path)
