@@ -157,8 +157,7 @@ class RunFolder:
             ConfigError: for a value that JSON cannot express.
             RunError: if the file cannot be written; the previous one is intact.
         """
-        self._document["results"] = {**self._document["results"], **results}
-        self._write()
+        self._write(results={**self._document["results"], **results})
 
     def mark(self, status: Status, error: str | None = None) -> None:
         """Set the status; ``completed`` requires the keys of the run's kind.
@@ -170,18 +169,22 @@ class RunFolder:
         check(status in STATUSES, "status", status, f"one of {', '.join(STATUSES)}")
         if status == "completed":
             check_results(str(self._document["kind"]), self._document["results"])
-        self._document |= {"status": status, "error": error}
-        self._write()
+        self._write(status=status, error=error)
 
-    def _write(self) -> None:
-        running = self.status == "running"
-        self._document["time"]["ended"] = None if running else _now()
-        self._document["time"]["seconds"] = round(time.monotonic() - self._began, 3)
+    def _write(self, **changes: Any) -> None:
+        """Write the file with ``changes``, which are remembered only if that succeeds."""
+        document = {**self._document, **changes}
         notes: list[str] = []
-        results = strict(self._document["results"], "", notes)
-        document = {**self._document, "results": results, "notes": notes}
+        document["results"] = strict(document["results"], "", notes)
+        document["notes"] = notes
+        document["time"] = {
+            "started": document["time"]["started"],
+            "ended": None if document["status"] == "running" else _now(),
+            "seconds": round(time.monotonic() - self._began, 3),
+        }
         text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
-        write_atomically(self.results_path, text.encode() + b"\n")
+        write_atomically(self.results_path, text.encode("utf-8", "replace") + b"\n")
+        self._document = document
 
 
 def default_folder(name: str, parent: Path = Path("runs")) -> Path:

@@ -7,6 +7,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.config import RunConfig
 from fedsplit.registry import pick
+from fedsplit.wire.logs import join_flower_log
 from strategies import STRATEGIES
 
 app = ServerApp()
@@ -19,5 +20,6 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         ConfigError: an unknown setting or strategy, or a value out of range.
     """
+    join_flower_log()
     config = RunConfig.from_flat(dict(context.run_config))
     pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)

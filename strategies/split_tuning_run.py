@@ -127,6 +127,19 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     return parts, bottom
 
 
+def initial_arrays(config: RunConfig, bottom: Bottom) -> ArrayRecord:
+    """Return what Flower's start() begins with: the bottom's weights where bottoms are averaged."""
+    if config.split.bottom != "joint":
+        return ArrayRecord()
+    return weights_record(
+        {
+            n: p.detach().float().numpy()
+            for n, p in bottom.named_parameters()
+            if p.is_floating_point()
+        }
+    )
+
+
 def run(grid: Grid, context: Context, config: RunConfig) -> None:
     """Carry out the whole run (a row of ``strategies.STRATEGIES``)."""
     folder = Path(config.output.dir) if config.output.dir else None
@@ -136,14 +149,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         torch.set_num_threads(config.output.threads)
     parts, bottom = build_parts(config, context.run_id, recorder)
     strategy = SplitTuning(config, parts)
-    initial = ArrayRecord()
-    if config.split.bottom == "joint":
-        state = {
-            n: p.detach().float().numpy()
-            for n, p in bottom.named_parameters()
-            if p.is_floating_point() and "rotary" not in n
-        }
-        initial = weights_record(state)
+    initial = initial_arrays(config, bottom)
     del bottom
     recorder.write(setup_s=time.perf_counter() - began, status="running")
     try:

@@ -9,11 +9,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsplit.attacks.label_leakage import LabelLeakage
+from fedsplit.attacks.map_inversion import MapInversion
 from fedsplit.attacks.nearest import NearestNeighbour
+from fedsplit.attacks.optimisation import OptimisationInversion
 from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
 
 ATTACKS: dict[str, type[Any]] = {
+    "label_leakage": LabelLeakage,
+    "map": MapInversion,
     "nearest": NearestNeighbour,
+    "optimisation": OptimisationInversion,
 }
 
-__all__ = ["ATTACKS", "AttackResult", "Inversion", "NearestNeighbour", "score_tokens"]
+__all__ = [
+    "ATTACKS",
+    "AttackResult",
+    "Inversion",
+    "LabelLeakage",
+    "MapInversion",
+    "NearestNeighbour",
+    "OptimisationInversion",
+    "score_tokens",
+]

@@ -5,6 +5,7 @@
 | :mod:`.view`, :mod:`.weights_file` | what a fingerprint reads: a live model, a half, or files |
 | :mod:`.pcs` | parameter cosine |
 | :mod:`.ics` | HuRef's invariants, corrected and as published |
+| :mod:`.whitened` | the same through orthonormal embeddings: publishable, not fooled by twins |
 | :mod:`.align`, :mod:`.awm` | residual alignment, unbiased CKA of aligned weights |
 | :mod:`.aligned_products` | the gate's score: weight products in a common basis |
 | :mod:`.reef` | CKA of representations |
@@ -27,6 +28,7 @@ from fedsplit.fingerprints.ics import ICS, PublishedICS
 from fedsplit.fingerprints.pcs import PCS
 from fedsplit.fingerprints.reef import REEF
 from fedsplit.fingerprints.view import Similarity, WeightView
+from fedsplit.fingerprints.whitened import WhitenedICS
 
 
 class Fingerprint(Protocol):
@@ -45,6 +47,7 @@ FINGERPRINTS: dict[str, type[Fingerprint]] = {
     "pcs": PCS,
     "ics": ICS,
     "ics_published": PublishedICS,
+    "ics_whitened": WhitenedICS,
     "awm": AWM,
     "reef": REEF,
     "score": AlignedProducts,

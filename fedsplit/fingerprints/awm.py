@@ -12,8 +12,8 @@ maps q -> A q, k -> A^-T k that attention cannot see; the balanced features of a
 
 Guarantee: 1 under FFN permutation, V/O and Q/K maps, embedding permutation, sign flips, rotation,
 norm rescaling and weight scaling; about 0 for independent weights (unbiased).  It holds under heavy
-further training better than anything that reads function.  What breaks it: twins trained on the same
-data and tokenizer share attention structure (0.2-0.3 for the gutenberg pair, so it is not the
+further training better than anything that reads function.  What breaks it: twins trained on the
+same data and tokenizer share attention structure (0.27 for the gutenberg pair, so it is not the
 gate's score), new embeddings (no alignment), an expanded or cut width.
 """
 
@@ -127,18 +127,19 @@ class AWM:
             table = torch.zeros(base.depth, suspect.depth, dtype=torch.float64)
             for i in range(base.depth):
                 ours = features(base.block(i), centre=centre)
-                for j, theirs in enumerate(all_theirs):
-                    found[i, j] = compare_features(ours, theirs, matrix)
-                    table[i, j] = max(0.0, found[i, j]["qk"])
+                for n, theirs in enumerate(all_theirs):
+                    found[i, n] = compare_features(ours, theirs, matrix)
+                    table[i, n] = max(0.0, found[i, n]["qk"])
             pairs = match_blocks(table)
             kept = sum(p is not None for p in pairs)
             notes.append(f"{kept} of {base.depth} base blocks matched in {suspect.depth}")
         per_block: list[float] = []
         seen: list[dict[str, float]] = []
-        for i, j in enumerate(pairs):
-            if j is None:
+        for i, match in enumerate(pairs):
+            if match is None:
                 per_block.append(0.0)
                 continue
+            j = match
             if (i, j) not in found:
                 ours = features(base.block(i), centre=centre)
                 theirs = features(suspect.block(j), centre=centre)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import LineageError, ModelError
-from fedsplit.fingerprints.view import Similarity, WeightView
+from fedsplit.fingerprints.view import Similarity, WeightView, same_width
 
 _CHUNK = 1 << 22
 
@@ -89,10 +89,11 @@ class PCS:
         """Cosine of all shared parameters; one pair of tensors in memory at a time.
 
         Raises:
-            LineageError: if too few names match or shapes differ.
+            LineageError: if widths or shapes differ, or too few names match.
             ModelError: for NaN or infinite values.
         """
         del tokens
+        same_width(base, suspect)
         ours, theirs = base.canonical(), suspect.canonical()
         shared = [n for n in ours if n in theirs]
         inside = [n for n in ours if n.startswith("blocks.")]

@@ -43,7 +43,7 @@ def representations(model: nn.Module, inputs: Tensor, depth: float = DEPTH) -> T
                 attention_mask=torch.ones_like(batch),
                 output_hidden_states=True,
             ).hidden_states
-            for batch in inputs.split(32)
+            for batch in torch.split(inputs, 32)
         ]
     index = max(1, round(depth * (len(states[0]) - 1)))
     return torch.cat([s[index][:, -1].float() for s in states])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,7 +66,7 @@ class _opened:
 
     def __enter__(self) -> Any:
         try:
-            self.handle = safe_open(self.path, framework="pt", device="cpu")
+            self.handle: Any = cast(Any, safe_open)(self.path, framework="pt", device="cpu")
             return self.handle.__enter__()
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.path}: not a readable safetensors file: {error}") from error

@@ -30,7 +30,12 @@ import fedsplit
 from fedsplit.errors import FedsplitError, ModelError
 from fedsplit.models import bundle_tokenizer
 from fedsplit.models.anatomy import probe
-from fedsplit.models.bundle_json import dump_json, parse_json, refuse_config_keys
+from fedsplit.models.bundle_json import (
+    dump_json,
+    parse_json,
+    refuse_config_keys,
+    without_private_keys,
+)
 from fedsplit.models.halves import Bottom
 from fedsplit.models.surgery import Exit, ZeroEmbedding, ZeroLinear, strip
 
@@ -124,8 +129,7 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
     """
     model = bottom.model
     config = parse_json("config.json", model.config.to_json_string(use_diff=False).encode())
-    for key in [k for k in config if k in UNSHIPPED or k.startswith("_")]:
-        del config[key]
+    config = without_private_keys({k: v for k, v in config.items() if k not in UNSHIPPED})
     about = {
         "format": FORMAT,
         "k": bottom.k,
@@ -140,6 +144,12 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
         },
     }
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(model).items()}
+    _check_about(about)
+    laid_out = _lay_out(config, about)
+    # A buffer may serve later blocks only (another layer type's rotary frequencies).
+    known = _tensors(laid_out).keys() | {n for n, _ in model.named_parameters()}
+    tensors = {n: t for n, t in tensors.items() if n in known}
+    _check_shapes(laid_out, tensors)  # refuse here what no owner could unpack
     files = {
         "config.json": dump_json(config),
         "fedsplit.json": dump_json(about),
@@ -147,8 +157,6 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
     }
     if tokenizer is not None:
         files.update(bundle_tokenizer.pack(tokenizer))
-    _check_about(about)
-    _check_shapes(_lay_out(config, about), tensors)  # refuse here what no owner could unpack
     return Bundle(files)
 
 
@@ -240,6 +248,7 @@ def _lay_out(config: dict[str, Any], about: Mapping[str, Any]) -> PreTrainedMode
         raise ModelError(f"config.json: model_type={kind!r}: must be a language model's")
     try:
         built: PreTrainedConfig = AutoConfig.for_model(kind, **settings)
+        built.use_cache = False  # families that never cache drop the setting when they read it
         layers = built.get_text_config().num_hidden_layers
         if layers != about["k"] + 1:
             raise ModelError(

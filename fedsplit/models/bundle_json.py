@@ -54,6 +54,14 @@ def parse_json(name: str, content: bytes) -> dict[str, Any]:
     return value
 
 
+def without_private_keys(value: Any) -> Any:
+    """Return ``value`` without the keys, at any depth, that :func:`refuse_config_keys` refuses."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k not in REFUSED and not k.startswith("_")}
+        return {k: without_private_keys(v) for k, v in kept.items()}
+    return [without_private_keys(v) for v in value] if isinstance(value, list) else value
+
+
 def refuse_config_keys(name: str, value: Any) -> None:
     """Refuse keys that choose code or hidden settings, at any depth.
 
@@ -82,4 +90,6 @@ def _bound(name: str, value: Any, depth: int) -> None:
         if len(value) > MAX_TEXT:
             raise ModelError(f"{name}: a text of {len(value)}: must be <= {MAX_TEXT} characters")
     elif isinstance(value, int) and abs(value) > MAX_NUMBER:
-        raise ModelError(f"{name}: the number {value:.3g}: must be within +-{MAX_NUMBER}")
+        raise ModelError(
+            f"{name}: a number of {value.bit_length()} bits: must be within +-{MAX_NUMBER}"
+        )

@@ -117,7 +117,9 @@ class Upper(nn.Module):
     def _mask(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
             raise ConfigError(f"hidden {tuple(hidden.shape)}: must be (B, T, {self.hidden_size})")
-        device = next(self.model.parameters()).device
+        # Offloaded parameters are on "meta"; accelerate then moves what enters by itself.
+        real = (p.device for p in self.model.parameters() if not p.is_meta)
+        device = next(real, hidden.device)
         if attention_mask is None:
             return torch.ones(hidden.shape[:2], dtype=torch.long, device=device)
         if attention_mask.shape != hidden.shape[:2]:

@@ -69,11 +69,15 @@ def _cut_head(top: Top) -> tuple[Head, set[int]]:
     if source is None:
         probe(model).blocks[0].register_forward_pre_hook(slot.before, with_kwargs=True)
     else:
-        model.get_submodule(source).register_forward_hook(slot.after)
+        made_by = model.get_submodule(source)
+        made_by.register_forward_hook(slot.after)
     head = Head(model, slot)
     head.hidden_size = width
     used = head.learn_outputs()
     strip(model, used)
+    if source is not None and model.get_submodule(source) is not made_by:
+        # A projection that made the final state (OPT) has become a stub, without the hook.
+        model.get_submodule(source).register_forward_hook(slot.after)
     return head, used
 
 

@@ -17,7 +17,6 @@ mapping of tensors: a live model, a half of one, or a file.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +28,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import ModelError, UnsupportedModelError
+from fedsplit.errors import ModelError
+from fedsplit.models.layout_model import probe_model
 from fedsplit.models.layout_probe import probe_block
 
 Lookup = Callable[[str], Tensor]
@@ -191,47 +191,6 @@ def _layout(_key: str, boxed: _Boxed) -> BlockLayout:
         embedding=embedding,
         optional=frozenset(optional),
     )
-
-
-def probe_model(config: Any, blocks: int = 1) -> tuple[nn.Module, nn.Module]:
-    """Build a random model of few blocks and a small vocabulary; return (model, its last block).
-
-    Raises:
-        UnsupportedModelError: if it cannot be built or its blocks cannot be found.
-    """
-    from transformers import AutoModel
-
-    small = copy.deepcopy(config)
-    depth = int(small.num_hidden_layers)
-    small.num_hidden_layers = blocks
-    for name, value in vars(small).items():
-        if isinstance(value, list) and len(value) == depth > blocks:
-            setattr(small, name, value[:blocks])
-    small.vocab_size = 8
-    for name in ("pad", "bos", "eos", "cls", "sep"):
-        if getattr(small, f"{name}_token_id", None) is not None:
-            setattr(small, f"{name}_token_id", 0)
-    small.use_cache = False
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            build = cast(Callable[..., nn.Module], AutoModel.from_config)
-            model = build(small, attn_implementation="eager")
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise UnsupportedModelError(
-            f"model_type={config.model_type!r}: cannot build a small model to probe: {error}"
-        ) from error
-    lists = {
-        n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == blocks
-    }
-    full = [n for n, m in lists.items() if any(True for _ in m[0].children())]
-    outer = [n for n in full if not any(n.startswith(other + ".") for other in full)]
-    if len(outer) != 1:
-        raise UnsupportedModelError(
-            f"model_type={config.model_type!r}: expected one list of {blocks} blocks, found "
-            f"{sorted(lists)}"
-        )
-    return model.eval().float(), lists[outer[0]][-1]
 
 
 def block_prefixes(layout: BlockLayout, names: Mapping[str, Any] | set[str]) -> list[str]:

@@ -158,8 +158,8 @@ def prepare(
         views = [2 * round_ + 1 if joint else 0] * len(batches)
     if joint:
         bottom = unpack_bottom(folder)[0]  # the cached one must stay as it was received
-        for name, parameter in bottom.named_parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and "rotary" not in name)
+        for parameter in bottom.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
     settings = SplitSettings(
         mode=mode,
         joint=joint,

@@ -5,20 +5,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from fedsplit.errors import ConfigError
 from fedsplit.privacy.cti import ContributingTokens, select_contributing_tokens
 from fedsplit.privacy.dchi import DChi, eta_from_ratio
+from fedsplit.privacy.gaussian import Gaussian
 from fedsplit.privacy.mechanism import Mechanism
+from fedsplit.privacy.nearest_token import NearestToken
 from fedsplit.privacy.none import NoNoise
+from fedsplit.privacy.pac import Pac
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.privacy.secret import OwnerSecret, SecretStream
 from fedsplit.registry import pick
 
 MECHANISMS: dict[str, type[Mechanism]] = {
     "dchi": DChi,
+    "gaussian": Gaussian,
+    "nearest_token": NearestToken,
     "none": NoNoise,
+    "pac": Pac,
 }
 
 
@@ -29,7 +36,7 @@ def build(name: str, **params: Any) -> Mechanism:
         ConfigError: for an unknown name, an unknown, missing or out-of-range parameter.
     """
     mechanism = pick(MECHANISMS, name, "mechanism")
-    known = list(mechanism.__dataclass_fields__)
+    known = [f.name for f in fields(mechanism) if f.init]
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise ConfigError(f"{name} parameter={unknown[0]!r}: must be one of {known}")
@@ -43,9 +50,12 @@ __all__ = [
     "MECHANISMS",
     "ContributingTokens",
     "DChi",
+    "Gaussian",
     "Mechanism",
+    "NearestToken",
     "NoNoise",
     "OwnerSecret",
+    "Pac",
     "SamplePerturber",
     "SecretStream",
     "build",

@@ -2,7 +2,7 @@
 
 Where a bottom holds embeddings only, a token's vector depends on the token and its position, so
 the whole finite set of noiseless representations is public.  Attackers search it
-(:mod:`fedsplit.attacks.nearest`), servers denoise with it (:mod:`fedsplit.privacy.posterior`), and
+(:mod:`fedsplit.privacy.scan`), servers denoise with it (:mod:`fedsplit.privacy.posterior`), and
 owners can round to it (:mod:`fedsplit.privacy.nearest_token`).
 
 Candidates come in blocks of the vocabulary, so that (positions, V, d) never has to be in memory.
@@ -107,7 +107,7 @@ def candidates_through(
     positions: int,
     *,
     device: torch.device | str = "cpu",
-    memory_bytes: int = 256 * 2**20,
+    memory_bytes: int = 32 * 2**20,
 ) -> Candidates:
     """Build the candidates through ``bottom``: position and type embeddings, LayerNorm included.
 
@@ -116,7 +116,7 @@ def candidates_through(
         vocab_size: V, how many ids to consider.
         positions: P, the longest sequence to be searched.
         device: where ``bottom`` runs.
-        memory_bytes: bound on one block of candidates.
+        memory_bytes: bound on one block of candidates (what fits a CPU's cache is fastest).
 
     Returns:
         One matrix in memory where positions do not matter (LLaMA), else blocks on demand.

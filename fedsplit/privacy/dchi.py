@@ -125,6 +125,10 @@ class DChi(Mechanism):
         noise = torch.from_numpy(sample_dchi(stream, tokens, d, self.eta))
         return add_noise(hidden, noise, scale)
 
+    def log_likelihood(self, squared: Tensor) -> Tensor:
+        """See :meth:`Mechanism.log_likelihood`; -eta times the distance."""
+        return squared.sqrt_().mul_(-self.eta)
+
     def guarantee(self, views: int = 1) -> str:
         """See :meth:`Mechanism.guarantee`."""
         check_views(views)

@@ -52,9 +52,22 @@ class Mechanism(ABC):
     def guarantee(self, views: int = 1) -> str:
         """Say in words what the recipient can and cannot learn after ``views`` fresh draws."""
 
+    def log_likelihood(self, squared: Tensor) -> Tensor:
+        """Return log p(received | candidate) up to a constant, from squared L2 distances.
+
+        What a server that denoises, or an attacker, may compute; may overwrite ``squared``.
+
+        Raises:
+            PrivacyError: if the mechanism's law is not a function of that distance.
+        """
+        raise PrivacyError(f"mechanism={self.name!r}: must have noise that depends on length alone")
+
     @abstractmethod
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:
         """Return the bound on the log-likelihood ratio (nats) for two representations.
+
+        For a mechanism with a delta, the bound holds except with that probability mass; infinite
+        where the mechanism has no such bound.
 
         Args:
             distance: L2 distance of the two representations of one token, representation units.

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit.errors import FrameError
 from fedsplit.registry import pick
+
+# Larger values become infinite in bf16, though they are finite in fp32.
+_MAX_SENT = float(torch.finfo(torch.bfloat16).max)
+_MAX_AXIS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -37,17 +43,13 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _from(data: bytes | memoryview, dtype: torch.dtype) -> Tensor:
-    # A private writable copy: the frame's bytes are immutable and shared with the transport.
-    return torch.frombuffer(bytearray(data), dtype=dtype)
-
-
 def _encode_fp32(rows: Tensor) -> bytes:
     return _bytes(rows.to(torch.float32))
 
 
 def _decode_fp32(data: bytes | memoryview, n: int, d: int) -> Tensor:
-    return _from(data, torch.float32).view(n, d)
+    # A private writable copy: the frame's bytes are immutable and shared with the transport.
+    return torch.frombuffer(bytearray(data), dtype=torch.float32).view(n, d)
 
 
 def _encode_bf16(rows: Tensor) -> bytes:
@@ -55,7 +57,12 @@ def _encode_bf16(rows: Tensor) -> bytes:
 
 
 def _decode_bf16(data: bytes | memoryview, n: int, d: int) -> Tensor:
-    return _from(data, torch.bfloat16).view(n, d).to(torch.float32)
+    rows = torch.empty((n, d), dtype=torch.float32)
+    # bf16 is the upper half of fp32: widened straight from the frame, then shifted in place.
+    bits = rows.numpy().view(np.uint32)
+    bits[...] = np.frombuffer(data, "<u2").reshape(n, d)
+    bits <<= 16
+    return rows
 
 
 def _encode_int8(rows: Tensor) -> bytes:
@@ -66,9 +73,12 @@ def _encode_int8(rows: Tensor) -> bytes:
 
 
 def _decode_int8(data: bytes | memoryview, n: int, d: int) -> Tensor:
-    view = memoryview(data)
-    scale = _from(view[: 4 * n], torch.float32).view(n, 1)
-    return _from(view[4 * n :], torch.int8).view(n, d).to(torch.float32) * scale
+    rows = torch.empty((n, d), dtype=torch.float32)
+    scale = np.frombuffer(data, "<f4", count=n).reshape(n, 1)
+    levels = np.frombuffer(data, np.int8, offset=4 * n).reshape(n, d)
+    with np.errstate(all="ignore"):  # a hostile scale; the caller checks what comes out
+        np.multiply(levels, scale, out=rows.numpy())
+    return rows
 
 
 CODECS: dict[str, Codec] = {
@@ -86,14 +96,17 @@ def encode_rows(rows: Tensor, codec: str) -> bytes:
         codec: a row of ``CODECS``.
 
     Raises:
-        FrameError: if a value is NaN or infinite: it must not leave, and would poison the peer.
+        FrameError: if a value is NaN or infinite (also once it is bf16): it must not leave, and
+            would poison the peer; or if the tensor has no axis.
         ConfigError: if the codec is unknown.
     """
     row = pick(CODECS, codec, "codec")
-    flat = rows.detach().reshape(-1, rows.shape[-1]).cpu()
-    if flat.numel() == 0:
+    if rows.ndim == 0:
+        raise FrameError("tensor to send: must have at least one axis")
+    if rows.numel() == 0:
         return b""
-    if not bool(torch.isfinite(flat).all()):
+    flat = rows.detach().reshape(-1, rows.shape[-1]).cpu()
+    if not _peak(flat) <= _MAX_SENT:
         raise FrameError("tensor to send holds NaN or infinite values: must be finite")
     return row.encode(flat)
 
@@ -110,15 +123,15 @@ def decode_rows(
         max_abs: largest magnitude accepted.
 
     Raises:
-        FrameError: if the length does not match, or values are NaN, infinite or over ``max_abs``.
+        FrameError: if the shape or length does not match, or values are NaN, infinite or over
+            ``max_abs``.
     """
     if codec not in CODECS:
         raise FrameError(f"codec={codec!r}: must be one of {', '.join(CODECS)}")
     row = CODECS[codec]
-    d = int(shape[-1])
-    n = 1
-    for size in shape[:-1]:
-        n *= int(size)
+    if not shape or not all(0 <= int(size) < _MAX_AXIS for size in shape):
+        raise FrameError(f"tensor shape {tuple(shape)}: must have axes, each in [0, 2^31)")
+    n, d = prod(int(size) for size in shape[:-1]), int(shape[-1])
     expected = n * row.row_bytes(d) if n and d else 0
     if len(data) != expected:
         raise FrameError(
@@ -127,7 +140,13 @@ def decode_rows(
     if expected == 0:
         return torch.zeros(tuple(shape))
     values = row.decode(data, n, d)
-    peak = float(values.abs().max())
+    peak = _peak(values)
     if not peak <= max_abs:  # also false for NaN
         raise FrameError(f"tensor magnitude {peak}: must be finite and <= {max_abs:g}")
     return values.view(tuple(shape))
+
+
+def _peak(rows: Tensor) -> float:
+    """Return the largest magnitude, NaN if there is one; in one pass and without a copy."""
+    low, high = rows.aminmax()
+    return float(torch.maximum(-low, high))

@@ -39,7 +39,8 @@ class Door:
 
         Raises:
             TokenError: the token is not acceptable.
-            SessionError: another protocol, version or mode.
+            SessionError: another protocol, version or mode, or an owner's name that cannot be
+                shown in a log or report.
         """
         if frame["protocol"] != PROTOCOL:
             raise SessionError(f"session protocol {frame['protocol']}: must be {PROTOCOL}")
@@ -49,6 +50,8 @@ class Door:
             )
         if frame["mode"] not in MODES:
             raise SessionError(f"session mode {frame['mode']!r}: must be one of {MODES}")
+        if not frame["owner"] or not frame["owner"].isprintable():
+            raise SessionError(f"owner's name {frame['owner']!r}: must be printable characters")
         if frame["run"] != self.run:
             raise TokenError("session token: must be one issued for this run, node, round and mode")
         node, round_, mode = frame["node"], frame["round"], frame["mode"]

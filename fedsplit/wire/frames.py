@@ -6,13 +6,14 @@ Layout, little-endian::
 
 The header is a flat JSON object whose keys and types are fixed per kind (``SCHEMA``); the body is
 raw tensor bytes (see :mod:`fedsplit.wire.codecs`) or a slice of a file.  A frame that is longer
-than its bound, of an unknown kind, or with a missing, foreign or mistyped key is refused before
-anything is allocated for it.  Nothing is ever unpickled.
+than its bound, of an unknown kind, or with a missing, foreign, repeated or mistyped key is refused
+before anything is allocated for its body.  Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ from fedsplit.errors import FrameError
 MAGIC = b"FSP1"
 _PREFIX = struct.Struct("<4sBIIQ")
 PREFIX_BYTES = _PREFIX.size
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20  # of a kind with lists; others have at most _SHORT_HEADER_BYTES
+_SHORT_HEADER_BYTES = 1 << 16  # a few strings, each character at most 12 bytes when escaped
 MAX_INTS = 1 << 17
 PROTOCOL = 1
 
@@ -83,6 +85,7 @@ SCHEMA: dict[Kind, dict[str, str]] = {
 }
 
 _LONGEST = {"token": 256, "message": 2000, "reason": 500, "name": 128, "mechanism": 2000}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CHECKS = {"int": int, "str": str, "bool": bool, "float": float}
 
 
@@ -113,7 +116,10 @@ def encode(frame: Frame, sequence: int, max_bytes: int) -> bytes:
         FrameError: if its header breaks the schema or it is longer than ``max_bytes``.
     """
     _check_header(frame.kind, frame.header)
+    if not 0 <= sequence < 1 << 32:
+        raise FrameError(f"frame sequence {sequence}: must be in [0, 2^32)")
     header = json.dumps(dict(frame.header), separators=(",", ":")).encode()
+    _check_header_bytes(frame.kind, len(header))
     total = PREFIX_BYTES + len(header) + len(frame.body)
     if total > max_bytes:
         raise FrameError(f"{frame.kind.name} frame of {total} bytes: must be <= {max_bytes}")
@@ -134,8 +140,6 @@ def decode(data: bytes, max_bytes: int) -> Frame:
     magic, kind, sequence, header_bytes, body_bytes = _PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise FrameError(f"frame magic {magic!r}: must be {MAGIC!r}")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise FrameError(f"frame header of {header_bytes} bytes: must be <= {MAX_HEADER_BYTES}")
     if PREFIX_BYTES + header_bytes + body_bytes != len(data):
         raise FrameError(
             f"frame of {len(data)} bytes announces {PREFIX_BYTES + header_bytes + body_bytes}"
@@ -144,9 +148,14 @@ def decode(data: bytes, max_bytes: int) -> Frame:
         kind = Kind(kind)
     except ValueError:
         raise FrameError(f"frame kind {kind}: must be one of {[int(k) for k in Kind]}") from None
+    _check_header_bytes(kind, header_bytes)
     view = memoryview(data)
     try:
-        header = json.loads(bytes(view[PREFIX_BYTES : PREFIX_BYTES + header_bytes]))
+        # Decoded here: json.loads would take UTF-16, UTF-32 and surrogates in bytes as well.
+        text = str(view[PREFIX_BYTES : PREFIX_BYTES + header_bytes], "utf-8")
+        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except FrameError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FrameError(f"{kind.name} header is not JSON: {str(error)[:200]}") from None
     if not isinstance(header, dict):
@@ -155,10 +164,28 @@ def decode(data: bytes, max_bytes: int) -> Frame:
     return Frame(kind, header, view[PREFIX_BYTES + header_bytes :], sequence)
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Two readers of one repeated key could see two different values.
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise FrameError("header: must not repeat a key")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise FrameError(f"header: must be JSON, which has no {name}")
+
+
+def _check_header_bytes(kind: Kind, size: int) -> None:
+    bound = MAX_HEADER_BYTES if "ints" in SCHEMA[kind].values() else _SHORT_HEADER_BYTES
+    if size > bound:
+        raise FrameError(f"{kind.name} header of {size} bytes: must be <= {bound}")
+
+
 def _check_header(kind: Kind, header: Mapping[str, Any]) -> None:
     schema = SCHEMA[kind]
     if header.keys() != schema.keys():
-        odd = sorted(map(str, header.keys() ^ schema.keys()))[:8]
+        odd = sorted(str(key)[:40] for key in header.keys() ^ schema.keys())[:8]
         raise FrameError(f"{kind.name} header: missing or foreign keys {odd}")
     for key, expected in schema.items():
         value = header[key]
@@ -170,7 +197,8 @@ def _check_header(kind: Kind, header: Mapping[str, Any]) -> None:
                 raise FrameError(f"{kind.name}.{key}: must hold integers in [0, 2^53)")
             continue
         if type(value) is not _CHECKS[expected]:
-            raise FrameError(f"{kind.name}.{key}={str(value)[:80]!r}: must be {expected}")
+            # Its value may be nested too deeply, or be too long, to be shown.
+            raise FrameError(f"{kind.name}.{key}: must be {expected}, not {type(value).__name__}")
         if isinstance(value, int) and not -(2**63) <= value < 2**64:
             raise FrameError(f"{kind.name}.{key}: must fit 64 bits")
         if isinstance(value, float) and not abs(value) < 1e30:  # also false for NaN
@@ -179,3 +207,5 @@ def _check_header(kind: Kind, header: Mapping[str, Any]) -> None:
             raise FrameError(
                 f"{kind.name}.{key} of {len(value)} characters: must be <= {_LONGEST.get(key, 200)}"
             )
+        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+            raise FrameError(f"{kind.name}.{key}: must be text without lone surrogates")

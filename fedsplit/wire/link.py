@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.errors import DeadlineError, FrameError, SessionError
 from fedsplit.wire.frames import Frame, Kind, decode, encode
+
+_SEND_S = 60.0
+_FAIL_S = 1.0
 
 
 @dataclass
@@ -24,25 +25,104 @@ class Traffic:
     frames_out: int = 0
 
 
-class _Closed:
-    """Put in a queue to wake its reader; carries why the link ended."""
+class Box:
+    """Encoded frames waiting for their reader, first in first out, bounded in number and bytes.
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    Closing keeps what is inside and refuses what comes after, so nothing that was accepted is lost.
+
+    Args:
+        depth: frames that may wait.
+        hold_bytes: bytes that may wait (one frame may always), None = as many as ``depth`` allows.
+    """
+
+    def __init__(self, depth: int, hold_bytes: int | None = None) -> None:
+        self.hold_bytes = hold_bytes
+        self._depth = depth
+        self._frames: deque[bytes] = deque()
+        self._bytes = 0
+        self._reason: str | None = None
+        self._change = threading.Condition()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more frames."""
+        return self._reason is not None
+
+    @property
+    def reason(self) -> str:
+        """Why it was closed; empty while it is open."""
+        return self._reason or ""
+
+    @property
+    def held(self) -> int:
+        """Bytes waiting."""
+        return self._bytes
+
+    def empty(self) -> bool:
+        """Whether no frame waits."""
+        return not self._frames
+
+    def put(self, data: bytes, timeout_s: float | None) -> bool:
+        """Add a frame, waiting for room; False if it stayed full or is closed."""
+        with self._change:
+            self._change.wait_for(lambda: self.closed or self._has_room(data), timeout_s)
+            if self.closed or not self._has_room(data):
+                return False
+            self._frames.append(data)
+            self._bytes += len(data)
+            self._change.notify_all()
+            return True
+
+    def put_nowait(self, data: bytes) -> None:
+        """Add a frame.
+
+        Raises:
+            SessionError: if there is no room, or the box is closed.
+        """
+        if not self.put(data, 0.0):
+            raise SessionError(f"no room for another frame: {self.reason or 'too many wait'}")
+
+    def get(self, timeout_s: float | None) -> bytes | None:
+        """Take the oldest frame; None if none came in time, or the box is closed and empty."""
+        with self._change:
+            self._change.wait_for(lambda: self.closed or self._frames, timeout_s)
+            if not self._frames:
+                return None
+            data = self._frames.popleft()
+            self._bytes -= len(data)
+            self._change.notify_all()
+            return data
+
+    def close(self, reason: str) -> bool:
+        """Refuse further frames and wake whoever waits; False if it was closed already."""
+        with self._change:
+            if self.closed:
+                return False
+            self._reason = reason
+            self._change.notify_all()
+            return True
+
+    def _has_room(self, data: bytes) -> bool:
+        if not self._frames:
+            return True
+        within = self.hold_bytes is None or self._bytes + len(data) <= self.hold_bytes
+        return within and len(self._frames) < self._depth
 
 
 class Link:
-    """Two bounded queues of encoded frames with sequence numbers.
+    """Two bounded boxes of encoded frames with sequence numbers.
 
     A transport moves bytes between ``outbox`` and the peer's ``inbox``.  Frames are encoded and
     checked by the sender's thread and decoded by the reader's, so a malformed frame surfaces in
-    :meth:`recv` of the session that it belongs to and in no other.
+    :meth:`recv` of the session that it belongs to and in no other.  Any thread may send, fail or
+    close; one thread at a time receives.
 
     Args:
         max_frame_bytes: bound on one frame, both ways.
-        depth: frames that may wait in each queue; a peer that sends more is held back by the
+        depth: frames that may wait in each box; a peer that sends more is held back by the
             transport's flow control and costs only itself.
         on_bytes: called with every frame received, as it arrived (for transcripts).
+        hold_bytes: bytes that may wait in each box, None = as many as ``depth`` allows.
     """
 
     def __init__(
@@ -50,26 +130,26 @@ class Link:
         max_frame_bytes: int,
         depth: int = 64,
         on_bytes: Callable[[bytes], None] | None = None,
+        hold_bytes: int | None = None,
     ) -> None:
         self.traffic = Traffic()
-        self.outbox: queue.Queue[bytes | _Closed] = queue.Queue(maxsize=depth)
-        self.inbox: queue.Queue[bytes | _Closed] = queue.Queue(maxsize=depth)
+        self.outbox = Box(depth, hold_bytes)
+        self.inbox = Box(depth, hold_bytes)
         self.on_bytes = on_bytes
         self._max = max_frame_bytes
         self._sent = 0
         self._received = 0
-        self._closed = threading.Event()
-        self._reason = ""
+        self._sending = threading.Lock()
 
     @property
     def closed(self) -> bool:
         """Whether either side has ended the link."""
-        return self._closed.is_set()
+        return self.inbox.closed
 
     @property
     def reason(self) -> str:
         """Why the link ended; empty while it lives."""
-        return self._reason
+        return self.inbox.reason
 
     @property
     def counters(self) -> tuple[int, int]:
@@ -80,16 +160,18 @@ class Link:
     def counters(self, value: tuple[int, int]) -> None:
         self._sent, self._received = value
 
+    def widen(self, max_frame_bytes: int) -> None:
+        """Raise the bounds on one frame and on the bytes that wait, once the peer is known."""
+        self._max = max_frame_bytes
+        for box in (self.inbox, self.outbox):
+            box.hold_bytes = max_frame_bytes
+
     def drain(self) -> list[bytes]:
         """Return and remove the outgoing frames queued so far."""
         frames = []
-        while True:
-            try:
-                data = self.outbox.get_nowait()
-            except queue.Empty:
-                return frames
-            if isinstance(data, bytes):
-                frames.append(data)
+        while (data := self.outbox.get(0.0)) is not None:
+            frames.append(data)
+        return frames
 
     def send(self, kind: Kind, header: Mapping[str, Any], body: bytes = b"") -> None:
         """Queue one frame.
@@ -98,25 +180,25 @@ class Link:
             FrameError: if the frame breaks its schema or bound.
             SessionError: if the link is closed, or the peer has stopped reading for 60 s.
         """
+        with self._sending:
+            self._send(kind, header, body, _SEND_S)
+
+    def _send(self, kind: Kind, header: Mapping[str, Any], body: bytes, timeout_s: float) -> None:
         data = encode(Frame(kind, header, body), self._sent, self._max)
-        self.put(self.outbox, data)
+        self.put(self.outbox, data, timeout_s)
         self._sent += 1
         self.traffic.bytes_out += len(data)
         self.traffic.frames_out += 1
 
-    def put(self, into: queue.Queue[bytes | _Closed], data: bytes, timeout_s: float = 60.0) -> None:
-        """Put ``data`` into one of the two queues, giving up when the link closes."""
-        waited = 0.0
-        while True:
-            if self._closed.is_set():
-                raise SessionError(f"session closed: {self._reason}")
-            try:
-                into.put(data, timeout=0.5)
-                return
-            except queue.Full:
-                waited += 0.5
-                if waited >= timeout_s:
-                    self.close(f"peer stopped reading for {timeout_s:.0f} s")
+    def put(self, into: Box, data: bytes, timeout_s: float | None = _SEND_S) -> None:
+        """Put ``data`` into one of the two boxes, giving up when the link closes.
+
+        Raises:
+            SessionError: if the link is closed, or there was no room for ``timeout_s`` seconds.
+        """
+        if not into.put(data, timeout_s):
+            self.close(f"peer stopped reading for {timeout_s or 0.0:g} s")
+            raise SessionError(f"session closed: {self.reason or into.reason}")
 
     def recv(self, timeout_s: float) -> Frame:
         """Return the next frame.
@@ -141,21 +223,12 @@ class Link:
 
     def _next(self, timeout_s: float) -> bytes:
         """Return the next frame's bytes; frames queued before a close are still delivered."""
-        end = time.monotonic() + timeout_s
-        while True:
-            left = end - time.monotonic()
-            try:
-                # Waiting in slices: a close that found the queue full left no marker in it.
-                data = self.inbox.get(timeout=max(0.0, min(left, 0.5)))
-            except queue.Empty:
-                if self._closed.is_set():
-                    raise SessionError(f"session closed: {self._reason}") from None
-                if left <= 0:
-                    raise DeadlineError(f"no frame within {timeout_s:g} s") from None
-                continue
-            if isinstance(data, bytes):
-                return data
-            raise SessionError(f"session closed: {self._reason or data.reason}")
+        data = self.inbox.get(max(0.0, timeout_s))
+        if data is not None:
+            return data
+        if self.inbox.closed:
+            raise SessionError(f"session closed: {self.reason}")
+        raise DeadlineError(f"no frame within {timeout_s:g} s")
 
     def expect(self, kind: Kind, timeout_s: float) -> Frame:
         """Return the next frame, which must be of ``kind``.
@@ -169,39 +242,37 @@ class Link:
         return frame
 
     def fail(self, error: Exception) -> None:
-        """Tell the peer why this side gives up, then close.  Never raises."""
+        """Tell the peer why this side gives up, then close.  Never raises, never waits long.
+
+        A peer that has stopped reading is not told: it would hold up whoever gives up on it.
+        """
         try:
-            header = {"error": type(error).__name__[:200], "message": str(error)[:2000]}
-            self.send(Kind.ERROR, header)
-        except (SessionError, FrameError):
-            pass  # the peer is gone; the reason is kept on this side
-        self.close(f"{type(error).__name__}: {error}")
+            # Paths and foreign text may hold surrogates, which no frame carries.
+            text = str(error).encode("utf-8", "replace").decode()
+        except Exception:
+            text = "(no message)"
+        name = type(error).__name__[:200]
+        if self._sending.acquire(timeout=_FAIL_S):
+            try:
+                self._send(Kind.ERROR, {"error": name, "message": text[:2000]}, b"", _FAIL_S)
+            except (SessionError, FrameError):
+                pass  # the peer is gone; the reason is kept on this side
+            finally:
+                self._sending.release()
+        self.close(f"{name}: {text}")
 
     def close(self, reason: str = "done") -> None:
         """End the link; frames already queued are still delivered.  Idempotent."""
-        if self._closed.is_set():
-            return
-        self._reason = reason
-        self._closed.set()
-        for box in (self.outbox, self.inbox):
-            # A full queue's reader polls `closed` once it has drained it.
-            with contextlib.suppress(queue.Full):
-                box.put_nowait(_Closed(reason))
+        self.inbox.close(reason)
+        self.outbox.close(reason)
 
-    def take(self, poll_s: float = 0.5) -> bytes | None:
+    def take(self) -> bytes | None:
         """Return the next outgoing frame for the transport, or None when the link has ended."""
-        while True:
-            try:
-                data = self.outbox.get(timeout=poll_s)
-            except queue.Empty:
-                if self._closed.is_set():
-                    return None
-                continue
-            return None if isinstance(data, _Closed) else data
+        return self.outbox.get(None)
 
 
 def loopback(max_frame_bytes: int, depth: int = 64) -> tuple[Link, Link]:
-    """Return two links whose queues are each other's, for tests within one process."""
+    """Return two links whose boxes are each other's, for tests within one process."""
     left = Link(max_frame_bytes, depth)
     right = Link(max_frame_bytes, depth)
     right.inbox, right.outbox = left.outbox, left.inbox

@@ -13,14 +13,16 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedsplit.errors import FrameError, SessionError, WireError
+from fedsplit.wire.message_types import STEP_TYPE as STEP_TYPE
+from fedsplit.wire.message_types import WHO_TYPE as WHO_TYPE
+from fedsplit.wire.tokens import MODES
 
 OFFER = "fedsplit.offer"
 REPORT = "fedsplit.report"
 WHO = "fedsplit.who"
 FRAMES = "fedsplit.frames"
 WEIGHTS = "arrays"
-STEP_TYPE = "query.fedsplit_step"
-WHO_TYPE = "query.fedsplit_who"
+TRANSPORTS = ("stream", "messages")
 _LENGTH = struct.Struct("<I")
 _MAX_PEM = 1 << 16
 
@@ -103,6 +105,12 @@ class SessionOffer:
                 raise SessionError(f"offer {key}: must be a 64-bit id")
             return int(value)
 
+        def one_of(key: str, known: tuple[str, ...]) -> str:
+            value = text(key, 16)
+            if value not in known:
+                raise SessionError(f"offer {key}={value!r}: must be one of {', '.join(known)}")
+            return value
+
         ca = record.get("ca")
         if not isinstance(ca, bytes) or len(ca) > _MAX_PEM:
             raise SessionError(f"offer ca: must be PEM bytes, at most {_MAX_PEM}")
@@ -110,8 +118,8 @@ class SessionOffer:
             run=identity("run"),
             node=identity("node"),
             round=number("round"),
-            mode=text("mode", 16),
-            transport=text("transport", 16),
+            mode=one_of("mode", MODES),
+            transport=one_of("transport", TRANSPORTS),
             token=text("token", 256),
             address=text("address", 300),
             ca=ca,
@@ -133,7 +141,8 @@ def read_report(content: RecordDict) -> tuple[dict[str, float], str]:
     """Return (metrics, owner name) of a reply.
 
     Raises:
-        WireError: if the reply has no report, or a number in it is not finite.
+        WireError: if the reply has no report, a number in it is not finite, or its owner's name
+            cannot be shown in a log.
     """
     record = content.metric_records.get(REPORT)
     who = content.config_records.get(WHO)
@@ -144,12 +153,15 @@ def read_report(content: RecordDict) -> tuple[dict[str, float], str]:
         if isinstance(value, list) or not abs(value) < 1e30:
             raise WireError(f"reply metric {str(key)[:60]!r}: must be one finite number")
         metrics[str(key)] = float(value)
-    return metrics, str(who["owner"])[:200]
+    owner = str(who["owner"])
+    if not owner or len(owner) > 200 or not owner.isprintable():
+        raise WireError("reply's owner name: must be 1 to 200 printable characters")
+    return metrics, owner
 
 
 def pack_frames(frames: list[bytes]) -> ArrayRecord:
     """Return encoded frames as one byte array (Flower sends arrays in chunks)."""
-    data = b"".join(_LENGTH.pack(len(frame)) + frame for frame in frames)
+    data = b"".join(part for frame in frames for part in (_LENGTH.pack(len(frame)), frame))
     return ArrayRecord(
         {"frames": Array(dtype="uint8", shape=(len(data),), stype=FRAMES, data=data)}
     )

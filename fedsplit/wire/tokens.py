@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import threading
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable
 
 from fedsplit.errors import TokenError
 
+_EXPIRY = re.compile(r"[0-9]{1,15}")
 MODES = ("train", "evaluate", "predict")
 
 
@@ -52,11 +54,11 @@ class TokenBook:
                 for malformed and foreign tokens.
         """
         parts = token.split(".")
-        if len(parts) != 3 or not parts[1].isdecimal() or len(parts[1]) > 15:
+        if len(parts) != 3 or not token.isascii() or not _EXPIRY.fullmatch(parts[1]):
             raise TokenError("session token: must be one issued for this run, node, round and mode")
         nonce, expiry = parts[0], int(parts[1])
         expected = self._mac(run, node, round_, mode, nonce, expiry)
-        if not hmac.compare_digest(expected.encode(), parts[2].encode("utf-8", "replace")):
+        if not hmac.compare_digest(expected.encode(), parts[2].encode()):
             raise TokenError("session token: must be one issued for this run, node, round and mode")
         now = self._clock()
         if now > expiry:

@@ -10,11 +10,13 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -229,7 +231,7 @@ class Nursery:
                 child.signal(signal.SIGTERM)
             for child in reversed(self.children):
                 child.stop()
-            watchdog.end_marked(self.mark)
+            watchdog.end_marked(self.mark, str(self.root))
         finally:
             for folder in self.folders:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -250,3 +252,16 @@ def wait_until(ready: Callable[[], bool], timeout_s: float, step_s: float = 0.05
             return True
         time.sleep(step_s)
     return ready()
+
+
+def answers(url: str, ca: Path | None) -> bool:
+    """Return whether a GET of ``url`` succeeds, past any proxy, trusting ``ca`` alone."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if ca is not None:
+        context = ssl.create_default_context(cafile=str(ca))
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    try:
+        with urllib.request.build_opener(*handlers).open(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:  # URLError is one
+        return False

@@ -113,6 +113,7 @@ class Deployment(Federation):
         self._keys: list[NodeKey] = []
 
     def _start(self) -> None:
+        self.node_ids = []
         tls = self.certificates
         arguments = ["--ssl-certfile", str(tls.cert), "--ssl-keyfile", str(tls.key)]
         arguments += ["--ssl-ca-certfile", str(tls.ca)]

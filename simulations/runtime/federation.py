@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import shutil
 import signal
-import ssl
-import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -26,19 +21,29 @@ import fedsplit
 from fedsplit.errors import RunError, check
 
 from .certificates import Certificates, make_certificates
-from .children import Child, LogLine, Nursery, free_port, is_port_taken, tail_text, wait_until
+from .children import (
+    Child,
+    LogLine,
+    Nursery,
+    answers,
+    free_port,
+    is_port_taken,
+    tail_text,
+    wait_until,
+)
 from .environment import base_environment, find_command
 from .submission import (
-    STARTED,
     FlowerRun,
     Scalar,
     app_processes,
     check_run_config,
     end_tree,
-    lives,
+    flwr_json,
     route_app_line,
+    started_run,
 )
 from .toml_text import to_toml
+from .watchdog import lives
 
 OnLine = Callable[[LogLine], None]
 
@@ -46,6 +51,7 @@ CONNECTION = "own"
 START_TIMEOUT_S = 90.0
 START_ATTEMPTS = 3
 VANISHED_AFTER_S = 8.0
+POLL_S = 5.0
 ACCESS_LOG = "[uvicorn.access]"
 LOG_NAMES = ("superlink.log", "serverapp.log", "clientapps.log", "supernode-*.log")
 
@@ -115,6 +121,7 @@ class Federation(ABC):
     def stop(self) -> None:
         """End every process of this runtime; harmless when called again."""
         nursery, self._nursery = self._nursery, None
+        self.__dict__.pop("certificates", None)
         try:
             if nursery is not None:
                 nursery.close()
@@ -200,10 +207,10 @@ class Federation(ABC):
                     route=lambda text: None if ACCESS_LOG in text else LogLine("superlink", text),
                 )
             )
-            if self._wait_for_health(self._superlink, tls):
+            if self._answers(self._superlink, tls):
                 break
             if not is_port_taken(self._superlink) or attempt == START_ATTEMPTS - 1:
-                raise self._superlink.failure(f"did not answer within {START_TIMEOUT_S:.0f} s")
+                raise self._superlink.failure(f"did not start within {START_TIMEOUT_S:.0f} s")
         connection: dict[str, Scalar] = {"address": self.address}
         if tls is None:
             connection["insecure"] = True
@@ -212,56 +219,19 @@ class Federation(ABC):
         text = to_toml({"superlink": {"default": CONNECTION, CONNECTION: connection}})
         (self.nursery.folder("home", "cli") / "config.toml").write_text(text, encoding="utf-8")
 
-    def _wait_for_health(self, superlink: Child, tls: Certificates | None) -> bool:
+    def _answers(self, superlink: Child, tls: Certificates | None) -> bool:
+        """Wait until the SuperLink answers; return whether it does."""
         url = f"{'http' if tls is None else 'https'}://{self.address}/health"
-        context = None if tls is None else ssl.create_default_context(cafile=str(tls.ca))
-        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-        if context is not None:
-            handlers.append(urllib.request.HTTPSHandler(context=context))
-        opener = urllib.request.build_opener(*handlers)
-
-        def answered() -> bool:
-            if not superlink.alive:
-                return True
-            try:
-                with opener.open(url, timeout=2) as response:
-                    return bool(response.status == 200)
-            except (urllib.error.URLError, OSError):
-                return False
-
-        answered_in_time = wait_until(answered, START_TIMEOUT_S)
-        superlink.finish_log(0 if superlink.alive else 1)
-        return answered_in_time and superlink.alive
+        ca = None if tls is None else tls.ca
+        wait_until(lambda: not superlink.alive or answers(url, ca), START_TIMEOUT_S)
+        if not superlink.alive:
+            superlink.finish_log(1.0)
+        return superlink.alive and answers(url, ca)
 
     def _flwr(self, *arguments: str, timeout_s: float = 60.0) -> dict[str, Any]:
-        """Run one of Flower's CLI commands and return its JSON output.
-
-        Raises:
-            RunError: if it fails, takes too long or answers no JSON.
-        """
-        command = f"flwr {' '.join(arguments)}"
-        try:
-            done = subprocess.run(
-                [find_command("flwr"), *arguments, "--format", "json"],
-                env=self._environment("cli"),
-                cwd=self.nursery.folder("cwd", "cli"),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout_s,
-                start_new_session=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise RunError(f"{command}: no answer within {timeout_s:.0f} s") from error
-        try:
-            answer = json.loads(done.stdout[done.stdout.index("{") :])
-        except ValueError:
-            answer = {}
-        if done.returncode != 0 or not isinstance(answer, dict) or not answer.get("success"):
-            output = (done.stdout + done.stderr).splitlines()
-            raise RunError(f"{command}: exit code {done.returncode}\n{tail_text(output)}")
-        return answer
+        """Run one of Flower's CLI commands against this SuperLink (see :func:`flwr_json`)."""
+        env, cwd = self._environment("cli"), self.nursery.folder("cwd", "cli")
+        return flwr_json(arguments, env=env, cwd=cwd, timeout_s=timeout_s)
 
     # Running an app.
 
@@ -312,13 +282,15 @@ class Federation(ABC):
             )
         )
         try:
-            run_id = self._follow(stream, None if timeout_s is None else began + timeout_s, on_line)
+            deadline = None if timeout_s is None else began + timeout_s
+            run_id = self._follow(stream, deadline, on_line)
+            row = self._last_word(stream, run_id, deadline)
         except Exception:
             self._give_up()
             raise
         finally:
             stream.stop(grace_s=0.5)
-        return self._verdict(stream, run_id, time.monotonic() - began)
+        return self._verdict(stream, row, time.monotonic() - began)
 
     def _follow(self, stream: Child, deadline: float | None, on_line: OnLine | None) -> int | None:
         """Pass lines on until the stream ends; return the run's number.
@@ -335,8 +307,8 @@ class Federation(ABC):
             if ended:
                 stream.finish_log()
             while (line := self._next_line(0.0 if ended else 0.1)) is not None:
-                if run_id is None and (found := STARTED.search(line.text)):
-                    run_id = int(found.group(1))
+                if run_id is None and line.component == stream.name:
+                    run_id = started_run(line.text)
                 if on_line is not None:
                     on_line(line)
                 if deadline is not None and time.monotonic() > deadline:
@@ -368,12 +340,27 @@ class Federation(ABC):
             for process in app_processes(self._superlink.process.pid):
                 end_tree(process)
 
-    def _verdict(self, stream: Child, run_id: int | None, duration_s: float) -> FlowerRun:
-        """Read how the run ended: the exit code of ``flwr run --stream`` does not say."""
+    def _last_word(
+        self, stream: Child, run_id: int | None, deadline: float | None
+    ) -> dict[str, Any]:
+        """Return what Flower says of the run: the exit code of ``flwr run --stream`` does not.
+
+        The stream ends when the run does.  Should it break earlier, the run is waited for.
+        """
         if run_id is None:
             raise stream.failure("the app was not accepted")
-        row = self._flwr("ls", CONNECTION, "--run-id", str(run_id))["runs"][0]
-        status = str(row["status"])
+        while True:
+            row: dict[str, Any]
+            row = self._flwr("ls", CONNECTION, "--run-id", str(run_id))["runs"][0]
+            if str(row["status"]).startswith("finished"):
+                return row
+            if deadline is not None and time.monotonic() > deadline:
+                raise stream.failure(f"run {run_id} did not end in time and was stopped")
+            time.sleep(POLL_S)
+
+    def _verdict(self, stream: Child, row: dict[str, Any], duration_s: float) -> FlowerRun:
+        """Turn the run's row into the result, or raise."""
+        run_id, status = int(row["run-id"]), str(row["status"])
         details = "" if row["status-details"] == "N/A" else str(row["status-details"])
         run = FlowerRun(run_id, status, duration_s, details, row)
         if status == "finished:completed":

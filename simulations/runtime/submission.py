@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import ConfigError, RunError, check
 
-from .children import LogLine
+from .children import LogLine, tail_text
+from .environment import find_command
 
 Scalar = bool | int | float | str
 
@@ -86,17 +89,49 @@ def check_run_config(app_dir: Path, run_config: Mapping[str, Scalar]) -> None:
             check(-(2**63) <= value < 2**63, key, value, "a signed 64-bit integer")
 
 
+def flwr_json(
+    arguments: Sequence[str], *, env: Mapping[str, str], cwd: Path, timeout_s: float
+) -> dict[str, Any]:
+    """Run ``flwr ARGUMENTS --format json`` and return what it answers.
+
+    Raises:
+        RunError: if it fails, takes too long or answers no JSON.
+    """
+    command = f"flwr {' '.join(arguments)}"
+    try:
+        done = subprocess.run(
+            [find_command("flwr"), *arguments, "--format", "json"],
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            start_new_session=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"{command}: no answer within {timeout_s:.0f} s") from error
+    try:
+        answer = json.loads(done.stdout[done.stdout.index("{") :])
+    except ValueError:
+        answer = {}
+    if done.returncode != 0 or not isinstance(answer, dict) or not answer.get("success"):
+        output = (done.stdout + done.stderr).splitlines()
+        raise RunError(f"{command}: exit code {done.returncode}\n{tail_text(output)}")
+    return answer
+
+
+def started_run(text: str) -> int | None:
+    """Return the number of the run that ``flwr run`` says it started, if this is that line."""
+    found = STARTED.search(text)
+    return int(found.group(1)) if found else None
+
+
 def route_app_line(text: str) -> LogLine:
     """Name the component of a line that came through the log stream."""
     found = ACTOR.match(text)
     return LogLine("clientapp", found.group(1)) if found else LogLine("serverapp", text)
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def app_processes(superlink_pid: int) -> set[psutil.Process]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.attacks import ATTACKS
-from fedsplit.attacks.nearest import NearestNeighbour, block_top, search
+from fedsplit.attacks.nearest import NearestNeighbour
 from fedsplit.attacks.scoring import score_tokens
 from fedsplit.errors import PrivacyError
 from fedsplit.privacy.candidates import (
@@ -15,6 +15,7 @@ from fedsplit.privacy.candidates import (
     MatrixCandidates,
     candidates_through,
 )
+from fedsplit.privacy.scan import block_top, search
 
 V, D, P = 5000, 24, 7
 

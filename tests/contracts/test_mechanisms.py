@@ -11,8 +11,17 @@ import torch
 
 from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import MECHANISMS, Mechanism, OwnerSecret, build
+from fedsplit.privacy.candidates import MatrixCandidates
 
-PARAMS: dict[str, dict[str, Any]] = {"dchi": {"eta": 5.0}}
+PARAMS: dict[str, dict[str, Any]] = {
+    "dchi": {"eta": 5.0},
+    "gaussian": {"epsilon": 2.0, "delta": 1e-5, "clip": 3.0},
+    "nearest_token": {
+        "eta": 5.0,
+        "candidates": MatrixCandidates(torch.randn(50, 16, generator=torch.Generator())),
+    },
+    "pac": {"budget": 3.0, "covariance": torch.eye(16)},
+}
 """Parameters of rows that have no defaults for all of theirs."""
 
 SECRET = OwnerSecret.for_simulation(0, "contract")

@@ -78,8 +78,10 @@ FAMILIES: dict[str, Family] = {
     "camembert": Family("camembert", ENCODER, CLASSIFY),
     "ernie": Family("ernie", ENCODER, CLASSIFY),
     "modernbert": Family(
-        "modernbert", ENCODER, CLASSIFY, {"cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2,
-                                          "bos_token_id": 1}
+        "modernbert",
+        ENCODER,
+        CLASSIFY,
+        {"cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "bos_token_id": 1},
     ),
     "llama": Family("llama", DECODER, BOTH),
     "llama-tied": Family("llama", DECODER, GENERATE, {"tie_word_embeddings": True}),
@@ -101,11 +103,14 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("mixtral", DECODER, BOTH, {"num_local_experts": 3, "sliding_window": None}),
     "qwen2": Family("qwen2", DECODER, BOTH),
     "qwen2_moe": Family(
-        "qwen2_moe", DECODER, BOTH, MOE | {"shared_expert_intermediate_size": 8,
-                                          "mlp_only_layers": [0]}
+        "qwen2_moe",
+        DECODER,
+        BOTH,
+        MOE | {"shared_expert_intermediate_size": 8, "mlp_only_layers": [0]},
     ),
-    "qwen3": Family("qwen3", DECODER, BOTH, {"use_sliding_window": True, "sliding_window": 3}
-                    | SLIDING),
+    "qwen3": Family(
+        "qwen3", DECODER, BOTH, {"use_sliding_window": True, "sliding_window": 3} | SLIDING
+    ),
     "qwen3_moe": Family("qwen3_moe", DECODER, BOTH, MOE),
     "olmoe": Family("olmoe", DECODER, GENERATE, MOE),
     "gemma": Family("gemma", DECODER, BOTH),

@@ -34,14 +34,11 @@ def good() -> Bundle:
     return pack_bottom(bottom, _tokenizer())
 
 
-@pytest.mark.parametrize(("name", "task"), CASES)
+# What a bottom holds does not depend on the task: one of each family.
+@pytest.mark.parametrize(("name", "task"), list(dict(CASES).items()))
 def test_round_trip_is_bit_exact(name: str, task: str) -> None:
     model = tiny(name, task)
     ids, mask = batch()
-    if name == "gpt_neo":  # its attention_types cannot be shortened: refused when packing
-        with pytest.raises(ModelError, match=r"config\.json"):
-            pack_bottom(split(model, 1, verify=False)[0], None)
-        return
     for k in (0, 2):
         bottom, _ = split(model, k, verify=False)
 
@@ -51,7 +48,7 @@ def test_round_trip_is_bit_exact(name: str, task: str) -> None:
         assert tokenizer is None
         assert (again.k, again.task, again.vocab) == (k, task, bottom.vocab)
         assert torch.equal(again(ids, mask), bottom(ids, mask))
-        theirs = {n: p for n, p in bottom.named_parameters()}
+        theirs = dict(bottom.named_parameters())
         assert theirs.keys() == {n for n, _ in again.named_parameters()}
         assert pack_bottom(again, None).digest == bundle.digest
 
@@ -140,13 +137,16 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
     "quantised": (_json("config.json", quantization_config={}), "is not allowed"),
     "family": (_json("config.json", model_type="vit"), "model_type='vit': must be a language"),
     "no family": (_json("config.json", model_type=["llama"]), "model_type=.*must be"),
-    "layers": (_json("config.json", num_hidden_layers=10**9), r"num_hidden_layers=1000000000: must"),
+    "layers": (
+        _json("config.json", num_hidden_layers=10**9),
+        r"num_hidden_layers=1000000000: must",
+    ),
     "vocab": (_json("config.json", vocab_size=10**12), "shape .* must be .*1000000000000"),
     "width": (_json("config.json", hidden_size=10**9), "must be"),
     "negative": (_json("config.json", hidden_size=-4), "no llama model can be built"),
     "heads": (_json("config.json", num_attention_heads=0), r"config\.json"),
     "type": (_json("config.json", intermediate_size="many"), "no llama model can be built"),
-    "number": (_json("config.json", vocab_size=10**400), "the number .*must be within"),
+    "number": (_json("config.json", vocab_size=10**400), "a number of 1329 bits: must be within"),
     "deep": (_raw("config.json", b'{"a":' * 5000 + b"1" + b"}" * 5000), r"config\.json"),
     "depth": (_raw("config.json", b'{"a":' * 50 + b"1" + b"}" * 50), "nested deeper than 12"),
     "nan": (_raw("config.json", b'{"a": NaN}'), "not JSON: NaN"),
@@ -163,7 +163,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
         "not a safetensors file",
     ),
     "no weights": (_raw("bottom.safetensors", safetensors.torch.save({})), "must be there"),
-    "head": (_weights(lambda t: t.update({"lm_head.weight": torch.ones(2)})), "lm_head.weight: mus"),
+    "head": (
+        _weights(lambda t: t.update({"lm_head.weight": torch.ones(2)})),
+        "lm_head.weight: mus",
+    ),
     "later block": (
         _weights(lambda t: t.update({PROJ.replace("0", "1", 1): t[PROJ].clone()})),
         r"layers\.1.*must not be there",
@@ -177,7 +180,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, bytes]], None], str]] = {
         _weights(lambda t: t.update({PROJ: t[PROJ].to(torch.float8_e4m3fn)})),
         "dtype torch.float8_e4m3fn: must be",
     ),
-    "inf": (_weights(lambda t: t[EMBED].fill_(float("inf"))), "embed_tokens.weight: must be finite"),
+    "inf": (
+        _weights(lambda t: t[EMBED].fill_(float("inf"))),
+        "embed_tokens.weight: must be finite",
+    ),
     "tokenizer": (_raw("tokenizer.json", b"{}"), r"tokenizer\.json: not a tokenizer"),
     "half tokenizer": (lambda f: f.pop("tokenizer_config.json"), "must come with the other"),
     "tokenizer path": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.halves import Bottom, Top, split
+from fedsplit.models.law import check_law
 
 CUTS = (0, 1, LAYERS - 1)
 
@@ -48,11 +51,14 @@ def _whole_run(model: PreTrainedModel, k: int) -> tuple[Tensor, Tensor, dict[str
 def test_bottom_then_top_equals_the_whole(name: str, task: str) -> None:
     model = tiny(name, task)
     ids, mask = batch()
-    close = {"rtol": 1e-9, "atol": 1e-11} if model.dtype == torch.float64 else {
-        "rtol": 1e-4, "atol": 1e-5}
+    close = (
+        {"rtol": 1e-9, "atol": 1e-11}
+        if model.dtype == torch.float64
+        else {"rtol": 1e-4, "atol": 1e-5}
+    )
     for k in CUTS:
         logits, hidden_grad, grads = _whole_run(model, k)
-        bottom, top = split(model, k, share_tied=True)
+        bottom, top = split(model, k, share_tied=True, verify=k == 1)
 
         hidden = bottom(ids, mask)
         hidden.retain_grad()
@@ -146,7 +152,10 @@ def _other(model_type: str, **settings: Any) -> PreTrainedModel:
 
 def test_albert_shares_its_blocks_and_is_refused() -> None:
     model = _other("albert", **FAMILIES["bert"].base, embedding_size=8)
-    with pytest.raises(UnsupportedModelError, match=r"length num_hidden_layers=3, found 0.*albert_layer_groups\[1\]"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"length num_hidden_layers=3, found 0.*albert_layer_groups\[1\]",
+    ):
         split(model, 1)
 
 
@@ -177,6 +186,38 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
     assert expected is not None
     torch.testing.assert_close(hidden.grad, expected)
+
+
+def test_a_copied_top_stands_alone() -> None:
+    bottom, top = split(tiny("llama", "causal-lm"), 1)
+    ids, mask = batch()
+    hidden = bottom(ids, mask)
+    expected = top(hidden, mask)
+    twin = copy.deepcopy(top)
+    with torch.no_grad():
+        for parameter in top.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(twin(hidden, mask), expected)
+
+
+def test_threads_do_not_mix_their_hidden_states() -> None:
+    _, top = split(tiny("llama", "sequence-classification"), 1)
+    inputs = [torch.randn(2, 5, 16, dtype=torch.float64) for _ in range(16)]
+    expected = [top(h) for h in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, wanted in zip(pool.map(top, inputs), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_a_wrong_half_is_measured() -> None:
+    model = tiny("llama", "causal-lm")
+    bottom, top = split(model, 1)
+    assert check_law(model, bottom, top) < 1e-12
+    top = copy.deepcopy(top)
+    with torch.no_grad():
+        probe(top.model).blocks[0].input_layernorm.weight[0] += 1e-3
+    with pytest.raises(UnsupportedModelError, match="differ from the whole by"):
+        check_law(model, bottom, top)
 
 
 def test_layerdrop_never_skips_the_cut() -> None:

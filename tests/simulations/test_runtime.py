@@ -385,7 +385,8 @@ from simulations.runtime.watchdog import MARK_VARIABLE
 nursery = Nursery(None)
 nursery.watch()
 env = {{**os.environ, MARK_VARIABLE: nursery.mark}}
-nursery.add(Child("s", {SLEEP!r}, env=env, cwd=nursery.root, log_path=Path({str(tmp_path)!r}) / "l"))
+log = Path({str(tmp_path)!r}) / "log"
+nursery.add(Child("s", {SLEEP!r}, env=env, cwd=nursery.root, log_path=log))
 print(nursery.mark, nursery.root, flush=True)
 time.sleep(60)
 """

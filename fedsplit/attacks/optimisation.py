@@ -1,0 +1,199 @@
+"""Inversion by optimisation: for bottoms with blocks (k >= 1), where no candidate set exists.
+
+Split-and-Privatize, arXiv 2312.15603, section 4 (EIA for k >= 1).  Token-selection logits Z (T, V)
+are relaxed to soft embeddings softmax(Z / tau) E, sent through the known bottom, and fitted to the
+received vectors by mean squared error.  The bottom is used through its ordinary forward: a hook on
+its input embedding puts the soft embeddings in place of the looked-up ones, so position embeddings,
+norms, masks and rotary angles are the model's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.attacks.scoring import Inversion
+from fedsplit.errors import AttackError, check
+from fedsplit.seeding import torch_generator
+
+
+@contextmanager
+def soft_embeddings(embedding: nn.Module) -> Iterator[list[Tensor]]:
+    """Replace what ``embedding`` returns by the one tensor in the yielded list, if there is one.
+
+    The replacement gets the scaling that the module itself applies (Gemma's is a subclass).
+    """
+    slot: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return slot[0] if slot else None
+
+    handle = embedding.register_forward_hook(replace)
+    try:
+        yield slot
+    finally:
+        handle.remove()
+
+
+def embedding_table(embedding: nn.Module, vocab_size: int, device: torch.device) -> Tensor:
+    """Return what the module returns for every id, ``(V, d_e)``: scaling included."""
+    with torch.no_grad():
+        out: Tensor = embedding(torch.arange(vocab_size, device=device))
+    return out.float()
+
+
+@dataclass(frozen=True)
+class OptimisationInversion:
+    """The attack: gradient descent on relaxed token choices.
+
+    What it needs: memory and time of ``batch * T * V`` floats per step.  Noise on the vectors only
+    makes the fit worse; it is ignored.
+
+    Args:
+        steps: at most, per restart.
+        lr: of Adam.
+        temperature: of the softmax; small is close to a choice.
+        restarts: independent starts; per sample the one that fits best as hard tokens is kept.
+        batch: samples optimised together.
+        check_every: steps between looks at the hard tokens.
+        tolerance: stop once every sample's hard tokens fit with a relative squared error below
+            this (exact recovery gives rounding error alone).
+        seed: of the starting logits.
+        top_k: guesses ranked per token.
+    """
+
+    name: ClassVar[str] = "optimisation"
+    knowledge: ClassVar[str] = "white box: the initial bottom (any k), nothing about the noise"
+    steps: int = 500
+    lr: float = 0.09
+    temperature: float = 0.2
+    restarts: int = 1
+    batch: int = 8
+    check_every: int = 10
+    tolerance: float = 1e-5
+    seed: int = 0
+    top_k: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "restarts", "batch", "check_every", "top_k"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        for name in ("lr", "temperature"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+
+    def invert(
+        self,
+        representations: Sequence[Tensor],
+        bottom: nn.Module,
+        embedding: nn.Module,
+        vocab_size: int,
+    ) -> Inversion:
+        """Guess the tokens behind ``representations``.
+
+        Args:
+            representations: what was received, per sample ``(T_i, d)``, unpadded.
+            bottom: ``bottom(input_ids, attention_mask) -> (B, T, d)``, as the attacker knows it;
+                put into evaluation mode for the attack.
+            embedding: the module inside ``bottom`` that looks up token embeddings, for instance
+                ``fedsplit.models.probe(bottom.model).input_embeddings``.
+            vocab_size: V.
+
+        Raises:
+            AttackError: if ``bottom`` does not use ``embedding``, or a shape does not fit.
+        """
+        start = time.perf_counter()
+        training, frozen = bottom.training, [p for p in bottom.parameters() if p.requires_grad]
+        bottom.eval()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        order = sorted(range(len(representations)), key=lambda i: representations[i].shape[0])
+        top: list[Tensor] = [torch.empty(0)] * len(representations)
+        try:
+            for at in range(0, len(order), self.batch):
+                group = order[at : at + self.batch]
+                rows = [representations[i] for i in group]
+                found = self._batch(rows, bottom, embedding, vocab_size)
+                for i, guess in zip(group, found, strict=True):
+                    top[i] = guess
+        finally:
+            bottom.train(training)
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+        seconds = time.perf_counter() - start
+        return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
+
+    def _batch(
+        self, targets: list[Tensor], bottom: nn.Module, embedding: nn.Module, vocab_size: int
+    ) -> list[Tensor]:
+        """Return the top guesses ``(T_i, k)`` of each sample of one batch."""
+        lengths = [len(x) for x in targets]
+        device = next(bottom.parameters()).device
+        target = nn.utils.rnn.pad_sequence(
+            [x.detach().to(device, torch.float32) for x in targets], batch_first=True
+        )  # (B, T, d)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
+        table = embedding_table(embedding, vocab_size, device)  # (V, d_e)
+        power = (target.square().sum(2) * mask).sum(1).clamp(min=1e-12)  # (B,)
+        best_error = torch.full((len(targets),), torch.inf, device=device)
+        best: Tensor | None = None
+        for restart in range(self.restarts):
+            logits, error = self._descend(
+                bottom, embedding, table, target, mask, power, f"{lengths}:{restart}"
+            )
+            better = error < best_error
+            best = logits if best is None else torch.where(better[:, None, None], logits, best)
+            best_error = torch.where(better, error, best_error)
+            if bool((best_error < self.tolerance).all()):
+                break
+        assert best is not None, "restarts >= 1"
+        guesses = best.topk(min(self.top_k, vocab_size), dim=2).indices.cpu()  # (B, T, k)
+        return [g[:n] for g, n in zip(guesses, lengths, strict=True)]
+
+    def _descend(
+        self,
+        bottom: nn.Module,
+        embedding: nn.Module,
+        table: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        power: Tensor,
+        label: str,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits ``(B, T, V)`` that fit best as hard tokens, and their errors (B,)."""
+        size = (*mask.shape, len(table))
+        generator = torch_generator(self.seed, "attacks", "optimisation", label)
+        logits = (0.01 * torch.randn(size, generator=generator)).to(table.device)
+        logits.requires_grad_()
+        optimiser = torch.optim.Adam([logits], lr=self.lr)
+        weight = mask.unsqueeze(2) / (mask.sum() * target.shape[2])
+        kept = logits.detach().clone()
+        lowest = torch.full((len(target),), torch.inf, device=table.device)
+        for step in range(1, self.steps + 1):
+            soft = torch.softmax(logits / self.temperature, dim=2) @ table  # (B, T, d_e)
+            with soft_embeddings(embedding) as slot:
+                slot.append(soft)
+                hidden = bottom(torch.zeros_like(mask), mask).float()
+            if hidden.shape != target.shape or not hidden.requires_grad:
+                raise AttackError(
+                    f"bottom output={tuple(hidden.shape)}: must be {tuple(target.shape)} and "
+                    "depend on the given embedding module"
+                )
+            loss = ((hidden - target).square() * weight).sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if step % self.check_every == 0 or step == self.steps:
+                with torch.no_grad():
+                    hard = bottom(logits.argmax(2), mask).float()
+                    gap = ((hard - target).square().sum(2) * mask).sum(1) / power  # (B,)
+                better = gap < lowest
+                kept = torch.where(better[:, None, None], logits.detach(), kept)
+                lowest = torch.where(better, gap, lowest)
+                if bool((lowest < self.tolerance).all()):
+                    break
+        return kept, lowest

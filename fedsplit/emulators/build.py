@@ -1,0 +1,234 @@
+"""Building an emulator from a plan, and putting trained adapters back into the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.emulators.plan import COMPRESS, HARMONIZER, SHARE, EmulatorPlan
+from fedsplit.emulators.structure import Model, OwnStorage, configs_outside, with_blocks
+from fedsplit.errors import ConfigError, ModelError
+from fedsplit.models.anatomy import probe
+from fedsplit.models.loading import weights_digest
+from fedsplit.models.projections import tensors_of
+from fedsplit.models.surgery import mirror
+
+Edit = Callable[[int, nn.Module], None]
+
+
+@dataclass
+class Emulator:
+    """What an owner trains: [A, E*], a Hugging Face model of its own.
+
+    Attributes:
+        model: evaluation mode, ``use_cache=False``; only A's parameters require gradients.
+        plan: the part of every block of the base.
+        method: name of the compressor.
+        base_digest: of the base's weights, see :func:`fedsplit.models.loading.weights_digest`.
+        details: what else it was built from (scores, errors, settings): plain JSON values.
+    """
+
+    model: Model
+    plan: EmulatorPlan
+    method: str
+    base_digest: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Return A's parameters under their names in the full model."""
+        return _named(self.model, self.plan, full=False)
+
+    def parameter_count(self) -> int:
+        """Return the number of weights: parameters and codes, tied and shared ones once."""
+        return sum(t.numel() for t in _weights(self.model))
+
+    def byte_count(self) -> int:
+        """Return the bytes of all weights, tied and shared ones once."""
+        return sum(t.numel() * t.element_size() for t in _weights(self.model))
+
+    def trainable_count(self) -> int:
+        """Return the number of A's parameters."""
+        return sum(p.numel() for p in self.adapter_parameters().values())
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    codes = [b for n, b in model.named_buffers() if n.endswith((".codes", ".scale"))]
+    return [*model.parameters(), *codes]
+
+
+def build_emulator(
+    model: Model,
+    plan: EmulatorPlan,
+    *,
+    harmonizers: Mapping[int, nn.Module] | None = None,
+    edit: Edit | None = None,
+    method: str = "custom",
+    base_digest: str | None = None,
+    details: Mapping[str, Any] | None = None,
+) -> Emulator:
+    """Build the emulator that ``plan`` describes; ``model`` is not changed.
+
+    The emulator owns all its storage: training it never touches the base, and no dropped or
+    replaced weight of the base stays reachable from it.  It still reveals, bit for bit, the
+    embeddings, the head, the final norm, A, and the kept blocks.  A plan of nothing but adapters
+    and kept blocks computes what the base computes, bit for bit.  Tied heads stay tied.
+
+    Args:
+        model: the base, a Hugging Face model.
+        plan: for its number of blocks.
+        harmonizers: by base position, for the blocks with that role (copied).
+        edit: ``edit(position, block)`` changes in place a copy of each block with role "compress".
+        method: recorded.
+        base_digest: of ``model`` if it is known already; None: computed.
+        details: recorded; JSON values.
+
+    Raises:
+        ConfigError: if the plan is for another number of blocks, or a harmonizer or ``edit`` that
+            it needs is not given.
+        UnsupportedModelError: if the model's blocks cannot be told.
+    """
+    anatomy = probe(model)
+    if plan.num_layers != anatomy.num_layers:
+        raise ConfigError(
+            f"plan: {plan.num_layers} blocks: must be the model's {anatomy.num_layers}"
+        )
+    ready = harmonizers or {}
+    missing = [i for i in plan.having(HARMONIZER) if i not in ready]
+    if missing:
+        raise ConfigError(f"harmonizers: none for blocks {missing}, which the plan replaces")
+    if plan.having(COMPRESS) and edit is None:
+        raise ConfigError(f"edit=None: must change blocks {plan.having(COMPRESS)}")
+    own = OwnStorage()
+    made: dict[int, nn.Module] = {}
+    for position in plan.positions:
+        role = plan.roles[position]
+        if role == SHARE:
+            continue
+        source = ready[position] if role == HARMONIZER else anatomy.blocks[position]
+        block = mirror(source)
+        own.take(block)
+        if role == COMPRESS and edit is not None:
+            edit(position, block)
+        made[position] = block
+    for position in plan.having(SHARE):
+        made[position] = mirror(made[plan.source[position]])  # other module, the same weights
+    result = with_blocks(model, [made[i] for i in plan.positions], plan.positions)
+    own.take(result)
+    for config in configs_outside(result, anatomy.blocks_path):
+        config.use_cache = False
+    emulator = Emulator(
+        result.eval(),
+        plan,
+        method,
+        weights_digest(model) if base_digest is None else base_digest,
+        dict(details or {}),
+    )
+    freeze_but_adapters(emulator)
+    return emulator
+
+
+def freeze_but_adapters(emulator: Emulator) -> None:
+    """Let gradients reach A's float parameters and no others."""
+    mine = {id(p) for p in emulator.adapter_parameters().values()}
+    for parameter in emulator.model.parameters():
+        trained = id(parameter) in mine and parameter.is_floating_point()
+        parameter.requires_grad_(trained)
+
+
+def adapter_state(emulator: Emulator) -> dict[str, Tensor]:
+    """Return copies on the CPU of A's weights, by their names in the full model.
+
+    LoRA layers that peft injected into A come back merged into the weights they act on.
+    """
+    return {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in _merged(emulator.model, emulator.plan).items()
+    }
+
+
+def load_adapters(emulator: Emulator, state: Mapping[str, Tensor]) -> None:
+    """Set A's weights in an emulator (the average of a round, say); all of them or none.
+
+    Raises:
+        ModelError: if a name is missing or unknown, or a tensor has another shape, is not floating
+            point or not finite.
+    """
+    _set(emulator.adapter_parameters(), state)
+
+
+def plug_in(model: Model, state: Mapping[str, Tensor], plan: EmulatorPlan) -> dict[str, Tensor]:
+    """Put trained adapters into the full model, in place, by name: M' = [A', E].
+
+    All of them or none: nothing is written unless everything fits.
+
+    Args:
+        model: the base that the emulator was built from.
+        state: from :func:`adapter_state`, or an average of such.
+        plan: of the emulator.
+
+    Returns:
+        What the model held before, in the same form: plug it in to undo.
+
+    Raises:
+        ConfigError: if the plan is for another number of blocks.
+        ModelError: if a name is missing or unknown, or a tensor has another shape, is not floating
+            point or not finite in the model's dtype.
+    """
+    if plan.num_layers != probe(model).num_layers:
+        raise ConfigError(
+            f"plan: {plan.num_layers} blocks: must be the model's {probe(model).num_layers}"
+        )
+    named = _named(model, plan, full=True)
+    before = {n: p.detach().to("cpu", copy=True) for n, p in named.items()}
+    _set(named, state)
+    return before
+
+
+def _blocks_of(model: Model, plan: EmulatorPlan, full: bool) -> dict[str, nn.Module]:
+    anatomy = probe(model)
+    places = range(plan.num_layers) if full else plan.positions
+    where = {position: index for index, position in enumerate(places)}
+    return {f"{anatomy.blocks_path}.{i}.": anatomy.blocks[where[i]] for i in plan.adapters}
+
+
+def _named(model: Model, plan: EmulatorPlan, full: bool) -> dict[str, nn.Parameter]:
+    return {
+        prefix + name: parameter
+        for prefix, block in _blocks_of(model, plan, full).items()
+        for name, parameter in block.named_parameters()
+    }
+
+
+def _merged(model: Model, plan: EmulatorPlan) -> dict[str, Tensor]:
+    return {
+        prefix + name: tensor
+        for prefix, block in _blocks_of(model, plan, full=False).items()
+        for name, tensor in tensors_of(block).items()
+    }
+
+
+def _set(named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(named.keys() - state.keys()), sorted(state.keys() - named.keys())
+    if missing or unknown:
+        raise ModelError(
+            f"adapter state: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} "
+            f"({len(unknown)}): must be the {len(named)} names of the plan's adapter blocks"
+        )
+    for name, parameter in named.items():
+        tensor = state[name]
+        if tensor.shape != parameter.shape:
+            raise ModelError(
+                f"{name}: shape {tuple(tensor.shape)}: must be {tuple(parameter.shape)}"
+            )
+        if tensor.is_floating_point() != parameter.is_floating_point():
+            raise ModelError(f"{name}: dtype {tensor.dtype}: must be like {parameter.dtype}")
+        # After the cast: a finite float32 can be infinite in float16.
+        if not bool(tensor.to(parameter.dtype).isfinite().all()):
+            raise ModelError(f"{name}: must be finite in {parameter.dtype}")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(state[name])

@@ -1,0 +1,76 @@
+"""Language-model loss and perplexity on packed token blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedsplit.emulators.structure import Model, evaluating
+from fedsplit.errors import DataError, check
+
+
+def check_tokens(name: str, tokens: Any, rows: int = 1) -> Tensor:
+    """Return ``tokens`` if they are ids (N, T) with N >= rows, T >= 2.
+
+    Raises:
+        DataError: names the shape and the bound.
+    """
+    good = isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()
+    if not good or len(tokens) < rows or tokens.shape[1] < 2:
+        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise DataError(f"{name} {shape}: must be integer ids (N, T), N >= {rows}, T >= 2")
+    checked: Tensor = tokens
+    return checked
+
+
+def pack(ids: Tensor, length: int) -> Tensor:
+    """Cut one long text of ids (n,) into blocks (n // length, length); the rest is left out.
+
+    Raises:
+        DataError: if there is not one block.
+    """
+    check(length >= 2, "length", length, ">= 2 (tokens)")
+    rows = len(ids) // length
+    if rows == 0:
+        raise DataError(f"ids: {len(ids)} tokens: must be >= {length}, one block")
+    return ids[: rows * length].view(rows, length)
+
+
+def logits_of(model: Model, ids: Tensor) -> Tensor:
+    """Return logits (B, T, V) of ids (B, T) without padding; the cache is off."""
+    mask = torch.ones_like(ids)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def lm_loss(logits: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats of each next token: logits (B, T, V), ids (B, T)."""
+    flat = logits[:, :-1].float().flatten(0, 1)  # (B (T-1), V)
+    return F.cross_entropy(flat, ids[:, 1:].flatten(), reduction=reduction)
+
+
+@torch.no_grad()
+def mean_loss(model: Model, tokens: Tensor, batch_size: int = 16) -> float:
+    """Return the mean next-token loss in nats over blocks (N, T); its exp is the perplexity.
+
+    Raises:
+        DataError: if ``tokens`` are not ids (N, T).
+    """
+    check_tokens("tokens", tokens)
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    with evaluating(model):
+        for ids in torch.split(tokens, batch_size):
+            ids = ids.to(device)
+            total += float(lm_loss(logits_of(model, ids), ids, "sum"))
+            count += ids.shape[0] * (ids.shape[1] - 1)
+    return total / count
+
+
+def perplexity(model: Model, tokens: Tensor, batch_size: int = 16) -> float:
+    """Return exp of :func:`mean_loss`."""
+    return math.exp(min(mean_loss(model, tokens, batch_size), 700.0))

@@ -1,0 +1,228 @@
+"""From a similarity to a verdict with error rates.
+
+The question is a test: H0 "the suspect is independent of the base".  Its null distribution is
+
+- analytic where directions are random: the cosine of two (d x d) products in independently rotated
+  bases has mean 0 and standard deviation 1/d exactly, a mean over m such terms 1/(d sqrt(m));
+- empirical beside it: scores of pairs known to be independent, hard negatives (same data and
+  tokenizer, another seed) included, since what two models learned from the same text makes them a
+  little alike.  The p-value is the predictive Student t tail of those scores, which pays for how
+  few they are, and never less than the analytic one.
+
+Outcomes: "in_lineage" if p <= alpha (the false-positive rate) and the score is at least ``least``;
+"independent" if the score lies inside the null's central range and every block does; "not_shown"
+otherwise.  "Independent" says: as far apart as strangers under every map considered.  A thief who
+also replaced the token embeddings cannot be told from a stranger by weights alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy.stats import norm, t
+
+from fedsplit.errors import LineageError, check
+from fedsplit.fingerprints.view import Similarity
+
+Outcome = Literal["in_lineage", "not_shown", "independent"]
+
+EXIT_CODES: dict[Outcome, int] = {"in_lineage": 0, "not_shown": 1, "independent": 2}
+
+MEASURED: dict[str, float] = {
+    "gutenberg_llama_seed0 - gutenberg_llama_seed1": 0.0159,
+    "babyllama_tok105 - babyllama_tok361": 0.0236,
+}
+"""The score of independent pairs of really trained checkpoints; the first is a hard negative."""
+
+
+def analytic_sd(width: int, terms: int = 1) -> float:
+    """Standard deviation of a mean of ``terms`` product cosines in random d-dimensional bases.
+
+    E<P, U Q V>^2 = |P|^2 |Q|^2 / d^2 for independent Haar rotations U, V.
+
+    Raises:
+        ConfigError: for a width or a number of terms below 1.
+    """
+    check(width >= 1, "width", width, ">= 1 (dimensions)")
+    check(terms >= 1, "terms", terms, ">= 1 (products)")
+    return 1.0 / (width * math.sqrt(terms))
+
+
+@dataclass(frozen=True)
+class NullDistribution:
+    """Scores of independent pairs.
+
+    Args:
+        scores: at least two measured scores.
+        sd_floor: least standard deviation, such as :func:`analytic_sd`.
+    """
+
+    scores: tuple[float, ...]
+    sd_floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.scores) < 2 or not all(math.isfinite(s) for s in self.scores):
+            raise LineageError(f"null scores={self.scores}: must be two or more finite numbers")
+
+    @property
+    def mean(self) -> float:
+        """Mean score."""
+        return sum(self.scores) / len(self.scores)
+
+    @property
+    def sd(self) -> float:
+        """Unbiased standard deviation, at least ``sd_floor``."""
+        mean, n = self.mean, len(self.scores)
+        found = math.sqrt(sum((s - mean) ** 2 for s in self.scores) / (n - 1))
+        return max(found, self.sd_floor, 1e-12)
+
+    def _scale(self) -> float:
+        return self.sd * math.sqrt(1.0 + 1.0 / len(self.scores))
+
+    def p_value(self, score: float) -> float:
+        """P(an independent pair scores at least this), predictive."""
+        spread = (score - self.mean) / self._scale()
+        empirical = float(t.sf(spread, len(self.scores) - 1))
+        analytic = float(norm.sf(score / self.sd_floor)) if self.sd_floor > 0 else 0.0
+        return max(empirical, analytic)
+
+    def threshold(self, alpha: float) -> float:
+        """The score that an independent pair exceeds with probability ``alpha``."""
+        check(0 < alpha < 1, "alpha", alpha, "in (0, 1)")
+        return self.mean + self._scale() * float(t.isf(alpha, len(self.scores) - 1))
+
+    def z(self, score: float) -> float:
+        """Distance from the null in standard deviations, as AWM's tables report it."""
+        return (score - self.mean) / self.sd
+
+
+@dataclass(frozen=True)
+class VerdictConfig:
+    """How sure a verdict must be.
+
+    Attributes:
+        alpha: false-positive rate of "in_lineage".
+        least: least score of "in_lineage", however unlikely a smaller one is under the null.
+        block_alpha: family-wise rate (Bonferroni over blocks) at which a block counts as related.
+        central: a score whose p-value is above this lies inside the null.
+    """
+
+    alpha: float = 1e-3
+    least: float = 0.3
+    block_alpha: float = 0.05
+    central: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "block_alpha", "central"):
+            value = getattr(self, name)
+            check(0 < value < 1, name, value, "in (0, 1) (probability)")
+        check(0 <= self.least <= 1, "least", self.least, "in [0, 1] (cosine)")
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and what it rests on.
+
+    Attributes:
+        verdict: one of three outcomes; ``exit_code`` is 0, 1 or 2.
+        score: the similarity judged.
+        p_value: probability of such a score between independent models.
+        false_positive_rate: alpha of the test.
+        threshold: the score needed.
+        z: distance from the null in its standard deviations.
+        block_p: p-value of each block.
+        diverged: blocks that look like a stranger's, in a model that is otherwise in lineage:
+            replaced or spliced.
+    """
+
+    verdict: Outcome
+    score: float
+    p_value: float
+    false_positive_rate: float
+    threshold: float
+    z: float
+    block_p: tuple[float, ...]
+    diverged: tuple[int, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 in lineage, 1 not shown, 2 independent."""
+        return EXIT_CODES[self.verdict]
+
+
+def default_null(width: int, terms: int) -> NullDistribution:
+    """The measured pairs, with the analytic spread of this width as a floor.
+
+    The null is centred on the measured scores (0.02), not on 0: hard negatives are in it.
+    """
+    analytic = analytic_sd(width, terms)
+    return NullDistribution(tuple(MEASURED.values()), max(analytic, 0.01))
+
+
+def block_null(null: NullDistribution, width: int, terms: int = 2) -> NullDistribution:
+    """The null of one block: the same centre, the spread of a mean of ``terms`` products."""
+    return NullDistribution(null.scores, max(null.sd_floor, analytic_sd(width, terms), 0.025))
+
+
+def judge(
+    similarity: Similarity,
+    width: int,
+    *,
+    null: NullDistribution | None = None,
+    per_block: NullDistribution | None = None,
+    config: VerdictConfig | None = None,
+) -> Judgement:
+    """Judge a score (of ``AlignedProducts`` unless other nulls are given).
+
+    Args:
+        similarity: value and per-block values.
+        width: residual width d, for the analytic part.
+        null: scores of independent pairs; None for the measured ones.
+        per_block: scores of single blocks of independent pairs.
+    """
+    config = config or VerdictConfig()
+    blocks = similarity.per_block
+    null = null or default_null(width, max(1, 2 * len(blocks)))
+    single = per_block or block_null(null, width)
+    p = null.p_value(similarity.value)
+    threshold = max(config.least, null.threshold(config.alpha))
+    block_p = tuple(single.p_value(s) for s in blocks)
+    bound = config.block_alpha / max(1, len(blocks))
+    strangers = tuple(i for i, value in enumerate(block_p) if value > bound)
+    outcome: Outcome = "not_shown"
+    if similarity.value >= threshold:
+        outcome = "in_lineage"
+    elif p > config.central and len(strangers) == len(blocks):
+        outcome = "independent"
+    return Judgement(
+        verdict=outcome,
+        score=similarity.value,
+        p_value=p,
+        false_positive_rate=config.alpha,
+        threshold=threshold,
+        z=null.z(similarity.value),
+        block_p=block_p,
+        diverged=strangers if outcome != "independent" else (),
+    )
+
+
+def auc(positives: Iterable[float], negatives: Iterable[float]) -> float:
+    """Area under the ROC curve: the share of pairs in the right order, ties counting half.
+
+    Raises:
+        LineageError: if either side is empty.
+    """
+    high, low = list(positives), list(negatives)
+    if not high or not low:
+        raise LineageError(f"auc: {len(high)} positives and {len(low)} negatives, need both")
+    right = sum((p > n) + 0.5 * (p == n) for p in high for n in low)
+    return right / (len(high) * len(low))
+
+
+def separation(positives: Sequence[float], negatives: Sequence[float]) -> float:
+    """AWM's |Z|: mean distance of the positives from the negatives in the negatives' sd."""
+    null = NullDistribution(tuple(negatives))
+    return sum(abs(null.z(p)) for p in positives) / max(1, len(positives))

@@ -1,0 +1,4 @@
+"""Names of fedsplit's own Flower message types, apart so that reading them loads nothing."""
+
+STEP_TYPE = "query.fedsplit_step"
+WHO_TYPE = "query.fedsplit_who"

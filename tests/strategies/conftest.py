@@ -1,0 +1,71 @@
+"""Fixtures for runs within one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.strategies.local_grid import LocalGrid
+from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama
+
+from fedsplit.config import RunConfig
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl", 120)
+
+
+@pytest.fixture
+def make_config(
+    tiny_bert: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """Return a function from overrides to the settings of a small classification run."""
+    monkeypatch.setenv("FEDSPLIT_SIMULATION", "1")
+    monkeypatch.setenv("FEDSPLIT_HOME", str(tmp_path / "homes"))
+
+    def make(**overrides: Any) -> RunConfig:
+        flat: dict[str, Any] = {
+            "model.name": str(tiny_bert),
+            "model.labels": 3,
+            "model.max-tokens": 16,
+            "train.rounds": 2,
+            "train.batch-size": 4,
+            "train.max-steps": 3,
+            "train.lr": 1e-2,
+            "data.kind": "file",
+            "data.path": str(texts),
+            "data.owners": 3,
+            "data.partition": "iid",
+            "session.codec": "fp32",
+            "session.wave-wait-s": 20.0,
+            "session.deadline-s": 20.0,
+            "output.dir": str(tmp_path / "server"),
+            "output.transcript": True,
+        }
+        flat.update({k.replace("__", ".").replace("_", "-"): v for k, v in overrides.items()})
+        return RunConfig.from_flat(flat)
+
+    return make
+
+
+@pytest.fixture
+def run_locally() -> Any:
+    """Return a function that carries out a run within this process: config -> (grid, server)."""
+    from tests.strategies.run_local import run_local
+
+    return run_local
+
+
+__all__ = ["LocalGrid"]

@@ -1,0 +1,103 @@
+"""A Flower grid within one process: real messages, real sessions, no SuperLink and no Ray."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsplit import client_work
+from fedsplit.config import RunConfig
+
+HANDLERS = {
+    "train": client_work.session,
+    "evaluate": client_work.session,
+    "query.fedsplit_step": client_work.step,
+    "query.fedsplit_who": client_work.who,
+}
+
+
+class LocalGrid(Grid):
+    """Runs every message in a thread of its own, at most ``slots`` at a time."""
+
+    def __init__(
+        self, config: RunConfig, owners: int, *, slots: int = 64, run_id: int = 7, first: int = 1000
+    ) -> None:
+        self.config = config
+        self.run_id = run_id
+        TaskIdentity.run_id = run_id  # Flower sets them where it starts an app's process
+        TaskIdentity.node_id = TaskIdentity.task_id = 1
+        # Node ids are not in the order of the owners, as in a real run.
+        self.nodes = {first + 17 * (owners - i): i for i in range(owners)}
+        self.slots = threading.Semaphore(slots)
+        self.sent: list[Message] = []
+        self.replies: list[Message] = []
+        self.dead: set[int] = set()
+        self.node_configs: dict[int, dict[str, Any]] = {}
+
+    def set_run(self, run: Any) -> None:
+        raise AssertionError("not used")
+
+    @property
+    def run(self) -> Any:
+        raise AssertionError("not used")
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        raise AssertionError("not used")
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def get_nodes(self) -> Any:
+        raise AssertionError("not used")
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise AssertionError("not used")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise AssertionError("not used")
+
+    def context(self, node: int) -> Context:
+        index = self.nodes[node]
+        node_config: dict[str, Any] = {"partition-id": index, "num-partitions": len(self.nodes)}
+        node_config |= self.node_configs.get(index, {})
+        return Context(
+            run_id=self.run_id,
+            node_id=node,
+            node_config=node_config,
+            state=RecordDict(),
+            run_config=dict(self.config.to_flat()),
+        )
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        replies: list[Message] = []
+        threads = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self.sent.append(message)
+            thread = threading.Thread(target=self._work, args=(message, replies), daemon=True)
+            thread.start()
+            threads.append(thread)
+        for thread in threads:
+            thread.join(timeout)
+        self.replies += replies
+        return replies
+
+    def _work(self, message: Message, replies: list[Message]) -> None:
+        node = message.metadata.dst_node_id
+        if self.nodes[node] in self.dead:
+            return
+        with self.slots:
+            handler = HANDLERS[message.metadata.message_type]
+            reply = handler(message, self.context(node))
+            reply.metadata.__dict__["_src_node_id"] = node
+            replies.append(reply)
+
