@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsplit.attacks.attribute import AttributeInference
 from fedsplit.attacks.label_leakage import LabelLeakage
 from fedsplit.attacks.map_inversion import MapInversion
 from fedsplit.attacks.nearest import NearestNeighbour
@@ -16,6 +17,7 @@ from fedsplit.attacks.optimisation import OptimisationInversion
 from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
 
 ATTACKS: dict[str, type[Any]] = {
+    "attribute": AttributeInference,
     "label_leakage": LabelLeakage,
     "map": MapInversion,
     "nearest": NearestNeighbour,
@@ -25,6 +27,7 @@ ATTACKS: dict[str, type[Any]] = {
 __all__ = [
     "ATTACKS",
     "AttackResult",
+    "AttributeInference",
     "Inversion",
     "LabelLeakage",
     "MapInversion",

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
-from fedsplit.privacy.candidates import Candidates
+from fedsplit.privacy.candidates import Candidates, LinearCandidates
 from fedsplit.privacy.mechanism import Mechanism
+from fedsplit.privacy.posterior import whiten
 from fedsplit.privacy.scan import search
 
 
@@ -54,11 +55,14 @@ class MapInversion:
             log_prior: ``(V,)``; None for a uniform one (then it is the nearest neighbour).
 
         Raises:
-            PrivacyError: if the mechanism's law does not depend on distance alone.
+            PrivacyError: if the mechanism's law is not known.
         """
         start = time.perf_counter()
+        whitener = mechanism.whitener()
+        if whitener is not None:
+            candidates = LinearCandidates(candidates, whitener)
         ids, _ = search(
-            representations,
+            whiten(representations, whitener),
             candidates,
             self.top_k,
             log_likelihood=mechanism.log_likelihood,

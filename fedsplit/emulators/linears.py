@@ -60,7 +60,7 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix (m, n) that this layer applies, made on each access."""
-        downs = self.down.split(list(self.ranks))
+        downs = torch.split(self.down, list(self.ranks))
         return self._ordered([self.group(i) @ d for i, d in enumerate(downs)], 0)
 
     def _ordered(self, parts: list[Tensor], dim: int) -> Tensor:
@@ -71,7 +71,8 @@ class LowRankLinear(nn.Module):
         """Map (..., n) to (..., m)."""
         inner = F.linear(x, self.down)  # (..., sum of ranks)
         parts = [
-            F.linear(z, self.group(i)) for i, z in enumerate(inner.split(list(self.ranks), -1))
+            F.linear(z, self.group(i))
+            for i, z in enumerate(torch.split(inner, list(self.ranks), -1))
         ]
         y = self._ordered(parts, inner.dim() - 1)
         return y if self.bias is None else y + self.bias

@@ -112,7 +112,7 @@ class EmulatorPlan:
 
     @classmethod
     def with_adapters(
-        cls, layers: int, adapters: Sequence[int], rest: str = KEEP, **changes: float
+        cls, layers: int, adapters: Sequence[int], rest: str = KEEP, beta: float = 0.0
     ) -> EmulatorPlan:
         """Return the plan with A at ``adapters`` and every other block in one role.
 
@@ -121,7 +121,7 @@ class EmulatorPlan:
         """
         chosen = check_positions(layers, adapters)
         roles = tuple(ADAPTER if i in chosen else rest for i in range(layers))
-        return cls(roles, **changes)
+        return cls(roles, beta=beta)
 
     @classmethod
     def from_scores(

@@ -53,7 +53,9 @@ class Canvas:
                 clip = f' clip-path="url(#c{clips.index(text)})"'
             alpha = "" if shape.opacity >= 0.999 else f' fill-opacity="{shape.opacity:.3f}"'
             body.append(f'<path d="{_path(shape.points)}" fill="{_hex(shape.fill)}"{alpha}{clip}/>')
-        defs = "".join(f'<clipPath id="c{i}"><path d="{t}"/></clipPath>' for i, t in enumerate(clips))
+        defs = "".join(
+            f'<clipPath id="c{i}"><path d="{t}"/></clipPath>' for i, t in enumerate(clips)
+        )
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{size}" height="{size}" '
             f'viewBox="0 0 {SIDE:g} {SIDE:g}"><defs>{defs}</defs>{"".join(body)}</svg>\n'
@@ -78,7 +80,8 @@ class Canvas:
             alpha = mask[..., None] * shape.opacity
             area = image[top : top + mask.shape[0], left : left + mask.shape[1]]
             area += alpha * (np.array(shape.fill) - area)
-        return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+        pixels: NDArray[np.uint8] = np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+        return pixels
 
     def png(self, size: int = 512) -> bytes:
         """The drawing as a PNG file's bytes."""
@@ -124,13 +127,15 @@ def _coverage(
     fine = (points * scale - low) * oversample
     rows, cols = height * oversample, width * oversample
     toggles = np.zeros((rows, cols + 1), np.int32)
-    for (x0, y0), (x1, y1) in zip(fine, np.roll(fine, -1, 0), strict=True):
-        if y0 == y1:
-            continue
-        first, last = sorted((y0, y1))
-        ys = np.arange(max(0, int(np.ceil(first - 0.5))), min(rows, int(np.ceil(last - 0.5))))
-        xs = x0 + (ys + 0.5 - y0) * (x1 - x0) / (y1 - y0)
-        np.add.at(toggles, (ys, np.ceil(xs - 0.5).astype(int).clip(0, cols)), 1)
+    (x0, y0), (x1, y1) = fine.T, np.roll(fine, -1, 0).T
+    first = np.ceil(np.minimum(y0, y1) - 0.5).astype(int).clip(0, rows)
+    count = np.ceil(np.maximum(y0, y1) - 0.5).astype(int).clip(0, rows) - first
+    edge = np.repeat(np.arange(len(fine)), count)  # each edge once per row that it crosses
+    start = np.repeat(np.cumsum(count) - count, count)
+    ys = first[edge] + np.arange(len(edge)) - start
+    slope = (x1 - x0)[edge] / (y1 - y0)[edge]
+    xs = x0[edge] + (ys + 0.5 - y0[edge]) * slope
+    np.add.at(toggles, (ys, np.ceil(xs - 0.5).astype(int).clip(0, cols)), 1)
     inside = (np.cumsum(toggles[:, :-1], 1) % 2).astype(np.float64)
     mask = inside.reshape(height, oversample, width, oversample).mean((1, 3))
     return (int(low[1]), int(low[0])), mask

@@ -1,23 +1,17 @@
 """A dog for a model: near vectors look alike, strangers plainly differ.
 
 HuRef (arXiv 2312.04828), section 5, feeds its 512-vector to a StyleGAN2 trained on AFHQ dogs, whose
-weights cannot be redistributed.  The generator only has to be smooth, so this one draws: the vector
-goes through a fixed orthonormal projection onto a few dozen directions, each of which steers one
-breed-like trait (coat, pattern, ears, muzzle, eyes, tongue, background).  Angles are used for
-colours, so that every hue is equally likely and none has an edge.
-
-Guarantee: every trait is a Lipschitz function of the vector; for z ~ N(0, I) traits are
-independent.  A picture is for people; decisions are :mod:`fedsplit.fingerprints.verdict`'s.
+weights cannot be redistributed.  The generator only has to be smooth, so this one draws: see
+:mod:`fedsplit.fingerprints.portrait_traits` for how the vector becomes traits.  A picture is for
+people; decisions are :mod:`fedsplit.fingerprints.verdict`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr
+from numpy.typing import ArrayLike
 
 from fedsplit.errors import LineageError
 from fedsplit.fingerprints.canvas import (
@@ -30,95 +24,18 @@ from fedsplit.fingerprints.canvas import (
     smooth,
     stroke,
 )
-from fedsplit.seeding import numpy_generator
-
-DIMENSION = 512
-SEED = 20231206
-
-COATS: tuple[Colour, ...] = (
-    (0.96, 0.87, 0.70),  # cream
-    (0.90, 0.66, 0.32),  # golden
-    (0.72, 0.38, 0.17),  # red
-    (0.42, 0.25, 0.15),  # chocolate
-    (0.17, 0.16, 0.18),  # black
-    (0.40, 0.44, 0.50),  # slate
-    (0.68, 0.68, 0.69),  # silver
-    (0.97, 0.96, 0.93),  # white
+from fedsplit.fingerprints.portrait_traits import (
+    BLACK,
+    COATS,
+    EYES,
+    WHITE,
+    around,
+    hue,
+    light,
+    mix,
+    step,
+    traits,
 )
-EYES: tuple[Colour, ...] = (
-    (0.24, 0.13, 0.07),
-    (0.45, 0.26, 0.10),
-    (0.72, 0.47, 0.13),
-    (0.45, 0.52, 0.25),
-    (0.35, 0.58, 0.78),
-)
-TRAITS = (
-    "coat_x coat_y mark_x mark_y ground_x ground_y collar_x collar_y "
-    "ear_droop ear_length ear_width ear_set ear_dark face_width cheek jaw brow "
-    "muzzle_width muzzle_length muzzle_light nose_size nose_tone eye_size eye_gap eye_colour "
-    "eye_lid tongue blaze mask left_patch right_patch spots brows chest fluff tilt halo stripe"
-).split()
-
-
-@lru_cache(maxsize=1)
-def projection() -> NDArray[np.float64]:
-    """The fixed orthonormal projection, (traits, 512)."""
-    raw = numpy_generator(SEED, "portrait").standard_normal((DIMENSION, len(TRAITS)))
-    basis, upper = np.linalg.qr(raw)
-    out: NDArray[np.float64] = (basis * np.sign(np.diag(upper))).T
-    return out
-
-
-def traits(vector: ArrayLike) -> dict[str, float]:
-    """Trait values of a 512-vector: standard normal for "_x"/"_y", uniform in (0, 1) otherwise.
-
-    Raises:
-        LineageError: for another shape, or values that are not finite.
-    """
-    z = np.asarray(vector, dtype=np.float64)
-    if z.shape != (DIMENSION,) or not bool(np.isfinite(z).all()):
-        raise LineageError(f"vector of shape {z.shape}: must be ({DIMENSION},) and finite")
-    raw = projection() @ z
-    return {
-        name: float(value if name.endswith(("_x", "_y")) else ndtr(value))
-        for name, value in zip(TRAITS, raw, strict=True)
-    }
-
-
-def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """Colour between a (0) and b (1)."""
-    s = min(1.0, max(0.0, share))
-    return (a[0] + s * (b[0] - a[0]), a[1] + s * (b[1] - a[1]), a[2] + s * (b[2] - a[2]))
-
-
-def _around(wheel: Sequence[Colour], x: float, y: float) -> Colour:
-    """A colour on a closed palette at the angle of (x, y)."""
-    place = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * len(wheel)
-    i = int(place) % len(wheel)
-    share = place - int(place)
-    share = share * share * (3 - 2 * share)  # rest longer on the named colours
-    return mix(wheel[i], wheel[(i + 1) % len(wheel)], share)
-
-
-def _hue(x: float, y: float, saturation: float, value: float) -> Colour:
-    h = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * 6.0
-    parts = [value * (1 - saturation * max(0.0, min(1.0, min(k, 4 - k)))) for k in
-             ((n + h) % 6.0 for n in (5, 3, 1))]
-    return (parts[0], parts[1], parts[2])
-
-
-def _step(value: float, start: float, end: float) -> float:
-    """0 below start, 1 above end, smooth between."""
-    s = min(1.0, max(0.0, (value - start) / (end - start)))
-    return s * s * (3 - 2 * s)
-
-
-def _light(c: Colour) -> float:
-    return 0.3 * c[0] + 0.59 * c[1] + 0.11 * c[2]
-
-
-BLACK: Colour = (0.09, 0.07, 0.08)
-WHITE: Colour = (1.0, 0.99, 0.97)
 
 
 def draw(vector: ArrayLike) -> Canvas:
@@ -129,11 +46,11 @@ def draw(vector: ArrayLike) -> Canvas:
     """
     t = traits(vector)
     canvas = Canvas()
-    coat = _around(COATS, t["coat_x"], t["coat_y"])
-    second = _around(COATS[::-1], t["mark_x"], t["mark_y"])
-    if abs(_light(coat) - _light(second)) < 0.25:  # markings must show
-        gap = 0.25 - abs(_light(coat) - _light(second))
-        second = mix(second, WHITE if _light(coat) < 0.55 else (0.25, 0.15, 0.10), 2.2 * gap)
+    coat = around(COATS, t["coat_x"], t["coat_y"])
+    second = around(COATS[::-1], t["mark_x"], t["mark_y"])
+    if abs(light(coat) - light(second)) < 0.25:  # markings must show
+        gap = 0.25 - abs(light(coat) - light(second))
+        second = mix(second, WHITE if light(coat) < 0.55 else (0.25, 0.15, 0.10), 2.2 * gap)
     _background(canvas, t)
     _body(canvas, t, coat, second)
     ears_front = t["ear_droop"] > 0.55
@@ -149,11 +66,11 @@ def draw(vector: ArrayLike) -> Canvas:
 
 
 def _background(canvas: Canvas, t: dict[str, float]) -> None:
-    base = _hue(t["ground_x"], t["ground_y"], 0.42, 0.93)
+    base = hue(t["ground_x"], t["ground_y"], 0.36, 0.88)
     square = np.array([(0.0, 0.0), (200.0, 0.0), (200.0, 200.0), (0.0, 200.0)])
     canvas.add(square, base)
     canvas.add(ellipse(100, 100, 78 + 20 * t["halo"], 78 + 20 * t["halo"]), WHITE, 0.28)
-    show = _step(t["stripe"], 0.35, 0.7)
+    show = step(t["dots"], 0.35, 0.7)
     for i in range(8):
         x = 12.5 + 25 * i
         for y in (14.0, 186.0):
@@ -163,13 +80,20 @@ def _background(canvas: Canvas, t: dict[str, float]) -> None:
 def _body(canvas: Canvas, t: dict[str, float], coat: Colour, second: Colour) -> None:
     wide = 50 + 14 * t["fluff"]
     torso = smooth(
-        [(100 - wide, 215), (100 - wide + 3, 180), (74, 158), (100, 150), (126, 158),
-         (100 + wide - 3, 180), (100 + wide, 215)]
+        [
+            (100 - wide, 215),
+            (100 - wide + 3, 180),
+            (74, 158),
+            (100, 150),
+            (126, 158),
+            (100 + wide - 3, 180),
+            (100 + wide, 215),
+        ]
     )
     canvas.add(torso, mix(coat, BLACK, 0.13))
     bib = smooth([(78, 165), (100, 158), (122, 165), (114, 200), (100, 212), (86, 200)])
-    canvas.add(bib, second, _step(t["chest"], 0.3, 0.6), torso)
-    collar = _hue(t["collar_x"], t["collar_y"], 0.75, 0.78)
+    canvas.add(bib, second, step(t["chest"], 0.3, 0.6), torso)
+    collar = hue(t["collar_x"], t["collar_y"], 0.75, 0.78)
     canvas.add(
         smooth([(67, 163), (100, 173), (133, 163), (134, 171), (100, 182), (66, 171)]), collar
     )
@@ -184,23 +108,29 @@ def _ears(canvas: Canvas, t: dict[str, float], coat: Colour, second: Colour) -> 
     x, y = 59 + 8 * t["ear_set"] * (1 - droop) - 5 * droop, 62 - 6 * t["ear_set"] + 2 * droop
     # the ear's axis turns from up (slightly out) over sideways to down; 0 is up, + is outwards
     turn = np.interp(droop, [0.0, 0.35, 0.55, 0.75, 1.0], [0.22, 0.45, 1.75, 2.65, 2.95])
-    point = 1.0 - _step(droop, 0.25, 0.7)  # prick ears are pointed, hanging ones round
+    point = 1.0 - step(droop, 0.25, 0.7)  # prick ears are pointed, hanging ones round
     outline = [
-        (-wide, 0.05), (-wide * 0.98, 0.38), (-wide * (0.62 - 0.22 * point + 0.25 * (1 - point)), 0.76),
-        (0.0, 1.0), (wide * (0.62 - 0.22 * point + 0.25 * (1 - point)), 0.76),
-        (wide * 0.98, 0.38), (wide, 0.05), (0.0, -0.16),
+        (-wide, 0.05),
+        (-wide * 0.98, 0.38),
+        (-wide * (0.62 - 0.22 * point + 0.25 * (1 - point)), 0.76),
+        (0.0, 1.0),
+        (wide * (0.62 - 0.22 * point + 0.25 * (1 - point)), 0.76),
+        (wide * 0.98, 0.38),
+        (wide, 0.05),
+        (0.0, -0.16),
     ]
 
     def place(scale: float, reach: float) -> Points:
         out = []
         for across, along in outline:
             a, b = across * scale, along * long * reach
-            out.append((x - np.sin(turn) * b - np.cos(turn) * a,
-                        y - np.cos(turn) * b + np.sin(turn) * a))
+            out.append(
+                (x - np.sin(turn) * b - np.cos(turn) * a, y - np.cos(turn) * b + np.sin(turn) * a)
+            )
         return smooth(out)
 
     dark = mix(coat, BLACK, 0.10 + 0.22 * t["ear_dark"])
-    dark = mix(dark, second, 0.75 * _step(t["ear_dark"], 0.62, 0.85))
+    dark = mix(dark, second, 0.75 * step(t["ear_dark"], 0.62, 0.85))
     inner = mix((0.93, 0.68, 0.66), coat, 0.35)
     for flip in (False, True):
         outer, shade, pink = place(1.0, 1.0), place(0.82, 0.92), place(0.55, 0.80)
@@ -215,9 +145,15 @@ def _head(canvas: Canvas, t: dict[str, float], coat: Colour) -> Points:
     cheek = wide + 8 * (t["cheek"] - 0.35) + 5 * t["fluff"]
     jaw = 28 + 14 * t["jaw"]
     top = 44 - 7 * t["brow"]
-    right = [(100, top), (100 + 0.55 * wide, top + 4), (100 + 0.93 * wide, top + 24),
-             (100 + wide, 88), (100 + cheek, 112), (100 + 0.5 * (cheek + jaw), 136),
-             (100 + jaw * 0.8, 154)]
+    right = [
+        (100, top - 2),
+        (100 + 0.50 * wide, top + 4),
+        (100 + 0.86 * wide, top + 24),
+        (100 + wide, 88),
+        (100 + cheek, 112),
+        (100 + 0.5 * (cheek + jaw), 136),
+        (100 + jaw * 0.8, 154),
+    ]
     points = [*right, (100, 163), *[(200 - x, y) for x, y in right[:0:-1]]]
     outline = smooth([(float(a), float(b)) for a, b in points])
     middle = outline.mean(0)
@@ -230,48 +166,70 @@ def _head(canvas: Canvas, t: dict[str, float], coat: Colour) -> Points:
             edge = 100 + cheek - 2 - 3.2 * k
             lock = smooth([(edge - 8, y - 6), (edge + 2 + 11 * tuft, y + 5), (edge - 9, y + 8)])
             canvas.add(mirrored(lock) if flip else lock, coat)
-    canvas.add(ellipse(100, top + 20, 0.6 * wide, 15), WHITE, 0.10, outline)
+    canvas.add(ellipse(100, top + 12, 0.5 * wide, 9), WHITE, 0.06, outline)
     return outline
 
 
 def _markings(
     canvas: Canvas, t: dict[str, float], coat: Colour, second: Colour, head: Points
 ) -> None:
-    mask = _step(t["mask"], 0.45, 0.75)
-    face = smooth([(100, 84), (122, 92), (140, 118), (134, 150), (100, 168), (66, 150),
-                   (60, 118), (78, 92)])
+    mask = step(t["mask"], 0.45, 0.75)
+    face = smooth(
+        [(100, 84), (122, 92), (140, 118), (134, 150), (100, 168), (66, 150), (60, 118), (78, 92)]
+    )
     canvas.add(face, second, 0.95 * mask, head)
     for side, name in ((1.0, "right_patch"), (-1.0, "left_patch")):
-        grown = _step(t[name], 0.4, 0.85)
+        grown = step(t[name], 0.4, 0.85)
         canvas.add(
             ellipse(100 + side * 25, 88, 8 + 17 * grown, 10 + 18 * grown, -side * 0.35),
             second,
-            _step(t[name], 0.4, 0.55),
+            step(t[name], 0.4, 0.55),
             head,
         )
-    blaze = _step(t["blaze"], 0.35, 0.9)
-    stripe = smooth([(100, 30), (100 + 3 + 15 * blaze, 40), (100 + 2 + 7 * blaze, 80),
-                     (100 + 6 + 16 * blaze, 118), (100, 130), (100 - 6 - 16 * blaze, 118),
-                     (100 - 2 - 7 * blaze, 80), (100 - 3 - 15 * blaze, 40)])
-    canvas.add(stripe, mix(second, WHITE, 0.45), _step(t["blaze"], 0.35, 0.5), head)
-    spots = _step(t["spots"], 0.55, 0.85)
-    ink = mix(coat, BLACK, 0.55) if _light(coat) > 0.35 else mix(coat, WHITE, 0.35)
-    for x, y, r in ((72, 60, 6), (128, 66, 7.5), (60, 104, 5.5), (143, 108, 6.5), (112, 54, 4),
-                    (84, 71, 4), (136, 88, 4.5), (64, 84, 5), (88, 52, 3.5), (120, 140, 4)):
+    blaze = step(t["blaze"], 0.35, 0.9)
+    stripe = smooth(
+        [
+            (100, 30),
+            (100 + 3 + 15 * blaze, 40),
+            (100 + 2 + 7 * blaze, 80),
+            (100 + 6 + 16 * blaze, 118),
+            (100, 130),
+            (100 - 6 - 16 * blaze, 118),
+            (100 - 2 - 7 * blaze, 80),
+            (100 - 3 - 15 * blaze, 40),
+        ]
+    )
+    canvas.add(stripe, mix(second, WHITE, 0.45), step(t["blaze"], 0.35, 0.5), head)
+    spots = step(t["spots"], 0.55, 0.85)
+    ink = mix(coat, BLACK, 0.55) if light(coat) > 0.35 else mix(coat, WHITE, 0.35)
+    for x, y, r in (
+        (72, 60, 6),
+        (128, 66, 7.5),
+        (60, 104, 5.5),
+        (143, 108, 6.5),
+        (112, 54, 4),
+        (84, 71, 4),
+        (136, 88, 4.5),
+        (64, 84, 5),
+        (88, 52, 3.5),
+        (120, 140, 4),
+    ):
         canvas.add(ellipse(x, y, r * spots, 0.85 * r * spots, 0.4), ink, 0.85 * spots, head)
-    brows = _step(t["brows"], 0.5, 0.7)
-    tan = (0.83, 0.58, 0.30) if _light(coat) < 0.5 else mix(coat, BLACK, 0.45)
+    brows = step(t["brows"], 0.5, 0.7)
+    tan = (0.83, 0.58, 0.30) if light(coat) < 0.5 else mix(coat, BLACK, 0.45)
     for side in (-1, 1):
         canvas.add(ellipse(100 + side * 24, 74, 6.5, 4.2, side * 0.3), tan, 0.9 * brows, head)
 
 
 def _muzzle(canvas: Canvas, t: dict[str, float], coat: Colour, second: Colour) -> None:
     wide, long = 22 + 11 * t["muzzle_width"], 20 + 12 * t["muzzle_length"]
-    pale = mix(mix(coat, second, _step(t["mask"], 0.45, 0.75)), WHITE, 0.25 + 0.5 * t["muzzle_light"])
+    pale = mix(
+        mix(coat, second, step(t["mask"], 0.45, 0.75)), WHITE, 0.25 + 0.5 * t["muzzle_light"]
+    )
     centre = 118 + 0.35 * long
     nose_y = centre - 0.55 * long + 2
     mouth = centre + 0.38 * long
-    tongue = _step(t["tongue"], 0.3, 0.75)
+    tongue = step(t["tongue"], 0.3, 0.75)
     drop = 26 * tongue
     canvas.add(ellipse(100, mouth + 2, 0.5 * wide, 9 + 0.2 * drop), mix(coat, BLACK, 0.55))
     if drop > 1:
@@ -283,11 +241,18 @@ def _muzzle(canvas: Canvas, t: dict[str, float], coat: Colour, second: Colour) -
         )
         canvas.add(stroke([(100, mouth + 3), (100, tip - 6)], 1.8), (0.78, 0.30, 0.37))
     snout = smooth(
-        [(100, centre - long), (100 + 0.62 * wide, centre - 0.62 * long), (100 + wide, centre),
-         (100 + 0.72 * wide, centre + 0.45 * long), (100 + 0.30 * wide, centre + 0.50 * long),
-         (100, mouth), (100 - 0.30 * wide, centre + 0.50 * long),
-         (100 - 0.72 * wide, centre + 0.45 * long), (100 - wide, centre),
-         (100 - 0.62 * wide, centre - 0.62 * long)]
+        [
+            (100, centre - long),
+            (100 + 0.62 * wide, centre - 0.62 * long),
+            (100 + wide, centre),
+            (100 + 0.72 * wide, centre + 0.45 * long),
+            (100 + 0.30 * wide, centre + 0.50 * long),
+            (100, mouth),
+            (100 - 0.30 * wide, centre + 0.50 * long),
+            (100 - 0.72 * wide, centre + 0.45 * long),
+            (100 - wide, centre),
+            (100 - 0.62 * wide, centre - 0.62 * long),
+        ]
     )
     canvas.add(snout + np.array([0.0, 1.6]), mix(pale, BLACK, 0.25))
     canvas.add(snout, pale)
@@ -295,21 +260,35 @@ def _muzzle(canvas: Canvas, t: dict[str, float], coat: Colour, second: Colour) -
     canvas.add(stroke([(100, nose_y + 8), (100, mouth)], 2.2), line)
     for side in (-1, 1):
         canvas.add(
-            stroke([(100, mouth - 1), (100 + side * 0.28 * wide, mouth + 3.6),
-                    (100 + side * 0.62 * wide, mouth + 0.6)], 2.4),
+            stroke(
+                [
+                    (100, mouth - 1),
+                    (100 + side * 0.28 * wide, mouth + 3.6),
+                    (100 + side * 0.62 * wide, mouth + 0.6),
+                ],
+                2.4,
+            ),
             line,
         )
         for k in range(3):
             canvas.add(
-                ellipse(100 + side * (0.42 + 0.16 * k) * wide, centre + (3.5 if k == 1 else 0), 1.1,
-                        1.1),
-                line, 0.6,
+                ellipse(
+                    100 + side * (0.42 + 0.16 * k) * wide, centre + (3.5 if k == 1 else 0), 1.1, 1.1
+                ),
+                line,
+                0.6,
             )
     size = 10 + 5 * t["nose_size"]
-    tone = mix(BLACK, (0.52, 0.28, 0.24), _step(t["nose_tone"], 0.55, 0.95))
+    tone = mix(BLACK, (0.52, 0.28, 0.24), step(t["nose_tone"], 0.55, 0.95))
     nose = smooth(
-        [(100 - size, nose_y - 4.0), (100, nose_y - 6.8), (100 + size, nose_y - 4.0),
-         (100 + 0.72 * size, nose_y + 3.6), (100, nose_y + 0.78 * size), (100 - 0.72 * size, nose_y + 3.6)]
+        [
+            (100 - size, nose_y - 4.0),
+            (100, nose_y - 6.8),
+            (100 + size, nose_y - 4.0),
+            (100 + 0.72 * size, nose_y + 3.6),
+            (100, nose_y + 0.78 * size),
+            (100 - 0.72 * size, nose_y + 3.6),
+        ]
     )
     canvas.add(nose, tone)
     canvas.add(ellipse(100, nose_y - 3.4, 0.45 * size, 1.7), WHITE, 0.42)
@@ -322,8 +301,8 @@ def _eyes(canvas: Canvas, t: dict[str, float], coat: Colour) -> None:
     place = t["eye_colour"] * (len(EYES) - 1)
     i = min(int(place), len(EYES) - 2)
     iris = mix(EYES[i], EYES[i + 1], place - i)
-    rim = mix(coat, BLACK, 0.72 if _light(coat) > 0.3 else 0.4)
-    if _light(coat) <= 0.3:
+    rim = mix(coat, BLACK, 0.72 if light(coat) > 0.3 else 0.4)
+    if light(coat) <= 0.3:
         rim = mix(coat, BLACK, 0.6)
     for side in (-1, 1):
         x, y = 100 + side * gap, 91.0
@@ -334,12 +313,25 @@ def _eyes(canvas: Canvas, t: dict[str, float], coat: Colour) -> None:
         canvas.add(ellipse(x - side * 0.5, y + 0.3, 0.50 * size, 0.50 * size), BLACK, 1.0, eye)
         canvas.add(ellipse(x - 2.2, y - 2.8, 0.24 * size, 0.24 * size), WHITE)
         canvas.add(ellipse(x + 2.0, y + 2.6, 0.11 * size, 0.11 * size), WHITE, 0.8)
-        lid = size * (1.9 - 1.05 * t["eye_lid"])
-        canvas.add(ellipse(x, y - lid, 1.35 * size, 0.98 * size, side * 0.25), mix(coat, BLACK, 0.12),
-                   1.0, ellipse(x, y, size + 2.2, size * 0.92 + 2.2, side * 0.12))
-        canvas.add(stroke([(x - side * 7, y - size - 6.5 + 2 * t["brow"]),
-                           (x + side * 1, y - size - 8.5), (x + side * 9, y - size - 5.0)],
-                          2.6), rim, 0.55)
+        lid = size * (2.0 - 0.75 * t["eye_lid"])
+        canvas.add(
+            ellipse(x, y - lid, 1.35 * size, 0.98 * size, side * 0.25),
+            mix(coat, BLACK, 0.12),
+            1.0,
+            ellipse(x, y, size + 2.2, size * 0.92 + 2.2, side * 0.12),
+        )
+        canvas.add(
+            stroke(
+                [
+                    (x - side * 7, y - size - 6.5 + 2 * t["brow"]),
+                    (x + side * 1, y - size - 8.5),
+                    (x + side * 9, y - size - 5.0),
+                ],
+                2.6,
+            ),
+            rim,
+            0.55,
+        )
 
 
 def portrait_svg(vector: ArrayLike, size: int = 512) -> str:
@@ -361,11 +353,11 @@ def sheet_png(rows: Sequence[Sequence[ArrayLike | None]], size: int = 256, gap: 
     across = max((len(r) for r in rows), default=0)
     if across == 0:
         raise LineageError("sheet: has no portraits")
-    step = size + gap
-    page = np.full((len(rows) * step + gap, across * step + gap, 3), 255, np.uint8)
+    pitch = size + gap
+    page = np.full((len(rows) * pitch + gap, across * pitch + gap, 3), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, vector in enumerate(row):
             if vector is not None:
-                top, left = gap + i * step, gap + j * step
+                top, left = gap + i * pitch, gap + j * pitch
                 page[top : top + size, left : left + size] = draw(vector).pixels(size)
     return encode_png(page)

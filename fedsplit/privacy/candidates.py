@@ -76,6 +76,24 @@ class MatrixCandidates(Candidates):
         yield 0, self.matrix
 
 
+class LinearCandidates(Candidates):
+    """Candidates in other coordinates: every vector times ``matrix``, ``(d, d)``."""
+
+    def __init__(self, inner: Candidates, matrix: Tensor) -> None:
+        if matrix.shape != (inner.dim, inner.dim):
+            raise PrivacyError(
+                f"matrix.shape={tuple(matrix.shape)}: must be ({inner.dim}, {inner.dim})"
+            )
+        self._inner, self.device = inner, inner.device
+        self._matrix = matrix.to(inner.device, torch.float32)
+        self.positions, self.vocab_size, self.dim = inner.positions, inner.vocab_size, inner.dim
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """See :meth:`Candidates.blocks`."""
+        for first, block in self._inner.blocks():
+            yield first, block @ self._matrix
+
+
 class BottomCandidates(Candidates):
     """Candidates computed through a bottom as they are needed; see :func:`candidates_through`."""
 

@@ -52,20 +52,24 @@ def count_tokens(
         raise DataError(f"labels={len(labels)}: must be as many as samples ({len(token_lists)})")
     classes = sorted(set(labels))
     row = {label: i for i, label in enumerate(classes)}
-    special = np.fromiter(special_ids, dtype=np.int64)
-    samples = [np.asarray(ids, dtype=np.int64) for ids in token_lists]
-    samples = [ids[~np.isin(ids, special)] for ids in samples]
-    if not sum(ids.size for ids in samples):
+    lengths = np.asarray([len(ids) for ids in token_lists], dtype=np.int64)
+    parts = [np.asarray(ids, dtype=np.int64) for ids in token_lists]
+    flat = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)  # (N,)
+    rows = np.asarray([row[label] for label in labels], dtype=np.int64)  # (S,)
+    sample = np.repeat(np.arange(len(parts)), lengths)
+    use = ~np.isin(flat, np.fromiter(special_ids, dtype=np.int64))
+    flat, sample = flat[use], sample[use]
+    if not flat.size:
         raise DataError("token_lists: 0 tokens: must hold at least one that is not special")
-    if min(int(ids.min()) for ids in samples if ids.size) < 0:
-        raise DataError("token_lists: negative id: must be >= 0")
-    width = 1 + max(int(ids.max()) for ids in samples if ids.size)
-    tokens = np.zeros((len(classes), width), dtype=np.int64)
-    documents = np.zeros_like(tokens)
-    for ids, label in zip(samples, labels, strict=True):
-        np.add.at(tokens[row[label]], ids, 1)
-        documents[row[label], np.unique(ids)] += 1
-    count = np.asarray([sum(1 for x in labels if x == c) for c in classes], dtype=np.int64)
+    if int(flat.min()) < 0:
+        raise DataError(f"token_lists: id={int(flat.min())}: must be >= 0")
+    width, shape = 1 + int(flat.max()), (len(classes), -1)
+    size = len(classes) * width
+    tokens = np.bincount(rows[sample] * width + flat, minlength=size).reshape(shape)
+    once = np.unique(sample * width + flat)  # one per (sample, id)
+    documents = np.bincount(rows[once // width] * width + once % width, minlength=size)
+    documents = documents.reshape(shape)
+    count = np.bincount(rows, minlength=len(classes))
     return classes, TokenCounts(tokens=tokens, documents=documents, samples=count)
 
 

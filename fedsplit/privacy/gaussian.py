@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -105,7 +106,7 @@ class Gaussian(Mechanism):
             object.__setattr__(self, field, float(value))
         check(self.delta < 1, "delta", self.delta, "< 1 (probability)")
 
-    @property
+    @cached_property
     def sigma(self) -> float:
         """Standard deviation per coordinate (length units of the representation)."""
         return gaussian_ratio(self.epsilon, self.delta) * 2 * self.clip

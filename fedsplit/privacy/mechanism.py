@@ -55,12 +55,17 @@ class Mechanism(ABC):
     def log_likelihood(self, squared: Tensor) -> Tensor:
         """Return log p(received | candidate) up to a constant, from squared L2 distances.
 
-        What a server that denoises, or an attacker, may compute; may overwrite ``squared``.
+        What a server that denoises, or an attacker, may compute; may overwrite ``squared``.  The
+        distances are between vectors times :meth:`whitener`, where there is one.
 
         Raises:
             PrivacyError: if the mechanism's law is not a function of that distance.
         """
-        raise PrivacyError(f"mechanism={self.name!r}: must have noise that depends on length alone")
+        raise PrivacyError(f"mechanism={self.name!r}: must have noise whose law is known")
+
+    def whitener(self) -> Tensor | None:
+        """Return a public, invertible ``(d, d)`` after which the noise is isotropic, or None."""
+        return None
 
     @abstractmethod
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:

@@ -128,6 +128,14 @@ class Pac(Mechanism):
         noise = torch.from_numpy(stream.normal(tuple(hidden.shape))) @ self._root  # (T, d)
         return add_noise(hidden, noise, scale)
 
+    def log_likelihood(self, squared: Tensor) -> Tensor:
+        """See :meth:`Mechanism.log_likelihood`."""
+        return squared.mul_(-0.5)
+
+    def whitener(self) -> Tensor | None:
+        """See :meth:`Mechanism.whitener`."""
+        return torch.linalg.inv(self._root)
+
     def guarantee(self, views: int = 1) -> str:
         """See :meth:`Mechanism.guarantee`."""
         check_views(views)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import ConfigError, check
-from fedsplit.privacy.candidates import Candidates, rows_by_position
+from fedsplit.privacy.candidates import Candidates, LinearCandidates, rows_by_position
 from fedsplit.privacy.mechanism import Mechanism
 from fedsplit.privacy.scan import check_prior, posterior_, product_blocks
 
@@ -74,16 +74,18 @@ class Denoiser:
         log_prior: ``(V,)``, for instance :func:`unigram_log_prior`; None for a uniform one.
 
     Raises:
-        PrivacyError: if the mechanism's law does not depend on distance alone, or the prior does
-            not fit.
+        PrivacyError: if the mechanism's law is not known, or the prior or whitener does not fit.
     """
 
     def __init__(
         self, candidates: Candidates, mechanism: Mechanism, log_prior: Tensor | None = None
     ) -> None:
         mechanism.log_likelihood(torch.zeros(1))
-        self.candidates = candidates
         self.mechanism = mechanism
+        self.whitener = mechanism.whitener()
+        self.candidates = candidates
+        if self.whitener is not None:
+            self.candidates = LinearCandidates(candidates, self.whitener)
         self.log_prior = check_prior(log_prior, candidates)
 
     @torch.no_grad()
@@ -93,7 +95,9 @@ class Denoiser:
         One pass with a running softmax: maxima, sums and weighted means are rescaled as better
         candidates appear, so (tokens, V) is never stored.
         """
-        rows = rows_by_position(representations, self.candidates)
+        if not representations:
+            return []
+        rows = rows_by_position(whiten(representations, self.whitener), self.candidates)
         n, d = rows.rows.shape
         device = rows.rows.device
         peak = torch.full((n,), -torch.inf, device=device)
@@ -116,8 +120,17 @@ class Denoiser:
                     chunk = block[p, v : v + scores.shape[1]]  # (v, d)
                     _accumulate(scores, chunk, peak[here], mass[here], mean[here])
         mean /= mass.unsqueeze(1)
+        if self.whitener is not None:
+            mean = mean @ torch.linalg.inv(self.whitener).to(mean)
         dtype, place = representations[0].dtype, representations[0].device
         return [x.to(place, dtype) for x in rows.split(mean)]
+
+
+def whiten(representations: Sequence[Tensor], whitener: Tensor | None) -> list[Tensor]:
+    """Return every sample's rows times ``whitener`` in float32, or as they are if it is None."""
+    if whitener is None:
+        return list(representations)
+    return [x.detach().float() @ whitener.to(x.device, torch.float32) for x in representations]
 
 
 def _accumulate(

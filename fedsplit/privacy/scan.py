@@ -183,9 +183,8 @@ def posterior_(
         first: id of the block's first candidate.
     """
     prior = None if log_prior is None else log_prior[first : first + scores.shape[1]]
-    for part, norm in zip(
-        torch.split(scores, 128), torch.split(norms, 128), strict=True
-    ):  # stays in cache
+    parts = zip(torch.split(scores, 128), torch.split(norms, 128), strict=True)  # stay in cache
+    for part, norm in parts:
         part.mul_(-2).add_(norm).clamp_(min=0)
         log = log_likelihood(part)
         torch.add(log, prior if prior is not None else 0.0, out=part)

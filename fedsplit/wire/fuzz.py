@@ -14,6 +14,7 @@ from fedsplit.errors import FrameError
 from fedsplit.wire.frames import PREFIX_BYTES, SCHEMA, Frame, Kind, decode, encode
 
 _LAYOUT = struct.Struct("<4sBIIQ")
+_LETTERS = 'abz\u00e9\u4e2d\U0001f600\n"\\ '
 # As text, because most of them are not values that a JSON writer would produce.
 _NASTY = (
     "null", "true", "false", "0", "-1", "1.0", "-0.0", "1e999", "-1e999", "NaN", "Infinity",
@@ -56,8 +57,8 @@ def sample_header(kind: Kind, rng: random.Random) -> dict[str, Any]:
     return {key: makers[type_]() for key, type_ in SCHEMA[kind].items()}
 
 
-def _prefixed(kind: int, header: bytes, body: bytes, sequence: int = 0) -> bytes:
-    return _LAYOUT.pack(b"FSP1", kind, sequence, len(header), len(body)) + header + body
+def _prefixed(kind: int, header: bytes, body: bytes) -> bytes:
+    return _LAYOUT.pack(b"FSP1", kind, 0, len(header), len(body)) + header + body
 
 
 def _flip(data: bytearray, rng: random.Random) -> bytes:
@@ -108,28 +109,33 @@ def _rewrite(header: Mapping[str, Any], rng: random.Random) -> str:
         del parts[at]
     else:
         parts.append(f'"{rng.choice(("x", "Step", "step ", "__class__", ""))}":0')
-    text = "{" + ",".join(parts) + "}"
-    return rng.choice(_NASTY) if rng.random() < 0.05 else text
+    return rng.choice(_NASTY) if rng.random() < 0.05 else "{" + ",".join(parts) + "}"
 
 
 _DAMAGE = (_flip, _cut, _extend, _splice, _relabel)
 
 
-def damaged(rng: random.Random) -> bytes:
-    """Return the bytes of one random frame with one kind of damage."""
-    kind = rng.choice(list(Kind))
-    header = sample_header(kind, rng)
-    body = rng.randbytes(rng.randrange(48))
+def sample_frames(rng: random.Random, per_kind: int = 20) -> list[Frame]:
+    """Return random sound frames of every kind."""
+    return [
+        Frame(kind, sample_header(kind, rng), rng.randbytes(rng.randrange(48)))
+        for kind in Kind
+        for _ in range(per_kind)
+    ]
+
+
+def damaged(frame: Frame, rng: random.Random) -> bytes:
+    """Return the bytes of ``frame`` with one kind of damage."""
     way = rng.randrange(len(_DAMAGE) + 4)
     if way < len(_DAMAGE):
-        frame = encode(Frame(kind, header, body), rng.getrandbits(32), 1 << 20)
-        return _DAMAGE[way](bytearray(frame), rng)
+        return _DAMAGE[way](bytearray(encode(frame, rng.getrandbits(32), 1 << 20)), rng)
     if way == len(_DAMAGE):
         other = rng.choice(("utf-16", "utf-32", "utf-8-sig", "utf-7"))
-        return _prefixed(kind, json.dumps(header).encode(other), body)
+        return _prefixed(frame.kind, json.dumps(dict(frame.header)).encode(other), b"")
     if way == len(_DAMAGE) + 1:
         return rng.randbytes(rng.randrange(96))
-    return _prefixed(kind, _rewrite(header, rng).encode("utf-8", "surrogatepass"), body)
+    text = _rewrite(frame.header, rng).encode("utf-8", "surrogatepass")
+    return _prefixed(frame.kind, text, bytes(frame.body))
 
 
 def fuzz(cases: int, seed: int, max_bytes: int = 1 << 20) -> FuzzReport:
@@ -140,10 +146,11 @@ def fuzz(cases: int, seed: int, max_bytes: int = 1 << 20) -> FuzzReport:
             encode to itself; carries the frame in hexadecimal.
     """
     rng = random.Random(seed)
+    frames = sample_frames(rng)
     report = FuzzReport()
     begin = time.perf_counter()
     for _ in range(cases):
-        data = damaged(rng)
+        data = damaged(rng.choice(frames), rng)
         start = time.perf_counter()
         try:
             frame = decode(data, max_bytes)

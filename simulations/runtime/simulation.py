@@ -15,16 +15,25 @@ from .environment import RAY, thread_environment
 from .federation import Federation
 from .machine import machine_cores
 
+# ThreadPoolExecutor()'s default, which Flower's engine uses.
 ENGINE_MAX_THREADS = 32
+ENGINE_EXTRA_THREADS = 4
 
 
 class Simulation(Federation):
     """Many owners on one machine, by Flower's simulation engine on Ray.
 
     Attributes:
-        actors: client processes; each runs one message at a time.
-        concurrency: messages that really run at the same time.  The engine hands messages to
-            ``ThreadPoolExecutor()`` threads, whose number Python bounds by min(32, cores + 4).
+        actors: client processes, which is also how many messages run at the same time.  At most
+            min(32, cores + 4): the engine hands messages to that many threads of a
+            ``ThreadPoolExecutor()``, and further actors would start and never be used.
+
+    Messages to different nodes of one ``send_and_receive`` start in the order of the partitions,
+    whatever their order in the call: the engine visits the nodes by partition every 0.1 s, takes
+    one message from each into one queue, and the next free actor takes the next one.  A visit that
+    comes while messages are being stored begins in the middle, so the order may be rotated; and
+    which actor takes a message is not determined.  For fixed waves send one wave at a time, at most
+    ``actors`` messages each.  Node ids are random in each run: ask nodes for their partition.
     """
 
     def __init__(
@@ -48,7 +57,8 @@ class Simulation(Federation):
             supernodes: simulated owners; their ``partition-id`` is 0 ... supernodes - 1.
             log_dir: where ``superlink.log``, ``serverapp.log`` and ``clientapps.log`` go.
             cpus_per_client: cores an actor counts as; floor(cores / cpus_per_client) actors are
-                started, at most one per owner.  Bookkeeping only: nothing binds an actor to cores.
+                started, at most one per owner and min(32, cores + 4).  Bookkeeping only: nothing
+                binds an actor to cores.
             gpus_per_client: GPUs an actor counts as; with 0 Ray hides all GPUs from the actors.
             max_actors: upper bound of the number of actors; each costs a Python process with torch.
             workdir: parent of the temporary folder; None is the system's.
@@ -96,9 +106,12 @@ class Simulation(Federation):
         self.supernodes = supernodes
         self.gpus_per_client = gpus_per_client
         self.actors = min(
-            supernodes, math.floor(cores / cpus_per_client + 1e-9), max_actors or supernodes
+            supernodes,
+            math.floor(cores / cpus_per_client + 1e-9),
+            max_actors or supernodes,
+            ENGINE_MAX_THREADS,
+            (os.cpu_count() or 1) + ENGINE_EXTRA_THREADS,
         )
-        self.concurrency = min(self.actors, ENGINE_MAX_THREADS, (os.cpu_count() or 1) + 4)
         self._client_env = dict(client_env or {})
         self._object_store_bytes = object_store_bytes
 

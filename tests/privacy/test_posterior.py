@@ -73,6 +73,20 @@ def test_denoising_halves_the_squared_error(mechanism):
     assert (mean - clean).square().sum() < 0.5 * (received[0] - clean).square().sum()
 
 
+def test_shaped_noise_is_whitened():
+    """Noise along one axis is ignored by the posterior, not by the plain distance."""
+    scales = torch.tensor([60.0] + [0.6] * (D - 1), dtype=torch.float64)
+    mechanism = Pac(budget=60.0, covariance=torch.diag(scales**2), floor=1e-6)
+    received = noisy(mechanism)
+
+    mean = torch.cat(Denoiser(CANDIDATES, mechanism)(received))
+    best, _ = search(received, CANDIDATES)
+
+    clean = torch.cat(CLEAN)
+    assert (mean - clean).norm() < 0.1 * clean.norm()
+    assert (torch.cat(best)[:, 0] != torch.cat(IDS)).sum() >= 5
+
+
 def test_excluded_tokens_never_come_out():
     prior = unigram_log_prior([[1, 1, 2]], V, exclude=[0, *range(3, V)])
 
@@ -101,7 +115,7 @@ def test_dtype_is_kept():
 
 
 def test_misfits_are_refused():
-    with pytest.raises(PrivacyError, match="log_prior.shape"):
+    with pytest.raises(PrivacyError, match=r"log_prior\.shape"):
         Denoiser(CANDIDATES, DChi(eta=1.0), torch.zeros(V + 1))
-    with pytest.raises(PrivacyError, match="depends on length alone"):
-        Denoiser(CANDIDATES, Pac(budget=1.0, covariance=torch.eye(D)))
+    with pytest.raises(PrivacyError, match=r"matrix\.shape"):
+        Denoiser(CANDIDATES, Pac(budget=1.0, covariance=torch.eye(D + 1)))

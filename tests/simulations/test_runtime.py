@@ -122,12 +122,13 @@ def test_ray_hook_adds_the_client_environment_for_workers(monkeypatch: pytest.Mo
 # What a federation accepts.
 
 
-def test_simulation_counts_actors_and_concurrency(tmp_path: Path) -> None:
+def test_simulation_counts_actors_that_can_be_used(tmp_path: Path) -> None:
     cores = machine_cores()
+    engine = min(32, (os.cpu_count() or 1) + 4)
     half = Simulation(1000, cpus_per_client=0.5, log_dir=tmp_path)
-    assert half.actors == 2 * cores
-    assert half.concurrency == min(2 * cores, 32, (os.cpu_count() or 1) + 4)
+    assert half.actors == min(2 * cores, engine)
     assert half.client_threads == 1
+    assert Simulation(1000, cpus_per_client=0.001, log_dir=tmp_path).actors == engine
     assert Simulation(1, cpus_per_client=0.25, log_dir=tmp_path).actors == 1
     assert Simulation(9, cpus_per_client=0.1, max_actors=3, log_dir=tmp_path).actors == 3
     assert Simulation(9, cpus_per_client=float(cores), log_dir=tmp_path).client_threads == cores

@@ -25,10 +25,7 @@ class LocalRun:
     strategy: SplitTuning
     result: Any
     folder: Path
-
-    @property
-    def server(self) -> dict[str, Any]:
-        return dict(json.loads((self.folder / "server.json").read_text()))
+    server: dict[str, Any]
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -65,4 +62,5 @@ def run_local(config: RunConfig, *, prepare: Any = None, **grid_options: Any) ->
             parts.hub.stop()
         recorder.close()
     recorder.transcript(strategy.store)
-    return LocalRun(grid, strategy, result, folder)
+    server = json.loads((folder / "server.json").read_text())
+    return LocalRun(grid, strategy, result, folder, server)
