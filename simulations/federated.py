@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError, check
-from simulations.flower_runtime import Deployment, LogLine, Simulation
+from simulations.flower_runtime import Deployment, Simulation, make_certificates
 from simulations.runtime.federation import Federation, OnLine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +60,7 @@ def simulate(
         server_threads=config.output.threads or None,
         client_threads=config.output.owner_threads,
     )
-    config = simulation_config(config, simulation.concurrency, server)
+    config = simulation_config(config, simulation.actors, server)
     return config, _run(simulation, config, server, homes, on_line)
 
 
@@ -79,10 +78,16 @@ def deploy(
     homes = folder / "homes"
     owners = config.data.owners
     check(owners <= 64, "data.owners", owners, "<= 64 for a deployment on one machine")
+    tls = make_certificates(folder / "tls")
+    session = {
+        "FEDSPLIT_TLS_CERT": str(tls.cert),
+        "FEDSPLIT_TLS_KEY": str(tls.key),
+        "FEDSPLIT_TLS_CA": str(tls.ca),
+    }
     deployment = Deployment(
         owners,
         log_dir=folder / "log",
-        env=owner_environment(homes),
+        env={**owner_environment(homes), **session},
         server_threads=config.output.threads or None,
         client_threads=config.output.owner_threads,
     )
@@ -99,23 +104,9 @@ def _run(
 ) -> dict[str, Any]:
     shutil.rmtree(server, ignore_errors=True)
     with federation:
-        if isinstance(federation, Deployment):
-            use_session_certificates(federation)
-        federation.run(
-            ROOT, flat(config), timeout_s=TIMEOUT_S, on_line=on_line or (lambda line: None)
-        )
+        federation.run(ROOT, config.to_flat(), timeout_s=TIMEOUT_S, on_line=on_line)
     shutil.rmtree(homes, ignore_errors=True)  # bottoms and simulated state; nothing to keep
     return read_server(server)
-
-
-def use_session_certificates(federation: Federation) -> None:
-    """Let the session server use the certificates of the deployment's SuperLink."""
-    raise NotImplementedError
-
-
-def flat(config: RunConfig) -> Mapping[str, bool | int | float | str]:
-    """Return the settings for Flower, which are all of them."""
-    return config.to_flat()
 
 
 def read_server(folder: Path) -> dict[str, Any]:
@@ -132,6 +123,3 @@ def read_server(folder: Path) -> dict[str, Any]:
     if content.get("status") != "completed":
         raise RunError(f"server: run is {content.get('status')}: {content.get('error', '')}")
     return dict(content)
-
-
-__all__ = ["LogLine", "deploy", "read_server", "simulate", "simulation_config"]

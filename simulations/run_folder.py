@@ -9,25 +9,27 @@ A folder holds
 
 ``results.json`` always has
 
-========== =========================================================================================
-``schema``   1
-``name``     the experiment's name
-``kind``     one of the kinds below
-``status``   ``running`` | ``completed`` | ``failed`` | ``interrupted``
-``time``     ``started`` and ``ended`` (UTC, ISO 8601; ``ended`` is null while running), ``seconds``
-``versions`` of python, fedsplit, flwr, ray, torch, transformers, numpy (null: not installed)
-``machine``  ``cpu``, ``cores``, ``memory_bytes``, ``platform``, ``gpus``
-``error``    null, or why the run failed
-``notes``    what the writer had to change, such as ``loss: NaN written as null``
-``results``  the experiment's own, with the keys required of its kind once it is ``completed``
-========== =========================================================================================
+============ =======================================================================================
+``schema``     1
+``name``       the experiment's name
+``kind``       one of the kinds below
+``status``     ``running`` | ``completed`` | ``failed`` | ``interrupted``
+``started``    UTC, ISO 8601
+``ended``      the same; null while running
+``time_s``     seconds from the start to this writing
+``versions``   of python, fedsplit, flwr, ray, torch, transformers, numpy (null: not installed)
+``machine``    ``cpu``, ``cores``, ``memory_bytes``, ``platform``, ``gpus``
+``error``      null, or why the run failed
+``notes``      what the writer had to change, such as ``loss: NaN written as null``
+============ =======================================================================================
 
-Required keys of ``results`` per kind (:data:`REQUIRED`):
+and beside these the experiment's own keys.  Required of a completed run, per kind
+(:data:`REQUIRED`):
 
-- ``training``: ``rounds`` (a list, one table a round, each with ``round``), ``metrics`` (a table);
-- ``attack``: ``attacks`` (a list of tables, each with ``attack`` and ``metrics``);
-- ``benchmark``: ``measurements`` (a list of tables, each with ``name``, ``value``, ``unit``);
-- ``sweep``: ``runs`` (a list of tables, each with ``folder`` and ``status``).
+- ``split``: ``utility`` (``metric``, ``federated``, ``centralised``, ``baseline``), ``privacy``,
+  ``lineage`` (a row per round: ``pcs``, ``ics``, ``verdict``), ``traffic`` (``bytes_up``,
+  ``bytes_down``, ``bytes_per_token``, ``messages``), ``owners``, ``seed``, ``data_digest``;
+- ``table``: ``rows``, a list of flat tables.
 
 Results of a run that did not complete are kept and may lack keys: look at ``status`` first.
 """
@@ -56,16 +58,23 @@ Status = Literal["running", "completed", "failed", "interrupted"]
 STATUSES: tuple[Status, ...] = ("running", "completed", "failed", "interrupted")
 SCHEMA = 1
 TOP_LEVEL = (
-    *("schema", "name", "kind", "status", "time", "versions", "machine", "error", "notes"),
-    "results",
+    *("schema", "name", "kind", "status", "started", "ended", "time_s"),
+    *("versions", "machine", "error", "notes"),
 )
 
-# kind -> key of ``results`` -> None (a table) or the keys of each table in a list
-REQUIRED: dict[str, dict[str, tuple[str, ...] | None]] = {
-    "training": {"rounds": ("round",), "metrics": None},
-    "attack": {"attacks": ("attack", "metrics")},
-    "benchmark": {"measurements": ("name", "value", "unit")},
-    "sweep": {"runs": ("folder", "status")},
+# kind -> key -> None (anything), columns of a table, or columns of each table in a list
+Shape = None | tuple[Literal["table", "rows"], tuple[str, ...]]
+REQUIRED: dict[str, dict[str, Shape]] = {
+    "split": {
+        "utility": ("table", ("metric", "federated", "centralised", "baseline")),
+        "privacy": ("table", ()),
+        "lineage": ("rows", ("round", "verdict")),
+        "traffic": ("table", ("bytes_up", "bytes_down", "bytes_per_token", "messages")),
+        "owners": None,
+        "seed": None,
+        "data_digest": None,
+    },
+    "table": {"rows": ("rows", ())},
 }
 
 
@@ -107,13 +116,15 @@ class RunFolder:
             "name": name,
             "kind": kind,
             "status": "running",
-            "time": {"started": _now(), "ended": None, "seconds": 0.0},
+            "started": _now(),
+            "ended": None,
+            "time_s": 0.0,
             "versions": versions(),
             "machine": machine(),
             "error": None,
             "notes": [],
-            "results": {},
         }
+        self._results: dict[str, Any] = {}
         self._write()
 
     def __enter__(self) -> Self:
@@ -141,6 +152,11 @@ class RunFolder:
         """How the run stands."""
         return str(self._document["status"])
 
+    @property
+    def results(self) -> dict[str, Any]:
+        """The experiment's own keys, as recorded so far."""
+        return dict(self._results)
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the effective configuration, flat or nested, to ``config.toml``.
 
@@ -151,13 +167,17 @@ class RunFolder:
         write_atomically(self.path / "config.toml", to_toml(config).encode())
 
     def record(self, **results: Any) -> None:
-        """Set keys of ``results`` and write the file, so that a crash loses nothing before.
+        """Set keys of the experiment's own and write the file, so that a crash loses nothing.
 
         Raises:
-            ConfigError: for a value that JSON cannot express.
+            ConfigError: for a value that JSON cannot express, or a key that every run has.
             RunError: if the file cannot be written; the previous one is intact.
         """
-        self._write(results={**self._document["results"], **results})
+        for key in results:
+            check(key not in TOP_LEVEL, "results key", key, "none of those every run has")
+        merged = {**self._results, **results}
+        self._write(merged)
+        self._results = merged
 
     def mark(self, status: Status, error: str | None = None) -> None:
         """Set the status; ``completed`` requires the keys of the run's kind.
@@ -168,21 +188,19 @@ class RunFolder:
         """
         check(status in STATUSES, "status", status, f"one of {', '.join(STATUSES)}")
         if status == "completed":
-            check_results(str(self._document["kind"]), self._document["results"])
-        self._write(status=status, error=error)
+            check_results(str(self._document["kind"]), self._results)
+        self._write(self._results, status=status, error=error)
 
-    def _write(self, **changes: Any) -> None:
+    def _write(self, results: Mapping[str, Any] | None = None, **changes: Any) -> None:
         """Write the file with ``changes``, which are remembered only if that succeeds."""
         document = {**self._document, **changes}
         notes: list[str] = []
-        document["results"] = strict(document["results"], "", notes)
+        own = strict(results or {}, "", notes)
         document["notes"] = notes
-        document["time"] = {
-            "started": document["time"]["started"],
-            "ended": None if document["status"] == "running" else _now(),
-            "seconds": round(time.monotonic() - self._began, 3),
-        }
-        text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False)
+        document["ended"] = None if document["status"] == "running" else _now()
+        document["time_s"] = round(time.monotonic() - self._began, 3)
+        whole = {**document, **own}
+        text = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
         write_atomically(self.results_path, text.encode("utf-8", "replace") + b"\n")
         self._document = document
 
@@ -216,7 +234,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: schema={document['schema']!r}: must be {SCHEMA}")
     if document["status"] == "completed":
         try:
-            check_results(document["kind"], document["results"])
+            check_results(document["kind"], document)
         except RunError as error:
             raise RunError(f"{path}: {error}") from None
     return dict(document)
@@ -230,20 +248,30 @@ def check_results(kind: str, results: Mapping[str, Any]) -> None:
     """
     if kind not in REQUIRED:
         raise RunError(f"kind={kind!r}: must be one of {', '.join(sorted(REQUIRED))}")
-    for key, columns in REQUIRED[kind].items():
+    for key, shape in REQUIRED[kind].items():
         if key not in results:
-            raise RunError(f"results.{key}: missing; results of kind {kind!r} must have it")
+            raise RunError(f"{key}: missing; results of kind {kind!r} must have it")
         value = results[key]
-        if columns is None:
+        if shape is None:
+            continue
+        form, columns = shape
+        if form == "table":
             if not isinstance(value, Mapping):
-                raise RunError(f"results.{key}: must be a table, not {type(value).__name__}")
+                raise RunError(f"{key}: must be a table, not {type(value).__name__}")
+            _check_columns(key, value, columns)
             continue
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise RunError(f"results.{key}: must be a list of tables, not {type(value).__name__}")
+            raise RunError(f"{key}: must be a list of tables, not {type(value).__name__}")
         for index, row in enumerate(value):
-            absent = [c for c in columns if not isinstance(row, Mapping) or c not in row]
-            if absent:
-                raise RunError(f"results.{key}[{index}]: lacks {', '.join(absent)}")
+            _check_columns(f"{key}[{index}]", row, columns)
+
+
+def _check_columns(where: str, row: object, columns: tuple[str, ...]) -> None:
+    if not isinstance(row, Mapping):
+        raise RunError(f"{where}: must be a table, not {type(row).__name__}")
+    absent = [c for c in columns if c not in row]
+    if absent:
+        raise RunError(f"{where}: lacks {', '.join(absent)}")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

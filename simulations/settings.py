@@ -47,6 +47,11 @@ class Experiment:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def result_kind(self) -> str:
+        """Which keys its results must have (see :mod:`simulations.run_folder`)."""
+        return "split" if self.kind == "split" else "table"
+
+    @property
     def config(self) -> RunConfig:
         """The run's validated settings.
 

@@ -108,7 +108,6 @@ class Cohort:
             self._each(ended, lambda m: m.finish(), report)
             live = [(m, None) for m, batch in survivors if not batch.last]
             step += 1
-            report.steps += 1
             self._on_step(step, steps)
 
     def _step(
@@ -146,6 +145,7 @@ class Cohort:
         self._optimisation.zero_grad()
         torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
         self._optimisation.step(progress)
+        report.steps += 1
         report.compute_s += time.perf_counter() - clock
         kept = [m for m, _ in gradients]
         if self._joint:

@@ -91,6 +91,7 @@ class Member:
         self._deadline = deadline_s
         self._ahead: deque[Batch] = deque()
         self._received = 0
+        self._window = 1
 
     @property
     def name(self) -> str:
@@ -130,6 +131,7 @@ class Member:
 
     def start(self, window: int) -> None:
         """Give credit for ``window`` batches and say which samples are already here."""
+        self._window = window
         held = b"" if self._joint else self._store.bitmap(self.name, self.split, self.samples)
         self.link.send(Kind.START, {"window": window}, held)
 
@@ -146,10 +148,16 @@ class Member:
         slots, fresh, lengths = frame["slots"], frame["fresh"], frame["lengths"]
         if frame["step"] != self._received:
             raise FrameError(f"BATCH step {frame['step']}: must be {self._received}")
+        if frame["last"] != (self._received + 1 == self.steps):  # else a session need not end
+            raise FrameError(f"BATCH step {frame['step']}: last must be true at {self.steps - 1}")
+        if len(self._ahead) >= self._window:
+            raise FrameError(f"BATCH step {frame['step']}: over the window of {self._window}")
         if not slots or len(set(slots)) != len(slots) or max(slots) >= self.samples:
             raise FrameError(f"BATCH slots: must be distinct, >= 1 of them, below {self.samples}")
         if len(fresh) != len(lengths) or not set(fresh) <= set(slots):
             raise FrameError("BATCH fresh slots: must be among its slots, with one length each")
+        if len(set(fresh)) != len(fresh):
+            raise FrameError("BATCH fresh slots: must be distinct")
         if lengths and (min(lengths) < 1 or max(lengths) > self._max_tokens):
             raise FrameError(f"BATCH lengths: must be in [1, {self._max_tokens}] tokens")
         if fresh and frame["dim"] != self._width:
@@ -192,8 +200,8 @@ class Member:
             if frame.kind is not Kind.GRAD or frame["step"] != batch.step:
                 raise FrameError(f"{frame.kind.name} frame: must be GRAD of step {batch.step}")
             weight = frame["weight"]
-            if not 0 < weight <= sum(batch.lengths):
-                raise FrameError(f"GRAD weight {weight}: must be in (0, {sum(batch.lengths)}]")
+            if not 0 < weight <= shape[0]:  # one target per row of logits at most
+                raise FrameError(f"GRAD weight {weight}: must be in (0, {shape[0]}]")
             return decode_rows(frame.body, shape, frame["codec"], max_abs=1e3), weight
 
     def send_hidden_gradient(self, batch: Batch, rows: Tensor) -> None:

@@ -126,8 +126,8 @@ class Round:
 
     def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
         """Welcome one owner and line it up; a failure is recorded and costs only that owner."""
-        member = self._make_member(link, hello)
         try:
+            member = self._make_member(link, hello)
             member.greet(*self._bundle, welcomed=welcomed)
         except FedsplitError as error:
             link.fail(error)

@@ -91,6 +91,7 @@ class SplitTuning(Strategy):
         self.averaging = averaging or FedAvg(weighted_by_key="num-examples")
         self._joint = config.split.bottom == "joint"
         self._round: Round | None = None
+        self._early: list[Message] = []
         self._began = 0.0
         self._messages = 0
         self._names: dict[int, str] = {}
@@ -193,19 +194,41 @@ class SplitTuning(Strategy):
         def content(node: int, exchange: int) -> RecordDict:
             return self._content(number, mode, node, exchange, bring)
 
+        def messages(exchanges: dict[int, int]) -> list[Message]:
+            return [
+                Message(content(node, exchange), dst_node_id=node, message_type=message_type)
+                for node, exchange in exchanges.items()
+            ]
+
         self._messages = 2 * len(nodes)
-        exchanges = dict.fromkeys(nodes, 0)
-        if self.parts.hub is not None:
-            self.parts.hub.begin(self._round)
-        else:
+        self._early = []
+        if self.parts.hub is None:
             hub = self._message_hub(grid, content)
             hub.run(self._round, nodes)
-            exchanges = hub.exchanges()
             self._messages += hub.messages
-        return [
-            Message(content(node, exchange), dst_node_id=node, message_type=message_type)
-            for node, exchange in exchanges.items()
-        ]
+            return messages(hub.exchanges())
+        self.parts.hub.begin(self._round)
+        waves = self._waves(grid, nodes)
+        for wave in waves[:-1]:
+            log.info("%d owners in waves of %d: %s", len(nodes), len(wave), self._called(wave))
+            self._early += grid.send_and_receive(messages(dict.fromkeys(wave, 0)), timeout=LONG_S)
+        return messages(dict.fromkeys(waves[-1], 0))
+
+    def _waves(self, grid: Grid, nodes: list[int]) -> list[list[int]]:
+        """Return who is asked together, in the order of their names.
+
+        All waves but the last are sent from here: Flower hands messages to free slots in an order
+        that no seed decides, and which owners share a cohort step must not depend on it.
+        """
+        size = self.config.session.wave
+        if not size or len(nodes) <= size:
+            return [nodes]
+        self._learn_names(grid, nodes)
+        nodes = sorted(nodes, key=lambda n: natural(self._names.get(n, "")))
+        return [nodes[at : at + size] for at in range(0, len(nodes), size)]
+
+    def _called(self, nodes: list[int]) -> str:
+        return ", ".join(self._names.get(n, str(n)) for n in nodes)
 
     def _message_hub(self, grid: Grid, content: Callable[[int, int], RecordDict]) -> MessageHub:
         session = self.config.session
@@ -301,7 +324,7 @@ class SplitTuning(Strategy):
     ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
         """Return (report, acceptable replies, their weighted averages)."""
         assert self._round is not None
-        replies = list(replies)
+        replies = [*self._early, *replies]
         report = self._round.join(LONG_S)
         self._round = None
         if report.error:

@@ -35,13 +35,15 @@ def fit_logistic(features: Tensor, target: Tensor, classes: int, l2: float) -> T
     """
     design = F.pad(features, (0, 1), value=1.0)  # (N, f + 1)
     weight = torch.zeros(design.shape[1], classes, requires_grad=True)
-    optimiser = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+    optimiser: torch.optim.Optimizer = torch.optim.LBFGS(
+        [weight], max_iter=100, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> float:
         optimiser.zero_grad()
         loss = F.cross_entropy(design @ weight, target) + l2 / 2 * weight[:-1].square().sum()
-        loss.backward()
-        return float(loss)
+        torch.autograd.backward(loss)
+        return loss.item()
 
     optimiser.step(closure)
     return weight.detach()
@@ -111,7 +113,8 @@ class AttributeInference:
             name=self.name,
             success=float(right.mean()),
             interval=clustered_interval(
-                np.bincount(cluster, weights=right), np.bincount(cluster).astype(np.float64)
+                np.bincount(cluster, weights=right).astype(np.float64),
+                np.bincount(cluster).astype(np.float64),
             ),
             tokens=len(rest),
             baseline=float((rest == seen.mode().values).double().mean()),

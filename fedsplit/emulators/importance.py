@@ -126,7 +126,8 @@ class LayerReplace:
         """
         settings = self.settings
         last = settings.steps if steps is None else min(self.step + steps, settings.steps)
-        with frozen(self.model), supernet(self.model, self.harmonizers, settings.hidden_weight) as net:
+        weight = settings.hidden_weight
+        with frozen(self.model), supernet(self.model, self.harmonizers, weight) as net:
             for harmonizer in self.harmonizers:
                 harmonizer.requires_grad_(True)
             while self.step < last:
@@ -175,7 +176,7 @@ class LayerReplace:
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     @torch.no_grad()
     def _score_step(self, net: Net) -> None:

@@ -116,7 +116,8 @@ def save_importance(
     importance: Importance, folder: str | Path, extra: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write an importance run: ``importance.json`` and ``importance.<step>.safetensors``."""
-    tensors = {f"harmonizer.{n}": p.detach() for n, p in named_harmonizers(importance.harmonizers).items()}
+    named = named_harmonizers(importance.harmonizers)
+    tensors = {f"harmonizer.{n}": p.detach() for n, p in named.items()}
     tensors["scores"] = torch.tensor(importance.scores, dtype=torch.float64)
     about = {
         "format": 1,

@@ -1,4 +1,4 @@
-"""Which blocks keep their place in one draw of LayerReplace, and how the scores learn from draws."""
+"""Which blocks keep their place in a draw of LayerReplace, and how the scores learn from draws."""
 
 from __future__ import annotations
 

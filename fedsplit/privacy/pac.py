@@ -134,7 +134,8 @@ class Pac(Mechanism):
 
     def whitener(self) -> Tensor | None:
         """See :meth:`Mechanism.whitener`."""
-        return torch.linalg.inv(self._root)
+        inverse: Tensor = torch.linalg.inv(self._root)
+        return inverse
 
     def guarantee(self, views: int = 1) -> str:
         """See :meth:`Mechanism.guarantee`."""

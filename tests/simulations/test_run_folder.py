@@ -23,7 +23,7 @@ from simulations.run_folder import (
     write_atomically,
 )
 
-TRAINING = {"rounds": [{"round": 1, "loss": 0.5}], "metrics": {"accuracy": 0.9}}
+TABLE = {"rows": [{"round": 1, "loss": 0.5}], "metrics": {"accuracy": 0.9}}
 
 
 def raw(path: Path) -> dict[str, object]:
@@ -33,14 +33,14 @@ def raw(path: Path) -> dict[str, object]:
 
 
 def test_folder_records_versions_machine_time_and_results(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "run", name="demo", kind="training") as folder:
+    with RunFolder(tmp_path / "run", name="demo", kind="table") as folder:
         assert raw(folder.path)["status"] == "running"
-        folder.record(**TRAINING)
+        folder.record(**TABLE)
 
     document = read_results(tmp_path / "run")
 
     assert document["status"] == "completed"
-    assert document["results"] == TRAINING
+    assert {key: document[key] for key in TABLE} == TABLE
     assert document["versions"]["python"].startswith("3.")
     assert document["versions"]["numpy"] == np.__version__
     assert set(document["versions"]) == {
@@ -49,7 +49,8 @@ def test_folder_records_versions_machine_time_and_results(tmp_path: Path) -> Non
     assert document["machine"]["cores"] >= 1
     assert document["machine"]["memory_bytes"] > 2**20
     assert document["machine"]["cpu"]
-    assert document["time"]["started"] <= document["time"]["ended"]
+    assert document["started"] <= document["ended"]
+    assert document["time_s"] >= 0
     assert document["error"] is None
 
 
@@ -65,8 +66,8 @@ def test_partial_results_are_kept_and_marked(
     tmp_path: Path, error: BaseException, status: str
 ) -> None:
     def run() -> None:
-        with RunFolder(tmp_path, name="demo", kind="training") as folder:
-            folder.record(rounds=[{"round": 1}])
+        with RunFolder(tmp_path, name="demo", kind="table") as folder:
+            folder.record(rows=[{"round": 1}])
             raise error
 
     with pytest.raises(type(error)):
@@ -75,37 +76,37 @@ def test_partial_results_are_kept_and_marked(
     document = read_results(tmp_path)
 
     assert document["status"] == status
-    assert document["results"] == {"rounds": [{"round": 1}]}
+    assert document["rows"] == [{"round": 1}]
     assert type(error).__name__ in document["error"]
 
 
 def test_completed_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, name="first", kind="training") as folder:
-        folder.record(**TRAINING)
+    with RunFolder(tmp_path, name="first", kind="table") as folder:
+        folder.record(**TABLE)
 
     with pytest.raises(RunError, match="holds a completed run"):
-        RunFolder(tmp_path, name="second", kind="training")
+        RunFolder(tmp_path, name="second", kind="table")
     assert raw(tmp_path)["name"] == "first"
 
-    RunFolder(tmp_path, name="second", kind="training", force=True)
+    RunFolder(tmp_path, name="second", kind="table", force=True)
     assert raw(tmp_path)["name"] == "second"
 
 
 def test_unfinished_run_may_be_repeated(tmp_path: Path) -> None:
-    RunFolder(tmp_path, name="first", kind="training").mark("interrupted")
-    assert RunFolder(tmp_path, name="second", kind="training").status == "running"
+    RunFolder(tmp_path, name="first", kind="table").mark("interrupted")
+    assert RunFolder(tmp_path, name="second", kind="table").status == "running"
 
 
 def test_completing_without_required_keys_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, name="demo", kind="training")
-    folder.record(rounds=[])
-    with pytest.raises(RunError, match=r"results\.metrics: missing"):
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    folder.record(metrics={})
+    with pytest.raises(RunError, match=r"rows: missing"):
         folder.mark("completed")
     assert raw(tmp_path)["status"] == "running"
 
 
 def test_values_that_json_lacks_become_null_with_a_note(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder = RunFolder(tmp_path, name="demo", kind="table")
     folder.record(
         metrics={"loss": math.nan, "best": -math.inf, "f1": np.float32(0.5), "p": tmp_path},
         rounds=({"round": 1, "losses": np.array([1.0, np.nan])},),
@@ -116,10 +117,8 @@ def test_values_that_json_lacks_become_null_with_a_note(tmp_path: Path) -> None:
 
     assert "NaN" not in text
     assert "Infinity" not in text
-    assert document["results"] == {
-        "metrics": {"loss": None, "best": None, "f1": 0.5, "p": str(tmp_path)},
-        "rounds": [{"round": 1, "losses": [1.0, None]}],
-    }
+    assert document["metrics"] == {"loss": None, "best": None, "f1": 0.5, "p": str(tmp_path)}
+    assert document["rounds"] == [{"round": 1, "losses": [1.0, None]}]
     assert document["notes"] == [
         "metrics.loss: nan written as null",
         "metrics.best: -inf written as null",
@@ -128,18 +127,25 @@ def test_values_that_json_lacks_become_null_with_a_note(tmp_path: Path) -> None:
 
 
 def test_values_json_cannot_express_are_refused_and_the_file_stays(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder = RunFolder(tmp_path, name="demo", kind="table")
     with pytest.raises(ConfigError, match=r"metrics\.model=object"):
         folder.record(metrics={"model": object()})
-    assert raw(tmp_path)["results"] == {}
-    folder.record(rounds=[])  # the refused value is not remembered
-    assert raw(tmp_path)["results"] == {"rounds": []}
+    assert "metrics" not in raw(tmp_path)
+    folder.record(rows=[])  # the refused value is not remembered
+    assert raw(tmp_path)["rows"] == []
+    assert "metrics" not in raw(tmp_path)
+
+
+def test_keys_that_every_run_has_cannot_be_overwritten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    with pytest.raises(ConfigError, match="status"):
+        folder.record(status="completed")
 
 
 def test_full_disk_names_path_and_bytes_and_keeps_the_previous_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder = RunFolder(tmp_path, name="demo", kind="table")
     folder.record(rounds=[{"round": 1}])
     before = (tmp_path / "results.json").read_bytes()
 
@@ -159,7 +165,7 @@ def test_failure_to_record_does_not_hide_the_runs_own_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run() -> None:
-        with RunFolder(tmp_path, name="demo", kind="training") as folder:
+        with RunFolder(tmp_path, name="demo", kind="table") as folder:
             monkeypatch.setattr(folder, "results_path", tmp_path / "gone" / "results.json")
             raise ZeroDivisionError
 
@@ -169,7 +175,7 @@ def test_failure_to_record_does_not_hide_the_runs_own_error(
 
 def test_config_toml_reads_back(tmp_path: Path) -> None:
     config = {"rounds": 3, "data": {"name": "sst2", "noise.eta": 1.5}, "dims": [1, 2], "none": None}
-    folder = RunFolder(tmp_path, name="demo", kind="training")
+    folder = RunFolder(tmp_path, name="demo", kind="table")
     folder.write_config(config)
     assert tomllib.loads((tmp_path / "config.toml").read_text()) == {
         "rounds": 3,
@@ -196,13 +202,13 @@ def test_default_folder_is_named_after_run_and_time(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file: cannot be made a run folder"):
-        RunFolder(tmp_path / "file", name="demo", kind="training")
+        RunFolder(tmp_path / "file", name="demo", kind="table")
 
 
 def test_unknown_kind_and_status_list_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"kind='x'.*training"):
+    with pytest.raises(ConfigError, match=r"kind='x'.*table"):
         RunFolder(tmp_path, name="demo", kind="x")
-    folder = RunFolder(tmp_path, name="demo", kind="sweep")
+    folder = RunFolder(tmp_path, name="demo", kind="split")
     with pytest.raises(ConfigError, match=r"status='done'.*interrupted"):
         folder.mark("done")  # type: ignore[arg-type]
 
@@ -210,12 +216,11 @@ def test_unknown_kind_and_status_list_the_known_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "results", "message"),
     [
-        ("training", {"metrics": {}}, r"results\.rounds: missing"),
-        ("training", {"rounds": {}, "metrics": {}}, r"results\.rounds: must be a list"),
-        ("training", {"rounds": [{"loss": 1}], "metrics": {}}, r"rounds\[0\]: lacks round"),
-        ("training", {"rounds": [], "metrics": []}, r"results\.metrics: must be a table"),
-        ("attack", {"attacks": [{"attack": "x"}]}, r"attacks\[0\]: lacks metrics"),
-        ("benchmark", {"measurements": ["x"]}, r"measurements\[0\]: lacks name, value, unit"),
+        ("table", {}, r"rows: missing"),
+        ("table", {"rows": {}}, r"rows: must be a list"),
+        ("table", {"rows": ["x"]}, r"rows\[0\]: must be a table"),
+        ("split", {"utility": {"metric": "accuracy"}}, r"utility: lacks federated"),
+        ("split", {"utility": []}, r"utility: must be a table"),
         ("other", {}, r"kind='other': must be one of"),
     ],
 )
@@ -228,9 +233,10 @@ def test_schema_check_names_what_is_missing(
 
 @pytest.mark.parametrize("kind", sorted(REQUIRED))
 def test_every_kind_accepts_its_smallest_results(kind: str) -> None:
-    smallest: dict[str, object] = {
-        key: {} if columns is None else [] for key, columns in REQUIRED[kind].items()
-    }
+    smallest: dict[str, object] = {}
+    for key, shape in REQUIRED[kind].items():
+        form, columns = shape or ("table", ())
+        smallest[key] = dict.fromkeys(columns) if form == "table" else []
     check_results(kind, smallest)
 
 

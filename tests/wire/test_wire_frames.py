@@ -168,7 +168,7 @@ def test_bad_lists_are_refused(slots: str):
         f'{{"step":0,"slots":{slots},"fresh":[],"lengths":[],"codec":"fp32","dim":1,"last":false}}'
     )
 
-    with pytest.raises(FrameError, match="BATCH.slots"):
+    with pytest.raises(FrameError, match=r"BATCH\.slots"):
         decode(raw(text.encode(), kind=Kind.BATCH), BOUND)
 
 

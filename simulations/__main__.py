@@ -1,0 +1,87 @@
+"""``python -m simulations``: named experiments, one's own, and benchmarks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsplit.errors import FedsplitError
+from fedsplit.registry import pick
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+bench = typer.Typer(no_args_is_help=True, help="Speed and memory, as ratios within one run.")
+app.add_typer(bench, name="bench")
+console = Console(soft_wrap=False)
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="a name (see `list`) or a TOML file")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the run's folder; default runs/NAME-TIME")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="overwrite a completed run in --out")] = False,
+) -> None:
+    """Run one experiment and write results.json, config.toml and logs to its folder."""
+    from simulations.kinds import KINDS
+    from simulations.run_folder import RunFolder, default_folder
+    from simulations.settings import load_experiment
+
+    loaded = load_experiment(experiment, set_ or [])
+    carry_out = pick(KINDS, loaded.kind, "kind")
+    path = out or default_folder(loaded.name)
+    console.print(f"[bold]{loaded.name}[/bold]: {loaded.about}")
+    with RunFolder(path, name=loaded.name, kind=loaded.result_kind, force=force) as folder:
+        try:
+            carry_out(loaded, folder, console)
+        except KeyboardInterrupt:
+            console.print(f"\ninterrupted; what was done is in {path}")
+            raise
+    console.print(f"results: {path / 'results.json'}")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the experiments that come with the project."""
+    from simulations.settings import load_experiment, names
+
+    table = Table("name", "kind", "what it shows")
+    for name in names():
+        loaded = load_experiment(name)
+        table.add_row(name, loaded.kind, loaded.about)
+    console.print(table)
+
+
+@bench.command("split")
+def bench_split(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures here")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
+    ] = None,
+) -> None:
+    """Steps per second of split training beside the same work in one process."""
+    from simulations.bench_split import run as run_bench
+
+    run_bench(console, json_, set_ or [])
+
+
+def main() -> None:
+    """Run the command line; errors made on purpose end with one line and exit code 1."""
+    try:
+        app()
+    except FedsplitError as error:
+        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, markup=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""What kinds of experiment there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from simulations.run_folder import RunFolder
+from simulations.settings import Experiment
+
+
+def _split(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.split_experiment import run
+
+    run(experiment, folder, console)
+
+
+# kind -> function that carries out one experiment and records its results in the folder
+KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
+    "split": _split,
+}

@@ -1,0 +1,120 @@
+"""The table that a split run ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Print what the run showed, each line with what it means."""
+    table = Table(title="What this run showed", title_justify="left", show_lines=False)
+    table.add_column("", style="bold")
+    table.add_column("", justify="right")
+    table.add_column("what it means")
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    owners = Table(title="Who took part", title_justify="left")
+    for column in ("owner", "training texts", "held-out texts", "tokens", "mostly about"):
+        owners.add_column(
+            column, justify="left" if column in ("owner", "mostly about") else "right"
+        )
+    for owner in results["owners"]:
+        counts = owner.get("labels")
+        mostly = ""
+        if counts and len(labels) >= len(counts):
+            best = sorted(range(len(counts)), key=lambda i: -counts[i])[:2]
+            mostly = ", ".join(
+                f"{labels[i]} {100 * counts[i] / max(1, sum(counts)):.0f} %" for i in best
+            )
+        cells = (owner["name"], owner["train"], owner["test"], owner["tokens"], mostly)
+        owners.add_row(*map(str, cells))
+    console.print(owners)
+
+
+def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (what, figure, meaning) rows."""
+    utility, privacy, traffic = results["utility"], results["privacy"], results["traffic"]
+    percent = utility["metric"] == "accuracy"
+
+    def figure(value: float | None) -> str:
+        if value is None:
+            return "not measured"
+        return f"{100 * value:.1f} %" if percent else f"{value:.2f}"
+
+    rows = [
+        (
+            f"{utility['metric']}, federated",
+            figure(utility["federated"]),
+            "the owners' held-out texts, answered by the server's tuned top",
+        ),
+        (
+            f"{utility['metric']}, centralised",
+            figure(utility["centralised"]),
+            "same model and steps in one place, nothing protected",
+        ),
+        (
+            f"{utility['metric']}, baseline",
+            figure(utility["baseline"]),
+            f"{utility.get('baseline_is', 'nothing learned')}",
+        ),
+    ]
+    inversion = privacy.get("embedding_inversion")
+    if inversion:
+        low, high = inversion["interval"]
+        rows.append(
+            (
+                "empirical privacy",
+                f"{100 * inversion['empirical_privacy']:.1f} %",
+                "tokens that nearest-neighbour inversion did NOT read back from what was sent "
+                f"({100 * (1 - high):.1f} to {100 * (1 - low):.1f} %)",
+            )
+        )
+    rows.append(("mechanism", _mechanism(privacy), "noise drawn once per text, by its owner"))
+    if privacy["cti"] != "off":
+        rows.append(
+            (
+                "tokens with less noise",
+                f"{100 * privacy['share_touched']:.2f} %",
+                "contributing tokens (CTI): they lose most of their guarantee",
+            )
+        )
+    rounds = [r for r in results["lineage"] if r["verdict"] != "off"]
+    if rounds:
+        last = rounds[-1]
+        rows.append(
+            (
+                "lineage",
+                last["verdict"].replace("_", " "),
+                f"of the tuned top against its base: score {last['score']:.3f}, "
+                f"parameter cosine {last['pcs']:.3f}",
+            )
+        )
+    rows.append(
+        (
+            "sent by the owners",
+            f"{traffic['bytes_up'] / 1e6:.1f} MB",
+            f"{traffic['bytes_per_token']:.0f} bytes per token, each text once; "
+            f"{traffic['messages']} Flower messages",
+        )
+    )
+    rows.append(
+        (
+            "sent by the server",
+            f"{traffic['bytes_down'] / 1e6:.1f} MB",
+            f"the bottom ({traffic['bottom_bytes'] / 1e6:.1f} MB) to each owner, then logits",
+        )
+    )
+    return rows
+
+
+def _mechanism(privacy: Mapping[str, Any]) -> str:
+    if privacy["mechanism"] != "dchi":
+        return str(privacy["mechanism"])
+    if privacy["eta"]:
+        return f"d_chi, eta {privacy['eta']:g}"
+    return f"d_chi, ratio {privacy['noise_ratio']:g}"
