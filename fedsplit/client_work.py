@@ -17,6 +17,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError, SessionError
 from fedsplit.owners.message_session import MessageSession
 from fedsplit.owners.prepare import OwnerIdentity, load_joint_state, prepare, save_joint_state
+from fedsplit.owners.refusals import tellable
 from fedsplit.owners.session import open_stream, run_stream_session
 from fedsplit.owners.share import owner_name
 from fedsplit.owners.split_owner import SplitOwner
@@ -37,10 +38,12 @@ log = logging.getLogger(__name__)
 REFUSED = 100  # Flower leaves codes from 100 on to applications
 
 
-def _refusal(message: Message, error: FedsplitError) -> Message:
+def _refusal(message: Message, error: Exception) -> Message:
     """Return an error reply that names what was wrong, never what the data was."""
-    reason = f"{type(error).__name__}: {error}"
-    log.error("round refused: %s", reason)
+    foreseen = isinstance(error, FedsplitError)
+    log.error("refused: %s: %s", type(error).__name__, error, exc_info=not foreseen)
+    told = tellable(error)
+    reason = f"{type(told).__name__}: {told}"
     return Message(Error(code=REFUSED, reason=reason[:1000]), reply_to=message)
 
 
@@ -112,7 +115,7 @@ def session(message: Message, context: Context) -> Message:
             arrays = {n: np.asarray(w.float().numpy()) for n, w in weights.items()}
             content[WEIGHTS] = weights_record(arrays)
         return Message(content, reply_to=message)
-    except FedsplitError as error:
+    except Exception as error:  # Flower itself would tell the server all of its message
         return _refusal(message, error)
 
 
@@ -131,7 +134,7 @@ def step(message: Message, context: Context) -> Message:
         content = RecordDict()
         content[FRAMES] = pack_frames(answer)
         return Message(content, reply_to=message)
-    except FedsplitError as error:
+    except Exception as error:  # Flower itself would tell the server all of its message
         return _refusal(message, error)
 
 
@@ -141,5 +144,5 @@ def who(message: Message, context: Context) -> Message:
         content = RecordDict()
         content[WHO] = ConfigRecord({"owner": owner_name(dict(context.node_config))})
         return Message(content, reply_to=message)
-    except FedsplitError as error:
+    except Exception as error:  # Flower itself would tell the server all of its message
         return _refusal(message, error)

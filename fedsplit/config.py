@@ -167,7 +167,7 @@ class SessionConfig:
     codec: str = "bf16"
     logits_codec: str = "fp32"
     wave: int = 0
-    wave_wait_s: float = 60.0
+    wave_wait_s: float = 120.0
     deadline_s: float = 120.0
     idle_s: float = 600.0
     window: int = 4
@@ -208,6 +208,9 @@ class PrivacyConfig:
         cti_per_class: tokens selected per class at most.
         cti_max_share: largest share of running tokens that may be touched.
         cti_rho: noise multiplier of the selected tokens; 0 sends them in the clear.
+        denoise: what the server does with received vectors before its top reads them: ``off``,
+            ``uniform`` or ``unigram`` (posterior mean over the public vocabulary with that prior;
+            embeddings-only frozen bottoms).  Post-processing: costs no privacy.
     """
 
     mechanism: str = "none"
@@ -217,6 +220,7 @@ class PrivacyConfig:
     cti_per_class: int = 16
     cti_max_share: float = 0.01
     cti_rho: float = 0.3
+    denoise: str = "off"
 
     def __post_init__(self) -> None:
         check(
@@ -241,6 +245,7 @@ class PrivacyConfig:
         check(self.cti_per_class >= 1, "privacy.cti-per-class", self.cti_per_class, ">= 1")
         check(0 < self.cti_max_share <= 1, "privacy.cti-max-share", self.cti_max_share, "in (0, 1]")
         check(0 <= self.cti_rho <= 1, "privacy.cti-rho", self.cti_rho, "in [0, 1]")
+        _one_of("privacy.denoise", self.denoise, ("off", "uniform", "unigram"))
 
 
 @dataclass(frozen=True)

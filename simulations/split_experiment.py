@@ -40,7 +40,6 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("preparing data")
         began = time.perf_counter()
         tokenizer = load_base(config).tokenizer
-        special = {int(i) for i in tokenizer.all_special_ids}
         shares = owner_shares(config, tokenizer)
         _check_labels(config, shares)
         folder.record(
@@ -64,11 +63,11 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
         attack: dict[str, Any] = {}
         if config.output.transcript and config.split.k == 0:
-            progress.stage("embedding inversion on what the server received")
+            progress.stage("attacking what the server received")
             began = time.perf_counter()
             transcript = folder.path / "server" / "transcript.safetensors"
             attack = embedding_inversion(
-                config, transcript, shares, special, samples=int(options["attack-samples"])
+                config, transcript, shares, samples=int(options["attack-samples"])
             )
             stages["attack"] = time.perf_counter() - began
             folder.record(privacy=_privacy(config, server, attack))
@@ -137,17 +136,17 @@ def _federated_results(config: RunConfig, server: dict[str, Any]) -> dict[str, A
     }
 
 
-def _privacy(
-    config: RunConfig, server: dict[str, Any], inversion: dict[str, Any]
-) -> dict[str, Any]:
-    last = server["rounds"][-1]["train"]["metrics"]
+def _privacy(config: RunConfig, server: dict[str, Any], attacks: dict[str, Any]) -> dict[str, Any]:
+    # Only rounds in which something was perturbed anew know how many tokens were touched.
+    touched = [r["train"]["metrics"].get("share-touched", 0.0) for r in server["rounds"]]
     return {
         "mechanism": config.privacy.mechanism,
         "eta": config.privacy.eta,
         "noise_ratio": config.privacy.noise_ratio,
         "cti": config.privacy.cti,
-        "share_touched": last.get("share-touched", 0.0),
-        **({"embedding_inversion": inversion} if inversion else {}),
+        "share_touched": max(touched),
+        "denoise": config.privacy.denoise,
+        **attacks,
     }
 
 

@@ -9,14 +9,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fedsplit.attacks.map_inversion import MapInversion
 from fedsplit.attacks.nearest import NearestNeighbour
 from fedsplit.attacks.scoring import score_tokens
 from fedsplit.config import RunConfig
 from fedsplit.errors import AttackError
 from fedsplit.models.halves import split
 from fedsplit.privacy.candidates import candidates_through
+from fedsplit.privacy.configured import build_mechanism
 from fedsplit.seeding import numpy_generator
 from simulations.shares import OwnerShare
+from strategies.denoising import public_log_prior
 from strategies.split_tuning_run import load_base
 
 
@@ -44,24 +47,26 @@ def embedding_inversion(
     config: RunConfig,
     transcript: Path,
     shares: list[OwnerShare],
-    special_ids: set[int],
     *,
     samples: int = 400,
-) -> dict[str, Any]:
-    """Run the nearest-neighbour attack on what really left and score it.
+) -> dict[str, dict[str, Any]]:
+    """Run the inversion attacks for k = 0 on what really left, and score them.
 
     Args:
         config: the run's settings; the bottom must be of embeddings only (k = 0).
         transcript: the server's recording.
         shares: the truth, used for scoring alone.
-        special_ids: ids that are not scored.
         samples: samples attacked at most, drawn over all owners by the run's seed.
 
+    Returns:
+        ``embedding_inversion``: the nearest neighbour, which knows nothing of the noise, and (with
+        noise) ``map_inversion``: the most probable token given the noise's law and a public prior.
+
     Raises:
-        AttackError: no transcript, or a bottom with blocks (this attack has no candidates then).
+        AttackError: no transcript, or a bottom with blocks (there are no candidates then).
     """
     if config.split.k != 0:
-        raise AttackError(f"split.k={config.split.k}: must be 0 for nearest-neighbour inversion")
+        raise AttackError(f"split.k={config.split.k}: must be 0 for these attacks")
     received = read_transcript(transcript)
     truth = {(s.name, "train"): s.train for s in shares} | {
         (s.name, "test"): s.test for s in shares
@@ -69,16 +74,32 @@ def embedding_inversion(
     pool = [(key, slot) for key, held in sorted(received.items()) for slot in sorted(held)]
     order = numpy_generator(config.seed, "attack").permutation(len(pool))[:samples]
     chosen = [pool[i] for i in sorted(order)]
-    bottom, _ = split(load_base(config).model, 0, verify=False)
     rows = [received[key][slot] for key, slot in chosen]
     ids = [truth[key].ids[slot] for key, slot in chosen]
+
+    loaded = load_base(config)
+    special = {int(i) for i in loaded.tokenizer.all_special_ids}
+    bottom, _ = split(loaded.model, 0, verify=False)
     candidates = candidates_through(bottom, bottom.vocab, max(r.shape[0] for r in rows))
-    attack = NearestNeighbour()
-    result = score_tokens(
-        attack.name,
-        attack.invert(rows, candidates),
-        ids,
-        special_ids=special_ids,
-        knowledge=attack.knowledge,
-    )
-    return result.to_dict()
+    nearest = NearestNeighbour()
+    found = {
+        "embedding_inversion": score_tokens(
+            nearest.name,
+            nearest.invert(rows, candidates),
+            ids,
+            special_ids=special,
+            knowledge=nearest.knowledge,
+        ).to_dict()
+    }
+    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
+    if mechanism.name != "none":
+        prior = public_log_prior(loaded.tokenizer, bottom.vocab, config.model.max_tokens)
+        informed = MapInversion()
+        found["map_inversion"] = score_tokens(
+            informed.name,
+            informed.invert(rows, candidates, mechanism, prior),
+            ids,
+            special_ids=special,
+            knowledge=informed.knowledge,
+        ).to_dict()
+    return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import FedsplitError
+from strategies.denoising import CohortDenoiser
 from strategies.member import Batch, Member
 from strategies.optimisation import Optimisation
 
@@ -47,6 +48,7 @@ class Cohort:
         joint: whether gradients of the representations go back.
         per_token: whether logits are per token (language modelling).
         window: batches an owner may send ahead.
+        denoise: replaces received representations by better estimates of them, or None.
         on_step: called after every step with (step, steps of this wave).
     """
 
@@ -59,6 +61,7 @@ class Cohort:
         per_token: bool,
         window: int,
         on_step: Callable[[int, int], None],
+        denoise: CohortDenoiser | None = None,
     ) -> None:
         self._top = top
         self._optimisation = optimisation
@@ -66,6 +69,7 @@ class Cohort:
         self._per_token = per_token
         self._window = window
         self._on_step = on_step
+        self._denoise = denoise
 
     def train(
         self,
@@ -115,7 +119,7 @@ class Cohort:
     ) -> list[tuple[Member, Batch]]:
         """Do one step and return the members that are still there, with their batches."""
         clock = time.perf_counter()
-        hidden, mask = pad_rows([row for _, batch in batches for row in batch.rows])
+        hidden, mask = self._padded(batches)
         if self._joint:
             hidden.requires_grad_()
         rows = self._rows(self._top(hidden, mask), mask)  # (R, C)
@@ -183,13 +187,21 @@ class Cohort:
         if not batches:
             return []
         with torch.inference_mode():
-            hidden, mask = pad_rows([row for _, batch in batches for row in batch.rows])
+            hidden, mask = self._padded(batches)
             rows = self._rows(self._top(hidden, mask), mask)
         order = dict(batches)
         parts = self._parts(batches, rows)
         sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
         report.samples += sum(len(order[m].slots) for m, _ in sent)
         return [(m, order[m]) for m, _ in sent]
+
+    def _padded(self, batches: list[tuple[Member, Batch]]) -> tuple[Tensor, Tensor]:
+        """Return the cohort's representations (B, T, d), denoised if so configured, and mask."""
+        rows = [row for _, batch in batches for row in batch.rows]
+        if self._denoise is not None:
+            keys = [(m.name, m.split, slot) for m, batch in batches for slot in batch.slots]
+            rows = self._denoise(keys, rows)
+        return pad_rows(rows)
 
     def _rows(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return logits as rows: (B, C), or (tokens, V) without padding."""

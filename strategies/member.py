@@ -81,6 +81,7 @@ class Member:
         self.samples = 0
         self.tokens_received = 0
         self.row_bytes = 0
+        self.targets = 0.0
         self.finished = False
         self._store = store
         self._width = width
@@ -202,7 +203,9 @@ class Member:
             weight = frame["weight"]
             if not 0 < weight <= shape[0]:  # one target per row of logits at most
                 raise FrameError(f"GRAD weight {weight}: must be in (0, {shape[0]}]")
-            return decode_rows(frame.body, shape, frame["codec"], max_abs=1e3), weight
+            rows = decode_rows(frame.body, shape, frame["codec"], max_abs=1e3)
+            self.targets += weight
+            return rows, weight
 
     def send_hidden_gradient(self, batch: Batch, rows: Tensor) -> None:
         """Send dL/drepresentations of the owner's own mean loss, tokens stacked: (N, d)."""

@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ from strategies.cohort import Cohort, CohortReport
 from strategies.member import Member
 
 log = logging.getLogger(__name__)
+
+NEVER = "never connected"
 
 
 @dataclass
@@ -39,7 +41,20 @@ class RoundReport:
     frames: int = 0
     row_bytes: int = 0
     row_tokens: int = 0
+    targets: dict[str, float] = field(default_factory=dict)
     error: str = ""
+
+    def lose(self, node: int, name: str | None, reason: str) -> None:
+        """Record an owner that is known by its reply; what its session said comes first."""
+        lost = self.cohort.lost
+        if lost.get(f"node {node}", "").startswith(NEVER):
+            del lost[f"node {node}"]
+        lost.setdefault(name or f"node {node}", reason)
+
+    def call(self, names: Mapping[int, str]) -> None:
+        """Call lost nodes by their owners' names where those are known."""
+        known = {f"node {node}": name for node, name in names.items()}
+        self.cohort.lost = {known.get(k, k): why for k, why in self.cohort.lost.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report, JSON-able."""
@@ -90,6 +105,7 @@ class Round:
         self.mode = mode
         self.report = RoundReport(mode)
         self._expected = set(nodes)
+        self._asked: set[int] = set()
         self._total = len(self._expected)
         self._cohort = cohort
         self._make_member = make_member
@@ -107,6 +123,13 @@ class Round:
         self._thread: threading.Thread | None = None
 
     # ---- sessions come in -------------------------------------------------------------------
+
+    def ask(self, nodes: Iterable[int]) -> None:
+        """Take note that these nodes are being sent their offer; only now are they waited for."""
+        with self._change:
+            self._asked |= set(nodes)
+            self._last_change = time.monotonic()
+            self._change.notify_all()
 
     def admit(self, link: Link, hello: Hello) -> None:
         """Take a session whose token was accepted; greets it in a thread of its own.
@@ -126,14 +149,19 @@ class Round:
 
     def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
         """Welcome one owner and line it up; a failure is recorded and costs only that owner."""
+        name = f"node {hello.node}"  # its own name is not its own yet
         try:
             member = self._make_member(link, hello)
+            name = member.name
             member.greet(*self._bundle, welcomed=welcomed)
         except FedsplitError as error:
             link.fail(error)
-            self.lose(hello.node, hello.owner, error)
+            self.lose(hello.node, name, error)
             return
         with self._change:
+            if self._stopped:
+                link.fail(SessionError(f"round {self.number} is over"))
+                return
             self._expected.discard(hello.node)
             self._ready.append(member)
             self._last_change = time.monotonic()
@@ -201,6 +229,8 @@ class Round:
                 report.frames += traffic.frames_in + traffic.frames_out
                 report.row_bytes += member.row_bytes
                 report.row_tokens += member.tokens_received
+                if self.mode == "train":
+                    report.targets[member.name] = member.targets
                 if member.finished:
                     report.finished.append(member.name)
                 else:
@@ -209,17 +239,21 @@ class Round:
     def _next_wave(self) -> list[Member]:
         """Wait for the next wave and return it sorted by owner; empty when the round is over."""
         with self._change:
-            while True:
-                want = min(self._wave, len(self._expected) + len(self._ready))
-                quiet = time.monotonic() - self._last_change
-                if len(self._ready) >= want or quiet >= self._wait_s:
-                    if self._ready and len(self._ready) < want:
+            while self._expected or self._ready:
+                missing = self._expected & self._asked
+                want = min(self._wave, len(missing) + len(self._ready))
+                left_s = self._last_change + self._wait_s - time.monotonic()
+                patient = left_s > 0
+                if self._ready and (len(self._ready) >= want or not patient):
+                    if len(self._ready) < want:
                         log.warning("wave of %d owners, %d were expected", len(self._ready), want)
-                    for node in self._expected if not self._ready else ():
-                        name = f"node {node}"
-                        self.report.cohort.lost[name] = f"never connected ({self._wait_s:g} s)"
                     break
-                self._change.wait(min(1.0, self._wait_s))
+                if missing and not patient:
+                    for node in missing:
+                        self.report.cohort.lost[f"node {node}"] = f"{NEVER} ({self._wait_s:g} s)"
+                    self._expected -= missing
+                    continue
+                self._change.wait(left_s if patient else None)
             # Arrival decides who is in a wave, never the order of its gradients.
             self._ready.sort(key=lambda m: natural(m.name))
             wave, self._ready = self._ready[: self._wave], self._ready[self._wave :]

@@ -11,31 +11,33 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 from torch import Tensor
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import FedsplitError, LineageError, ModelError, RunError, WireError
+from fedsplit.errors import LineageError, ModelError, RunError, SessionError, WireError
 from fedsplit.fingerprints.gate import LineageGate
 from fedsplit.models.halves import Top
 from fedsplit.models.trainable import Trainable
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door, Hello
 from fedsplit.wire.link import Link
-from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, WHO_TYPE, SessionOffer, read_report
+from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, WHO_TYPE, SessionOffer
 from strategies.cohort import Cohort
+from strategies.denoising import CohortDenoiser
 from strategies.hub import MessageHub, StreamHub
 from strategies.member import Member, welcome_header
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
+from strategies.replies import average, check_weights, read_reply
 from strategies.round import Round, RoundReport, natural
 from strategies.store import RepresentationStore
 
@@ -59,6 +61,7 @@ class ServerParts:
         hub: the stream server, or None for ``transport = "messages"``.
         ca: PEM that owners should trust for the stream; empty without TLS.
         max_tokens: longest sample that an owner may send.
+        denoise: the server's estimate of what the noise hides, or None.
     """
 
     top: Top
@@ -71,6 +74,7 @@ class ServerParts:
     hub: StreamHub | None
     ca: bytes = b""
     max_tokens: int = 1 << 17
+    denoise: CohortDenoiser | None = None
 
 
 class SplitTuning(Strategy):
@@ -88,8 +92,11 @@ class SplitTuning(Strategy):
         self.config = config
         self.parts = parts
         self.store = RepresentationStore()
-        self.averaging = averaging or FedAvg(weighted_by_key="num-examples")
+        self.averaging = averaging or FedAvg(weighted_by_key="targets")
         self._joint = config.split.bottom == "joint"
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of the joint bottom
+        self._asked: set[int] = set()
+        self._naming = threading.Lock()
         self._round: Round | None = None
         self._early: list[Message] = []
         self._began = 0.0
@@ -103,6 +110,7 @@ class SplitTuning(Strategy):
             per_token=config.model.task == "causal-lm",
             window=config.session.window,
             on_step=self._on_step,
+            denoise=parts.denoise,
         )
 
     # ---- Flower's hooks ---------------------------------------------------------------------
@@ -121,6 +129,7 @@ class SplitTuning(Strategy):
     ) -> Iterable[Message]:
         """Open the round's sessions and return one message per sampled owner."""
         self._good = self.parts.trainable.state() if self.config.lineage.gate == "reject" else None
+        self._shapes = {name: tuple(array.shape) for name, array in arrays.items()}
         return self._open(server_round, "train", arrays, grid, MessageType.TRAIN)
 
     def aggregate_train(
@@ -137,6 +146,15 @@ class SplitTuning(Strategy):
         row = {"round": server_round, "train": self._row(report, metrics), "lineage": lineage}
         self.parts.recorder.round(row)
         self._say(server_round, "train", metrics, lineage)
+        if not report.cohort.steps:
+            lost = "; ".join(f"{name}: {why}" for name, why in report.cohort.lost.items())
+            raise RunError(f"round {server_round}: no owner took a step: {lost[:2000]}")
+        if lineage["verdict"] not in ("in_lineage", "off") and self.config.lineage.gate == "stop":
+            raise LineageError(
+                f"round {server_round}: lineage {lineage['verdict']}, score {lineage.get('score')}"
+            )
+        if lineage.get("rejected"):
+            arrays = None  # the bottoms go back with the top: Flower keeps the last ones
         record = MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
         for key in ("pcs", "ics", "score"):
             if isinstance(lineage.get(key), float):
@@ -173,6 +191,7 @@ class SplitTuning(Strategy):
     ) -> list[Message]:
         self._began = time.perf_counter()
         nodes = self._sample(grid, number)
+        self._asked = set(nodes)
         session = self.config.session
         rounds = self.config.train.rounds
         self._round = Round(
@@ -204,6 +223,7 @@ class SplitTuning(Strategy):
         self._early = []
         if self.parts.hub is None:
             hub = self._message_hub(grid, content)
+            self._round.ask(nodes)
             hub.run(self._round, nodes)
             self._messages += hub.messages
             return messages(hub.exchanges())
@@ -211,7 +231,9 @@ class SplitTuning(Strategy):
         waves = self._waves(grid, nodes)
         for wave in waves[:-1]:
             log.info("%d owners in waves of %d: %s", len(nodes), len(wave), self._called(wave))
+            self._round.ask(wave)
             self._early += grid.send_and_receive(messages(dict.fromkeys(wave, 0)), timeout=LONG_S)
+        self._round.ask(waves[-1])
         return messages(dict.fromkeys(waves[-1], 0))
 
     def _waves(self, grid: Grid, nodes: list[int]) -> list[list[int]]:
@@ -300,11 +322,16 @@ class SplitTuning(Strategy):
                 continue
             who = reply.content.config_records.get(WHO)
             name = None if who is None else who.get("owner")
-            if isinstance(name, str):
+            if isinstance(name, str) and name not in {self._names.get(n) for n in nodes}:
                 self._names[reply.metadata.src_node_id] = name
 
     def _member(self, link: Link, hello: Hello) -> Member:
         session = self.config.session
+        with self._naming:
+            others = {self._names.get(n) for n in self._asked if n != hello.node}
+            if hello.owner in others:  # two owners of one name would share what is kept by name
+                raise SessionError(f"owner's name {hello.owner!r}: another node has it already")
+            self._names[hello.node] = hello.owner
         return Member(
             link,
             hello,
@@ -336,20 +363,19 @@ class SplitTuning(Strategy):
             if reply.has_error():
                 reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
                 log.warning("owner at node %d: %s", node, reason)
-                report.cohort.lost.setdefault(self._names.get(node, f"node {node}"), reason)
+                report.lose(node, self._names.get(node), reason)
                 continue
             try:
-                metrics, name = read_report(reply.content)
+                metrics, name = read_reply(reply.content, self._names.get(node), report)
             except WireError as error:
-                report.cohort.lost[f"node {node}"] = str(error)
+                report.lose(node, self._names.get(node), f"{type(error).__name__}: {error}")
                 continue
-            self._names[node] = name
-            if name in report.finished:
+            if name in report.finished and self._names.get(node) == name:
                 good.append(reply)
                 rows[name] = metrics
-        self._rename_lost(report)
+        report.call(self._names)
         good.sort(key=lambda m: natural(self._names[m.metadata.src_node_id]))
-        return report, good, _average(rows)
+        return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -359,23 +385,12 @@ class SplitTuning(Strategy):
             "messages": self._messages,
         }
 
-    def _rename_lost(self, report: RoundReport) -> None:
-        """Call lost nodes by their owners' names where those are known."""
-        by_node = {f"node {node}": name for node, name in self._names.items()}
-        lost = report.cohort.lost
-        report.cohort.lost = {by_node.get(key, key): why for key, why in lost.items()}
-
     def _weights_ok(self, message: Message, report: RoundReport) -> bool:
         """Refuse NaN and foreign tensors from one owner; the others' work is kept."""
         name = self._names[message.metadata.src_node_id]
-        records = message.content.array_records
         try:
-            if list(records) != [WEIGHTS]:
-                raise ModelError(f"array records {list(records)[:4]}: must be [{WEIGHTS!r}]")
-            for key, array in records[WEIGHTS].items():
-                if not bool(torch.isfinite(torch.from_numpy(array.numpy().copy())).all()):
-                    raise ModelError(f"bottom weight {key}: must be finite")
-        except (FedsplitError, ValueError) as error:
+            check_weights(message.content, self._shapes)
+        except ModelError as error:
             report.cohort.lost[name] = f"update refused: {error}"
             log.warning("owner %s: update refused: %s", name, error)
             return False
@@ -387,24 +402,18 @@ class SplitTuning(Strategy):
             return {"verdict": "off"}
         began = time.perf_counter()
         changed = [name for name, _ in self.parts.trainable.named_parameters()]
-        found = gate.check(self.parts.top.model, changed)
-        row = {
-            "round": number,
-            "pcs": found.pcs,
-            "ics": found.ics,
-            "score": found.score,
-            "verdict": found.verdict,
-            "per_layer": list(found.per_layer),
-            "seconds": time.perf_counter() - began,
-        }
-        if found.verdict != "in_lineage":
-            log.warning("round %d: lineage %s (score %.3f)", number, found.verdict, found.score)
-            policy = self.config.lineage.gate
-            if policy == "stop":
-                raise LineageError(
-                    f"round {number}: lineage {found.verdict}, score {found.score:.3f}"
-                )
-            if policy == "reject" and self._good is not None:
+        row: dict[str, Any] = {"round": number}
+        try:
+            found = gate.check(self.parts.top.model, changed)
+        except (LineageError, ModelError) as error:  # NaN weights, for one
+            row |= {"verdict": "not_shown", "error": f"{type(error).__name__}: {error}"}
+        else:
+            row |= {"pcs": found.pcs, "ics": found.ics, "score": found.score}
+            row |= {"verdict": found.verdict, "per_layer": list(found.per_layer)}
+        row["seconds"] = time.perf_counter() - began
+        if row["verdict"] != "in_lineage":
+            log.warning("round %d: lineage %s (%s)", number, row["verdict"], row.get("score"))
+            if self.config.lineage.gate == "reject" and self._good is not None:
                 self.parts.trainable.load(self._good)
                 row["rejected"] = True
         return row
@@ -436,18 +445,3 @@ class SplitTuning(Strategy):
             accuracy=metrics.get("accuracy"),
             verdict=lineage.get("verdict"),
         )
-
-
-def _average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return weighted means over owners, sums of counts, and the owners' own rows."""
-    if not rows:
-        return {"num-examples": 0, "owners": {}}
-    weight = sum(r["targets"] for r in rows.values()) or 1.0
-    return {
-        "num-examples": int(sum(r["num-examples"] for r in rows.values())),
-        "loss": sum(r["loss"] * r["targets"] for r in rows.values()) / weight,
-        "accuracy": sum(r["accuracy"] * r["targets"] for r in rows.values()) / weight,
-        "share-touched": sum(r["share-touched"] * r["num-examples"] for r in rows.values())
-        / max(1.0, sum(r["num-examples"] for r in rows.values())),
-        "owners": dict(sorted(rows.items(), key=lambda item: natural(item[0]))),
-    }

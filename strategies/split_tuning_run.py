@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from fedsplit.models.heads import head_parameters
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.placing import place
 from fedsplit.models.trainable import make_trainable
+from fedsplit.privacy.configured import build_mechanism
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import weights_record
 from fedsplit.wire.stream import ServerTls
 from fedsplit.wire.tokens import TokenBook
+from strategies.denoising import build_denoiser
 from strategies.hub import StreamHub
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
@@ -85,6 +88,8 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     embedding = probe(bottom.model).input_embeddings
     rows = next(embedding.parameters()).detach()
     gate = None if config.lineage.gate == "off" else LineageGate(top.model, rows=rows)
+    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
+    denoise = build_denoiser(config, bottom, loaded.tokenizer, mechanism)
     trainable = make_trainable(top, config.train.method)
     place(top, config.model.device, DTYPES[config.model.dtype])
     head = head_parameters(top) if config.model.task == "sequence-classification" else set()
@@ -123,6 +128,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
         recorder=recorder,
         hub=hub,
         ca=ca,
+        denoise=denoise,
     )
     return parts, bottom
 
@@ -156,7 +162,8 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         strategy.start(grid, initial, num_rounds=config.train.rounds, timeout=LONG_S)
         if config.output.transcript:
             recorder.transcript(strategy.store)
-        recorder.write(status="completed", run_s=time.perf_counter() - began)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+        recorder.write(status="completed", run_s=time.perf_counter() - began, peak_rss_bytes=peak)
     except BaseException as error:
         recorder.content["status"] = "failed"
         recorder.content["error"] = f"{type(error).__name__}: {error}"

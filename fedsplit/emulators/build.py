@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class Emulator:
         method: name of the compressor.
         base_digest: of the base's weights, see :func:`fedsplit.models.loading.weights_digest`.
         details: what else it was built from (scores, errors, settings): plain JSON values.
+        base_config: the base's whole configuration, as JSON values.
     """
 
     model: Model
@@ -37,6 +39,7 @@ class Emulator:
     method: str
     base_digest: str
     details: dict[str, Any] = field(default_factory=dict)
+    base_config: dict[str, Any] = field(default_factory=dict)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return A's parameters under their names in the full model."""
@@ -126,6 +129,7 @@ def build_emulator(
         method,
         weights_digest(model) if base_digest is None else base_digest,
         dict(details or {}),
+        json.loads(model.config.to_json_string(use_diff=False)),
     )
     freeze_but_adapters(emulator)
     return emulator

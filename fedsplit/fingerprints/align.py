@@ -88,20 +88,29 @@ def procrustes(base: Tensor, suspect: Tensor) -> Alignment:
     return Alignment(matrix, _fit(b, s, matrix), "procrustes")
 
 
+ENOUGH = 0.85
+ROTATED = 0.95
+FEW_ROWS = 0.99
+
+
 def align(base: Tensor, suspect: Tensor) -> Alignment:
-    """The simplest map that fits: identity, else signed permutation, else rotation.
+    """The simplest map that explains the rows: identity, else signed permutation, else rotation.
 
     A rotation has d^2/2 free parameters and fits strangers that share data and tokenizer to some
-    degree (0.74 for the gutenberg twins, whose products then agree by 0.08 where a permutation
-    gives 0.01), and with few rows it fits anything: it is used only where it explains the rows at
-    0.85 with at least 2 d rows, or at 0.99 with fewer; otherwise the assignment stands.
+    degree (0.74 for the gutenberg twins, 0.86 for small twins trained briefly, whose products then
+    agree by 0.09 where a permutation gives 0.01), and with few rows it fits anything: it is used
+    only where it explains the rows at :data:`ROTATED` with at least 2 d rows, or at
+    :data:`FEW_ROWS` with fewer.  A simpler map must reach :data:`ENOUGH` and leave at most 4 times
+    the rotation's residual: where a few directions dominate the embedding, some permutation fits a
+    rotated model's rows at 0.87.
     """
-    plain = identity(base, suspect)
-    if plain.fit >= 0.85:
-        return plain
-    permuted = assignment(base, suspect)
-    if permuted.fit >= 0.85:
-        return permuted
     rotated = procrustes(base, suspect)
     rows, width = base.shape
-    return rotated if rotated.fit >= (0.85 if rows >= 2 * width else 0.99) else permuted
+    bound = 4.0 * (1.0 - rotated.fit) + 1e-3
+    plain = identity(base, suspect)
+    if plain.fit >= ENOUGH and 1.0 - plain.fit <= bound:
+        return plain
+    permuted = assignment(base, suspect)
+    if permuted.fit >= ENOUGH and 1.0 - permuted.fit <= bound:
+        return permuted
+    return rotated if rotated.fit >= (ROTATED if rows >= 2 * width else FEW_ROWS) else permuted

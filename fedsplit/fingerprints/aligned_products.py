@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsplit.fingerprints.align import Alignment, align
+from fedsplit.fingerprints.align import ROTATED, Alignment, align, procrustes
 from fedsplit.fingerprints.view import Similarity, WeightView, same_width, shared_rows
 from fedsplit.models.projections import BlockProjections
 
@@ -77,16 +77,34 @@ def centred_stream(view: WeightView) -> bool:
 def embedding_alignment(base: WeightView, suspect: WeightView, rows: int = ALIGN_ROWS) -> Alignment:
     """Align the suspect's residual basis to the base's on the leading shared token rows.
 
+    Fewer than 2 d rows do not determine a rotation.  Where they fit one, they are joined by the
+    rows seen through the products of some blocks, E P and E P^T, which turn with the basis as E
+    does; never otherwise, because fitting what is compared afterwards would favour strangers.
+
     Raises:
         LineageError: for different widths or a missing embedding.
     """
-    same_width(base, suspect)
+    width = same_width(base, suspect)
     shared = min(shared_rows(base, suspect), rows)
-    ours, theirs = base.embeddings(range(shared)), suspect.embeddings(range(shared))
-    if centred_stream(base):
-        ours = ours - ours.mean(1, keepdim=True)
-        theirs = theirs - theirs.mean(1, keepdim=True)
-    return align(ours, theirs)
+    views = (base, suspect)
+    centre = centred_stream(base)
+    own = [v.embeddings(range(shared)) for v in views]
+    if centre:
+        own = [e - e.mean(1, keepdim=True) for e in own]
+    found = align(own[0], own[1])
+    if found.kind != "procrustes" or shared >= 2 * width or base.depth != suspect.depth:
+        return found
+    more = procrustes(*(_with_products(v, e, centre) for v, e in zip(views, own, strict=True)))
+    return more if more.fit >= ROTATED else found
+
+
+def _with_products(view: WeightView, rows: Tensor, centre: bool) -> Tensor:
+    """Rows E, and E P and E P^T for the products of three blocks, all of unit norm."""
+    parts = [rows]
+    for index in sorted({0, view.depth // 2, view.depth - 1}):
+        for product in products(view.block(index), centre=centre).values():
+            parts += [rows @ product, rows @ product.T]
+    return torch.cat([p / p.norm().clamp_min(1e-30) for p in parts])
 
 
 def compare_blocks(

@@ -45,7 +45,7 @@ SHIPPED = Path(__file__).with_name("encoder.safetensors")
 class EncoderConfig:
     """The recipe: steps of Adam on batches of synthetic anchors, from a seed."""
 
-    steps: int = 500
+    steps: int = 400
     batch: int = 32
     lr: float = 5e-4
     rank: int = 64

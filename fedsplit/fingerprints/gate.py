@@ -7,8 +7,10 @@ recomputes only blocks among whose parameters something changed.
 Guarantee: blocks replaced by strangers' weights or by noise score near 0 (std about 1/d), honest
 fine-tuning of one round near 1; a permuted but equivalent block counts as in lineage, since
 products cancel hidden-unit, head, V/O and Q/K maps.  What breaks it: a change inside the base's own
-subspace is not seen (a backdoor trained in is still "in lineage"); thresholds are not a proof of
-provenance, see :mod:`fedsplit.fingerprints.verdict` for calibrated error rates.
+subspace is not seen (a backdoor trained in is still "in lineage"); modules that an adapter method
+adds have no counterpart in the base (LoRA and IA3 are merged and judged, bottleneck adapters are
+only counted in ``notes``); thresholds are not a proof of provenance, see
+:mod:`fedsplit.fingerprints.verdict` for calibrated error rates.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import LineageError, check
+from fedsplit.errors import LineageError, ModelError, check
 from fedsplit.fingerprints.align import Alignment
 from fedsplit.fingerprints.aligned_products import (
     KINDS,
@@ -52,12 +54,15 @@ class GateConfig:
         tokens: embedding rows used for the invariants; 0 leaves them out.
         seed: of the sketch.
 
-    Defaults are ours: fine-tuned descendants of the trained checkpoints scored 0.96 or more with
-    their worst block at 0.9, independent ones 0.04 or less.
+    Defaults are ours, from trained checkpoints: fine-tuned and LoRA descendants scored 0.96 or more
+    (worst block 0.95), 30 % pruning and 4-bit weights 0.986, further training at ten times the
+    learning rate 0.75 (worst block 0.70) and 0.30, strangers 0.03 or less (best block 0.07).  An
+    average in which one of n owners replaced a block keeps about 0.5 of it for n = 2 and 0.9 for
+    n = 4: check every owner's update, not the aggregate alone.
     """
 
-    in_lineage: float = 0.9
-    block: float = 0.8
+    in_lineage: float = 0.8
+    block: float = 0.6
     independent: float = 0.1
     sketch: int = 128
     tokens: int = 512
@@ -223,6 +228,8 @@ class LineageGate:
                 memory.moments[name] = moments(
                     self.base.get(self._canonical[name]), view.get(names[name]), name
                 )
+        for name in touched & set(names):
+            _finite(view, names[name])
         self._invariants(view, blocks, "embedding" in touched, memory)
         report = self._report(view, memory, len(blocks), alignment)
         if commit:
@@ -244,7 +251,8 @@ class LineageGate:
 
     def _alignment(self, view: WeightView, names: Mapping[str, str]) -> Alignment | None:
         """A map of the residual basis, if the state brings its own embedding and it moved."""
-        if "embedding" not in names or "embedding" not in self._canonical:
+        brought = "embedding" in names and "embedding" in self._canonical
+        if not brought or not view.vocabulary or not self.base.vocabulary:
             return None
         found = embedding_alignment(self.base, view, rows=2048)
         return None if found.kind == "identity" else found
@@ -273,7 +281,12 @@ class LineageGate:
         per_layer = tuple((b["vo"] + b["ffn"]) / 2 for b in order)
         verdict, diverged = decide(per_layer, self.config)
         total = sum(memory.moments.values(), Moments(0.0, 0.0, 0.0))
-        notes = () if alignment is None else (f"residual basis aligned by {alignment.kind}",)
+        notes: tuple[str, ...] = ()
+        if alignment is not None:
+            notes = (f"residual basis aligned by {alignment.kind}",)
+        added = set(view.canonical()) - set(self._canonical)
+        if added:
+            notes += (f"{len(added)} parameters are not in the base and were not judged",)
         return LineageReport(
             pcs=total.cosine(),
             ics=sum(memory.ics.values()) / len(memory.ics) if memory.ics else None,
@@ -287,6 +300,12 @@ class LineageGate:
         )
 
 
+def _finite(view: WeightView, name: str) -> None:
+    """Vectors outside the products (norms, biases) must be finite too."""
+    if len(view.names[name]) < 2 and not bool(torch.isfinite(view.get(name)).all()):
+        raise ModelError(f"parameter={name!r}: contains NaN or infinite values")
+
+
 def _snapshot(view: WeightView) -> WeightView:
     kept = {n: view.get(n).detach().to("cpu", copy=True) for n in view.names}
     return WeightView(view.layout, view.names, kept.__getitem__, rows=view._rows)
@@ -298,8 +317,9 @@ def _canonical_of(names: Mapping[str, str], changed: Iterable[str]) -> set[str]:
     back = {own: short for short, own in names.items()}
     for name in changed:
         plain = name.replace(".base_layer.", ".")
-        if ".lora_" in plain:
-            plain = plain.split(".lora_")[0] + ".weight"
+        for mark in (".lora_", ".ia3_"):
+            if mark in plain:
+                plain = plain.split(mark)[0] + ".weight"
         hit = back.get(plain)
         if hit is None:
             hit = next(

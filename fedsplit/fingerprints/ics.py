@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import LineageError
-from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens
+from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, shared_rows
 from fedsplit.models.projections import BlockProjections
 
 CHANNELS = ("a", "b", "f")
@@ -43,10 +43,11 @@ LAST = 2
 
 @dataclass(frozen=True)
 class Factors:
-    """One channel M = left @ right.T, both (K, r)."""
+    """One channel M = left @ right.T, both (K, r); ``shared`` if right is X itself."""
 
     left: Tensor
     right: Tensor
+    shared: bool = False
 
     def matrix(self) -> Tensor:
         """The channel itself, (K, K)."""
@@ -60,28 +61,39 @@ def prepare_rows(rows: Tensor, *, centre: bool) -> Tensor:
     return rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
+def _read(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X W^T + b."""
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
+def _per_group(block: BlockProjections, per_head: Tensor) -> Tensor:
+    """(K, H*D) summed over the query heads that share a key/value head -> (K, G*D)."""
+    rows = per_head.shape[0]
+    heads = per_head.view(rows, block.heads, -1)  # (K, H, D)
+    out = heads.new_zeros(rows, block.kv_heads, heads.shape[2])
+    out.index_add_(1, torch.tensor(block.kv_of_head), heads)
+    return out.flatten(1)
+
+
 def attention_factors(block: BlockProjections, x: Tensor) -> Factors:
     """M_a = (X Wq^T + bq) (X Wk^T)^T summed over heads, key heads repeated per query head."""
-    queries = x @ block.q.T + block.biases.get("q", 0.0)  # (K, H*D)
-    return Factors(queries, x @ block.expand(block.k).T)
+    queries = _read(x, block.q, block.biases.get("q"))  # (K, H*D)
+    return Factors(_per_group(block, queries), _read(x, block.k))
 
 
 def value_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """M_b = (X Wv^T + bv) Wo^T X^T."""
-    values = x @ block.v.T + block.biases.get("v", 0.0)  # (K, G*D)
-    width = block.o.shape[1] // block.heads
-    grouped = block.o.view(-1, block.heads, width)  # (d, H, D): heads that share values add up
-    summed = grouped.new_zeros(block.o.shape[0], block.kv_heads, width)
-    summed.index_add_(1, torch.tensor(block.kv_of_head), grouped)
-    return Factors(values @ summed.flatten(1).T, x)
+    """M_b = (X Wv^T + bv) Wo^T X^T, output heads that share values summed."""
+    values = _read(x, block.v, block.biases.get("v"))  # (K, G*D)
+    return Factors(values, _per_group(block, _read(x, block.o.T)))
 
 
 def ffn_factors(block: BlockProjections, x: Tensor) -> Factors:
     """M_f = (X Wup^T + b) Wdown^T X^T, gated: ((X Wg^T + b) * (X Wu^T + b)) Wdown^T X^T."""
-    hidden = x @ block.up.T + block.biases.get("up", 0.0)  # (K, I)
+    hidden = _read(x, block.up, block.biases.get("up"))  # (K, I)
     if block.gate is not None:
-        hidden = hidden * (x @ block.gate.T + block.biases.get("gate", 0.0))
-    return Factors(hidden @ block.down.T, x)
+        hidden *= _read(x, block.gate, block.biases.get("gate"))
+    return Factors(_read(hidden, block.down), x, shared=True)
 
 
 def published_ffn_factors(block: BlockProjections, x: Tensor) -> Factors:
@@ -102,8 +114,13 @@ def published_value_factors(block: BlockProjections, x: Tensor) -> Factors:
     return Factors(x @ block.v.repeat(repeat, 1).T @ block.o.T, x)
 
 
-def correlation(one: Factors, two: Factors) -> float:
+def correlation(
+    one: Factors, two: Factors, memo: dict[tuple[int, int], Tensor] | None = None
+) -> float:
     """Pearson correlation of two channels' entries, exact, without building either.
+
+    Args:
+        memo: inner products of shared right factors by identity, while these are alive.
 
     Raises:
         LineageError: if they were made with different numbers of tokens.
@@ -113,9 +130,15 @@ def correlation(one: Factors, two: Factors) -> float:
             f"tokens={two.left.shape[0]}: the base's fingerprint has {one.left.shape[0]}"
         )
     count = float(one.left.shape[0]) ** 2
+    memo = {} if memo is None else memo
 
     def inner(a: Factors, b: Factors) -> float:
-        return float(((a.left.T @ b.left).double() * (a.right.T @ b.right).double()).sum())
+        gram = memo.get((id(a.right), id(b.right))) if a.shared and b.shared else None
+        if gram is None:
+            gram = a.right.T @ b.right
+        if a.shared and b.shared:
+            memo[id(a.right), id(b.right)] = gram
+        return float(((a.left.T @ b.left).double() * gram.double()).sum())
 
     def total(a: Factors) -> float:
         return float(a.left.double().sum(0) @ a.right.double().sum(0))
@@ -183,11 +206,12 @@ class ICS:
         Raises:
             LineageError: if the suspect lacks tokens of the base's list.
         """
-        tokens = tokens if tokens is not None else choose_tokens(base.vocabulary)
+        tokens = tokens if tokens is not None else choose_tokens(shared_rows(base, suspect))
         parts: dict[str, float] = {}
         pairs = zip(self.factors(base, tokens), self.factors(suspect, tokens), strict=False)
+        memo: dict[tuple[int, int], Tensor] = {}
         for (key, ours), (_, theirs) in pairs:
-            parts[key] = correlation(ours, theirs)
+            parts[key] = correlation(ours, theirs, memo)
         if not parts:
             raise LineageError("blocks=0: nothing to compare")
         return Similarity(sum(parts.values()) / len(parts), parts)

@@ -12,8 +12,8 @@ and every inner map gives the same numbers, embeddings and single projections ar
 all.  Someone who already holds a candidate model can test it: that is the purpose.
 
 Accuracy: the sketched cosine of one product has a standard error of about 1/size around the exact
-one for strangers and less for relatives (0.03 at 32, averaged over 2 x blocks products in the
-score).
+one for strangers and less for relatives; the score averages 2 x blocks of them.  Measured on the
+gutenberg checkpoints at size 32: within 0.003 for a descendant, 0.022 for the twins.
 
 Source: own construction; random bilinear sketches are Johnson-Lindenstrauss maps.
 """

@@ -32,10 +32,29 @@ Outcome = Literal["in_lineage", "not_shown", "independent"]
 EXIT_CODES: dict[Outcome, int] = {"in_lineage": 0, "not_shown": 1, "independent": 2}
 
 MEASURED: dict[str, float] = {
-    "gutenberg_llama_seed0 - gutenberg_llama_seed1": 0.0159,
-    "babyllama_tok105 - babyllama_tok361": 0.0236,
+    "gutenberg_llama_seed0 - seed1 (d = 256, same data, hard)": 0.0159,
+    "babyllama_tok105 - tok361 (d = 128)": 0.0236,
+    "darwin twins 0 - 1 (d = 64, same data, hard)": 0.0009,
+    "darwin twins 0 - 2": 0.0091,
+    "darwin twins 0 - 3": 0.0165,
+    "darwin twins 0 - 4": 0.0188,
+    "darwin twins 1 - 2": 0.0156,
+    "darwin twins 1 - 3": 0.0142,
+    "darwin twins 1 - 4": 0.0121,
+    "darwin twins 2 - 3": 0.0214,
+    "darwin twins 2 - 4": 0.0155,
+    "darwin twins 3 - 4": 0.0212,
+    "darwin twin 0 - stories260K (same tokenizer)": -0.0070,
+    "darwin twin 1 - stories260K": -0.0098,
+    "darwin twin 2 - stories260K": -0.0012,
+    "darwin twin 3 - stories260K": 0.0059,
+    "darwin twin 4 - stories260K": -0.0077,
 }
-"""The score of independent pairs of really trained checkpoints; the first is a hard negative."""
+"""The score of independent pairs of really trained checkpoints, hard negatives included.
+
+The darwin twins are five models of stories260K's shape trained from scratch on one Gutenberg author
+with its tokenizer (300 steps, seeds 100-104); single blocks of these pairs reached 0.07.
+"""
 
 
 def analytic_sd(width: int, terms: int = 1) -> float:
@@ -110,8 +129,8 @@ class VerdictConfig:
         central: a score whose p-value is above this lies inside the null.
     """
 
-    alpha: float = 1e-3
-    least: float = 0.3
+    alpha: float = 1e-6
+    least: float = 0.1
     block_alpha: float = 0.05
     central: float = 0.01
 
@@ -156,10 +175,9 @@ class Judgement:
 def default_null(width: int, terms: int) -> NullDistribution:
     """The measured pairs, with the analytic spread of this width as a floor.
 
-    The null is centred on the measured scores (0.02), not on 0: hard negatives are in it.
+    The null is centred on the measured scores (0.01), not on 0: hard negatives are in it.
     """
-    analytic = analytic_sd(width, terms)
-    return NullDistribution(tuple(MEASURED.values()), max(analytic, 0.01))
+    return NullDistribution(tuple(MEASURED.values()), analytic_sd(width, terms))
 
 
 def block_null(null: NullDistribution, width: int, terms: int = 2) -> NullDistribution:

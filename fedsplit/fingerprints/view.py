@@ -78,16 +78,16 @@ class WeightView:
         self.prefixes = block_prefixes(layout, self.names)
         self._rows = rows
         self._embedding = embedding_name(layout, self.names) if rows is None else None
-        if self._embedding is not None:
-            get_embedding = self._embedding
-            self._rows_shape: tuple[int, ...] | None = self.names[get_embedding]
-        else:
-            self._rows_shape = tuple(rows.shape) if rows is not None else None
+        shape = self.names[self._embedding] if self._embedding is not None else None
+        shape = tuple(rows.shape) if rows is not None else shape
+        self.factorised = shape is not None and shape[1] != self.width
+        self._rows_shape = None if self.factorised else shape
 
     @classmethod
     def of_module(cls, module: nn.Module, *, rows: Tensor | None = None) -> WeightView:
-        """View a live model, or a half that carries the model's ``config``; adapters merged."""
+        """View a live model, or a half (its ``model`` carries the config); adapters merged."""
         config = getattr(module, "config", None)
+        config = config or getattr(getattr(module, "model", None), "config", None)
         if config is None:
             raise ModelError(f"{type(module).__name__}: has no config to tell its architecture")
         view = cls.of_tensors(tensors_of(module), config, rows=rows)
@@ -117,7 +117,7 @@ class WeightView:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the token embedding; 0 if there is none."""
+        """Rows of the token embedding; 0 if there is none of the residual's width."""
         return self._rows_shape[0] if self._rows_shape else 0
 
     def block(self, index: int, *, fold: bool = True) -> BlockProjections:
@@ -130,6 +130,11 @@ class WeightView:
         Raises:
             LineageError: if there is no embedding, or a token beyond it.
         """
+        if self.factorised:
+            raise LineageError(
+                f"embedding: its width is not the residual width {self.width}; a factorised "
+                f"embedding cannot be read through"
+            )
         if self._rows is None and self._embedding is None:
             raise LineageError("embedding: the weights hold none; give the base's rows")
         if tokens is not None and (
@@ -147,11 +152,6 @@ class WeightView:
             if tokens is not None:
                 source = source[torch.as_tensor(list(tokens), device=source.device)]
         rows = source.detach().to("cpu", torch.float32)
-        if rows.shape[1] != self.width:
-            raise LineageError(
-                f"embedding width={rows.shape[1]}: must be the residual width {self.width} "
-                f"(a factorised embedding cannot be read through)"
-            )
         if not bool(torch.isfinite(rows).all()):
             raise ModelError("embedding: contains NaN or infinite values")
         return rows
@@ -179,7 +179,8 @@ def choose_tokens(vocabulary: int, count: int = TOKENS, seed: int = 2312) -> tup
 
     HuRef takes the rarest tokens of English Wikipedia, which needs a corpus; a fixed pseudo-random
     list serves the same purpose, that nobody can choose inputs which forge a similarity, for any
-    tokenizer.  A descendant with more tokens is compared on the BASE's list.
+    tokenizer.  A descendant with more tokens is compared on the BASE's list; one with fewer only on
+    those that both have, which is another list (and another public file).
 
     Raises:
         LineageError: for an empty vocabulary.

@@ -30,7 +30,7 @@ from fedsplit.fingerprints.aligned_products import (
     product_factors,
     products,
 )
-from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens
+from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, shared_rows
 
 
 def orthonormal_rows(rows: Tensor, *, centre: bool, tolerance: float = 1e-5) -> Tensor:
@@ -83,7 +83,7 @@ class WhitenedICS:
         Raises:
             LineageError: if the suspect lacks tokens of the base's list.
         """
-        tokens = tokens if tokens is not None else choose_tokens(base.vocabulary)
+        tokens = tokens if tokens is not None else choose_tokens(shared_rows(base, suspect))
         centre = [centred_stream(v) for v in (base, suspect)]
         rows = [
             orthonormal_rows(v.embeddings(tokens), centre=c)

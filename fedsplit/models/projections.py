@@ -350,24 +350,30 @@ def read_config(directory: str | Path) -> Any:
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters by name, with adapters merged, sharing memory where nothing changes.
 
-    A layer that offers ``get_delta_weight`` (a LoRA layer) is reported under the name its base
-    weight would have without the adapter, as base weight plus active deltas.
+    LoRA and IA3 layers (recognised by what they offer, not by class) are reported under the names
+    that their base layer would have alone, with what the active adapters make of its tensors.
+    Modules that adapters *add* keep their own names.
     """
     out: dict[str, Tensor] = {}
-    merged: dict[str, Tensor] = {}
-    for name, layer in module.named_modules():
-        delta = getattr(layer, "get_delta_weight", None)
-        base = getattr(layer, "base_layer", None)
-        if callable(delta) and isinstance(base, nn.Module):
-            weight = cast(Tensor, base.weight).detach()
-            if not getattr(layer, "merged", False):
-                for adapter in getattr(layer, "active_adapters", []):
-                    if adapter in getattr(layer, "lora_A", {}):
-                        weight = weight + delta(adapter).detach().to(weight.dtype)
-            merged[name + ".weight"] = weight
     for name, parameter in module.named_parameters():
-        if ".lora_" in name:
-            continue
-        out[name.replace(".base_layer.", ".")] = parameter.detach()
-    out.update(merged)
+        if ".lora_" not in name and ".ia3_" not in name:
+            out[name.replace(".base_layer.", ".")] = parameter.detach()
+    for name, layer in module.named_modules():
+        base: Any = getattr(layer, "base_layer", None)
+        if isinstance(base, nn.Module) and not getattr(layer, "merged", False):
+            for adapter in getattr(layer, "active_adapters", []):
+                _merge(out, name, layer, adapter)
     return out
+
+
+def _merge(out: dict[str, Tensor], name: str, layer: Any, adapter: str) -> None:
+    weight = out[f"{name}.weight"]
+    if adapter in getattr(layer, "lora_A", {}):
+        out[f"{name}.weight"] = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
+    if adapter in getattr(layer, "ia3_l", {}):
+        scale = layer.ia3_l[adapter].detach().to(weight.dtype)  # (out, 1), or (1, in) in an FFN
+        turned = getattr(layer, "fan_in_fan_out", False)
+        out[f"{name}.weight"] = weight * (scale.T if turned else scale)
+        bias = out.get(f"{name}.bias")
+        if bias is not None and not layer.is_feedforward:
+            out[f"{name}.bias"] = bias * scale.flatten()

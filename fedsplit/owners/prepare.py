@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedsplit.config import PrivacyConfig, RunConfig
 from fedsplit.data import TextDataset
 from fedsplit.models.bundle import unpack_bottom
+from fedsplit.models.halves import Bottom
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.plan import evaluation_steps, slot_order, train_steps
 from fedsplit.owners.samples import Samples, tokenise
 from fedsplit.owners.share import own_data, owner_name
 from fedsplit.owners.split_owner import SplitOwner, SplitSettings
-from fedsplit.privacy import SamplePerturber, build, eta_from_ratio, select_contributing_tokens
+from fedsplit.privacy import SamplePerturber, select_contributing_tokens
+from fedsplit.privacy.configured import build_mechanism
 from fedsplit.privacy.cti import ContributingTokens
-from fedsplit.privacy.mechanism import Mechanism
 from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class OwnerIdentity:
 # Loading a bottom and tokenising take seconds and are the same for every message of a run; the
 # caches save that where one process serves several messages, and nothing relies on them.
 @lru_cache(maxsize=4)
-def _bottom(folder: Path) -> tuple[nn.Module, Any]:
+def _bottom(folder: Path) -> tuple[Bottom, Any]:
     return unpack_bottom(folder)
 
 
@@ -64,34 +64,6 @@ def _samples(
 ) -> list[Samples]:
     """Return a mutable cell per key; filled by the caller, which has the texts."""
     return []
-
-
-def representation_norm(bottom: nn.Module, vocabulary: int) -> float:
-    """Return the median L2 norm of the bottom's output over public inputs.
-
-    The inputs are 64 sequences of 16 ids spread evenly over the vocabulary: everyone who has the
-    bottom gets the same number, and no private text enters a privacy parameter.
-    """
-    ids = torch.linspace(0, vocabulary - 1, 64 * 16).long().view(16, 64).T.contiguous()  # (64, 16)
-    with torch.no_grad():
-        hidden = bottom(ids, torch.ones_like(ids))  # (64, 16, d)
-    return float(hidden.norm(dim=2).median())
-
-
-def build_mechanism(config: PrivacyConfig, bottom: nn.Module, vocabulary: int) -> Mechanism:
-    """Return the configured mechanism; a noise ratio becomes eta through public inputs.
-
-    Raises:
-        ConfigError: unknown mechanism or a parameter out of range.
-    """
-    if config.mechanism != "dchi":
-        return build(config.mechanism)
-    eta = config.eta
-    if not eta:
-        norm = representation_norm(bottom, vocabulary)
-        width = int(bottom(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)).shape[2])
-        eta = eta_from_ratio(config.noise_ratio, width, norm)
-    return build("dchi", eta=eta)
 
 
 def contributing_tokens(
@@ -138,8 +110,7 @@ def prepare(
         else _tokenised(config, identity, tokenizer, folder, "test", test_set)
     )
     joint = config.split.bottom == "joint"
-    vocabulary = len(tokenizer)
-    mechanism = build_mechanism(config.privacy, bottom, vocabulary)
+    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
     special = frozenset(int(i) for i in tokenizer.all_special_ids)
     cti = contributing_tokens(config.privacy, train, special)
     perturber = SamplePerturber(

@@ -13,6 +13,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, ModelError, SessionError
 from fedsplit.models.bundle import Bundle
 from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.refusals import tellable
 from fedsplit.owners.split_owner import SplitOwner
 from fedsplit.wire.frames import PROTOCOL, Kind
 from fedsplit.wire.link import Link
@@ -85,7 +86,7 @@ def run_stream_session(
         prepare: digest -> ready owner; called once the bottom is on disk.
 
     Raises:
-        FedsplitError: whatever went wrong; the server is told the error's type and message.
+        FedsplitError: whatever went wrong; the server is told what :func:`tellable` lets out.
     """
     try:
         link.send(Kind.HELLO, hello(offer, owner))
@@ -108,7 +109,7 @@ def run_stream_session(
             raise SessionError(f"server ended the session early: {frame['reason']}")
         link.close()
     except Exception as error:
-        link.fail(error)
+        link.fail(tellable(error))
         raise
     return split_owner
 

@@ -90,6 +90,7 @@ class SplitOwner:
         self.loss_sum = 0.0
         self.weight_sum = 0.0
         self.correct = 0
+        self._before = (0, 0)  # tokens with reduced noise, and all, that earlier processes sent
         self._graphs: dict[int, Tensor] = {}
         self._optimizer = self._make_optimizer() if self._learns else None
 
@@ -286,14 +287,19 @@ class SplitOwner:
     def metrics(self) -> dict[str, float | int]:
         """Return the session's averages; ``num-examples`` is Flower's weighting key."""
         weight = max(self.weight_sum, 1.0)
+        touched, tokens = self._touched()
         return {
             "num-examples": len(self.samples),
             "targets": self.weight_sum,
             "steps": self.finished,
             "loss": self.loss_sum / weight,
             "accuracy": self.correct / weight,
-            "share-touched": self.perturber.share_touched,
+            "share-touched": touched / max(1, tokens),
         }
+
+    def _touched(self) -> tuple[int, int]:
+        done = self.perturber.report()
+        return self._before[0] + done["tokens_touched"], self._before[1] + done["tokens"]
 
     def weights(self) -> dict[str, Tensor]:
         """Return the bottom's trainable parameters by name, for averaging (joint)."""
@@ -330,6 +336,7 @@ class SplitOwner:
             "loss_sum": self.loss_sum,
             "weight_sum": self.weight_sum,
             "correct": self.correct,
+            "touched": list(self._touched()),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -338,6 +345,7 @@ class SplitOwner:
         self.sent, self.answered = int(state["sent"]), int(state["answered"])
         self.finished, self.correct = int(state["finished"]), int(state["correct"])
         self.loss_sum, self.weight_sum = float(state["loss_sum"]), float(state["weight_sum"])
+        self._before = (int(state["touched"][0]), int(state["touched"][1]))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:

@@ -44,7 +44,10 @@ class Candidates(ABC):
 
     def materialise(self) -> MatrixCandidates:
         """Compute all blocks once; takes ``4 P V d`` bytes."""
-        return MatrixCandidates(torch.cat([block for _, block in self.blocks()], dim=1))
+        whole = torch.empty(self.positions, self.vocab_size, self.dim, device=self.device)
+        for first, block in self.blocks():
+            whole[:, first : first + block.shape[1]] = block
+        return MatrixCandidates(whole)
 
 
 class MatrixCandidates(Candidates):

@@ -8,8 +8,9 @@ representation identity, per-token multipliers, the sample's content, view) and 
   the mean of v draws has its error divided by sqrt(v).
 - *Any parameter differs, independent noise.*  One noise n reused under eta and eta/2 would send
   x1 = h + n and x2 = h + 2n, and the server would solve h = 2 x1 - x2 with no noise left.  The same
-  holds for multipliers (h + n and h + rho n) and for another bottom or split point (h1 + n and
-  h2 + n give h1 - h2 exactly).  Independent draws instead compose: their etas add up.
+  holds for multipliers (h + n and h + rho n), for another bottom or split point (h1 + n and h2 + n
+  give h1 - h2 exactly) and for another precision (the difference is how each coordinate of h was
+  rounded, which tells the token).  Independent draws instead compose: their etas add up.
 - *Two samples with the same text get the same noise*: the server sees that they are equal, and no
   second draw of the same vectors.
 
@@ -49,7 +50,8 @@ class SamplePerturber:
     What breaks it:
         Computing ``hidden`` with dropout on, or with another bottom under the same
         ``representation_id``: then h differs between calls and n does not, and the server learns
-        the difference exactly.  Calls in evaluation mode differ by rounding alone.
+        the difference exactly.  The precision of the computation (autocast, quantised weights)
+        belongs into ``representation_id``; the dtype of ``hidden`` is counted by itself.
 
     Args:
         mechanism: what noise.
@@ -110,6 +112,7 @@ class SamplePerturber:
             "fedsplit.privacy.sample.v1",
             self._identity,
             self.representation_id,
+            str(hidden.dtype),
             b"" if scale is None else scale.numpy().astype("<f8").tobytes(),
             content_digest(token_ids),
             view,

@@ -118,7 +118,7 @@ def encode(frame: Frame, sequence: int, max_bytes: int) -> bytes:
     _check_header(frame.kind, frame.header)
     if not 0 <= sequence < 1 << 32:
         raise FrameError(f"frame sequence {sequence}: must be in [0, 2^32)")
-    header = json.dumps(dict(frame.header), separators=(",", ":")).encode()
+    header = _TO_JSON.encode(dict(frame.header)).encode()
     _check_header_bytes(frame.kind, len(header))
     total = PREFIX_BYTES + len(header) + len(frame.body)
     if total > max_bytes:
@@ -153,7 +153,7 @@ def decode(data: bytes, max_bytes: int) -> Frame:
     try:
         # Decoded here: json.loads would take UTF-16, UTF-32 and surrogates in bytes as well.
         text = str(view[PREFIX_BYTES : PREFIX_BYTES + header_bytes], "utf-8")
-        header = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        header = _FROM_JSON.decode(text)
     except FrameError:
         raise
     except (ValueError, RecursionError) as error:
@@ -174,6 +174,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise FrameError(f"header: must be JSON, which has no {name}")
+
+
+# Made once: json.loads and json.dumps make new ones on every call with options.
+_FROM_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_TO_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 def _check_header_bytes(kind: Kind, size: int) -> None:

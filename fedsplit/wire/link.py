@@ -65,8 +65,11 @@ class Box:
     def put(self, data: bytes, timeout_s: float | None) -> bool:
         """Add a frame, waiting for room; False if it stayed full or is closed."""
         with self._change:
-            self._change.wait_for(lambda: self.closed or self._has_room(data), timeout_s)
-            if self.closed or not self._has_room(data):
+            if not self.closed and not self._has_room(data):
+                self._change.wait_for(lambda: self.closed or self._has_room(data), timeout_s)
+                if not self._has_room(data):
+                    return False
+            if self.closed:
                 return False
             self._frames.append(data)
             self._bytes += len(data)
@@ -85,9 +88,10 @@ class Box:
     def get(self, timeout_s: float | None) -> bytes | None:
         """Take the oldest frame; None if none came in time, or the box is closed and empty."""
         with self._change:
-            self._change.wait_for(lambda: self.closed or self._frames, timeout_s)
             if not self._frames:
-                return None
+                self._change.wait_for(lambda: self.closed or self._frames, timeout_s)
+                if not self._frames:
+                    return None
             data = self._frames.popleft()
             self._bytes -= len(data)
             self._change.notify_all()
@@ -197,7 +201,8 @@ class Link:
             SessionError: if the link is closed, or there was no room for ``timeout_s`` seconds.
         """
         if not into.put(data, timeout_s):
-            self.close(f"peer stopped reading for {timeout_s or 0.0:g} s")
+            if not into.closed:
+                self.close(f"peer stopped reading for {timeout_s or 0.0:g} s")
             raise SessionError(f"session closed: {self.reason or into.reason}")
 
     def recv(self, timeout_s: float) -> Frame:
@@ -226,7 +231,7 @@ class Link:
         data = self.inbox.get(max(0.0, timeout_s))
         if data is not None:
             return data
-        if self.inbox.closed:
+        if self.inbox.closed and self.inbox.empty():
             raise SessionError(f"session closed: {self.reason}")
         raise DeadlineError(f"no frame within {timeout_s:g} s")
 
@@ -263,8 +268,12 @@ class Link:
 
     def close(self, reason: str = "done") -> None:
         """End the link; frames already queued are still delivered.  Idempotent."""
-        self.inbox.close(reason)
-        self.outbox.close(reason)
+        if self.inbox.close(reason):  # the first of several closers gives the reason
+            self._ended()
+        self.outbox.close(self.inbox.reason)
+
+    def _ended(self) -> None:
+        """Called once, by whoever closes the link first."""
 
     def take(self) -> bytes | None:
         """Return the next outgoing frame for the transport, or None when the link has ended."""

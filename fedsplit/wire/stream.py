@@ -210,10 +210,8 @@ class _ServerLink(Link):
         self._cut = threading.Timer(_GRACE_S, context.cancel)
         self._cut.daemon = True
 
-    def close(self, reason: str = "done") -> None:
-        if self.outbox.close(reason):  # the first to close, whichever thread it is
-            self._cut.start()
-        super().close(reason)
+    def _ended(self) -> None:
+        self._cut.start()
 
     def flushed(self) -> None:
         """Tell that the closed link's last frame has left."""

@@ -135,7 +135,7 @@ def test_a_useless_block_scores_below_a_vital_one() -> None:
     """Blocks 1 and 4 change nothing; the others carry what a trained model needs."""
     model = _trained()
     settings = ImportanceSettings(
-        steps=60, batch_size=8, group=3, rl_every=2, rl_draws=6, rl_lr=0.6, lr=1e-4
+        steps=36, batch_size=8, group=3, rl_every=2, rl_draws=6, rl_lr=0.6, lr=1e-4
     )
     scores = LayerReplace(model, _pattern(1), _pattern(2), settings).run().scores
     useless = [scores[1], scores[4]]
@@ -158,7 +158,7 @@ def _trained() -> Any:
             torch.nn.init.zeros_(linear.weight)
             linear.weight.requires_grad_(False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    for step in range(60):
+    for step in range(40):
         ids = _pattern(100 + step)
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()

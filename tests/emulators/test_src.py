@@ -165,3 +165,19 @@ def test_what_cannot_be_compressed() -> None:
         compress_block(probe(model).blocks[1], layout_of(model.config), 0.5, attention=False)
     with pytest.raises(UnsupportedModelError):
         layout_of(tiny("mixtral").config)
+
+
+def test_real_weights_reach_the_optimum_quickly() -> None:
+    from emulator_families import shared
+
+    from fedsplit.models.loading import load
+
+    model = load(shared("models", "gutenberg_llama_seed0"), "causal-lm").model
+    layout = layout_of(model.config)
+    for position in (0, 11):
+        for role in "qkvo":
+            matrix = read_site(probe(model).blocks[position], layout.sites()[role])
+            rank = truncated_rank(*matrix.shape, 0.7)
+            best = truncate(matrix, rank, "full").error
+            assert truncate(matrix, rank).error <= best * (1 + 1e-5)
+            assert truncate(matrix, rank, "randomised").error <= best * 1.03

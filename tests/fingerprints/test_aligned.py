@@ -154,3 +154,32 @@ def test_independent_trained_models_are_apart(
     assert abs(AlignedProducts().compare(base, suspect).value) <= 0.05
     assert abs(WhitenedICS().compare(base, suspect).value) <= 0.1
     assert FINGERPRINTS["awm"]().compare(base, suspect).value < 0.4
+
+
+@pytest.mark.parametrize("name", ["rotation", "sign_flips", "qk_maps"])
+def test_a_trained_model_under_a_map(checkpoint: Callable[[str], Path], name: str) -> None:
+    """Its embedding has a few dominant directions, so that a permutation nearly fits a rotation."""
+    from transformers import AutoModelForCausalLM
+
+    from fedsplit.fingerprints.transforms import transform
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("babyllama_tok361")).eval()
+    base, moved = WeightView.of_module(model), WeightView.of_module(transform(model, name).model)
+    for kind in ("ics", "ics_whitened", "awm", "score"):
+        assert FINGERPRINTS[kind]().compare(base, moved).value >= 0.999, kind
+
+
+def test_a_fine_tuned_descendant_stays(checkpoint: Callable[[str], Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoint("stories260K")
+    base, tuned = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=3e-4)
+    inputs = torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(0))
+    for _ in range(10):
+        optimizer.zero_grad()
+        tuned(input_ids=inputs, labels=inputs).loss.backward()
+        optimizer.step()
+    views = [WeightView.of_module(m) for m in (base, tuned)]
+    for kind in ("pcs", "ics", "ics_whitened", "awm", "score"):
+        assert FINGERPRINTS[kind]().compare(*views).value >= 0.95, kind

@@ -150,6 +150,9 @@ def test_bad_states_are_named(tiny: Tiny) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(ModelError, match=r"up_proj.*NaN"):
         gate.check(state | {name: torch.full_like(state[name], float("nan"))})
+    final = "model.norm.weight"
+    with pytest.raises(ModelError, match=r"model\.norm.*NaN"):
+        gate.check(state | {final: torch.full_like(state[final], float("nan"))})
     with pytest.raises(ModelError, match="missing"):
         gate.check({n: p for n, p in state.items() if n != name})
     with pytest.raises(ModelError, match="shape"):
@@ -160,3 +163,20 @@ def test_bad_states_are_named(tiny: Tiny) -> None:
         gate.check(tiny("llama", hidden_size=32))
     with pytest.raises(ConfigError, match="in_lineage"):
         GateConfig(in_lineage=1.5)
+
+
+def test_the_models_own_top_half(tiny: Tiny) -> None:
+    from fedsplit.models import split
+
+    base = tiny("llama")
+    rows = base.get_input_embeddings().weight.detach().clone()
+    _, top = split(base, 1)
+    gate = LineageGate(top, rows=rows)
+    with torch.no_grad():
+        for p in top.parameters():
+            p.add_(0.01 * p.std() * torch.randn_like(p))
+    report = gate.check(top)
+    assert report.verdict == "in_lineage"
+    assert len(report.per_layer) == 2
+    assert report.ics is not None
+    assert 0.9 < report.ics < 1.0

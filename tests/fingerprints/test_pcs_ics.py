@@ -116,3 +116,11 @@ def test_the_gutenberg_twins_fool_ics_but_not_pcs(
     assert ICS().compare(*views, tokens).value > 0.5
     assert PublishedICS().compare(*views, tokens).value > 0.2
     assert abs(PCS().compare(*views).value) < 0.01
+
+
+def test_a_suspect_with_fewer_tokens_is_compared_on_the_shared_ones(tiny: Tiny) -> None:
+    base, small = tiny("llama"), tiny("llama", vocab_size=90)
+    found = ICS().compare(_view(base), _view(small))
+    assert abs(found.value) < 0.3
+    with pytest.raises(LineageError, match="tokens="):
+        ICS().compare(_view(base), _view(small), choose_tokens(160))

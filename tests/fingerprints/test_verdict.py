@@ -48,11 +48,13 @@ def test_p_values_are_calibrated_for_few_null_scores() -> None:
 def test_three_outcomes_and_exit_codes() -> None:
     same = judge(Similarity(0.98, {}, (0.99, 0.98, 0.97)), 64)
     stranger = judge(Similarity(0.01, {}, (0.01, 0.0, 0.02)), 64)
-    between = judge(Similarity(0.2, {}, (0.2, 0.2, 0.2)), 64)
+    between = judge(Similarity(0.07, {}, (0.07, 0.07, 0.07)), 64)
     assert (same.verdict, same.exit_code) == ("in_lineage", 0)
     assert (between.verdict, between.exit_code) == ("not_shown", 1)
     assert (stranger.verdict, stranger.exit_code) == ("independent", 2)
-    assert same.p_value < 1e-3
+    assert same.p_value < 1e-12
+    assert same.threshold <= 0.1
+    assert judge(Similarity(0.3, {}, (0.3,)), 64).verdict == "in_lineage"
     assert stranger.p_value > 0.05
     assert same.diverged == stranger.diverged == ()
 

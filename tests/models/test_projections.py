@@ -214,3 +214,24 @@ def test_adapters_are_merged_under_the_base_names() -> None:
     key = prefix + layout.q.weight
     assert {n.removeprefix("base_model.model.") for n in after} == names
     assert not torch.equal(after[key], before["layers.0." + layout.q.weight])
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_merging_equals_the_adapter_librarys_own(kind: str, family: str) -> None:
+    peft = pytest.importorskip("peft")
+    model, layout = _model(family)
+    linears = sorted({site.weight.split(".")[-2] for site in layout.sites().values()})
+    last = layout.down.weight.split(".")[-2]
+    if kind == "lora":
+        config = peft.LoraConfig(target_modules=linears, r=2, init_lora_weights=False)
+    else:
+        config = peft.IA3Config(
+            target_modules=linears, feedforward_modules=[last], init_ia3_weights=False
+        )
+    wrapped = peft.get_peft_model(model, config)
+    ours = {n.removeprefix("base_model.model."): t for n, t in tensors_of(wrapped).items()}
+    theirs = dict(wrapped.merge_and_unload().named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name].detach(), msg=name)

@@ -81,6 +81,15 @@ def test_any_change_gives_an_independent_draw(change: str):
     assert abs(cosine(a, b)) < 5 / np.sqrt(a.numel())
 
 
+def test_another_precision_gives_an_independent_draw():
+    """h + n and bf16(h) + n would show how h was rounded, coordinate by coordinate."""
+    n = noise(perturber(), IDS)
+
+    coarse = perturber().perturb(TABLE[IDS].float(), IDS).double() - TABLE[IDS]
+
+    assert abs(cosine(n, coarse)) < 5 / np.sqrt(n.numel())
+
+
 def test_reusing_one_draw_under_two_etas_would_solve_for_the_text():
     """What the independence is for: h + n and h + 2n give h; ours do not."""
     h = TABLE[IDS]

@@ -1,0 +1,144 @@
+"""ScaleOT's emulator from (N_a, alpha, beta): harmonizers and selective rank compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from torch import nn
+
+from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.compressor import Forecast, Material, Sizes, adapters_in, plain_forecast
+from fedsplit.emulators.distil import Distil, distil
+from fedsplit.emulators.harmonizer import default_width
+from fedsplit.emulators.plan import COMPRESS, HARMONIZER, EmulatorPlan, check_fraction
+from fedsplit.emulators.src import compress_block, compressed_numel
+from fedsplit.emulators.structure import Model
+from fedsplit.errors import ConfigError, ModelError, check
+from fedsplit.models.anatomy import probe
+from fedsplit.models.loading import weights_digest
+from fedsplit.models.projections import layout_of
+
+
+@dataclass(frozen=True)
+class ScaleOT:
+    """ScaleOT (arXiv 2412.09812): one importance run serves emulators of any size.
+
+    Attributes:
+        n_adapters: N_a, blocks with the highest scores that become A; 0 with ``adapters``.
+        adapters: A's positions instead of the scores' choice.
+        alpha: share of the other blocks, least important first, replaced by harmonizers.
+        beta: rank reduction of what then remains; 0: kept as it is.
+        attention: compress Q, K, V, O (the method's choice).
+        ffn: compress the FFN too (to reproduce why not).
+        settle_steps: steps in which the chosen harmonizers are trained together, in the place they
+            now have, before they are shipped (ours, not the paper's; 0: off; needs tokens).
+        settle_lr: of those steps.
+        seed: of a randomised SVD and of settling.
+    """
+
+    n_adapters: int = 0
+    adapters: tuple[int, ...] = ()
+    alpha: float = 0.0
+    beta: float = 0.0
+    attention: bool = True
+    ffn: bool = False
+    settle_steps: int = 0
+    settle_lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction("alpha", self.alpha)
+        check_fraction("beta", self.beta)
+        one = (self.n_adapters > 0) != bool(self.adapters)
+        check(one, "n_adapters, adapters", (self.n_adapters, self.adapters), "one of the two")
+        check(self.settle_steps >= 0, "settle_steps", self.settle_steps, ">= 0")
+
+    @classmethod
+    def identity(cls, adapters: Sequence[int]) -> Self:
+        """Return the settings that compress nothing: alpha = beta = 0."""
+        return cls(adapters=tuple(adapters))
+
+    def plan(self, model: Model, material: Material) -> EmulatorPlan:
+        """Return which block plays which part.
+
+        Raises:
+            ConfigError: if N_a + replaced > L, or scores are needed and not given.
+        """
+        layers = probe(model).num_layers
+        scores = [0.0] * layers
+        if material.importance is not None:
+            scores = list(material.importance.scores)
+        elif self.alpha > 0 or not self.adapters:
+            raise ConfigError("scaleot: needs an importance run unless alpha=0 and adapters given")
+        check(len(scores) == layers, "scores", len(scores), f"one for each of {layers} blocks")
+        count = self.n_adapters
+        if self.adapters:
+            chosen = adapters_in(layers, self.adapters)
+            for position in chosen:
+                scores[position] = max(scores) + 1.0
+            count = len(chosen)
+        return EmulatorPlan.from_scores(scores, count, self.alpha, self.beta)
+
+    def forecast(self, sizes: Sizes) -> Forecast:
+        """Return the emulator's size without building it (harmonizers of the default width)."""
+        count = self.n_adapters or len(adapters_in(sizes.layers, self.adapters))
+        plan = EmulatorPlan.from_scores([0.0] * sizes.layers, count, self.alpha, self.beta)
+        replaced, rest = len(plan.having(HARMONIZER)), sizes.layers - count
+        kept = rest - replaced
+        width = default_width(sizes.hidden)
+        harmonizers = replaced * (2 * sizes.hidden * width + 3 * sizes.hidden + width)
+        saved = lossy = 0
+        if self.beta > 0 and kept:
+            layout = sizes.known_layout("scaleot")
+            saved = compressed_numel(layout, self.beta, self.attention, self.ffn)
+            lossy = self.attention * sizes.attention + self.ffn * sizes.ffn
+        frozen = kept * (sizes.block - saved) + harmonizers
+        whole = plain_forecast(sizes, count, kept, depth=sizes.layers)
+        return replace(
+            whole,
+            frozen=frozen,
+            frozen_bytes=frozen * sizes.width,
+            run=frozen,
+            verbatim=whole.verbatim - kept * lossy,
+        )
+
+    def build(self, model: Model, material: Material) -> Emulator:
+        """Return the emulator.
+
+        Raises:
+            ConfigError: if N_a + replaced > L, or scores or tokens are needed and not given.
+            ModelError: if the importance run is of another base.
+            UnsupportedModelError: if beta > 0 and the block's projections cannot be told.
+        """
+        plan = self.plan(model, material)
+        digest = material.base_digest or weights_digest(model)
+        details: dict[str, Any] = {"settings": asdict(self), "ranks": {}}
+        harmonizers: dict[int, nn.Module] = {}
+        if material.importance is not None:
+            if material.importance.base_digest != digest:
+                raise ModelError(
+                    f"importance: base_digest={material.importance.base_digest!r}: must be this "
+                    f"model's {digest!r}"
+                )
+            harmonizers = dict(enumerate(material.importance.harmonizers))
+            details["scores"] = list(material.importance.scores)
+
+        def edit(position: int, block: nn.Module) -> None:
+            details["ranks"][str(position)] = compress_block(
+                block, layout_of(model.config), self.beta,
+                attention=self.attention, ffn=self.ffn, seed=self.seed,
+            )
+
+        emulator = build_emulator(
+            model, plan, harmonizers=harmonizers, edit=edit if plan.having(COMPRESS) else None,
+            method="scaleot", base_digest=digest, details=details,
+        )
+        if self.settle_steps and plan.having(HARMONIZER):
+            settings = Distil(
+                steps=self.settle_steps, batch_size=material.batch_size, lr=self.settle_lr,
+                roles=(HARMONIZER,), seed=self.seed,
+            )
+            distil(emulator, model, material.needed_tokens("scaleot settle_steps"), settings)
+        return emulator

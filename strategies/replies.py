@@ -1,0 +1,92 @@
+"""What an owner's reply must hold before anything in it is believed or averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+
+from fedsplit.errors import ModelError, SessionError
+from fedsplit.wire.messages import WEIGHTS, read_report
+from strategies.round import RoundReport, natural
+
+_REPORTED = ("num-examples", "targets", "steps", "loss", "accuracy", "share-touched")
+
+
+def read_reply(
+    content: RecordDict, known_as: str | None, report: RoundReport
+) -> tuple[dict[str, float], str]:
+    """Return (metrics, owner's name) of a reply.
+
+    Args:
+        content: the reply's.
+        known_as: the name that its node opened its session under, if it opened one.
+        report: what the server itself saw of the round's sessions.
+
+    Raises:
+        WireError: malformed, a number missing or out of its range, another owner's name, or another
+            weight in the average than the session's own steps had.
+    """
+    metrics, name = read_report(content)
+    if known_as is not None and name != known_as:
+        raise SessionError(f"reply under the name {name!r}: must be {known_as!r}")
+    missing = [key for key in _REPORTED if key not in metrics]
+    if missing:
+        raise SessionError(f"reply's report: must have {missing[0]!r}")
+    for key in ("num-examples", "targets"):
+        if not metrics[key] > 0:
+            raise SessionError(f"reply's {key}={metrics[key]}: must be > 0")
+    seen = report.targets.get(name)
+    if seen is not None and name in report.finished and metrics["targets"] != seen:
+        raise SessionError(f"reply's targets={metrics['targets']}: must be {seen}, as in its steps")
+    return metrics, name
+
+
+def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check one owner's joint bottom.
+
+    Args:
+        content: the reply's.
+        expected: name -> shape of every tensor of the bottom.
+
+    Raises:
+        ModelError: another record, a missing, foreign, misshapen or non-finite tensor.
+    """
+    records = content.array_records
+    if list(records) != [WEIGHTS]:
+        raise ModelError(f"array records {list(records)[:4]}: must be [{WEIGHTS!r}]")
+    record: ArrayRecord = records[WEIGHTS]
+    if record.keys() != expected.keys():
+        odd = sorted(record.keys() ^ expected.keys())[:4]
+        raise ModelError(f"bottom weights: missing or foreign names {odd}")
+    for name, array in record.items():
+        # The declared form first: nothing is allocated for a tensor of another size.
+        if tuple(array.shape) != expected[name] or array.dtype != "float32":
+            raise ModelError(
+                f"bottom weight {name}: {array.dtype} {tuple(array.shape)}: must be float32 "
+                f"{expected[name]}"
+            )
+        try:
+            values = torch.from_numpy(array.numpy().copy())
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"bottom weight {name}: not an array: {error}") from None
+        if tuple(values.shape) != expected[name] or not bool(torch.isfinite(values).all()):
+            raise ModelError(f"bottom weight {name}: must be finite, of shape {expected[name]}")
+
+
+def average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return weighted means over owners, sums of counts, and the owners' own rows."""
+    if not rows:
+        return {"num-examples": 0, "owners": {}}
+    weight = sum(r["targets"] for r in rows.values())
+    samples = sum(r["num-examples"] for r in rows.values())
+    return {
+        "num-examples": int(samples),
+        "loss": sum(r["loss"] * r["targets"] for r in rows.values()) / weight,
+        "accuracy": sum(r["accuracy"] * r["targets"] for r in rows.values()) / weight,
+        "share-touched": sum(r["share-touched"] * r["num-examples"] for r in rows.values())
+        / samples,
+        "owners": dict(sorted(rows.items(), key=lambda item: natural(item[0]))),
+    }

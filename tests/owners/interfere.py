@@ -1,0 +1,92 @@
+"""Owners that misbehave: whatever one of them sends on its stream is changed on the way out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from fedsplit import client_work
+from fedsplit.wire.frames import Frame, Kind, encode
+from fedsplit.wire.link import Link
+
+MAX_BYTES = 1 << 30
+
+
+class Outgoing:
+    """One frame on its way out.
+
+    Attributes:
+        link: the owner's end of the stream.
+        round: server round.
+        kind: of the frame.
+        header: a copy that may be changed.
+        body: may be changed.
+        sequence: that the link would give it.
+    """
+
+    def __init__(
+        self, link: Link, round_: int, kind: Kind, header: dict[str, Any], body: bytes
+    ) -> None:
+        self.link, self.round, self.kind, self.header, self.body = link, round_, kind, header, body
+        self.sequence = link.counters[0]
+
+    def at(self, kind: Kind, step: int = 0) -> bool:
+        """Whether it is that frame of that step."""
+        return self.kind is kind and self.header.get("step", step) == step
+
+    def send(self, sequence: int | None = None) -> None:
+        """Send it as it is now, past the checks that an honest owner's link makes."""
+        number = self.sequence if sequence is None else sequence
+        data = encode(Frame(self.kind, self.header, self.body), number, MAX_BYTES)
+        self.link.put(self.link.outbox, data)
+        self.link.counters = (self.link.counters[0] + 1, self.link.counters[1])
+
+
+Tamper = Callable[[Outgoing], bool | None]
+
+
+def tamper_with(
+    monkeypatch: pytest.MonkeyPatch, tampers: dict[int, Tamper], *, frame_mb: int | None = None
+) -> None:
+    """Let ``tampers[partition]`` see each frame that owner sends; True = it has dealt with it.
+
+    Args:
+        monkeypatch: undoes it.
+        tampers: partition id -> what happens to its frames.
+        frame_mb: bound that the misbehaving owners put on their own frames.
+    """
+    open_stream = client_work.open_stream
+
+    def opened(offer: Any, config: Any, node_config: dict[str, Any]) -> Link:
+        tamper = tampers.get(node_config["partition-id"])
+        if tamper is None:
+            return open_stream(offer, config, node_config)
+        if frame_mb is not None:
+            session = replace(config.session, max_frame_mb=frame_mb)
+            config = replace(config, session=session)
+        link = open_stream(offer, config, node_config)
+        honest = link.send
+
+        def send(kind: Kind, header: Any, body: bytes = b"") -> None:
+            outgoing = Outgoing(link, offer.round, kind, dict(header), bytes(body))
+            if not tamper(outgoing):
+                honest(kind, outgoing.header, outgoing.body)
+
+        link.send = send  # type: ignore[method-assign]
+        return link
+
+    monkeypatch.setattr(client_work, "open_stream", opened)
+
+
+class Patience:
+    """Lets threads that play dead end when the test is over."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def sleep(self) -> None:
+        self.over.wait(60)
