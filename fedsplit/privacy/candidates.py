@@ -68,7 +68,8 @@ class MatrixCandidates(Candidates):
             raise PrivacyError(
                 f"candidates.shape={tuple(matrix.shape)}: must be (V, d) or (P, V, d), floating"
             )
-        if not bool(torch.isfinite(matrix).all()):
+        low, high = matrix.aminmax()  # no temporary as large as the matrix
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise PrivacyError("candidates: NaN or infinite values: must be finite")
         self.matrix = matrix.float()
         self.device = matrix.device

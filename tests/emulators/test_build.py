@@ -224,3 +224,25 @@ def test_half_precision_stays_half() -> None:
     emulator = _mixed(model)
     assert {p.dtype for p in emulator.model.parameters()} == {torch.bfloat16}
     assert bool(_logits(emulator.model).isfinite().all())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    emulator = _mixed(tiny(name))
+    parameters = emulator.adapter_parameters()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        emulator.model.zero_grad(set_to_none=True)
+        lm_loss(logits_of(emulator.model, tokens()), tokens()).backward()
+        return {n: p.grad.clone() for n, p in parameters.items()}
+
+    expected = gradients()
+    emulator.model.gradient_checkpointing_enable()
+    emulator.model.train()
+    for module in emulator.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    emulator.model.config.attn_pdrop = 0.0
+    got = gradients()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(got[parameter], gradient)

@@ -60,6 +60,7 @@ def test_spliced_block_is_named(tiny: Tiny) -> None:
     report = gate.check(suspect)
     assert report.verdict == "not_shown"
     assert report.diverged == (1,)
+    assert [p > 0.99 for p in report.pcs_per_layer] == [True, False, True]
 
 
 def test_noise_of_the_right_norm_is_not_in_lineage(tiny: Tiny) -> None:

@@ -80,7 +80,7 @@ def test_where_the_home_is(real: Path, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_home_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="owner home .*must be a writable folder"):
+    with pytest.raises(ConfigError, match=r"owner home .*must be a writable folder"):
         OwnerHome(tmp_path / "file" / "home")
 
 
@@ -134,7 +134,7 @@ def test_in_a_simulation_it_is_the_partition_that_counts(simulated: Path, texts:
     parts = [own_data(asked, 0, True, {"partition-id": i, "data-path": "/x"}) for i in range(3)]
     assert sum(len(train) + len(test) for train, test in parts) == 120
     for bad in (3, -1, None, "0", 1.0):
-        with pytest.raises(ConfigError, match="partition-id=.*must be in"):
+        with pytest.raises(ConfigError, match=r"partition-id=.*must be in"):
             own_data(asked, 0, True, {"partition-id": bad})
 
 

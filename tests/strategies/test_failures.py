@@ -714,10 +714,16 @@ BAD_DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_at_one_owner(own_files: Any, run_locally: Any, case: str) -> None:
+def test_bad_data_at_one_owner(
+    own_files: Any, run_locally: Any, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
     rows, node, reason = BAD_DATA[case]
     config, prepare = own_files(rows, **node)
-    assert_only_the_victim_is_lost(run_locally(config, prepare=prepare), reason)
+    run = run_locally(config, prepare=prepare)
+    # What is wrong with the data stands in the owner's log; the server learns that it was the data.
+    told = reason if "data-path: must" in reason else "DataError: this owner's data cannot be used"
+    assert_only_the_victim_is_lost(run, told)
+    assert any(reason in record.getMessage() for record in caplog.records)
 
 
 def test_good_files_of_their_own(own_files: Any, run_locally: Any) -> None:
