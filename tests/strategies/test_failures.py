@@ -30,6 +30,7 @@ from fedsplit.wire.frames import Kind
 from fedsplit.wire.messages import REPORT, WEIGHTS
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
+from strategies.round import Round
 from strategies.split_tuning import SplitTuning
 from tests.owners.interfere import Outgoing, Patience, Tamper, tamper_with
 from tests.strategies.local_grid import HANDLERS, LocalGrid
@@ -42,9 +43,37 @@ QUICK: dict[str, Any] = {
     "train__rounds": 1,
     "output__evaluate_every": 0,
     "lineage__gate": "off",
+    "session__wave_wait_s": 60.0,
+    "session__deadline_s": 60.0,
 }
-# Where somebody never comes; long enough for the others on a busy machine.
-SHORT_WAIT = QUICK | {"session__wave_wait_s": 1.5}
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, after: dict[int, set[int]]) -> None:
+    """Stop waiting for those that never come once the others are there, however slow they were.
+
+    Args:
+        monkeypatch: undoes it.
+        after: round -> counts of greeted owners from which on nobody is waited for, until the next
+            wave is asked.
+    """
+    greet, ask = Round.greet, Round.ask
+    greeted: dict[Round, int] = {}
+
+    def asked(self: Round, nodes: Any) -> None:
+        ask(self, nodes)
+        self._wait_s = 60.0
+
+    def one_more(self: Round, *args: Any, **options: Any) -> None:
+        greet(self, *args, **options)
+        with self._change:
+            greeted[self] = greeted.get(self, 0) + 1
+            if greeted[self] in after.get(self.number, ()):
+                self._wait_s = 0.2
+                self._change.notify_all()
+
+    monkeypatch.setattr(Round, "ask", asked)
+    monkeypatch.setattr(Round, "greet", one_more)
+
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -329,7 +358,7 @@ def test_an_owner_that_disappears_in_a_step(
 
     tamper_with(monkeypatch, {VICTIM: vanish})
     began = time.monotonic()
-    run = run_locally(make_config(**QUICK | {"session__deadline_s": 60.0}))
+    run = run_locally(make_config(**QUICK))
     assert_only_the_victim_is_lost(run, "SessionError")
     assert time.monotonic() - began < 20, "a lost stream should be noticed at once"
 
@@ -348,14 +377,27 @@ def test_an_owner_that_stops_answering(
         return False
 
     tamper_with(monkeypatch, {VICTIM: silence})
-    threading.Timer(2.5, patience.over.set).start()  # so that its thread ends, too late
-    run = run_locally(make_config(**QUICK | {"session__deadline_s": 1.5}))
-    assert_only_the_victim_is_lost(run, "DeadlineError: no frame within 1.5 s")
+    threading.Timer(2.0, patience.over.set).start()  # so that its thread ends, too late
+
+    def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
+        honest = strategy._member
+
+        def member(link: Any, hello: Any) -> Any:
+            made = honest(link, hello)
+            if hello.owner == "owner-1":  # the others may be slow on a busy machine
+                made._deadline = 1.0
+            return made
+
+        strategy._member = member  # type: ignore[method-assign]
+
+    run = run_locally(make_config(**QUICK), prepare=prepare)
+    assert_only_the_victim_is_lost(run, "DeadlineError: no frame within 1 s")
 
 
 def test_an_owner_that_raises_before_it_connects(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hurry(monkeypatch, {1: {2}})
     open_stream = client_work.open_stream
 
     def unwilling(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
@@ -364,17 +406,18 @@ def test_an_owner_that_raises_before_it_connects(
         return open_stream(offer, config, node_config)
 
     monkeypatch.setattr(client_work, "open_stream", unwilling)
-    run = run_locally(make_config(**SHORT_WAIT))
+    run = run_locally(make_config(**QUICK))
     # Nobody has heard its name yet: it is called by its node, and its own reason is kept.
     assert_only_the_victim_is_lost(run, "session-ca='x'", name="node 1034")
 
 
-def test_an_owner_whose_process_is_gone(make_config: Any, run_locally: Any) -> None:
+def test_an_owner_whose_process_is_gone(make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch, {1: {2}})
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
 
-    run = run_locally(make_config(**SHORT_WAIT), prepare=prepare)
-    assert_only_the_victim_is_lost(run, "never connected (1.5 s)", name="node 1034")
+    run = run_locally(make_config(**QUICK), prepare=prepare)
+    assert_only_the_victim_is_lost(run, "never connected (0.2 s)", name="node 1034")
 
 
 def test_a_lost_owner_is_back_in_the_next_round(
@@ -416,23 +459,24 @@ def test_no_owner_connecting_is_an_end_too(make_config: Any, run_locally: Any) -
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.update(range(3))
 
-    with pytest.raises(RunError, match=r"never connected \(1.5 s\)"):
-        run_locally(make_config(**SHORT_WAIT), prepare=prepare)
+    with pytest.raises(RunError, match=r"never connected \(0.5 s\)"):
+        run_locally(make_config(**QUICK | {"session__wave_wait_s": 0.5}), prepare=prepare)
 
 
 # ---- waves --------------------------------------------------------------------------------------
 
 
-def test_a_wave_that_stays_smaller_than_expected(make_config: Any, run_locally: Any) -> None:
+def test_a_wave_that_stays_smaller_than_expected(make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch, {1: {1, 3}})
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
         strategy._names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
 
-    config = make_config(data__owners=4, session__wave=2, **SHORT_WAIT)
+    config = make_config(data__owners=4, session__wave=2, **QUICK)
     train = run_locally(config, prepare=prepare, slots=2).server["rounds"][0]["train"]
     assert train["waves"] == [["owner-0"], ["owner-2", "owner-3"]]
     assert train["finished"] == ["owner-0", "owner-2", "owner-3"]
-    assert train["lost"] == {"owner-1": "never connected (1.5 s)"}
+    assert train["lost"] == {"owner-1": "never connected (0.2 s)"}
     assert train["steps"] == 4
 
 
@@ -440,16 +484,26 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next wave is asked only when the first one's message has come back, which can be late."""
-    open_stream = client_work.open_stream
+    open_stream, lost = client_work.open_stream, Round._next_wave
+    given_up = threading.Event()
+
+    def next_wave(self: Round) -> Any:
+        asked = set(self._asked)
+        self._wait_s = 60.0 if given_up.is_set() or not asked else 0.5
+        wave = lost(self)
+        return wave
+
+    def watch(self: Round) -> Any:
+        return next_wave(self)
 
     def late(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
         if node_config["partition-id"] == 0:
-            time.sleep(2.5)
+            given_up.wait(30)
             raise ConfigError("home: must be writable")
         return open_stream(offer, config, node_config)
 
     monkeypatch.setattr(client_work, "open_stream", late)
-    run = run_locally(make_config(session__wave=1, **SHORT_WAIT), slots=1)
+    run = run_locally(make_config(session__wave=1, **QUICK), slots=1)
     train = run.server["rounds"][0]["train"]
     assert train["finished"] == ["owner-1", "owner-2"]
     assert list(train["lost"]) == ["owner-0"]
@@ -465,6 +519,7 @@ def grid_node(grid: LocalGrid, owner: int) -> int:
 def test_a_token_is_good_for_one_session_of_one_owner(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hurry(monkeypatch, {1: {2}, 2: {1}})
     seen: dict[str, Any] = {}
     used: dict[str, str] = {}
     there = threading.Event()
@@ -492,7 +547,7 @@ def test_a_token_is_good_for_one_session_of_one_owner(
 
     thieves = [other_token, other_token_and_node, nobodys_token]
     tamper_with(monkeypatch, {0: keep, 4: replayed} | dict(enumerate(thieves, 1)))
-    options = SHORT_WAIT | {"train__rounds": 2, "train__max_steps": 1, "data__owners": 5}
+    options = QUICK | {"train__rounds": 2, "train__max_steps": 1, "data__owners": 5}
     run = run_locally(make_config(**options))
     first, second = [row["train"] for row in run.server["rounds"]]
     assert first["finished"] == ["owner-0", "owner-4"]
@@ -510,7 +565,7 @@ def test_two_owners_of_one_name(make_config: Any, run_locally: Any) -> None:
         grid.node_configs[VICTIM] = {"owner": "owner-0"}
         strategy._names = {grid_node(grid, 0): "owner-0"}
 
-    run = run_locally(make_config(**SHORT_WAIT), prepare=prepare)
+    run = run_locally(make_config(**QUICK), prepare=prepare)
     assert_only_the_victim_is_lost(run, "another node has it already", name="node 1034")
 
 
@@ -679,7 +734,7 @@ def own_files(
     rows = [json.loads(line) for line in texts.read_text().splitlines()]
 
     def build(bad: list[dict[str, Any]] | None, **node: Any) -> Any:
-        config = make_config(**SHORT_WAIT)
+        config = make_config(**QUICK)
         monkeypatch.delenv("FEDSPLIT_SIMULATION")
         parts = [rows[:30], rows[30:60] if bad is None else bad, rows[60:90]]
 
@@ -733,7 +788,8 @@ def test_good_files_of_their_own(own_files: Any, run_locally: Any) -> None:
     assert len(train["finished"]) == 3
 
 
-def test_a_secret_that_others_can_read(own_files: Any, run_locally: Any, tmp_path: Path) -> None:
+def test_a_secret_that_others_can_read(own_files: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hurry(monkeypatch, {1: {2}})
     (tmp_path / "home-1").mkdir()
     secret = tmp_path / "home-1" / "noise.secret"
     secret.write_bytes(bytes(32))
