@@ -250,6 +250,7 @@ def test_a_joint_run_draws_fresh_noise_for_every_epoch(
         data__owners=1,
         data__limit=30,
         session__deadline_s=120.0,
+        session__wave_wait_s=120.0,
         privacy__mechanism="dchi",
         privacy__eta=10.0,
         output__capture=True,

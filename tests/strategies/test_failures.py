@@ -75,7 +75,6 @@ def hurry(monkeypatch: pytest.MonkeyPatch, after: dict[int, set[int]]) -> None:
     monkeypatch.setattr(Round, "greet", one_more)
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def warm(tiny_bert: Path) -> None:
     """Load what the first session of a process would have to wait for."""
@@ -411,8 +410,11 @@ def test_an_owner_that_raises_before_it_connects(
     assert_only_the_victim_is_lost(run, "session-ca='x'", name="node 1034")
 
 
-def test_an_owner_whose_process_is_gone(make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_whose_process_is_gone(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hurry(monkeypatch, {1: {2}})
+
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
 
@@ -466,8 +468,11 @@ def test_no_owner_connecting_is_an_end_too(make_config: Any, run_locally: Any) -
 # ---- waves --------------------------------------------------------------------------------------
 
 
-def test_a_wave_that_stays_smaller_than_expected(make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wave_that_stays_smaller_than_expected(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hurry(monkeypatch, {1: {1, 3}})
+
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
         strategy._names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
@@ -484,29 +489,29 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next wave is asked only when the first one's message has come back, which can be late."""
-    open_stream, lost = client_work.open_stream, Round._next_wave
-    given_up = threading.Event()
+    open_stream, ask = client_work.open_stream, Round.ask
+    rounds: list[Round] = []
 
-    def next_wave(self: Round) -> Any:
-        asked = set(self._asked)
-        self._wait_s = 60.0 if given_up.is_set() or not asked else 0.5
-        wave = lost(self)
-        return wave
-
-    def watch(self: Round) -> Any:
-        return next_wave(self)
+    def asked(self: Round, nodes: Any) -> None:
+        rounds.append(self)
+        self._wait_s = 0.3 if len(rounds) == 1 else 60.0
+        ask(self, nodes)
 
     def late(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
-        if node_config["partition-id"] == 0:
-            given_up.wait(30)
-            raise ConfigError("home: must be writable")
-        return open_stream(offer, config, node_config)
+        if node_config["partition-id"] > 0:
+            return open_stream(offer, config, node_config)
+        until = time.monotonic() + 30
+        while not rounds[0].report.cohort.lost and time.monotonic() < until:
+            time.sleep(0.05)
+        raise ConfigError("home: must be writable")
 
+    monkeypatch.setattr(Round, "ask", asked)
     monkeypatch.setattr(client_work, "open_stream", late)
     run = run_locally(make_config(session__wave=1, **QUICK), slots=1)
     train = run.server["rounds"][0]["train"]
     assert train["finished"] == ["owner-1", "owner-2"]
     assert list(train["lost"]) == ["owner-0"]
+    assert "home: must be writable" in train["lost"]["owner-0"]
 
 
 def grid_node(grid: LocalGrid, owner: int) -> int:
@@ -788,7 +793,9 @@ def test_good_files_of_their_own(own_files: Any, run_locally: Any) -> None:
     assert len(train["finished"]) == 3
 
 
-def test_a_secret_that_others_can_read(own_files: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_secret_that_others_can_read(
+    own_files: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     hurry(monkeypatch, {1: {2}})
     (tmp_path / "home-1").mkdir()
     secret = tmp_path / "home-1" / "noise.secret"
