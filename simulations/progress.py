@@ -65,7 +65,7 @@ class RunProgress:
         text = f"{self._title} {note}".strip()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=min(1.0, done), description=text)
-        elif time.monotonic() - self._spoke > 10.0:
+        elif time.monotonic() - self._spoke > 20.0:
             self._spoke = time.monotonic()
             self.console.print(f"  {text}: {100 * done:.0f} %")
 

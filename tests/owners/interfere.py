@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -80,13 +79,3 @@ def tamper_with(
         return link
 
     monkeypatch.setattr(client_work, "open_stream", opened)
-
-
-class Patience:
-    """Lets threads that play dead end when the test is over."""
-
-    def __init__(self) -> None:
-        self.over = threading.Event()
-
-    def sleep(self) -> None:
-        self.over.wait(60)
