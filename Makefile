@@ -4,9 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Idle compute threads sleep instead of spinning for each other.
-export OMP_WAIT_POLICY := PASSIVE
-export GOMP_SPINCOUNT := 0
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: setup demo test test-fast test-e2e lint format bench clean

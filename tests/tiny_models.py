@@ -86,9 +86,10 @@ def save_texts(path: Path, rows: int, seed: int = 0, classes: int = 3) -> Path:
         for row in range(rows):
             label = generator.randrange(classes)
             own = WORDS[10 * label : 10 * label + 10]
-            words = [generator.choice(own if generator.random() < 0.5 else WORDS) for _ in range(
-                generator.randint(4, 12)
-            )]
+            words = [
+                generator.choice(own if generator.random() < 0.5 else WORDS)
+                for _ in range(generator.randint(4, 12))
+            ]
             line = {"text": " ".join(words), "label": label, "writer": f"p{row % 5}"}
             file.write(json.dumps(line) + "\n")
     return path

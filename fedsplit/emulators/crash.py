@@ -78,11 +78,12 @@ class Crash:
         roles = tuple(
             ADAPTER if i in chosen else KEEP if centres[i] == i else other for i in range(layers)
         )
-        source = tuple(
-            centres[i] if roles[i] == SHARE else i for i in range(layers)
-        )
+        source = tuple(centres[i] if roles[i] == SHARE else i for i in range(layers))
         return build_emulator(
-            model, EmulatorPlan(roles, source), method="crash", base_digest=material.base_digest,
+            model,
+            EmulatorPlan(roles, source),
+            method="crash",
+            base_digest=material.base_digest,
             details={"settings": asdict(self), "clusters": clusters},
         )
 

@@ -97,8 +97,10 @@ def distil(
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=settings.lr)
         with (
-            frozen(teacher), evaluating(emulator.model),
-            _Last(inside[middle]) as mine, _Last(above[plan.positions[middle]]) as theirs,
+            frozen(teacher),
+            evaluating(emulator.model),
+            _Last(inside[middle]) as mine,
+            _Last(above[plan.positions[middle]]) as theirs,
         ):
             for step in range(settings.steps):
                 order = epoch_batches(len(tokens), size, seed, step // per_epoch)
@@ -126,9 +128,7 @@ def _loss(
     loss = settings.lm_weight * lm_loss(logits, ids)
     if settings.hidden_weight > 0:
         with torch.no_grad():
-            teacher.base_model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            )
+            teacher.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         loss = loss + settings.hidden_weight * relative_mismatch(theirs.hidden(), mine.hidden())
     return loss
 

@@ -50,8 +50,17 @@ LIMITS = {
     "tokenizer_config.json": 1 << 20,
 }
 REQUIRED = ("config.json", FILE, WEIGHTS)
-KEYS = {"format", "method", "plan", "base_digest", "details", "shapes", "ties", "attention",
-        "experts"}
+KEYS = {
+    "format",
+    "method",
+    "plan",
+    "base_digest",
+    "details",
+    "shapes",
+    "ties",
+    "attention",
+    "experts",
+}
 
 
 @dataclass(frozen=True)
@@ -151,9 +160,9 @@ def load_emulator(
         raise ModelError(f"{folder}: digest {folder_digest(folder)}: must be {expected_digest}")
     about = parse_json(FILE, (folder / FILE).read_bytes())
     plan = _check_about(about)
-    refuse_config_keys("config.json", config := parse_json(
-        "config.json", (folder / "config.json").read_bytes()
-    ))
+    refuse_config_keys(
+        "config.json", config := parse_json("config.json", (folder / "config.json").read_bytes())
+    )
     model = lay_out(folder, plan, about["shapes"], about["attention"], about["experts"])
     _fill(model, folder / WEIGHTS, about["ties"])
     emulator = Emulator(
@@ -245,8 +254,13 @@ def _check_about(about: Mapping[str, Any]) -> EmulatorPlan:
         raise ModelError(f"{FILE}: format={about.get('format')!r}: must be {FORMAT}")
     if set(about) != KEYS:
         raise ModelError(f"{FILE}: keys {sorted(about)}: must be {sorted(KEYS)}")
-    for name, kind in (("method", str), ("base_digest", str), ("details", dict), ("shapes", dict),
-                       ("ties", dict)):
+    for name, kind in (
+        ("method", str),
+        ("base_digest", str),
+        ("details", dict),
+        ("shapes", dict),
+        ("ties", dict),
+    ):
         if not isinstance(about[name], kind):
             raise ModelError(f"{FILE}: {name}: must be of type {kind.__name__}")
     for name, allowed in (("attention", ATTENTION), ("experts", EXPERTS)):

@@ -118,7 +118,11 @@ class GradOT:
                 keep_channels(block, layout, channels[position])
 
         return build_emulator(
-            model, plan, edit=edit, method="gradot", base_digest=material.base_digest,
+            model,
+            plan,
+            edit=edit,
+            method="gradot",
+            base_digest=material.base_digest,
             details=details,
         )
 
@@ -129,7 +133,8 @@ class GradOT:
         names = sorted({module_of(sites[role]) for role in ATTENTION}) if self.attention else []
         down = module_of(sites["down"])
         moments = collect(
-            model, material.needed_tokens("gradot"),
+            model,
+            material.needed_tokens("gradot"),
             [(i, n) for i in blocks for n in names],
             [(i, down) for i in blocks] if self.ffn else [],
             material.batch_size,
@@ -138,7 +143,9 @@ class GradOT:
         if self.attention:
             spectra = {
                 (i, role): _spectrum(
-                    probe(model).blocks[i], sites[role], moments[i, module_of(sites[role])],
+                    probe(model).blocks[i],
+                    sites[role],
+                    moments[i, module_of(sites[role])],
                     self.damping,
                 )
                 for i in blocks
@@ -183,9 +190,7 @@ class Spectrum:
         matrix = self.weight.double().cpu()
         up, down = self.left[:, :rank], self.right[:rank] @ matrix
         error = float((matrix - up @ down).norm() / matrix.norm().clamp_min(1e-300))
-        return Factors(
-            up.to(self.weight).contiguous(), down.to(self.weight).contiguous(), error
-        )
+        return Factors(up.to(self.weight).contiguous(), down.to(self.weight).contiguous(), error)
 
 
 def _spectrum(block: nn.Module, site: Site, moments: Moments, damping: float) -> Spectrum:

@@ -66,9 +66,7 @@ def make_harmonizers(model: Model, width: int = 0, seed: int = 0) -> list[Harmon
     anatomy = probe(model)
     size = anatomy.hidden_size
     check(isinstance(width, int) and 0 <= width <= size, "width", width, f"in 0..{size}")
-    lengths = [
-        len(out) if isinstance(out, tuple) else 0 for out in block_outputs(model)
-    ]
+    lengths = [len(out) if isinstance(out, tuple) else 0 for out in block_outputs(model)]
     made = []
     for i, block in enumerate(anatomy.blocks):
         like = next(p for p in block.parameters() if p.is_floating_point())

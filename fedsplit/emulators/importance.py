@@ -148,8 +148,12 @@ class LayerReplace:
     def result(self) -> Importance:
         """Return scores and harmonizers as they are now (the harmonizers are the run's own)."""
         return Importance(
-            tuple(self.scores.tolist()), self.harmonizers, self.settings, self.base_digest,
-            self.step, list(self.history),
+            tuple(self.scores.tolist()),
+            self.harmonizers,
+            self.settings,
+            self.base_digest,
+            self.step,
+            list(self.history),
         )
 
     def save(self, folder: str | Path) -> None:

@@ -57,7 +57,11 @@ class ImportanceSettings:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("steps", 1), ("batch_size", 1), ("group", 2), ("width", 0), ("rl_every", 1),
+            ("steps", 1),
+            ("batch_size", 1),
+            ("group", 2),
+            ("width", 0),
+            ("rl_every", 1),
             ("rl_draws", 2),
         ):
             value = getattr(self, name)
@@ -177,6 +181,10 @@ def importance_of(
             parameter.copy_(tensor)
     history = [(int(a), float(b)) for a, b in about.get("history", [])]
     return Importance(
-        tuple(scores.tolist()), harmonizers, settings_of(about), base_digest,
-        int(about["step"]), history,
+        tuple(scores.tolist()),
+        harmonizers,
+        settings_of(about),
+        base_digest,
+        int(about["step"]),
+        history,
     )

@@ -67,12 +67,17 @@ class LayerDrop:
             ADAPTER if i in chosen else KEEP if i in kept else DROP for i in range(layers)
         )
         emulator = build_emulator(
-            model, EmulatorPlan(roles), method="layerdrop", base_digest=material.base_digest,
+            model,
+            EmulatorPlan(roles),
+            method="layerdrop",
+            base_digest=material.base_digest,
             details={"settings": asdict(self)},
         )
         if self.distil_steps and keep:
             settings = Distil(
-                steps=self.distil_steps, batch_size=material.batch_size, lr=self.distil_lr,
+                steps=self.distil_steps,
+                batch_size=material.batch_size,
+                lr=self.distil_lr,
                 seed=self.seed,
             )
             distil(emulator, model, material.needed_tokens("layerdrop distil_steps"), settings)

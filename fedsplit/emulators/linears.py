@@ -86,7 +86,9 @@ class LowRankLinear(nn.Module):
         if self.order is not None:
             wanted = torch.arange(self.out_features, device=self.order.device)
             if not torch.equal(self.order.sort().values, wanted):
-                raise ModelError(f"{name}.order: must be a permutation of 0..{self.out_features-1}")
+                raise ModelError(
+                    f"{name}.order: must be a permutation of 0..{self.out_features - 1}"
+                )
 
 
 class QuantisedLinear(nn.Module):
@@ -193,7 +195,10 @@ def resize(module: nn.Module, shape: tuple[int, ...], bias: bool, like: Tensor) 
         row = nn.Parameter(like.new_empty(rows), False) if bias else None
         module.register_parameter("bias", row)
     for name, value in (
-        ("out_features", rows), ("in_features", columns), ("nf", rows), ("nx", columns)
+        ("out_features", rows),
+        ("in_features", columns),
+        ("nf", rows),
+        ("nx", columns),
     ):
         if isinstance(getattr(module, name, None), int):
             setattr(module, name, value)

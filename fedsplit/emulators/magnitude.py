@@ -53,8 +53,11 @@ class Magnitude:
         rest = COMPRESS if self.sparsity > 0 else KEEP
         plan = EmulatorPlan.with_adapters(layers, adapters_in(layers, self.adapters), rest)
         emulator = build_emulator(
-            model, plan, edit=lambda _, block: prune_block(block, self.sparsity),
-            method="magnitude", base_digest=material.base_digest,
+            model,
+            plan,
+            edit=lambda _, block: prune_block(block, self.sparsity),
+            method="magnitude",
+            base_digest=material.base_digest,
             details={"settings": asdict(self)},
         )
         nonzero = sum(int(p.count_nonzero()) for p in emulator.model.parameters())

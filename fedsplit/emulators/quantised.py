@@ -66,8 +66,11 @@ class Quantised:
         rest = COMPRESS if self.bits < 32 else KEEP
         plan = EmulatorPlan.with_adapters(layers, adapters_in(layers, self.adapters), rest)
         return build_emulator(
-            model, plan, edit=lambda _, block: quantise_block(block, self.bits),
-            method="quantised", base_digest=material.base_digest,
+            model,
+            plan,
+            edit=lambda _, block: quantise_block(block, self.bits),
+            method="quantised",
+            base_digest=material.base_digest,
             details={"settings": asdict(self)},
         )
 

@@ -46,7 +46,10 @@ def draw_kept(
 
 
 def updated_scores(
-    scores: Tensor, subsets: Sequence[Sequence[int]], losses: Sequence[float], lr: float,
+    scores: Tensor,
+    subsets: Sequence[Sequence[int]],
+    losses: Sequence[float],
+    lr: float,
     reward: str,
 ) -> Tensor:
     """Return s_i + lr * sum over subsets k that kept i of A_k p_i (1 - p_i).

@@ -127,18 +127,30 @@ class ScaleOT:
 
         def edit(position: int, block: nn.Module) -> None:
             details["ranks"][str(position)] = compress_block(
-                block, layout_of(model.config), self.beta,
-                attention=self.attention, ffn=self.ffn, seed=self.seed,
+                block,
+                layout_of(model.config),
+                self.beta,
+                attention=self.attention,
+                ffn=self.ffn,
+                seed=self.seed,
             )
 
         emulator = build_emulator(
-            model, plan, harmonizers=harmonizers, edit=edit if plan.having(COMPRESS) else None,
-            method="scaleot", base_digest=digest, details=details,
+            model,
+            plan,
+            harmonizers=harmonizers,
+            edit=edit if plan.having(COMPRESS) else None,
+            method="scaleot",
+            base_digest=digest,
+            details=details,
         )
         if self.settle_steps and plan.having(HARMONIZER):
             settings = Distil(
-                steps=self.settle_steps, batch_size=material.batch_size, lr=self.settle_lr,
-                roles=(HARMONIZER,), seed=self.seed,
+                steps=self.settle_steps,
+                batch_size=material.batch_size,
+                lr=self.settle_lr,
+                roles=(HARMONIZER,),
+                seed=self.seed,
             )
             distil(emulator, model, material.needed_tokens("scaleot settle_steps"), settings)
         return emulator

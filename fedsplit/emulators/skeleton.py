@@ -47,8 +47,12 @@ def describe(emulator: Emulator) -> dict[str, Shape]:
 def _shape_of(module: nn.Module) -> Shape | None:
     if isinstance(module, LowRankLinear):
         sizes, ranks = list(module.sizes), list(module.ranks)
-        return {"kind": "low-rank", "sizes": sizes, "ranks": ranks,
-                "permuted": module.order is not None}
+        return {
+            "kind": "low-rank",
+            "sizes": sizes,
+            "ranks": ranks,
+            "permuted": module.order is not None,
+        }
     if isinstance(module, QuantisedLinear):
         return {"kind": "quantised", "bits": module.bits}
     if is_linear(module):
@@ -58,7 +62,10 @@ def _shape_of(module: nn.Module) -> Shape | None:
 
 
 def lay_out(
-    folder: Path, plan: EmulatorPlan, shapes: Mapping[str, Any], attention: str | None,
+    folder: Path,
+    plan: EmulatorPlan,
+    shapes: Mapping[str, Any],
+    attention: str | None,
     experts: str | None,
 ) -> Model:
     """Return the emulator's structure on the meta device, from ``folder``'s config.json.
@@ -78,7 +85,9 @@ def lay_out(
             )
         with torch.device("meta"):
             whole = TASKS["causal-lm"].from_config(
-                config, attn_implementation=attention, experts_implementation=experts,
+                config,
+                attn_implementation=attention,
+                experts_implementation=experts,
                 trust_remote_code=False,
             )
             anatomy = probe(whole)
@@ -109,8 +118,9 @@ def lay_out(
 def _harmonizer(block: nn.Module, size: int, shape: Any) -> Harmonizer:
     width, length = _integers(shape, ("width", "tuple_length"))
     if not (1 <= width <= size and 0 <= length <= 8):
-        raise ModelError(f"harmonizer width={width}, tuple_length={length}: must be in 1..{size}, "
-                         "0..8")
+        raise ModelError(
+            f"harmonizer width={width}, tuple_length={length}: must be in 1..{size}, 0..8"
+        )
     return Harmonizer(block, length, size, width)
 
 
@@ -136,21 +146,38 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
     if kind == "low-rank":
         sizes, ranks = shape.get("sizes"), shape.get("ranks")
         good = _small_list(sizes) and _small_list(ranks) and len(sizes) == len(ranks)  # type: ignore[arg-type]
-        if not good or sum(sizes) != rows or any(  # type: ignore[arg-type]
-            not 1 <= r <= min(s, columns) for r, s in zip(ranks, sizes, strict=True)  # type: ignore[arg-type]
+        if (
+            not good
+            or sum(sizes) != rows
+            or any(  # type: ignore[arg-type]
+                not 1 <= r <= min(s, columns)
+                for r, s in zip(ranks, sizes, strict=True)  # type: ignore[arg-type]
+            )
         ):
-            raise ModelError(f"{where}: sizes={sizes!r}, ranks={ranks!r}: must factor "
-                             f"({rows}, {columns})")
-        return LowRankLinear(columns, sizes, ranks, bias=bias,  # type: ignore[arg-type]
-                             permuted=shape.get("permuted") is True, like=weight)
+            raise ModelError(
+                f"{where}: sizes={sizes!r}, ranks={ranks!r}: must factor ({rows}, {columns})"
+            )
+        return LowRankLinear(
+            columns,
+            sizes,
+            ranks,
+            bias=bias,  # type: ignore[arg-type]
+            permuted=shape.get("permuted") is True,
+            like=weight,
+        )
     if kind == "quantised":
         if shape.get("bits") not in (4, 8):
             raise ModelError(f"{where}: bits={shape.get('bits')!r}: must be 4 or 8")
         return QuantisedLinear(columns, rows, shape["bits"], bias=bias, like=weight)
     if kind == "plain":
         stored = shape.get("shape")
-        if not _small_list(stored) or len(stored) != 2 or any(  # type: ignore[arg-type]
-            a > b for a, b in zip(stored, weight.shape, strict=True)  # type: ignore[arg-type]
+        if (
+            not _small_list(stored)
+            or len(stored) != 2
+            or any(  # type: ignore[arg-type]
+                a > b
+                for a, b in zip(stored, weight.shape, strict=True)  # type: ignore[arg-type]
+            )
         ):
             raise ModelError(f"{where}: shape={stored!r}: must be within {tuple(weight.shape)}")
         if stored != list(weight.shape):
@@ -160,8 +187,10 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
 
 
 def _small_list(value: Any) -> bool:
-    return isinstance(value, list) and 1 <= len(value) <= 16 and all(
-        type(x) is int and x >= 1 for x in value
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= 16
+        and all(type(x) is int and x >= 1 for x in value)
     )
 
 

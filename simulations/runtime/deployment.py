@@ -119,7 +119,9 @@ class Deployment(Federation):
         arguments += ["--ssl-ca-certfile", str(tls.ca)]
         if self.node_auth:
             arguments.append("--enable-supernode-auth")
-        self._start_superlink(arguments, thread_environment(self.server_threads), tls)
+        self._start_superlink(
+            arguments, thread_environment(self.server_threads, patient=False), tls
+        )
         if self.node_auth:
             self._make_keys()
         self._nodes = [self._start_supernode(index) for index in range(self.supernodes)]

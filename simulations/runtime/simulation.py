@@ -116,7 +116,7 @@ class Simulation(Federation):
         self._object_store_bytes = object_store_bytes
 
     def _start(self) -> None:
-        more = {**RAY, **thread_environment(self.server_threads)}
+        more = {**RAY, **thread_environment(self.server_threads, patient=False)}
         if self._object_store_bytes is not None:
             more["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(self._object_store_bytes)
         client = {**thread_environment(self.client_threads), **self._client_env}

@@ -16,8 +16,9 @@ from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.anatomy import probe
 
 PLAN = EmulatorPlan.with_adapters(LAYERS, (0, 4))
-MIXED = EmulatorPlan(("adapter", "drop", "harmonizer", "keep", "adapter", "share"),
-                     (0, 1, 2, 3, 4, 3))
+MIXED = EmulatorPlan(
+    ("adapter", "drop", "harmonizer", "keep", "adapter", "share"), (0, 1, 2, 3, 4, 3)
+)
 
 
 def _mixed(model: Any) -> Any:

@@ -141,7 +141,8 @@ def test_distillation_teaches_the_middle_and_nothing_else() -> None:
     losses = distil(emulator, model, tokens(), Distil(steps=12, lr=3e-3, batch_size=6))
     assert losses[-1] < losses[0]
     moved = {
-        n.split(".")[2] for n, p in emulator.model.named_parameters()
+        n.split(".")[2]
+        for n, p in emulator.model.named_parameters()
         if not torch.equal(p, before[n])
     }
     assert moved == {"1", "2"}
@@ -312,8 +313,18 @@ def test_more_bits_less_harm() -> None:
     model = tiny()
     start = _logits(model)
     harm = [
-        float((_logits(make_compressor("quantised", adapters=A, bits=bits)
-                       .build(model, Material()).model) - start).abs().max())
+        float(
+            (
+                _logits(
+                    make_compressor("quantised", adapters=A, bits=bits)
+                    .build(model, Material())
+                    .model
+                )
+                - start
+            )
+            .abs()
+            .max()
+        )
         for bits in (4, 8, 32)
     ]
     assert harm[0] > harm[1] > harm[2] == 0

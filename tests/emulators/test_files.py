@@ -89,8 +89,10 @@ def test_every_kind_of_layer_travels(
 def test_no_weight_of_a_dropped_replaced_or_compressed_block_is_in_the_file(tmp_path: Path) -> None:
     model = tiny()
     save_emulator(_mixed(model), tmp_path / "e")
-    shipped = {t.flatten()[:8].numpy().tobytes() for t in load_file(
-        tmp_path / "e" / "emulator.safetensors").values()}
+    shipped = {
+        t.flatten()[:8].numpy().tobytes()
+        for t in load_file(tmp_path / "e" / "emulator.safetensors").values()
+    }
     blocks = probe(model).blocks
     for position in (2, 3, 4):
         for parameter in blocks[position].parameters():
@@ -179,7 +181,8 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "another key": (lambda f: _json(f, "emulator.json", code="x"), "keys"),
     "no plan": (lambda f: _json(f, "emulator.json", plan=3), "plan"),
     "plan too long": (
-        lambda f: _json(f, "emulator.json", plan=_plan(roles=["adapter"] * 7)), "plan"
+        lambda f: _json(f, "emulator.json", plan=_plan(roles=["adapter"] * 7)),
+        "plan",
     ),
     "other depth": (
         lambda f: _json(
@@ -205,15 +208,28 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     ),
     "high rank": (
         lambda f: _json(
-            f, "emulator.json",
-            shapes=lambda s: s | {"1": {"self_attn.q_proj": {
-                "kind": "low-rank", "sizes": [32], "ranks": [10**9], "permuted": False}}},
+            f,
+            "emulator.json",
+            shapes=lambda s: (
+                s
+                | {
+                    "1": {
+                        "self_attn.q_proj": {
+                            "kind": "low-rank",
+                            "sizes": [32],
+                            "ranks": [10**9],
+                            "permuted": False,
+                        }
+                    }
+                }
+            ),
         ),
         "must factor",
     ),
     "a wider layer": (
         lambda f: _json(
-            f, "emulator.json",
+            f,
+            "emulator.json",
             shapes=lambda s: s | {"1": {"mlp.up_proj": {"kind": "plain", "shape": [99, 32]}}},
         ),
         r"must be within \(56, 32\)",
@@ -226,13 +242,16 @@ HOSTILE: dict[str, tuple[Any, str]] = {
     "self tie": (lambda f: _json(f, "emulator.json", ties={NORM: NORM}), "ties"),
     "missing tensor": (lambda f: _tensors(f, lambda t: t.pop(NORM)), r"missing \['model\.norm"),
     "extra tensor": (
-        lambda f: _tensors(f, lambda t: t.update(x=torch.zeros(2))), r"must not be there \['x'\]"
+        lambda f: _tensors(f, lambda t: t.update(x=torch.zeros(2))),
+        r"must not be there \['x'\]",
     ),
     "wrong shape": (
-        lambda f: _tensors(f, lambda t: t.update({NORM: torch.zeros(31)})), r"shape \(31,\)"
+        lambda f: _tensors(f, lambda t: t.update({NORM: torch.zeros(31)})),
+        r"shape \(31,\)",
     ),
     "nan": (
-        lambda f: _tensors(f, lambda t: t.update({NORM: torch.full((32,), torch.nan)})), "finite"
+        lambda f: _tensors(f, lambda t: t.update({NORM: torch.full((32,), torch.nan)})),
+        "finite",
     ),
     "wrong dtype": (
         lambda f: _tensors(f, lambda t: t.update({NORM: torch.zeros(32, dtype=torch.long)})),

@@ -94,8 +94,14 @@ def test_more_compression_costs_less() -> None:
             for beta in (0.0, 0.9)
         },
     )
-    assert [r.name for r in rows] == ["0.0, 0.0", "0.0, 0.9", "0.5, 0.0", "0.5, 0.9", "1.0, 0.0",
-                                      "1.0, 0.9"]
+    assert [r.name for r in rows] == [
+        "0.0, 0.0",
+        "0.0, 0.9",
+        "0.5, 0.0",
+        "0.5, 0.9",
+        "1.0, 0.0",
+        "1.0, 0.9",
+    ]
     for field in ("emulator_bytes", "owner_bytes", "step_flops", "revealed"):
         values = [getattr(r, field) for r in rows]
         assert values == sorted(values, reverse=True), field

@@ -27,8 +27,14 @@ PLAN = EmulatorPlan.with_adapters(LAYERS, (0,), "compress", beta=0.6)
 @pytest.mark.parametrize(
     ("shape", "beta", "rank"),
     [
-        ((4, 6), 0.0, 4), ((4, 6), 1.0, 1), ((4, 6), 0.5, 2), ((10, 10), 0.9, 1),
-        ((10, 10), 0.1, 9), ((7, 9), 0.5, 3), ((256, 128), 0.6, 51), ((1, 5), 0.0, 1),
+        ((4, 6), 0.0, 4),
+        ((4, 6), 1.0, 1),
+        ((4, 6), 0.5, 2),
+        ((10, 10), 0.9, 1),
+        ((10, 10), 0.1, 9),
+        ((7, 9), 0.5, 3),
+        ((256, 128), 0.6, 51),
+        ((1, 5), 0.0, 1),
     ],
 )
 def test_the_rank_is_the_papers(shape: tuple[int, int], beta: float, rank: int) -> None:

@@ -38,7 +38,13 @@ def test_a_compressed_trial() -> None:
     compressor = make_compressor("layerdrop", adapters=(0, 5), keep=1)
     told: list[int] = []
     row, _ = trial(
-        tiny(), compressor, Material(), tokens(), tokens(), SHORT, bound=math.nan,
+        tiny(),
+        compressor,
+        Material(),
+        tokens(),
+        tokens(),
+        SHORT,
+        bound=math.nan,
         progress=lambda step, loss: told.append(step),
     )
     assert row.emulator_ft < row.emulator_zero_shot

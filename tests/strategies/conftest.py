@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.strategies.local_grid import LocalGrid
-from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama
 
 from fedsplit.config import RunConfig
+from tests.strategies.local_grid import LocalGrid
+from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama
 
 
 @pytest.fixture(scope="session")

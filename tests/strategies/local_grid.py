@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 from uuid import uuid4
 
@@ -100,4 +99,3 @@ class LocalGrid(Grid):
             reply = handler(message, self.context(node))
             reply.metadata.__dict__["_src_node_id"] = node
             replies.append(reply)
-

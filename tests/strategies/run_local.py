@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from flwr.app import ArrayRecord
-from tests.strategies.local_grid import LocalGrid
 
 from fedsplit.config import RunConfig
 from strategies.recorder import Recorder
 from strategies.split_tuning import SplitTuning
 from strategies.split_tuning_run import build_parts, initial_arrays
+from tests.strategies.local_grid import LocalGrid
 
 
 @dataclass

@@ -88,8 +88,8 @@ def test_joint_bottoms_are_averaged_and_move(make_config: Any, run_locally: Any)
     config = make_config(split__bottom="joint", split__k=1, train__bottom_lr=1e-2)
     run = run_locally(config)
     final = {n: torch.tensor(a.numpy()) for n, a in run.result.arrays.items()}
-    from strategies.split_tuning_run import initial_arrays, load_base
     from fedsplit.models.halves import split
+    from strategies.split_tuning_run import initial_arrays, load_base
 
     bottom, _ = split(load_base(config).model, 1)
     start = {n: torch.tensor(a.numpy()) for n, a in initial_arrays(config, bottom).items()}
