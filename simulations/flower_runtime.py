@@ -11,7 +11,7 @@ What the environment can do about threads: ``server_threads`` and ``client_threa
 ``OMP_NUM_THREADS`` and its relatives before the first import, so torch's intra-op pool obeys.  In a
 deployment ServerApp and ClientApps are separate processes.  In a simulation the ServerApp runs in
 the process that starts Ray, and the actors get their values through Ray's runtime-environment hook.
-Idle threads of owners are told to sleep rather than spin (``OMP_WAIT_POLICY=PASSIVE``).  What it cannot do:
+Owners' idle threads are told to sleep, not spin (``OMP_WAIT_POLICY=PASSIVE``).  What it cannot do:
 change a process that runs, bound torch's inter-op pool (``torch.set_num_interop_threads``), or bind
 a process to cores.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +145,12 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
     kind = shape.get("kind")
     if kind == "low-rank":
         sizes, ranks = shape.get("sizes"), shape.get("ranks")
-        good = _small_list(sizes) and _small_list(ranks) and len(sizes) == len(ranks)  # type: ignore[arg-type]
-        if (
-            not good
-            or sum(sizes) != rows
-            or any(  # type: ignore[arg-type]
-                not 1 <= r <= min(s, columns)
-                for r, s in zip(ranks, sizes, strict=True)  # type: ignore[arg-type]
-            )
+        if not (
+            _small_list(sizes)
+            and _small_list(ranks)
+            and len(sizes) == len(ranks)
+            and sum(sizes) == rows
+            and all(1 <= r <= min(n, columns) for r, n in zip(ranks, sizes, strict=True))
         ):
             raise ModelError(
                 f"{where}: sizes={sizes!r}, ranks={ranks!r}: must factor ({rows}, {columns})"
@@ -161,7 +159,7 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
             columns,
             sizes,
             ranks,
-            bias=bias,  # type: ignore[arg-type]
+            bias=bias,
             permuted=shape.get("permuted") is True,
             like=weight,
         )
@@ -171,13 +169,10 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
         return QuantisedLinear(columns, rows, shape["bits"], bias=bias, like=weight)
     if kind == "plain":
         stored = shape.get("shape")
-        if (
-            not _small_list(stored)
-            or len(stored) != 2
-            or any(  # type: ignore[arg-type]
-                a > b
-                for a, b in zip(stored, weight.shape, strict=True)  # type: ignore[arg-type]
-            )
+        if not (
+            _small_list(stored)
+            and len(stored) == 2
+            and all(n <= m for n, m in zip(stored, weight.shape, strict=True))
         ):
             raise ModelError(f"{where}: shape={stored!r}: must be within {tuple(weight.shape)}")
         if stored != list(weight.shape):
@@ -186,7 +181,7 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
     raise ModelError(f"{where}: kind={kind!r}: must be low-rank, quantised or plain")
 
 
-def _small_list(value: Any) -> bool:
+def _small_list(value: Any) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and 1 <= len(value) <= 16
