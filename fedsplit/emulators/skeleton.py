@@ -176,7 +176,7 @@ def _linear(where: str, module: nn.Module, shape: Shape) -> nn.Module:
         ):
             raise ModelError(f"{where}: shape={stored!r}: must be within {tuple(weight.shape)}")
         if stored != list(weight.shape):
-            resize(module, tuple(stored), bias, weight)  # type: ignore[arg-type]
+            resize(module, tuple(stored), bias, weight)
         return module
     raise ModelError(f"{where}: kind={kind!r}: must be low-rank, quantised or plain")
 
