@@ -222,7 +222,8 @@ class Cohort:
             try:
                 done.append((member, action(member)))
             except FedsplitError as error:
-                report.lost[member.name] = f"{type(error).__name__}: {error}"
+                reason = member.last_word() or f"{type(error).__name__}: {error}"
+                report.lost[member.name] = reason
                 log.warning("owner %s left out: %s", member.name, report.lost[member.name])
                 member.link.fail(error)
         return done

@@ -212,6 +212,20 @@ class Member:
         header = {"step": batch.step, "codec": self._codec, "shape": list(rows.shape)}
         self.link.send(Kind.HIDDEN_GRAD, header, encode_rows(rows, self._codec))
 
+    def last_word(self) -> str:
+        """Return why an owner that has gone says it gave up; empty if it said nothing.
+
+        Sending to it fails as soon as its stream has ended, before its last frame has been read.
+        """
+        while self.link.closed:
+            try:
+                self.link.recv(0.0)
+            except SessionError as error:
+                return f"{type(error).__name__}: {error}" if "peer gave up" in str(error) else ""
+            except FrameError:
+                return ""
+        return ""
+
     def finish(self) -> None:
         """Receive DONE and say BYE; afterwards the owner replies to its Flower message."""
         frame = self.link.expect(Kind.DONE, self._deadline)

@@ -26,6 +26,7 @@ from strategies.member import Member
 log = logging.getLogger(__name__)
 
 NEVER = "never connected"
+HUNG_UP = "SessionError: session closed: peer closed"
 
 
 @dataclass
@@ -49,7 +50,10 @@ class RoundReport:
         lost = self.cohort.lost
         if lost.get(f"node {node}", "").startswith(NEVER):
             del lost[f"node {node}"]
-        lost.setdefault(name or f"node {node}", reason)
+        key = name or f"node {node}"
+        if lost.get(key, "").startswith(HUNG_UP):
+            del lost[key]  # whether its last words or the end of its stream came first is chance
+        lost.setdefault(key, reason)
 
     def call(self, names: Mapping[int, str]) -> None:
         """Call lost nodes by their owners' names where those are known."""
