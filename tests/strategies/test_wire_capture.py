@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -458,27 +459,31 @@ def test_what_is_planted_is_found(settings: Any, record: Any) -> None:
 # ---- refusals -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("transport", ["stream", "messages"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        '{"text": "the patient has gout", "label": 0}\n{"text": "the patient has gout" "label"',
-        '{"text": "the patient has gout", "label": 0}\n["the patient has gout"]\n',
-        '{"text": "the patient has gout", "label": {"gout": 1}}\n' * 3,
-        '{"text": ["the patient has gout"], "label": 0}\n' * 3,
-        '{"gout": "the patient has gout", "label": 0}\n' * 3,
-        '{"text": "the patient has gout", "label": 0}\n{"text": "gout", "label": null}\n',
-        "".join(f'{{"text": "gout", "label": "gout{i}"}}\n' for i in range(5)),
-    ],
-    ids=["broken", "no object", "label no scalar", "text no text", "column", "null", "labels"],
+BAD_FILES = dict(
+    zip(
+        ["broken", "no object", "label no scalar", "text no text", "column", "null", "labels"],
+        [
+            '{"text": "the patient has gout", "label": 0}\n{"text": "the patient has gout" "label"',
+            '{"text": "the patient has gout", "label": 0}\n["the patient has gout"]\n',
+            '{"text": "the patient has gout", "label": {"gout": 1}}\n' * 3,
+            '{"text": ["the patient has gout"], "label": 0}\n' * 3,
+            '{"gout": "the patient has gout", "label": 0}\n' * 3,
+            '{"text": "the patient has gout", "label": 0}\n{"text": "gout", "label": null}\n',
+            "".join(f'{{"text": "gout", "label": "gout{i}"}}\n' for i in range(5)),
+        ],
+        strict=True,
+    )
 )
+
+
+@pytest.mark.parametrize(("case", "transport"), zip(BAD_FILES, cycle(["stream", "messages"])))
 def test_a_refusal_says_nothing_of_the_data(
     make_config: Any,
     run_locally: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     texts: Path,
-    content: str,
+    case: str,
     transport: str,
 ) -> None:
     """What is wrong with a file is said; what is in it is not."""
@@ -491,7 +496,7 @@ def test_a_refusal_says_nothing_of_the_data(
         session__transport=transport,
     )
     monkeypatch.delenv("FEDSPLIT_SIMULATION")
-    (tmp_path / "bad.jsonl").write_text(content)
+    (tmp_path / "bad.jsonl").write_text(BAD_FILES[case])
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         for owner, path in enumerate((texts, tmp_path / "bad.jsonl")):
