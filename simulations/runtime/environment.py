@@ -75,7 +75,7 @@ def thread_environment(threads: int | None, *, patient: bool = True) -> dict[str
         threads: compute threads.
         patient: let idle threads sleep.  Right for the many owners of a simulation, which would
             spin for each other; wrong for the one server, whose threads meet thousands of times a
-            step: waking them cost 11 to 25 % of MiniLM's training speed.
+            step, and waking them each time costs training speed.
     """
     waiting = WAITING if patient else {"TOKENIZERS_PARALLELISM": "false"}
     if threads is None:
