@@ -31,6 +31,7 @@ LAYERS = {
     "fedsplit.owners": 3,
     "fedsplit.client_app": 4,
     "fedsplit.client_work": 4,
+    "fedsplit.commands": 4,
     "fedsplit.cli": 4,
     "strategies": 4,
     "simulations": 5,
@@ -39,6 +40,7 @@ LAYERS = {
 TOGETHER = [
     {name for name, layer in LAYERS.items() if layer == 0},
     {"fedsplit.client_app", "fedsplit.client_work"},
+    {"fedsplit.cli", "fedsplit.commands"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
 NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client_work"}}

@@ -1,28 +1,13 @@
-"""The run's settings, as frozen dataclasses that refuse unknown keys and out-of-range values.
-
-Flower's run config is flat (bool, int, float, str only) and travels from the model owner to every
-data owner, so it is the other party's input: nothing in it can name code, and an owner honours the
-``data.*`` group only inside a simulation (elsewhere its own node config says where its data is).
-The defaults here equal those under ``[tool.flwr.app.config]`` in pyproject.toml; a test holds them
-together.  A field ``batch_size`` of the group ``train`` is the flat key ``train.batch-size``.
-"""
+"""Groups of settings: model, split, training, session, data, lineage, output."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
-from fedsplit.errors import ConfigError, check
-
-Scalar: TypeAlias = bool | int | float | str
+from fedsplit.config.bounds import one_of
+from fedsplit.errors import check
 
 TASKS = ("sequence-classification", "causal-lm")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    check(value in allowed, name, value, "one of " + ", ".join(allowed))
 
 
 @dataclass(frozen=True)
@@ -51,7 +36,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.name), "model.name", self.name, "a model name, folder or package:NAME")
-        _one_of("model.task", self.task, TASKS)
+        one_of("model.task", self.task, TASKS)
         if self.task == "sequence-classification":
             check(2 <= self.labels <= 100_000, "model.labels", self.labels, "in [2, 100000]")
         check(
@@ -63,7 +48,7 @@ class ModelConfig:
             self.dropout,
             "-1 (leave) or in [0, 1)",
         )
-        _one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.k <= 10_000, "split.k", self.k, ">= 0 and below the number of blocks")
-        _one_of("split.bottom", self.bottom, ("frozen", "joint"))
+        one_of("split.bottom", self.bottom, ("frozen", "joint"))
 
 
 @dataclass(frozen=True)
@@ -128,16 +113,16 @@ class TrainConfig:
             value = getattr(self, name)
             check(value >= low, f"train.{name.replace('_', '-')}", value, f">= {low}")
         check(self.max_steps >= 0, "train.max-steps", self.max_steps, ">= 0 (0 = no bound)")
-        _one_of("train.method", self.method, ("all", "head", "lora", "bitfit", "ia3", "adapter"))
-        _one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
-        _one_of("train.schedule", self.schedule, ("constant", "linear"))
+        one_of("train.method", self.method, ("all", "head", "lora", "bitfit", "ia3", "adapter"))
+        one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        one_of("train.schedule", self.schedule, ("constant", "linear"))
         for name in ("lr", "bottom_lr"):
             value = getattr(self, name)
             check(0 < value < 10, f"train.{name.replace('_', '-')}", value, "in (0, 10)")
         check(0 <= self.head_lr < 10, "train.head-lr", self.head_lr, "in [0, 10); 0 = same as lr")
-        check(self.weight_decay >= 0, "train.weight-decay", self.weight_decay, ">= 0")
+        check(0 <= self.weight_decay < 10, "train.weight-decay", self.weight_decay, "in [0, 10)")
         check(0 <= self.warmup < 1, "train.warmup", self.warmup, "in [0, 1)")
-        check(self.clip >= 0, "train.clip", self.clip, ">= 0 (0 = none)")
+        check(0 <= self.clip <= 1e6, "train.clip", self.clip, "in [0, 1e6]; 0 = none")
         check(0 < self.fraction <= 1, "train.fraction", self.fraction, "in (0, 1]")
 
 
@@ -176,10 +161,10 @@ class SessionConfig:
     port: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("session.transport", self.transport, ("stream", "messages"))
-        _one_of("session.schedule", self.schedule, ("parallel", "sequential"))
-        _one_of("session.codec", self.codec, ("fp32", "bf16", "int8"))
-        _one_of("session.logits-codec", self.logits_codec, ("fp32", "bf16", "int8"))
+        one_of("session.transport", self.transport, ("stream", "messages"))
+        one_of("session.schedule", self.schedule, ("parallel", "sequential"))
+        one_of("session.codec", self.codec, ("fp32", "bf16", "int8"))
+        one_of("session.logits-codec", self.logits_codec, ("fp32", "bf16", "int8"))
         check(self.wave >= 0, "session.wave", self.wave, ">= 0 (0 = all)")
         for name in ("wave_wait_s", "deadline_s", "idle_s"):
             value = getattr(self, name)
@@ -194,58 +179,6 @@ class SessionConfig:
             "in [1, 1024]",
         )
         check(0 <= self.port <= 65_535, "session.port", self.port, "in [0, 65535]")
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """The mechanism owners are asked to use on what they send.
-
-    Attributes:
-        mechanism: a row of ``fedsplit.privacy.MECHANISMS``.
-        eta: d_chi parameter (1/length units of the bottom's output); 0 = use ``noise_ratio``.
-        noise_ratio: E||n|| / median ||h||, which carries over between models; 0 = use ``eta``.
-        cti: a row of ``fedsplit.privacy.cti.STATISTICS``, or ``off``.
-        cti_per_class: tokens selected per class at most.
-        cti_max_share: largest share of running tokens that may be touched.
-        cti_rho: noise multiplier of the selected tokens; 0 sends them in the clear.
-        denoise: what the server does with received vectors before its top reads them: ``off``,
-            ``uniform`` or ``unigram`` (posterior mean over the public vocabulary with that prior;
-            embeddings-only frozen bottoms).  Post-processing: costs no privacy.
-    """
-
-    mechanism: str = "none"
-    eta: float = 0.0
-    noise_ratio: float = 0.0
-    cti: str = "off"
-    cti_per_class: int = 16
-    cti_max_share: float = 0.01
-    cti_rho: float = 0.3
-    denoise: str = "off"
-
-    def __post_init__(self) -> None:
-        check(
-            self.eta >= 0 and math.isfinite(self.eta),
-            "privacy.eta",
-            self.eta,
-            "> 0 (1/length units of the representation), or 0 to use privacy.noise-ratio",
-        )
-        check(
-            self.noise_ratio >= 0 and math.isfinite(self.noise_ratio),
-            "privacy.noise-ratio",
-            self.noise_ratio,
-            "> 0, or 0 to use privacy.eta",
-        )
-        if self.mechanism == "dchi":
-            check(
-                (self.eta > 0) != (self.noise_ratio > 0),
-                "privacy.eta",
-                self.eta,
-                f"> 0 when privacy.noise-ratio ({self.noise_ratio}) is 0, and 0 otherwise",
-            )
-        check(self.cti_per_class >= 1, "privacy.cti-per-class", self.cti_per_class, ">= 1")
-        check(0 < self.cti_max_share <= 1, "privacy.cti-max-share", self.cti_max_share, "in (0, 1]")
-        check(0 <= self.cti_rho <= 1, "privacy.cti-rho", self.cti_rho, "in [0, 1]")
-        _one_of("privacy.denoise", self.denoise, ("off", "uniform", "unigram"))
 
 
 @dataclass(frozen=True)
@@ -278,7 +211,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(1 <= self.owners <= 1_000_000, "data.owners", self.owners, "in [1, 1000000]")
-        check(self.alpha > 0, "data.alpha", self.alpha, "> 0")
+        check(0 < self.alpha <= 1e6, "data.alpha", self.alpha, "in (0, 1e6]")
         check(self.limit >= 0, "data.limit", self.limit, ">= 0 (0 = all)")
         check(0 < self.test_share < 1, "data.test-share", self.test_share, "in (0, 1)")
 
@@ -294,7 +227,7 @@ class LineageConfig:
     gate: str = "warn"
 
     def __post_init__(self) -> None:
-        _one_of("lineage.gate", self.gate, ("off", "warn", "reject", "stop"))
+        one_of("lineage.gate", self.gate, ("off", "warn", "reject", "stop"))
 
 
 @dataclass(frozen=True)
@@ -321,100 +254,3 @@ class OutputConfig:
         check(self.evaluate_every >= 0, "output.evaluate-every", self.evaluate_every, ">= 0")
         check(0 <= self.threads <= 1024, "output.threads", self.threads, "in [0, 1024]")
         check(1 <= self.owner_threads <= 1024, "output.owner-threads", self.owner_threads, ">= 1")
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All settings of one run; see each group for its keys."""
-
-    strategy: str = "split-tuning"
-    seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    split: SplitConfig = field(default_factory=SplitConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    session: SessionConfig = field(default_factory=SessionConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    lineage: LineageConfig = field(default_factory=LineageConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-
-    def __post_init__(self) -> None:
-        check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
-
-    @classmethod
-    def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
-        """Build from Flower's flat run config.
-
-        Args:
-            flat: keys such as ``train.batch-size``; missing keys take their defaults.
-
-        Raises:
-            ConfigError: for an unknown key, a wrong type or a value out of range.
-        """
-        groups: dict[str, dict[str, Any]] = {}
-        top: dict[str, Any] = {}
-        kinds = {f.name: f for f in fields(cls)}
-        for key, value in flat.items():
-            group, _, name = key.partition(".")
-            if name:
-                groups.setdefault(group, {})[name.replace("-", "_")] = value
-            else:
-                top[group.replace("-", "_")] = value
-        arguments: dict[str, Any] = {}
-        for name, value in top.items():
-            if name not in ("strategy", "seed"):
-                raise ConfigError(f"{name}={value!r}: unknown setting; {_known(cls)}")
-            arguments[name] = _coerce(name, value, str if name == "strategy" else int)
-        for group, values in groups.items():
-            if group not in kinds or group in ("strategy", "seed"):
-                raise ConfigError(f"{group}.*: unknown group of settings; {_known(cls)}")
-            arguments[group] = _build(group, _GROUPS[group], values)
-        return cls(**arguments)
-
-    def to_flat(self) -> dict[str, Scalar]:
-        """Return the flat form, every key present."""
-        flat: dict[str, Scalar] = {"strategy": self.strategy, "seed": self.seed}
-        for group in _GROUPS:
-            for name, value in asdict(getattr(self, group)).items():
-                flat[f"{group}.{name.replace('_', '-')}"] = value
-        return flat
-
-
-_GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "split": SplitConfig,
-    "train": TrainConfig,
-    "session": SessionConfig,
-    "privacy": PrivacyConfig,
-    "data": DataConfig,
-    "lineage": LineageConfig,
-    "output": OutputConfig,
-}
-_TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
-
-
-def _known(cls: type) -> str:
-    return "known: " + ", ".join(f.name for f in fields(cls))
-
-
-def _coerce(name: str, value: object, kind: type) -> Any:
-    """Return ``value`` as ``kind``; an int is accepted for a float, nothing else is converted."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{name}={value!r}: must be of type {kind.__name__}")
-    if isinstance(value, float) and math.isnan(value):
-        raise ConfigError(f"{name}={value!r}: must be a number")
-    return value
-
-
-def _build(group: str, cls: type, values: Mapping[str, Any]) -> Any:
-    kinds = {f.name: _TYPES[str(f.type)] for f in fields(cls)}
-    arguments = {}
-    for name, value in values.items():
-        flat = f"{group}.{name.replace('_', '-')}"
-        if name not in kinds:
-            known = ", ".join(n.replace("_", "-") for n in kinds)
-            raise ConfigError(f"{flat}={value!r}: unknown setting; {group}.* has {known}")
-        arguments[name] = _coerce(flat, value, kinds[name])
-    return cls(**arguments)
