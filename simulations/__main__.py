@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 
 from fedsplit.errors import FedsplitError
 from fedsplit.registry import pick
+
+if TYPE_CHECKING:
+    from simulations.settings import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory, as ratios within one run.")
@@ -30,11 +33,15 @@ def run(
     force: Annotated[bool, typer.Option(help="overwrite a completed run in --out")] = False,
 ) -> None:
     """Run one experiment and write results.json, config.toml and logs to its folder."""
-    from simulations.kinds import KINDS
-    from simulations.run_folder import RunFolder, default_folder
     from simulations.settings import load_experiment
 
-    loaded = load_experiment(experiment, set_ or [])
+    _carry_out(load_experiment(experiment, set_ or []), out, force=force)
+
+
+def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:
+    from simulations.kinds import KINDS
+    from simulations.run_folder import RunFolder, default_folder
+
     carry_out = pick(KINDS, loaded.kind, "kind")
     path = out or default_folder(loaded.name)
     console.print(f"[bold]{loaded.name}[/bold]: {loaded.about}")
@@ -45,6 +52,32 @@ def run(
             console.print(f"\ninterrupted; what was done is in {path}")
             raise
     console.print(f"results: {path / 'results.json'}")
+
+
+@app.command()
+def sweep(
+    experiment: Annotated[str, typer.Argument(help="any experiment of kind split or sweep")],
+    axis: Annotated[
+        list[str] | None, typer.Option("--axis", help="setting=value,value,...; repeatable")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="seeds per cell; 0 = as the experiment says")] = 0,
+    workers: Annotated[int, typer.Option(help="cells at once; 0 = one per core")] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the sweep's folder; an unfinished one is continued")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="also continue a completed sweep")] = False,
+) -> None:
+    """Run an experiment over axes of settings and seeds; a killed sweep continues in its folder."""
+    from simulations.settings import load_experiment
+    from simulations.sweep_cells import as_sweep, parse_axis
+
+    loaded = load_experiment(experiment, set_ or [])
+    _carry_out(
+        as_sweep(loaded, dict(map(parse_axis, axis or [])), seeds, workers), out, force=force
+    )
 
 
 @app.command("list")

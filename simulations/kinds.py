@@ -16,7 +16,14 @@ def _split(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     run(experiment, folder, console)
 
 
+def _sweep(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.sweep import run
+
+    run(experiment, folder, console)
+
+
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
     "split": _split,
+    "sweep": _sweep,
 }

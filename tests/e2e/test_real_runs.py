@@ -12,6 +12,7 @@ import pytest
 
 from fedsplit.config import RunConfig
 from simulations.federated import deploy, simulate
+from simulations.local_run import run_in_process
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e
@@ -57,8 +58,12 @@ def test_simulation_and_deployment_agree(settings: dict[str, Any], tmp_path: Pat
     _, simulated = simulate(config, tmp_path / "simulation")
     _, deployed = deploy(config, tmp_path / "deployment")
 
+    # Sweeps run their cells within one process, and must find what the others find.
+    _, local = run_in_process(config, tmp_path / "local")
+
     assert summary(simulated) == pytest.approx(summary(deployed), rel=1e-5)
-    for server in (simulated, deployed):
+    assert summary(local) == pytest.approx(summary(deployed), rel=1e-5)
+    for server in (simulated, deployed, local):
         assert all(not row["train"]["lost"] for row in server["rounds"])
         assert server["rounds"][0]["train"]["row_bytes"] > 0
         assert server["rounds"][1]["train"]["row_bytes"] == 0

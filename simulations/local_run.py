@@ -1,0 +1,81 @@
+"""One whole federated run in this process: real strategy, owners and sessions, no Flower runtime.
+
+For sweeps, where starting SuperLink, Ray and actors per cell would take longer than the cell.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsplit.config import RunConfig
+from simulations.federated import owner_environment, read_server
+from simulations.local_grid import LocalGrid
+from strategies.recorder import Recorder
+from strategies.split_tuning import SplitTuning
+from strategies.split_tuning_run import build_parts, initial_arrays
+
+
+def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Run ``config`` to its end.
+
+    Args:
+        config: the run's settings; ``output.dir`` is replaced.
+        folder: the run's folder; the server's files go to ``folder/server``.
+
+    Returns:
+        The settings as they were run, and the content of ``server.json``.
+
+    Raises:
+        RunError: the run failed.
+        FedsplitError: a setting or the model cannot be used.
+    """
+    server, homes = folder / "server", folder / "homes"
+    shutil.rmtree(server, ignore_errors=True)
+    config = replace(
+        config,
+        train=replace(config.train, min_owners=config.data.owners),
+        output=replace(config.output, dir=str(server)),
+    )
+    with _environment(owner_environment(homes)):
+        torch.manual_seed(config.seed)
+        recorder = Recorder(server, capture=config.output.capture)
+        parts, bottom = build_parts(config, LOCAL_RUN_ID, recorder)
+        grid = LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID)
+        try:
+            strategy = SplitTuning(config, parts)
+            initial = initial_arrays(config, bottom)
+            strategy.start(grid, initial, num_rounds=config.train.rounds)
+            if config.output.transcript:
+                recorder.transcript(strategy.store)
+            recorder.write(status="completed")
+        finally:
+            if parts.hub is not None:
+                parts.hub.stop()
+            recorder.close()
+            shutil.rmtree(homes, ignore_errors=True)
+    return config, read_server(server)
+
+
+LOCAL_RUN_ID = 1
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
