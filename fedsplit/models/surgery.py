@@ -91,7 +91,10 @@ class ZeroEmbedding(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Map ids (...) to zeros (..., embedding_dim)."""
-        ids = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        # OPT's takes the mask of all tokens first, and the positions of the new ones by name.
+        named = kwargs.get("position_ids")
+        tensors = (named, *args, *kwargs.values())
+        ids = next(x for x in tensors if isinstance(x, Tensor))
         return self.weight.new_zeros(*ids.shape, self.embedding_dim, device=ids.device)
 
 
