@@ -6,7 +6,16 @@ import typer
 from rich.console import Console
 
 import fedsplit
-from fedsplit.commands import inspect
+from fedsplit.commands import (
+    attack,
+    attack_lineage,
+    compare,
+    fingerprint,
+    inspect,
+    ledger,
+    lineage,
+    policy,
+)
 from fedsplit.errors import FedsplitError
 
 app_cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -20,6 +29,13 @@ def version() -> None:
 
 
 inspect.register(app_cli)
+ledger.register(app_cli)
+policy.register(app_cli)
+attack.register(app_cli)
+attack_lineage.register(attack.attack_app)
+compare.register(app_cli)
+fingerprint.register(app_cli)
+lineage.register(app_cli)
 
 
 def app() -> None:

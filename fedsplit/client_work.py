@@ -5,8 +5,11 @@ Apart from :mod:`fedsplit.client_app` because this module loads torch and transf
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +17,13 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from safetensors.torch import load_file, save_file
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import FedsplitError, SessionError
+from fedsplit.errors import FedsplitError, LedgerError, SessionError
+from fedsplit.owners.app_digest import digest_of_app, running_app
+from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.ledger import Ledger
 from fedsplit.owners.message_session import MessageSession
+from fedsplit.owners.outbox import Outbox, Trip
+from fedsplit.owners.policy import Asked, Policy, refuse
 from fedsplit.owners.prepare import OwnerIdentity, load_joint_state, prepare, save_joint_state
 from fedsplit.owners.refusals import tellable
 from fedsplit.owners.session import open_stream, run_stream_session
@@ -38,13 +46,19 @@ log = logging.getLogger(__name__)
 REFUSED = 100  # Flower leaves codes from 100 on to applications
 
 
-def _refusal(message: Message, error: Exception) -> Message:
+def _refusal(message: Message, error: Exception, desk: _Desk | None) -> Message:
     """Return an error reply that names what was wrong, never what the data was."""
     foreseen = isinstance(error, FedsplitError)
     log.error("refused: %s: %s", type(error).__name__, error, exc_info=not foreseen)
     told = tellable(error)
-    reason = f"{type(told).__name__}: {told}"
-    return Message(Error(code=REFUSED, reason=reason[:1000]), reply_to=message)
+    reason = f"{type(told).__name__}: {told}"[:1000]
+    if desk is not None:
+        try:
+            desk.words("error", reason)
+        except LedgerError as broken:  # Flower must have a reply; it says nothing of what happened
+            log.error("%s", broken)
+            reason = "LedgerError: this owner's ledger cannot be written; nothing leaves"
+    return Message(Error(code=REFUSED, reason=reason), reply_to=message)
 
 
 def _settings(context: Context) -> RunConfig:
@@ -54,16 +68,54 @@ def _settings(context: Context) -> RunConfig:
     return config
 
 
-class _Work:
-    """One message's work: config, identity and the averaged bottom it brought, if any."""
+class _Desk:
+    """Whose machine this is: the owner's name, home and ledger, before anything is read or said."""
 
-    def __init__(self, message: Message, context: Context) -> None:
-        self.config = _settings(context)
+    def __init__(self, context: Context) -> None:
         self.node_config: dict[str, object] = dict(context.node_config)
+        self.name = owner_name(self.node_config)
+        self.home = OwnerHome.locate(self.node_config, self.name)
+        self.ledger = Ledger(self.home.root)
+        self._run = str(context.run_id)
+
+    def words(self, kind: str, text: str) -> None:
+        """Record words that leave in a Flower message."""
+        data = text.encode("utf-8", "replace")
+        digest = hashlib.sha256(data).hexdigest()
+        line = {"kind": kind, "bytes": len(data), "digest": digest}
+        self.ledger.append(lambda totals: {**line, "run": self._run, "owner": self.name})
+
+    def close(self) -> None:
+        """Let the ledger's files go."""
+        self.ledger.close()
+
+
+class _Work:
+    """One message's work: config, identity, rules and the averaged bottom it brought, if any.
+
+    Raises:
+        PolicyError: the run breaks a rule that its settings and its offer decide; nothing has left.
+    """
+
+    def __init__(self, message: Message, context: Context, desk: _Desk) -> None:
+        self.config = _settings(context)
+        self.node_config = desk.node_config
         self.identity = OwnerIdentity.from_node(self.config, self.node_config)
         self.offer = SessionOffer.from_content(message.content)
         if self.offer.run != context.run_id or self.offer.node != context.node_id:
             raise SessionError("offer is for another run or node than this message's")
+        flat = self.config.to_flat()
+        policy = desk.home.policy(self.node_config, warn=self.offer.round == 1)
+        self._check(policy, flat)
+        trip = Trip(
+            self.offer.run,
+            self.offer.round,
+            self.offer.mode,
+            self.identity.name,
+            self.offer.bottom,
+            {k: v for k, v in flat.items() if k.startswith("labels.")},
+        )
+        self.outbox = Outbox(desk.ledger, policy, trip, self.identity.secret)
         arrays = message.content.array_records.get(WEIGHTS)
         if arrays:
             # On disk, because a session over messages meets a new process each time.
@@ -71,6 +123,18 @@ class _Work:
             draft = self._averaged.with_suffix(".draft")
             save_file(tensors, draft)
             draft.replace(self._averaged)
+
+    def _check(self, policy: Policy, flat: Mapping[str, Any]) -> None:
+        app = running_app() if "app.digest" in policy else None
+        asked = Asked(
+            flat,
+            transport=self.offer.transport,
+            bottom=self.offer.bottom,
+            round=self.offer.round,
+            own_ca=bool(self.node_config.get("session-ca")),
+            app_digest=digest_of_app(app) if app is not None else "",
+        )
+        refuse(policy.settings_breaches(asked))
 
     def prepare(self, digest: str) -> SplitOwner:
         """Build the owner and, for a joint bottom, continue from the averaged weights."""
@@ -93,56 +157,73 @@ class _Work:
 
 def session(message: Message, context: Context) -> Message:
     """Open the announced session, stay until the server says BYE, and reply with averages."""
+    return _answer(message, context, _session)
+
+
+def _answer(
+    message: Message, context: Context, work: Callable[[Message, Context, _Desk], RecordDict]
+) -> Message:
+    """Return the reply that ``work`` has the content for, or the reason why there is none."""
+    desk = None
     try:
-        work = _Work(message, context)
-        weights: dict[str, torch.Tensor] = {}
-        if work.offer.transport == "messages":
-            exchange = _message_session(work)
-            metrics = exchange.close()
-            if work.config.split.bottom == "joint" and work.offer.mode == "train":
-                weights = exchange.weights()
-        else:
-            link = open_stream(work.offer, work.config, work.node_config)
-            owner = run_stream_session(
-                link, work.offer, work.config, work.identity.name, work.identity.home, work.prepare
-            )
-            metrics = owner.metrics()
-            if owner.optimizer is not None:
-                weights = owner.weights()
-                save_joint_state(owner, work.folder)
-        content = report(metrics, work.identity.name)
-        if weights:
-            arrays = {n: np.asarray(w.float().numpy()) for n, w in weights.items()}
-            content[WEIGHTS] = weights_record(arrays)
-        return Message(content, reply_to=message)
+        desk = _Desk(context)
+        return Message(work(message, context, desk), reply_to=message)
     except Exception as error:  # Flower itself would tell the server all of its message
-        return _refusal(message, error)
+        return _refusal(message, error, desk)
+    finally:
+        if desk is not None:
+            desk.close()
+
+
+def _session(message: Message, context: Context, desk: _Desk) -> RecordDict:
+    work = _Work(message, context, desk)
+    weights: dict[str, torch.Tensor] = {}
+    if work.offer.transport == "messages":
+        exchange = _message_session(work)
+        metrics = exchange.close()
+        weights = exchange.weights()
+    else:
+        link = open_stream(work.offer, work.config, work.node_config)
+        owner = run_stream_session(
+            link, work.offer, work.config, work.outbox, work.identity.home, work.prepare
+        )
+        metrics = owner.metrics()
+        if owner.optimizer is not None:
+            weights = owner.weights()
+            save_joint_state(owner, work.folder)
+    content = report(metrics, work.identity.name)
+    work.outbox.report(metrics, weights)
+    if weights:
+        arrays = {n: np.asarray(w.float().numpy()) for n, w in weights.items()}
+        content[WEIGHTS] = weights_record(arrays)
+    return content
 
 
 def _message_session(work: _Work) -> MessageSession:
-    return MessageSession(
-        work.offer, work.config, work.identity.name, work.identity.home, work.prepare
-    )
+    return MessageSession(work.offer, work.config, work.outbox, work.identity.home, work.prepare)
 
 
 def step(message: Message, context: Context) -> Message:
     """One exchange of frames (messages transport)."""
-    try:
-        work = _Work(message, context)
-        frames = unpack_frames(message.content, work.config.session.max_frame_mb << 20)
-        answer = _message_session(work).answer(frames)
-        content = RecordDict()
-        content[FRAMES] = pack_frames(answer)
-        return Message(content, reply_to=message)
-    except Exception as error:  # Flower itself would tell the server all of its message
-        return _refusal(message, error)
+    return _answer(message, context, _step)
+
+
+def _step(message: Message, context: Context, desk: _Desk) -> RecordDict:
+    work = _Work(message, context, desk)
+    frames = unpack_frames(message.content, work.config.session.max_frame_mb << 20)
+    answer = _message_session(work).answer(frames)
+    content = RecordDict()
+    content[FRAMES] = pack_frames(answer)
+    return content
 
 
 def who(message: Message, context: Context) -> Message:
     """Tell the owner's public name, so that the server can sample and order by it."""
-    try:
-        content = RecordDict()
-        content[WHO] = ConfigRecord({"owner": owner_name(dict(context.node_config))})
-        return Message(content, reply_to=message)
-    except Exception as error:  # Flower itself would tell the server all of its message
-        return _refusal(message, error)
+    return _answer(message, context, _who)
+
+
+def _who(message: Message, context: Context, desk: _Desk) -> RecordDict:
+    desk.words("name", desk.name)
+    content = RecordDict()
+    content[WHO] = ConfigRecord({"owner": desk.name})
+    return content

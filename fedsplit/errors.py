@@ -35,6 +35,10 @@ class PolicyError(FedsplitError):
     """The owner's own policy forbids what was asked; names the rule."""
 
 
+class LedgerError(FedsplitError):
+    """The owner's ledger cannot be written, or its chain is broken; then nothing may leave."""
+
+
 class WireError(FedsplitError):
     """Base of everything that can go wrong between an owner and the server."""
 

@@ -107,6 +107,21 @@ def bench_split(
     run_bench(console, json_, set_ or [])
 
 
+@bench.command("fingerprint")
+def bench_fingerprint(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures here")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="blocks; 22 at the default width: 1.1 billion")] = 22,
+    width: Annotated[int, typer.Option(help="of the residual stream, a multiple of 128")] = 2048,
+    tokens: Annotated[int, typer.Option(help="K, rows of the embedding read")] = 4096,
+) -> None:
+    """Memory and seconds of corrected ICS from disk beside loading the whole model."""
+    from simulations.bench_fingerprint import run as run_bench
+
+    run_bench(console, json_, layers=layers, width=width, tokens=tokens)
+
+
 def main() -> None:
     """Run the command line; errors made on purpose end with one line and exit code 1."""
     try:

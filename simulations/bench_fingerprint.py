@@ -130,9 +130,9 @@ def _shards(shape: dict[str, int], generator: torch.Generator) -> Iterator[dict[
     def draw(*size: int) -> Tensor:
         return 0.02 * torch.randn(*size, generator=generator, dtype=torch.float32).bfloat16()
 
-    matrices = {"self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
-    matrices |= {"self_attn.o_proj": (d, d), "mlp.gate_proj": (i, d), "mlp.up_proj": (i, d)}
-    matrices |= {"mlp.down_proj": (d, i)}
+    sizes = {"q": (d, d), "k": (kv, d), "v": (kv, d), "o": (d, d)}
+    matrices = {f"self_attn.{name}_proj": size for name, size in sizes.items()}
+    matrices |= {"mlp.gate_proj": (i, d), "mlp.up_proj": (i, d), "mlp.down_proj": (d, i)}
     held: dict[str, Tensor] = {"model.embed_tokens.weight": draw(v, d)}
     for block in range(shape["num_hidden_layers"]):
         prefix = f"model.layers.{block}."

@@ -22,8 +22,22 @@ def _sweep(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     run(experiment, folder, console)
 
 
+def _lineage_table(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.lineage_table_experiment import run
+
+    run(experiment, folder, console)
+
+
+def _lineage_evasion(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.lineage_evasion_experiment import run
+
+    run(experiment, folder, console)
+
+
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
     "split": _split,
+    "lineage-table": _lineage_table,
+    "lineage-evasion": _lineage_evasion,
     "sweep": _sweep,
 }

@@ -51,7 +51,7 @@ def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str
         grid = LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID)
         try:
             strategy = SplitTuning(config, parts)
-            initial = initial_arrays(config, bottom)
+            initial = initial_arrays(config, bottom, parts.head)
             strategy.start(grid, initial, num_rounds=config.train.rounds)
             if config.output.transcript:
                 recorder.transcript(strategy.store)

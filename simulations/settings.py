@@ -25,7 +25,7 @@ from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
-ALIASES = {"model": "model.name"}
+ALIASES = {"model": "model.name", "models": "options.models"}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,14 @@ def _split_tuning(grid: Grid, context: Context, config: RunConfig) -> None:
     run(grid, context, config)
 
 
+def _serving(grid: Grid, context: Context, config: RunConfig) -> None:
+    from strategies.serving_run import run
+
+    run(grid, context, config)
+
+
 # A row is a function that carries out one whole run.
 STRATEGIES: dict[str, Callable[[Grid, Context, RunConfig], None]] = {
+    "serving": _serving,
     "split-tuning": _split_tuning,
 }

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import FedsplitError
+from fedsplit.models.halves import Top
+from fedsplit.models.heads import select_positions
 from strategies.denoising import CohortDenoiser
 from strategies.member import Batch, Member
 from strategies.optimisation import Optimisation
@@ -44,6 +46,8 @@ class Cohort:
 
     Args:
         top: (hidden (B, T, d), mask (B, T)) -> logits (B, C) or (B, T, V).
+        positions: the owners hold the head, which reads these of the final hidden states
+            (:func:`fedsplit.models.heads.positions_read`); empty: the top's own head answers.
         optimisation: the top's optimizer.
         joint: whether gradients of the representations go back.
         per_token: whether logits are per token (language modelling).
@@ -54,11 +58,12 @@ class Cohort:
 
     def __init__(
         self,
-        top: nn.Module,
+        top: Top,
         optimisation: Optimisation,
         *,
         joint: bool,
         per_token: bool,
+        positions: str = "",
         window: int,
         on_step: Callable[[int, int], None],
         denoise: CohortDenoiser | None = None,
@@ -66,7 +71,8 @@ class Cohort:
         self._top = top
         self._optimisation = optimisation
         self._joint = joint
-        self._per_token = per_token
+        self._per_token = positions == "all" if positions else per_token
+        self._positions = positions
         self._window = window
         self._on_step = on_step
         self._denoise = denoise
@@ -122,7 +128,7 @@ class Cohort:
         hidden, mask = self._padded(batches)
         if self._joint:
             hidden.requires_grad_()
-        rows = self._rows(self._top(hidden, mask), mask)  # (R, C)
+        rows = self._rows(hidden, mask)  # (R, C)
         parts = self._parts(batches, rows)
         report.compute_s += time.perf_counter() - clock
 
@@ -188,7 +194,7 @@ class Cohort:
             return []
         with torch.inference_mode():
             hidden, mask = self._padded(batches)
-            rows = self._rows(self._top(hidden, mask), mask)
+            rows = self._rows(hidden, mask)
         order = dict(batches)
         parts = self._parts(batches, rows)
         sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
@@ -203,8 +209,12 @@ class Cohort:
             rows = self._denoise(keys, rows)
         return pad_rows(rows)
 
-    def _rows(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Return logits as rows: (B, C), or (tokens, V) without padding."""
+    def _rows(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return what goes down as rows: logits (B, C) or (tokens, V), or final hidden states."""
+        if self._positions:
+            states = self._top.hidden_states(hidden, mask)
+            return select_positions(states, mask, self._positions).float()
+        logits: Tensor = self._top(hidden, mask)
         return logits[mask.to(logits.device).bool()] if self._per_token else logits
 
     def _parts(self, batches: list[tuple[Member, Batch]], rows: Tensor) -> dict[Member, Tensor]:

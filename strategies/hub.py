@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +19,16 @@ from fedsplit.wire.stream import ServerTls, SessionServer
 from strategies.round import Round
 
 log = logging.getLogger(__name__)
+
+
+class Receiver(Protocol):
+    """What sessions go to: a round of training, or a desk that serves."""
+
+    def start(self) -> None:
+        """Begin its work, in threads of its own."""
+
+    def admit(self, link: Link, hello: Hello) -> None:
+        """Take a session whose token was accepted, or raise SessionError."""
 
 
 class StreamHub:
@@ -42,7 +53,7 @@ class StreamHub:
         max_frame_bytes: int,
         on_bytes: Callable[[int, str, bytes], None] | None,
     ) -> None:
-        self._round: Round | None = None
+        self._receiver: Receiver | None = None
         self._lock = threading.Lock()
         self.server = SessionServer(
             door,
@@ -53,17 +64,18 @@ class StreamHub:
             max_frame_bytes=max_frame_bytes,
             on_bytes=on_bytes,
         )
-        self.address = f"{host}:{self.server.port}"
+        name = f"[{host}]" if ":" in host else host
+        self.address = f"{name}:{self.server.port}"
 
-    def begin(self, round_: Round) -> None:
-        """Make ``round_`` the one that sessions go to, and start it."""
+    def begin(self, receiver: Receiver) -> None:
+        """Make ``receiver`` the one that sessions go to, and start it."""
         with self._lock:
-            self._round = round_
-        round_.start()
+            self._receiver = receiver
+        receiver.start()
 
     def _admit(self, link: Link, hello: Hello) -> None:
         with self._lock:
-            current = self._round
+            current = self._receiver
         try:
             if current is None:
                 raise SessionError("no round is under way")

@@ -180,7 +180,10 @@ class Member:
         return Batch(frame["step"], slots, known, frame["last"])
 
     def send_logits(self, batch: Batch, logits: Tensor) -> None:
-        """Send the top's output for one batch: (B, C), or (tokens, V) for language modelling."""
+        """Send the top's output for one batch: (B, C), or (tokens, V) for language modelling.
+
+        Where the owner holds the head: final hidden states of the positions that the head reads.
+        """
         header = {
             "step": batch.step,
             "codec": self._logits_codec,
@@ -189,7 +192,7 @@ class Member:
         self.link.send(Kind.LOGITS, header, encode_rows(logits, self._logits_codec))
 
     def gradient(self, batch: Batch, shape: Sequence[int]) -> tuple[Tensor, float]:
-        """Return (dL/dlogits of the owner's mean loss, number of targets in that mean).
+        """Return (gradient of the owner's mean loss by what was sent, targets in that mean).
 
         Batches that the owner sent ahead are read on the way, which uses the waiting time.
         """

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedsplit.config import TrainConfig
+from fedsplit.config.schedule import rate_factor
 from fedsplit.errors import ModelError
 
 
@@ -44,12 +45,7 @@ class Optimisation:
 
     def factor(self, progress: float) -> float:
         """Return the share of the peak rate at ``progress`` in [0, 1] of the run."""
-        warmup = self._config.warmup
-        if warmup and progress < warmup:
-            return max(progress / warmup, 1e-3)
-        if self._config.schedule == "constant":
-            return 1.0
-        return max(0.0, (1.0 - progress) / (1.0 - warmup))
+        return rate_factor(self._config, progress)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

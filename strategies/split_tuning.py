@@ -14,7 +14,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -24,57 +23,23 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError, WireError
-from fedsplit.fingerprints.gate import LineageGate
-from fedsplit.models.halves import Top
-from fedsplit.models.trainable import Trainable
 from fedsplit.seeding import derive_seed
-from fedsplit.wire.door import Door, Hello
+from fedsplit.wire.door import Hello
 from fedsplit.wire.link import Link
 from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, WHO_TYPE, SessionOffer
 from strategies.cohort import Cohort
-from strategies.denoising import CohortDenoiser
-from strategies.hub import MessageHub, StreamHub
+from strategies.hub import MessageHub
+from strategies.lineage_setup import average_watched
+from strategies.lineage_watch import stop_reason
 from strategies.member import Member, welcome_header
-from strategies.optimisation import Optimisation
-from strategies.recorder import Recorder
 from strategies.replies import average, check_weights, read_reply
 from strategies.round import Round, RoundReport, natural
+from strategies.server_parts import ServerParts
 from strategies.store import RepresentationStore
 
 log = logging.getLogger(__name__)
 
 LONG_S = 7 * 86_400.0
-
-
-@dataclass
-class ServerParts:
-    """What a run's strategy works with; built by :mod:`strategies.split_tuning_run`.
-
-    Attributes:
-        top: the top model, placed and with its trainable part chosen.
-        trainable: that part.
-        optimisation: its optimizer.
-        bundle: the bottom's files and digest.
-        door: admits sessions of this run.
-        gate: lineage gate, or None.
-        recorder: writes what happened.
-        hub: the stream server, or None for ``transport = "messages"``.
-        ca: PEM that owners should trust for the stream; empty without TLS.
-        max_tokens: longest sample that an owner may send.
-        denoise: the server's estimate of what the noise hides, or None.
-    """
-
-    top: Top
-    trainable: Trainable
-    optimisation: Optimisation
-    bundle: tuple[dict[str, bytes], str]
-    door: Door
-    gate: LineageGate | None
-    recorder: Recorder
-    hub: StreamHub | None
-    ca: bytes = b""
-    max_tokens: int = 1 << 17
-    denoise: CohortDenoiser | None = None
 
 
 class SplitTuning(Strategy):
@@ -83,7 +48,8 @@ class SplitTuning(Strategy):
     Args:
         config: the run's settings.
         parts: top, optimizer, sessions and records.
-        averaging: Flower strategy that averages joint bottoms (its ``aggregate_train``).
+        averaging: Flower strategy that averages what owners train, joint bottoms and heads (its
+            ``aggregate_train``).
     """
 
     def __init__(
@@ -94,7 +60,7 @@ class SplitTuning(Strategy):
         self.store = RepresentationStore()
         self.averaging = averaging or FedAvg(weighted_by_key="targets")
         self._joint = config.split.bottom == "joint"
-        self._shapes: dict[str, tuple[int, ...]] = {}  # of the joint bottom
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of what owners train
         self._asked: set[int] = set()
         self._naming = threading.Lock()
         self._round: Round | None = None
@@ -103,11 +69,13 @@ class SplitTuning(Strategy):
         self._messages = 0
         self._names: dict[int, str] = {}
         self._good: dict[str, Tensor] | None = None
+        self._lineage: dict[str, Any] = {}
         self._cohort = Cohort(
             parts.top,
             parts.optimisation,
             joint=self._joint,
             per_token=config.model.task == "causal-lm",
+            positions=parts.positions,
             window=config.session.window,
             on_step=self._on_step,
             denoise=parts.denoise,
@@ -135,13 +103,15 @@ class SplitTuning(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Close the sessions, average joint bottoms, check the lineage, record the round."""
+        """Close the sessions, average what owners trained, check the lineage, record the round."""
         report, good, metrics = self._close(replies)
+        self._lineage = self.parts.watch.begin(server_round)
         arrays = None
-        if self._joint:
+        if self._shapes:
             good = [m for m in good if self._weights_ok(m, report)]
-            if good:
-                arrays, _ = self.averaging.aggregate_train(server_round, good)
+            arrays = average_watched(
+                self.parts.watch, self._lineage, server_round, good, self._names, self.averaging
+            )
         lineage = self._check_lineage(server_round)
         row = {"round": server_round, "train": self._row(report, metrics), "lineage": lineage}
         self.parts.recorder.round(row)
@@ -149,10 +119,8 @@ class SplitTuning(Strategy):
         if not report.cohort.steps:
             lost = "; ".join(f"{name}: {why}" for name, why in report.cohort.lost.items())
             raise RunError(f"round {server_round}: no owner took a step: {lost[:2000]}")
-        if lineage["verdict"] not in ("in_lineage", "off") and self.config.lineage.gate == "stop":
-            raise LineageError(
-                f"round {server_round}: lineage {lineage['verdict']}, score {lineage.get('score')}"
-            )
+        if reason := stop_reason(lineage):
+            raise LineageError(f"round {server_round}: {reason}")
         if lineage.get("rejected"):
             arrays = None  # the bottoms go back with the top: Flower keeps the last ones
         record = MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
@@ -190,7 +158,7 @@ class SplitTuning(Strategy):
         self, number: int, mode: str, arrays: ArrayRecord, grid: Grid, message_type: str
     ) -> list[Message]:
         self._began = time.perf_counter()
-        nodes = self._sample(grid, number)
+        nodes = self._admitted(self._sample(grid, number))
         self._asked = set(nodes)
         session = self.config.session
         rounds = self.config.train.rounds
@@ -208,7 +176,7 @@ class SplitTuning(Strategy):
             threads=self.config.output.threads,
             seed=derive_seed(self.config.seed, "dropout", mode, number),
         )
-        bring = arrays if self._joint and len(arrays) else None
+        bring = arrays if len(arrays) else None
 
         def content(node: int, exchange: int) -> RecordDict:
             return self._content(number, mode, node, exchange, bring)
@@ -397,26 +365,27 @@ class SplitTuning(Strategy):
         return True
 
     def _check_lineage(self, number: int) -> dict[str, Any]:
-        gate = self.parts.gate
-        if gate is None:
-            return {"verdict": "off"}
-        began = time.perf_counter()
+        """Check what the server trained; on a rejected round go back to the last good top."""
+        watch, row = self.parts.watch, self._lineage
         changed = [name for name, _ in self.parts.trainable.named_parameters()]
-        row: dict[str, Any] = {"round": number}
-        try:
-            found = gate.check(self.parts.top.model, changed)
-        except (LineageError, ModelError) as error:  # NaN weights, for one
-            row |= {"verdict": "not_shown", "error": f"{type(error).__name__}: {error}"}
-        else:
-            row |= {"pcs": found.pcs, "ics": found.ics, "score": found.score}
-            row |= {"verdict": found.verdict, "per_layer": list(found.per_layer)}
-        row["seconds"] = time.perf_counter() - began
-        if row["verdict"] != "in_lineage":
-            log.warning("round %d: lineage %s (%s)", number, row["verdict"], row.get("score"))
-            if self.config.lineage.gate == "reject" and self._good is not None:
-                self.parts.trainable.load(self._good)
-                row["rejected"] = True
+        watch.check_model(row, self.parts.top.model, changed)
+        watch.close(row)
+        if row.get("rejected") and self._good is not None:
+            self.parts.trainable.load(self._good)
         return row
+
+    def _admitted(self, nodes: list[int]) -> list[int]:
+        """Leave out the nodes of quarantined owners.
+
+        Raises:
+            RunError: if nobody is left.
+        """
+        watch = self.parts.watch
+        left = [n for n in nodes if not watch.barred(n, self._names.get(n))]
+        if not left:
+            reasons = "; ".join(f"{o}: {why}" for o, why in watch.quarantined.items())
+            raise RunError(f"owners left=0: must be >= 1; quarantined: {reasons[:2000]}")
+        return left
 
     # ---- telling ----------------------------------------------------------------------------
 

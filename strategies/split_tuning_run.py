@@ -14,14 +14,14 @@ from flwr.serverapp import Grid
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
-from fedsplit.fingerprints.gate import LineageGate
 from fedsplit.models.anatomy import probe
 from fedsplit.models.bundle import pack_bottom
 from fedsplit.models.halves import Bottom, split
-from fedsplit.models.heads import head_parameters
+from fedsplit.models.head_bundle import with_head
+from fedsplit.models.heads import Head, detach_head, head_parameters, positions_read
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.placing import place
-from fedsplit.models.trainable import make_trainable
+from fedsplit.models.trainable import Trainable, make_trainable
 from fedsplit.privacy.configured import build_mechanism
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door
@@ -30,9 +30,11 @@ from fedsplit.wire.stream import ServerTls
 from fedsplit.wire.tokens import TokenBook
 from strategies.denoising import build_denoiser
 from strategies.hub import StreamHub
+from strategies.lineage_setup import build_watch
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
-from strategies.split_tuning import LONG_S, ServerParts, SplitTuning
+from strategies.server_parts import ServerParts
+from strategies.split_tuning import LONG_S, SplitTuning
 
 log = logging.getLogger(__name__)
 
@@ -85,18 +87,30 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     loaded = load_base(config)
     bottom, top = split(loaded.model, config.split.k)
     bundle = pack_bottom(bottom, loaded.tokenizer)
+    head: Head | None = None
+    if config.labels.client_head:
+        head = detach_head(top)
+        bundle = with_head(bundle, head)
     embedding = probe(bottom.model).input_embeddings
     rows = next(embedding.parameters()).detach()
-    gate = None if config.lineage.gate == "off" else LineageGate(top.model, rows=rows)
+    watch = build_watch(
+        config.lineage,
+        Path(config.output.dir) if config.output.dir else None,
+        model=top.model,
+        rows=rows,
+        owners=bottom if config.split.bottom == "joint" else None,
+    )
     mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
     denoise = build_denoiser(config, bottom, loaded.tokenizer, mechanism)
     trainable = make_trainable(top, config.train.method)
+    if config.labels.client_head:
+        trainable = _without_head(trainable)
     place(top, config.model.device, DTYPES[config.model.dtype])
-    head = head_parameters(top) if config.model.task == "sequence-classification" else set()
+    fresh = head_parameters(top) if config.model.task == "sequence-classification" else set()
     parameters = trainable.parameters()
     optimisation = Optimisation(
-        [p for p in parameters if id(p) not in head],
-        [p for p in parameters if id(p) in head],
+        [p for p in parameters if id(p) not in fresh],
+        [p for p in parameters if id(p) in fresh],
         config.train,
     )
     door = Door(TokenBook(), run_id)
@@ -124,25 +138,41 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
         optimisation=optimisation,
         bundle=(dict(bundle.files), bundle.digest),
         door=door,
-        gate=gate,
+        watch=watch,
         recorder=recorder,
         hub=hub,
         ca=ca,
         denoise=denoise,
+        positions="" if head is None else positions_read(head),
+        head=head,
     )
     return parts, bottom
 
 
-def initial_arrays(config: RunConfig, bottom: Bottom) -> ArrayRecord:
-    """Return what Flower's start() begins with: the bottom's weights where bottoms are averaged."""
-    if config.split.bottom != "joint":
-        return ArrayRecord()
+def _without_head(trainable: Trainable) -> Trainable:
+    """Return what the server trains where the head is the owners'."""
+    head = head_parameters(trainable.top)
+    for parameter in trainable.parameters():
+        parameter.requires_grad_(id(parameter) not in head)
+    return Trainable(trainable.top, trainable.method)
+
+
+def initial_arrays(config: RunConfig, bottom: Bottom, head: Head | None = None) -> ArrayRecord:
+    """Return what Flower's start() begins with: the weights that owners train and it averages.
+
+    Args:
+        config: the run's settings.
+        bottom: as owners receive it.
+        head: the same, where it is theirs.
+    """
+    named: list[tuple[str, torch.nn.Parameter]] = []
+    if config.split.bottom == "joint":
+        named += bottom.named_parameters()
+    classify = config.model.task == "sequence-classification"
+    if head is not None and (classify or config.train.method == "all"):
+        named += [(f"head.{name}", p) for name, p in head.named_parameters()]
     return weights_record(
-        {
-            n: p.detach().float().numpy()
-            for n, p in bottom.named_parameters()
-            if p.is_floating_point()
-        }
+        {n: p.detach().float().numpy() for n, p in named if p.is_floating_point()}
     )
 
 
@@ -155,7 +185,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         torch.set_num_threads(config.output.threads)
     parts, bottom = build_parts(config, context.run_id, recorder)
     strategy = SplitTuning(config, parts)
-    initial = initial_arrays(config, bottom)
+    initial = initial_arrays(config, bottom, parts.head)
     del bottom
     recorder.write(setup_s=time.perf_counter() - began, status="running")
     try:

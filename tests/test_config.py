@@ -57,15 +57,38 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "session.port": ([-1, 65_536], [0, 65_535]),
     "privacy.eta": ([-1.0, float("inf")], [0.0, 1e-3]),
     "privacy.noise-ratio": ([-1.0, float("inf")], [0.0]),
-    "privacy.denoise": (["wiener"], ["off", "uniform", "unigram"]),
+    "privacy.mechanism": (["laplace", ""], ["none"]),  # the others need a level: see below
+    "privacy.epsilon": ([-1.0, float("inf")], [0.0, 1e-3]),
+    "privacy.delta": ([0.0, 1.0], [1e-9, 0.5]),
+    "privacy.clip": ([-1.0, float("inf")], [0.0, 1e-3]),
+    "privacy.budget": ([-1.0, float("inf")], [0.0, 1e-3]),
+    "privacy.covariance": (["private"], ["public", "own"]),
+    "privacy.subsamples": ([0, 65], [1, 64]),
+    "privacy.cti": (["idf", ""], ["off", "tfidf", "purity", "public-idf", "frequent"]),
+    "privacy.denoise": (
+        ["wiener"],
+        ["off", "uniform", "unigram", "contextual", "learned"],
+    ),
     "privacy.cti-per-class": ([0], [1]),
     "privacy.cti-max-share": ([0.0, 1.1], [1.0]),
     "privacy.cti-rho": ([-0.1, 1.1], [0.0, 1.0]),
+    "labels.protection": (
+        ["marvell", "hidden", "client-head+none"],  # Marvell: two classes, not eight
+        ["client-head", "randomised-response", "client-head+max-norm"],
+    ),
+    "labels.epsilon": ([0.0, -1.0, 101.0], [1e-3, 100.0]),
+    "labels.noise-power": ([0.0, float("inf")], [1e-3]),
+    "dp.noise-multiplier": ([-1.0, 1.0], [0.0]),  # owners of the defaults train nothing themselves
+    "dp.clip": ([0.0], [1e-3]),
+    "dp.delta": ([0.0, 1.0], [1e-9]),
+    "dp.accountant": (["moments"], ["rdp", "prv"]),
     "data.owners": ([0, 1_000_001], [1, 1_000_000]),
     "data.alpha": ([0.0, -1.0], [1e-3]),
     "data.limit": ([-1], [0]),
     "data.test-share": ([0.0, 1.0], [0.5]),
     "lineage.gate": (["ignore", ""], ["off", "warn", "reject", "stop"]),
+    "lineage.in-lineage": ([0.1, 1.01], [0.5, 1.0]),
+    "lineage.block": ([0.0, 1.01], [0.5, 1.0]),
     "output.evaluate-every": ([-1], [0]),
     "output.threads": ([-1, 1025], [0, 1024]),
     "output.owner-threads": ([0, 1025], [1, 1024]),
@@ -76,8 +99,7 @@ FREE_TEXT = {
     "model.sha256",
     "model.device",
     "session.host",
-    "privacy.mechanism",
-    "privacy.cti",
+    "privacy.public-text",
     "data.kind",
     "data.path",
     "data.text-column",
@@ -130,7 +152,12 @@ VALID = st.fixed_dictionaries(
     optional={key: st.sampled_from(good) for key, (_, good) in RANGES.items()}
     | {key: st.text(max_size=20) for key in FREE_TEXT}
     | {"output.capture": st.booleans(), "output.transcript": st.booleans()},
-).filter(lambda flat: flat.get("privacy.mechanism") != "dchi")
+).filter(
+    # Some settings exclude each other.
+    lambda flat: (
+        "labels.protection" not in flat or not {"model.task", "train.method"} & flat.keys()
+    )
+)
 
 
 @given(VALID)

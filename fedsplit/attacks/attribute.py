@@ -10,21 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsplit.attacks.membership import auc, auc_interval
 from fedsplit.attacks.scoring import AttackResult, clustered_interval
 from fedsplit.errors import AttackError, check
 from fedsplit.seeding import numpy_generator
 
 
-def pool(representations: Sequence[Tensor]) -> Tensor:
-    """Return mean and maximum over tokens, ``N x (T_i, d) -> (N, 2 d)``, float32."""
+def pool(representations: Sequence[Tensor], pooling: str = "mean") -> Tensor:
+    """Return one vector per sample, float32: ``N x (T_i, d) -> (N, d)``, or ``(N, 2 d)``.
+
+    Args:
+        representations: per sample ``(T_i, d)``.
+        pooling: ``"mean"`` over tokens (which averages independent noise away: the strong choice
+            behind a mechanism), or ``"mean_max"``.
+    """
     rows = [x.detach().float().cpu() for x in representations]
+    if pooling == "mean":
+        return torch.stack([x.mean(0) for x in rows])
     return torch.stack([torch.cat([x.mean(0), x.amax(0)]) for x in rows])
 
 
@@ -56,18 +65,22 @@ class AttributeInference:
     Args:
         known_share: share of the groups whose attribute the attacker knows.
         l2: penalty of the classifier.
+        pooling: see :func:`pool`.
         seed: of the split.
     """
 
     name: ClassVar[str] = "attribute"
     knowledge: ClassVar[str] = "what left, and the private attribute of part of the people"
+    budget: ClassVar[tuple[str, ...]] = ("known_share",)
     known_share: float = 0.5
     l2: float = 1e-2
+    pooling: str = "mean"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check(0 < self.known_share < 1, "known_share", self.known_share, "in (0, 1)")
         check(self.l2 >= 0, "l2", self.l2, ">= 0")
+        check(self.pooling in ("mean", "mean_max"), "pooling", self.pooling, "mean or mean_max")
 
     def evaluate(
         self,
@@ -101,14 +114,21 @@ class AttributeInference:
             raise AttackError(
                 f"known samples={len(seen)}, others={len(rest)}: must hold two classes and one"
             )
-        features = pool(representations)  # (N, 2 d)
+        features = pool(representations, self.pooling)  # (N, f)
         mean, std = features[known].mean(0), features[known].std(0).clamp(min=1e-6)
         features = (features - mean) / std
         weight = fit_logistic(features[known], seen, len(values), self.l2)
-        guess = (F.pad(features[~known], (0, 1), value=1.0) @ weight).argmax(1)
+        logits = F.pad(features[~known], (0, 1), value=1.0) @ weight  # (M, C)
+        guess = logits.argmax(1)
         seconds = time.perf_counter() - start
         right = (guess == rest).double().numpy()
         _, cluster = np.unique(group[~known.numpy()], return_inverse=True)
+        extra: dict[str, Any] = {"majority": float((rest == rest.mode().values).double().mean())}
+        if len(values) == 2 and len(torch.unique(rest)) == 2:
+            score = (logits[:, 1] - logits[:, 0]).double().numpy()
+            positive = (rest == 1).numpy()
+            extra["auc"] = auc(score, positive)
+            extra["auc_interval"] = list(auc_interval(score, positive, cluster, self.seed))
         return AttackResult(
             name=self.name,
             success=float(right.mean()),
@@ -121,4 +141,5 @@ class AttributeInference:
             top10=None,
             knowledge=self.knowledge,
             seconds=seconds,
+            extra=extra,
         )

@@ -74,6 +74,7 @@ class LabelLeakage:
     """
 
     name: ClassVar[str] = "label_leakage"
+    budget: ClassVar[tuple[str, ...]] = ()
     method: str = "logits"
 
     def __post_init__(self) -> None:

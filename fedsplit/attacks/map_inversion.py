@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
-from fedsplit.privacy.candidates import Candidates, LinearCandidates
+from fedsplit.privacy.candidates import Candidates
 from fedsplit.privacy.mechanism import Mechanism
-from fedsplit.privacy.posterior import whiten
+from fedsplit.privacy.posterior import Touched, likelihood_of, whiten
 from fedsplit.privacy.scan import search
+from fedsplit.privacy.summed import in_coordinates
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class MapInversion:
         "white box: the initial bottom (k = 0), the mechanism's law, a unigram prior from public "
         "text"
     )
+    budget: ClassVar[tuple[str, ...]] = ()
     top_k: int = 10
 
     def __post_init__(self) -> None:
@@ -45,6 +47,7 @@ class MapInversion:
         candidates: Candidates,
         mechanism: Mechanism,
         log_prior: Tensor | None = None,
+        touched: Touched | None = None,
     ) -> Inversion:
         """Guess the tokens behind ``representations``.
 
@@ -53,6 +56,7 @@ class MapInversion:
             candidates: public vectors of every token.
             mechanism: its public law.
             log_prior: ``(V,)``; None for a uniform one (then it is the nearest neighbour).
+            touched: reduced noise on some tokens (CTI), as announced; None if there is none.
 
         Raises:
             PrivacyError: if the mechanism's law is not known.
@@ -60,12 +64,12 @@ class MapInversion:
         start = time.perf_counter()
         whitener = mechanism.whitener()
         if whitener is not None:
-            candidates = LinearCandidates(candidates, whitener)
+            candidates = in_coordinates(candidates, whitener)
         ids, _ = search(
             whiten(representations, whitener),
             candidates,
             self.top_k,
-            log_likelihood=mechanism.log_likelihood,
+            log_likelihood=likelihood_of(mechanism, candidates.dim, touched),
             log_prior=log_prior,
         )
         seconds = time.perf_counter() - start

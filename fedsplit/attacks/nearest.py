@@ -29,6 +29,7 @@ class NearestNeighbour:
 
     name: ClassVar[str] = "nearest"
     knowledge: ClassVar[str] = "white box: the initial bottom (k = 0), nothing about the noise"
+    budget: ClassVar[tuple[str, ...]] = ()
     top_k: int = 10
 
     def __post_init__(self) -> None:

@@ -48,6 +48,21 @@ def embedding_table(embedding: nn.Module, vocab_size: int, device: torch.device)
     return out.float()
 
 
+@contextmanager
+def frozen_eval(bottom: nn.Module) -> Iterator[None]:
+    """Hold ``bottom`` in evaluation mode without gradients of its own; undo both afterwards."""
+    training, frozen = bottom.training, [p for p in bottom.parameters() if p.requires_grad]
+    bottom.eval()
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        bottom.train(training)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
 @dataclass(frozen=True)
 class OptimisationInversion:
     """The attack: gradient descent on relaxed token choices.
@@ -70,6 +85,7 @@ class OptimisationInversion:
 
     name: ClassVar[str] = "optimisation"
     knowledge: ClassVar[str] = "white box: the initial bottom (any k), nothing about the noise"
+    budget: ClassVar[tuple[str, ...]] = ("steps", "restarts")
     steps: int = 500
     lr: float = 0.09
     temperature: float = 0.2
@@ -92,6 +108,7 @@ class OptimisationInversion:
         bottom: nn.Module,
         embedding: nn.Module,
         vocab_size: int,
+        shortlist: Tensor | None = None,
     ) -> Inversion:
         """Guess the tokens behind ``representations``.
 
@@ -102,33 +119,37 @@ class OptimisationInversion:
             embedding: the module inside ``bottom`` that looks up token embeddings, for instance
                 ``fedsplit.models.probe(bottom.model).input_embeddings``.
             vocab_size: V.
+            shortlist: ids that the attacker considers, ``(V',)``, for instance public text's most
+                frequent; None for all.  Cost falls with V', and no other token can be found.
 
         Raises:
             AttackError: if ``bottom`` does not use ``embedding``, or a shape does not fit.
         """
         start = time.perf_counter()
-        training, frozen = bottom.training, [p for p in bottom.parameters() if p.requires_grad]
-        bottom.eval()
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         order = sorted(range(len(representations)), key=lambda i: representations[i].shape[0])
         top: list[Tensor] = [torch.empty(0)] * len(representations)
-        try:
+        with frozen_eval(bottom):
+            device = next(bottom.parameters()).device
+            ids = torch.arange(vocab_size) if shortlist is None else torch.unique(shortlist.cpu())
+            if not len(ids) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
+                raise AttackError(f"shortlist: {len(ids)} ids: must be in 0..{vocab_size - 1}")
+            table = embedding_table(embedding, vocab_size, device)[ids.to(device)]  # (V', d_e)
             for at in range(0, len(order), self.batch):
                 group = order[at : at + self.batch]
                 rows = [representations[i] for i in group]
-                found = self._batch(rows, bottom, embedding, vocab_size)
+                found = self._batch(rows, bottom, embedding, table, ids.to(device))
                 for i, guess in zip(group, found, strict=True):
                     top[i] = guess
-        finally:
-            bottom.train(training)
-            for parameter in frozen:
-                parameter.requires_grad_(True)
         seconds = time.perf_counter() - start
         return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
 
     def _batch(
-        self, targets: list[Tensor], bottom: nn.Module, embedding: nn.Module, vocab_size: int
+        self,
+        targets: list[Tensor],
+        bottom: nn.Module,
+        embedding: nn.Module,
+        table: Tensor,
+        ids: Tensor,
     ) -> list[Tensor]:
         """Return the top guesses ``(T_i, k)`` of each sample of one batch."""
         lengths = [len(x) for x in targets]
@@ -137,13 +158,12 @@ class OptimisationInversion:
             [x.detach().to(device, torch.float32) for x in targets], batch_first=True
         )  # (B, T, d)
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
-        table = embedding_table(embedding, vocab_size, device)  # (V, d_e)
         power = (target.square().sum(2) * mask).sum(1).clamp(min=1e-12)  # (B,)
         best_error = torch.full((len(targets),), torch.inf, device=device)
         best: Tensor | None = None
         for restart in range(self.restarts):
             logits, error = self._descend(
-                bottom, embedding, table, target, mask, power, f"{lengths}:{restart}"
+                bottom, embedding, table, ids, target, mask, power, f"{lengths}:{restart}"
             )
             better = error < best_error
             best = logits if best is None else torch.where(better[:, None, None], logits, best)
@@ -151,7 +171,7 @@ class OptimisationInversion:
             if bool((best_error < self.tolerance).all()):
                 break
         assert best is not None, "restarts >= 1"
-        guesses = best.topk(min(self.top_k, vocab_size), dim=2).indices.cpu()  # (B, T, k)
+        guesses = ids[best.topk(min(self.top_k, len(ids)), dim=2).indices].cpu()  # (B, T, k)
         return [g[:n] for g, n in zip(guesses, lengths, strict=True)]
 
     def _descend(
@@ -159,6 +179,7 @@ class OptimisationInversion:
         bottom: nn.Module,
         embedding: nn.Module,
         table: Tensor,
+        ids: Tensor,
         target: Tensor,
         mask: Tensor,
         power: Tensor,
@@ -189,7 +210,7 @@ class OptimisationInversion:
             optimiser.step()
             if step % self.check_every == 0 or step == self.steps:
                 with torch.no_grad():
-                    hard = bottom(logits.argmax(2), mask).float()
+                    hard = bottom(ids[logits.argmax(2)], mask).float()
                     gap = ((hard - target).square().sum(2) * mask).sum(1) / power  # (B,)
                 better = gap < lowest
                 kept = torch.where(better[:, None, None], logits.detach(), kept)

@@ -10,18 +10,23 @@ from fedsplit.config.groups import (
     SplitConfig,
     TrainConfig,
 )
+from fedsplit.config.labels import DpConfig, LabelsConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.run import RunConfig, Scalar
+from fedsplit.config.serving import ServingConfig
 
 __all__ = [
     "TASKS",
     "DataConfig",
+    "DpConfig",
+    "LabelsConfig",
     "LineageConfig",
     "ModelConfig",
     "OutputConfig",
     "PrivacyConfig",
     "RunConfig",
     "Scalar",
+    "ServingConfig",
     "SessionConfig",
     "SplitConfig",
     "TrainConfig",

@@ -218,16 +218,30 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LineageConfig:
-    """What happens when an aggregate no longer looks like its base.
+    """What happens when an owner's update or an aggregate no longer looks like its base.
 
     Attributes:
-        gate: ``off``, ``warn`` (record it), ``reject`` (go back to the last good top) or ``stop``.
+        gate: ``off``, ``warn`` (record it), ``reject`` (refuse the update and quarantine its owner;
+            keep the last good model) or ``stop``.
+        in_lineage: least mean score over blocks (aligned products' cosine).
+        block: least score of every single block.
+        evidence: write a signed, chained record per round to ``lineage.jsonl`` in ``output.dir``.
     """
 
     gate: str = "warn"
+    in_lineage: float = 0.8
+    block: float = 0.7
+    evidence: bool = True
 
     def __post_init__(self) -> None:
         one_of("lineage.gate", self.gate, ("off", "warn", "reject", "stop"))
+        check(
+            0.1 < self.in_lineage <= 1,
+            "lineage.in-lineage",
+            self.in_lineage,
+            "in (0.1, 1] (cosine; strangers reach 0.1)",
+        )
+        check(0 < self.block <= 1, "lineage.block", self.block, "in (0, 1] (cosine)")
 
 
 @dataclass(frozen=True)

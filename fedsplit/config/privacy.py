@@ -6,7 +6,18 @@ import math
 from dataclasses import dataclass
 
 from fedsplit.config.bounds import one_of
-from fedsplit.errors import check
+from fedsplit.errors import ConfigError, check
+
+MECHANISMS = ("none", "dchi", "gaussian", "nearest-token", "pac")
+"""The rows of ``fedsplit.privacy.MECHANISMS``, which this layer cannot import."""
+
+CTI = ("off", "tfidf", "purity", "public-idf", "frequent")
+"""``off`` and the rows of ``fedsplit.privacy.cti.STATISTICS``."""
+
+DENOISE = ("off", "uniform", "unigram", "contextual", "learned")
+
+LEVELS = {"dchi": "eta", "nearest-token": "eta", "gaussian": "epsilon", "pac": "budget"}
+"""Each mechanism's own noise level; ``noise-ratio`` is the alternative to it."""
 
 
 @dataclass(frozen=True)
@@ -14,48 +25,101 @@ class PrivacyConfig:
     """The mechanism owners are asked to use on what they send.
 
     Attributes:
-        mechanism: a row of ``fedsplit.privacy.MECHANISMS``.
-        eta: d_chi parameter (1/length units of the bottom's output); 0 = use ``noise_ratio``.
-        noise_ratio: E||n|| / median ||h||, which carries over between models; 0 = use ``eta``.
-        cti: a row of ``fedsplit.privacy.cti.STATISTICS``, or ``off``.
+        mechanism: ``none``, ``dchi``, ``gaussian``, ``nearest-token`` or ``pac``.
+        eta: of ``dchi`` (1/length units of the bottom's output) and ``nearest-token`` (1/length
+            units of the word embeddings); 0 = use ``noise_ratio``.
+        noise_ratio: E||n|| / median ||h||, which carries over between models; 0 = use the
+            mechanism's own level (``eta``, ``epsilon`` or ``budget``).
+        epsilon: of ``gaussian`` (nats per token); 0 = use ``noise_ratio``.
+        delta: of ``gaussian``.
+        clip: of ``gaussian``: bound on a token's vector (length units of the bottom's output);
+            0 = the largest norm over public inputs.
+        budget: of ``pac``: mutual information (nats per token); 0 = use ``noise_ratio``.
+        covariance: of ``pac``: whose vectors shape the noise.  ``public`` inputs, known to all; or
+            each owner's ``own``, which then only that owner knows (nobody can denoise).
+        subsamples: of ``pac``: parts of those vectors; along each direction the largest variance
+            of any part counts.
+        cti: whose noise is reduced: ``off``, ``tfidf``, ``purity`` (these two read
+            the private labels), ``public-idf`` or ``frequent`` (these two do not).
         cti_per_class: tokens selected per class at most.
         cti_max_share: largest share of running tokens that may be touched.
         cti_rho: noise multiplier of the selected tokens; 0 sends them in the clear.
-        denoise: what the server does with received vectors before its top reads them: ``off``,
-            ``uniform`` or ``unigram`` (posterior mean over the public vocabulary with that prior;
-            embeddings-only frozen bottoms).  Post-processing: costs no privacy.
+        denoise: what the server does with received vectors before its top reads them: ``off``;
+            ``uniform``, ``unigram`` or ``contextual`` (posterior mean over the public vocabulary
+            with that prior; embeddings-only frozen bottoms); or ``learned`` (a small network taught
+            on public text; any frozen bottom).  Post-processing: costs no privacy.
+        public_text: the server's own public text for priors and teaching: a file with one text per
+            line, or empty for the interpreter's docstrings.  Owners never read it.
     """
 
     mechanism: str = "none"
     eta: float = 0.0
     noise_ratio: float = 0.0
+    epsilon: float = 0.0
+    delta: float = 1e-5
+    clip: float = 0.0
+    budget: float = 0.0
+    covariance: str = "public"
+    subsamples: int = 8
     cti: str = "off"
     cti_per_class: int = 16
     cti_max_share: float = 0.01
     cti_rho: float = 0.3
     denoise: str = "off"
+    public_text: str = ""
 
     def __post_init__(self) -> None:
-        check(
-            self.eta >= 0 and math.isfinite(self.eta),
-            "privacy.eta",
-            self.eta,
-            "> 0 (1/length units of the representation), or 0 to use privacy.noise-ratio",
-        )
+        one_of("privacy.mechanism", self.mechanism, MECHANISMS)
+        _level("eta", self.eta, "1/length units of the representation")
+        _level("epsilon", self.epsilon, "nats per token")
+        _level("budget", self.budget, "nats per token")
         check(
             self.noise_ratio >= 0 and math.isfinite(self.noise_ratio),
             "privacy.noise-ratio",
             self.noise_ratio,
-            "> 0, or 0 to use privacy.eta",
+            "> 0, or 0 to use the mechanism's own level",
         )
-        if self.mechanism == "dchi":
+        check(0 < self.delta < 1, "privacy.delta", self.delta, "in (0, 1) (probability)")
+        check(
+            self.clip >= 0 and math.isfinite(self.clip),
+            "privacy.clip",
+            self.clip,
+            "> 0 (length units of the representation), or 0 for that of public inputs",
+        )
+        one_of("privacy.covariance", self.covariance, ("public", "own"))
+        check(1 <= self.subsamples <= 64, "privacy.subsamples", self.subsamples, "in [1, 64]")
+        if (own := LEVELS.get(self.mechanism)) is not None:
+            level = getattr(self, own)
             check(
-                (self.eta > 0) != (self.noise_ratio > 0),
-                "privacy.eta",
-                self.eta,
+                (level > 0) != (self.noise_ratio > 0),
+                f"privacy.{own}",
+                level,
                 f"> 0 when privacy.noise-ratio ({self.noise_ratio}) is 0, and 0 otherwise",
             )
+        one_of("privacy.cti", self.cti, CTI)
         check(self.cti_per_class >= 1, "privacy.cti-per-class", self.cti_per_class, ">= 1")
         check(0 < self.cti_max_share <= 1, "privacy.cti-max-share", self.cti_max_share, "in (0, 1]")
         check(0 <= self.cti_rho <= 1, "privacy.cti-rho", self.cti_rho, "in [0, 1]")
-        one_of("privacy.denoise", self.denoise, ("off", "uniform", "unigram"))
+        one_of("privacy.denoise", self.denoise, DENOISE)
+        self._check_denoise()
+
+    def _check_denoise(self) -> None:
+        """Refuse denoisers whose law the server cannot know."""
+        if self.denoise == "off":
+            return
+        if self.mechanism == "pac" and self.covariance == "own":
+            raise ConfigError(
+                f"privacy.denoise={self.denoise!r}: must be 'off' where privacy.covariance is "
+                "'own' (the server does not know the noise's law)"
+            )
+        if self.mechanism == "nearest-token" and self.denoise != "learned":
+            raise ConfigError(
+                f"privacy.denoise={self.denoise!r}: must be 'off' or 'learned' for nearest-token "
+                "(what is received are clean vectors of other tokens)"
+            )
+
+
+def _level(name: str, value: float, unit: str) -> None:
+    """Refuse a noise level that is no positive number, or 0 for none."""
+    good = value >= 0 and math.isfinite(value)
+    check(good, f"privacy.{name}", value, f"> 0 ({unit}), or 0 to use privacy.noise-ratio")

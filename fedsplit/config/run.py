@@ -23,7 +23,9 @@ from fedsplit.config.groups import (
     SplitConfig,
     TrainConfig,
 )
+from fedsplit.config.labels import DpConfig, LabelsConfig, check_together
 from fedsplit.config.privacy import PrivacyConfig
+from fedsplit.config.serving import ServingConfig
 from fedsplit.errors import ConfigError, check
 
 Scalar: TypeAlias = bool | int | float | str
@@ -40,12 +42,16 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    dp: DpConfig = field(default_factory=DpConfig)
     data: DataConfig = field(default_factory=DataConfig)
     lineage: LineageConfig = field(default_factory=LineageConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
+        check_together(self.labels, self.dp, self.model, self.split, self.train)
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
@@ -92,9 +98,12 @@ _GROUPS: dict[str, type] = {
     "train": TrainConfig,
     "session": SessionConfig,
     "privacy": PrivacyConfig,
+    "labels": LabelsConfig,
+    "dp": DpConfig,
     "data": DataConfig,
     "lineage": LineageConfig,
     "output": OutputConfig,
+    "serving": ServingConfig,
 }
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 

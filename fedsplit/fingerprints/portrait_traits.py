@@ -4,8 +4,8 @@ The vector goes through a fixed orthonormal projection onto a few dozen directio
 steers one breed-like trait (coat, pattern, ears, muzzle, eyes, tongue, background).  Angles
 give the colours, so that every hue is equally likely and none has an edge.
 
-Guarantee: for z ~ N(0, I) traits are independent; every trait moves continuously with the vector (a
-colour's angle only where it is defined, away from 0).
+Guarantee: for z ~ N(0, I) traits are independent; every trait moves continuously with the vector.
+Near 0, where an angle would jump, a colour fades to a neutral one.
 """
 
 from __future__ import annotations
@@ -113,16 +113,25 @@ def mix(a: Colour, b: Colour, share: float) -> Colour:
     return (a[0] + s * (b[0] - a[0]), a[1] + s * (b[1] - a[1]), a[2] + s * (b[2] - a[2]))
 
 
+NEAR = 0.6
+"""Distance from 0 within which colours fade; 16 % of normal pairs lie there."""
+
+
 def around(wheel: Sequence[Colour], x: float, y: float) -> Colour:
-    """A colour on a closed palette at the angle of (x, y)."""
+    """A colour on a closed palette at the angle of (x, y); the palette's mean at 0."""
     place = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * len(wheel)
     i = int(place) % len(wheel)
     share = place - int(place)
     share = share * share * (3 - 2 * share)  # rest longer on the named colours
-    return mix(wheel[i], wheel[(i + 1) % len(wheel)], share)
+    found = mix(wheel[i], wheel[(i + 1) % len(wheel)], share)
+    mean = np.mean(wheel, axis=0)
+    neutral: Colour = (float(mean[0]), float(mean[1]), float(mean[2]))
+    return mix(neutral, found, step(float(np.hypot(x, y)), 0.0, NEAR))
 
 
 def hue(x: float, y: float, saturation: float, value: float) -> Colour:
+    """A hue at the angle of (x, y), grey at 0."""
+    saturation *= step(float(np.hypot(x, y)), 0.0, NEAR)
     h = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * 6.0
     parts = [
         value * (1 - saturation * max(0.0, min(1.0, min(k, 4 - k))))

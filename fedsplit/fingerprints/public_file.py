@@ -1,8 +1,10 @@
 """The public fingerprint file: what an owner shows instead of parameters, signed.
 
 It holds a sketch of the whitened invariants (:mod:`fedsplit.fingerprints.whitened`) of every
-block, the token list that they were seen through, digests, and an Ed25519 signature over all of it.
-Anyone with a suspect's weights recomputes the sketch and compares.
+block, the token list that they were seen through, digests, and an Ed25519 signature over all of it
+(without a key, a checksum alone: whole, but nobody's).  Anyone with a suspect's weights recomputes
+the sketch and compares.  The list should be the public draw for its vocabulary
+(:attr:`PublicFingerprint.standard_tokens`): a signer who chose the tokens could forge likeness.
 
 What it reveals: per block and kind of product, ``size`` x ``size`` random linear functionals of a
 K x K matrix of rank d (default 32 x 32 numbers against 2 d^2 parameters or more), the token list,
@@ -60,6 +62,8 @@ class PublicFingerprint:
         seed: of the sketch's random vectors; anyone can draw them again.
         weights: SHA-256 over the base's names, shapes and values.
         sketches: (depth, kinds, size, size) float32.
+        vocabulary: token rows of the base that the list was drawn for; 0 = not said.
+        signer: hexadecimal public key that signed the file it was read from; empty = nobody.
     """
 
     model: str
@@ -70,6 +74,13 @@ class PublicFingerprint:
     seed: int
     weights: str
     sketches: Tensor
+    vocabulary: int = 0
+    signer: str = ""
+
+    @property
+    def standard_tokens(self) -> bool:
+        """Whether the list is the public draw for the vocabulary, which nobody could choose."""
+        return self.vocabulary > 0 and self.tokens == choose_tokens(self.vocabulary)
 
 
 def weights_sha256(view: WeightView) -> str:
@@ -105,8 +116,17 @@ def make(
     tokens: Sequence[int] | None = None,
     size: int = 32,
     seed: int = 2312,
+    vocabulary: int | None = None,
 ) -> PublicFingerprint:
     """Fingerprint a base for publication.
+
+    Args:
+        view: the weights.
+        model: a name for people.
+        tokens: a base's list, to be compared with that base; None for the view's own.
+        size: side of the sketches; smaller reveals less and is less accurate.
+        seed: of the sketch.
+        vocabulary: the one that ``tokens`` was drawn for.
 
     Raises:
         LineageError: for a size below 4, or one that would give a product away (size >= width).
@@ -116,6 +136,7 @@ def make(
             f"size={size}: must be in [4, width={view.width}), or the sketch determines products"
         )
     chosen = tuple(tokens) if tokens is not None else choose_tokens(view.vocabulary)
+    drawn_for = view.vocabulary if tokens is None else (vocabulary or 0)
     return PublicFingerprint(
         model=model,
         width=view.width,
@@ -125,6 +146,7 @@ def make(
         seed=seed,
         weights=weights_sha256(view),
         sketches=sketch(view, chosen, size, seed),
+        vocabulary=drawn_for,
     )
 
 
@@ -132,8 +154,9 @@ def compare_public(published: PublicFingerprint, suspect: WeightView) -> Similar
     """Compare a suspect's weights with a published fingerprint.
 
     Raises:
-        LineageError: if the suspect lacks tokens of the list.
+        LineageError: if the suspect has another width, or lacks tokens of the list.
     """
+    _same_width(published.width, suspect.width)
     theirs = sketch(suspect, published.tokens, published.size, published.seed)
     return compare_sketches(published.sketches, theirs)
 
@@ -142,8 +165,9 @@ def compare_files(base: PublicFingerprint, suspect: PublicFingerprint) -> Simila
     """Compare two fingerprint files.
 
     Raises:
-        LineageError: if they were made with other tokens, sizes or seeds.
+        LineageError: for other widths, or if they were made with other tokens, sizes or seeds.
     """
+    _same_width(base.width, suspect.width)
     for name in ("tokens", "size", "seed"):
         ours, theirs = getattr(base, name), getattr(suspect, name)
         if ours != theirs:
@@ -153,6 +177,14 @@ def compare_files(base: PublicFingerprint, suspect: PublicFingerprint) -> Simila
                 f"made differently cannot be compared"
             )
     return compare_sketches(base.sketches, suspect.sketches)
+
+
+def _same_width(base: int, suspect: int) -> None:
+    if base != suspect:
+        raise LineageError(
+            f"width={suspect}: the base's is {base}; fingerprints of models of different width "
+            f"cannot be compared"
+        )
 
 
 def compare_sketches(ours: Tensor, theirs: Tensor) -> Similarity:
@@ -192,6 +224,7 @@ def _body(fingerprint: PublicFingerprint) -> dict[str, Any]:
         "size": fingerprint.size,
         "seed": fingerprint.seed,
         "weights": fingerprint.weights,
+        "vocabulary": fingerprint.vocabulary,
         "sketches": base64.b64encode(values).decode(),
     }
 
@@ -201,13 +234,24 @@ def canonical_json(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def write(fingerprint: PublicFingerprint, path: str | Path, key: Ed25519PrivateKey) -> None:
-    """Sign and write a fingerprint as one JSON file."""
+def write(fingerprint: PublicFingerprint, path: str | Path, key: Ed25519PrivateKey | None) -> None:
+    """Sign and write a fingerprint as one JSON file.
+
+    Args:
+        key: None writes an unsigned file: its checksum shows damage, not who made it.
+
+    Raises:
+        LineageError: if the file cannot be written.
+    """
     body = _body(fingerprint)
-    public = key.public_key().public_bytes_raw().hex()
-    signature = key.sign(canonical_json(body | {"signer": public})).hex()
-    document = body | {"signer": public, "signature": signature}
-    Path(path).write_text(json.dumps(document, sort_keys=True, indent=1) + "\n")
+    body["signer"] = "" if key is None else key.public_key().public_bytes_raw().hex()
+    text = canonical_json(body)
+    seal = hashlib.sha256(text).hexdigest() if key is None else key.sign(text).hex()
+    document = json.dumps(body | {"signature": seal}, sort_keys=True, indent=1)
+    try:
+        Path(path).write_text(document + "\n")
+    except OSError as error:
+        raise LineageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
@@ -221,12 +265,12 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
         LineageError: for another kind or version, a wrong signer, a broken signature, or damage.
     """
     where = Path(path)
-    if where.stat().st_size > MAX_BYTES:
-        raise LineageError(f"{where}: {where.stat().st_size} bytes, must be <= {MAX_BYTES}")
     try:
+        if where.stat().st_size > MAX_BYTES:
+            raise LineageError(f"{where}: {where.stat().st_size} bytes, must be <= {MAX_BYTES}")
         document = json.loads(where.read_text())
         kind, version = document["kind"], document["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LineageError(f"{where}: not a fingerprint file: {error!r}") from error
     if kind != KIND or version != VERSION:
         raise LineageError(
@@ -235,10 +279,13 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
     try:
         public, signature = document["signer"], bytes.fromhex(document.pop("signature"))
         if signer is not None and public != signer:
-            raise LineageError(f"{where}: signed by {public}, must be {signer}")
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(
-            signature, canonical_json(document)
-        )
+            raise LineageError(f"{where}: signed by {public or 'nobody'}, must be {signer}")
+        text = canonical_json(document)
+        if public:
+            key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+            key.verify(signature, text)
+        elif signature != hashlib.sha256(text).digest():
+            raise LineageError(f"{where}: the checksum does not fit the contents")
         shape = (int(document["depth"]), len(KINDS), int(document["size"]), int(document["size"]))
         raw = bytearray(base64.b64decode(document["sketches"], validate=True))
         sketches = torch.frombuffer(raw, dtype=torch.float32).clone().view(shape)
@@ -251,6 +298,8 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
             seed=int(document["seed"]),
             weights=str(document["weights"]),
             sketches=sketches,
+            vocabulary=int(document["vocabulary"]),
+            signer=str(public),
         )
     except InvalidSignature as error:
         raise LineageError(f"{where}: the signature does not fit the contents") from error

@@ -260,6 +260,8 @@ def transform(model: nn.Module, name: str, seed: int = 0) -> Transformed:
     before = outputs(model)
     changed = copy.deepcopy(model)
     editor = Editor(changed)
+    if len(editor.layout.shapes[editor.layout.down.weight]) == 3:
+        raise UnsupportedModelError(f"transform={name!r}: mixtures of experts are not rewritten")
     change(editor, torch_generator(seed, "evasion", name))
     moved = difference(before, outputs(editor.model))
     if not moved < TOLERANCE:

@@ -56,6 +56,43 @@ The darwin twins are five models of stories260K's shape trained from scratch on 
 with its tokenizer (300 steps, seeds 100-104); single blocks of these pairs reached 0.07.
 """
 
+PUBLIC_MEASURED: dict[str, float] = {
+    "gutenberg_llama_seed0 - seed1 (d = 256, same data, hard)": 0.0522,
+    "babyllama_tok105 - tok361 (d = 128)": 0.0314,
+    "darwin twins 0 - 1 (d = 64, same data, hard)": 0.0350,
+    "darwin twins 0 - 2": 0.0722,
+    "darwin twins 0 - 3": 0.0657,
+    "darwin twins 0 - 4": 0.0432,
+    "darwin twins 1 - 2": 0.0523,
+    "darwin twins 1 - 3": 0.0667,
+    "darwin twins 1 - 4": 0.0505,
+    "darwin twins 2 - 3": 0.0822,
+    "darwin twins 2 - 4": 0.0781,
+    "darwin twins 3 - 4": 0.0659,
+    "darwin twin 0 - stories260K (same tokenizer)": -0.0008,
+    "darwin twin 1 - stories260K": 0.0011,
+    "darwin twin 2 - stories260K": -0.0001,
+    "darwin twin 3 - stories260K": 0.0045,
+    "darwin twin 4 - stories260K": 0.0041,
+}
+"""The same for the whitened invariants that a public file sketches, exact (darwin twins anew)."""
+
+
+@dataclass(frozen=True)
+class SketchError:
+    """Root mean square error of a sketched score: for relatives, for strangers, over how many."""
+
+    relatives: float
+    strangers: float
+    pairs: int
+
+
+SKETCH_ERROR: dict[int, SketchError] = {
+    32: SketchError(0.0084, 0.0150, 29),
+    16: SketchError(0.0131, 0.0264, 29),
+}
+"""By the sketch's size: 12 noisy copies of four checkpoints, and the strangers above."""
+
 
 def analytic_sd(width: int, terms: int = 1) -> float:
     """Standard deviation of a mean of ``terms`` product cosines in random d-dimensional bases.
@@ -224,6 +261,34 @@ def judge(
         z=null.z(similarity.value),
         block_p=block_p,
         diverged=strangers if outcome != "independent" else (),
+    )
+
+
+def public_null(size: int, depth: int, *, block: bool = False) -> NullDistribution:
+    """The null of a sketched score: measured pairs, and the sketch's own spread beside theirs.
+
+    A product's sketched cosine spreads by 1/size around the exact one for strangers; a score
+    averages 2 products of each of ``depth`` blocks, a block's only 2.
+    """
+    check(size >= 1, "size", size, ">= 1 (side of the sketch)")
+    check(depth >= 1, "depth", depth, ">= 1 (blocks)")
+    exact = NullDistribution(tuple(PUBLIC_MEASURED.values()))
+    own = max(exact.sd, 0.05) if block else exact.sd  # single blocks of twins spread by 0.05
+    terms = 2 if block else 2 * depth
+    return NullDistribution(exact.scores, math.hypot(own, 1.0 / (size * math.sqrt(terms))))
+
+
+def judge_public(
+    similarity: Similarity, width: int, size: int, *, config: VerdictConfig | None = None
+) -> Judgement:
+    """Judge the whitened invariants' sketched score, what public fingerprint files give."""
+    depth = max(1, len(similarity.per_block))
+    return judge(
+        similarity,
+        width,
+        null=public_null(size, depth),
+        per_block=public_null(size, depth, block=True),
+        config=config,
     )
 
 

@@ -113,12 +113,16 @@ class WeightView:
         """Width d of the residual stream."""
         site = self.layout.down
         shape = self.layout.shapes[site.weight]
-        return int(shape[1] if site.transposed else shape[0])
+        return int(shape[-1] if site.transposed else shape[-2])
 
     @property
     def vocabulary(self) -> int:
         """Rows of the token embedding; 0 if there is none of the residual's width."""
         return self._rows_shape[0] if self._rows_shape else 0
+
+    def stored_dtype(self) -> torch.dtype:
+        """The type that the projections are kept in, told from the last block's values."""
+        return self.get(self.prefixes[-1] + self.layout.v.weight).dtype
 
     def block(self, index: int, *, fold: bool = True) -> BlockProjections:
         """Projections of block ``index`` (negative from the end)."""

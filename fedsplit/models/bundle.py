@@ -48,6 +48,9 @@ LIMITS = {
     "tokenizer.json": 1 << 27,
     "tokenizer_config.json": 1 << 20,
     "bottom.safetensors": 1 << 36,
+    # Only where the head is the owner's (see fedsplit.models.head_bundle).
+    "head.json": 1 << 16,
+    "head.safetensors": 1 << 36,
 }
 REQUIRED = {"config.json", "fedsplit.json", "bottom.safetensors"}
 # Attention code that ships with transformers; other values may name a kernel to be downloaded.
@@ -238,8 +241,28 @@ def _tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _lay_out(config: dict[str, Any], about: Mapping[str, Any]) -> PreTrainedModel:
     """Return the family's base model for k blocks, without memory (on the meta device)."""
+    model = lay_out_whole(config, about, AutoModel)
+    anatomy = probe(model)
+    anatomy.blocks[-1] = Exit(anatomy.blocks[-1])
+    return model
+
+
+def lay_out_whole(
+    config: dict[str, Any], about: Mapping[str, Any], auto: Any, **changes: Any
+) -> PreTrainedModel:
+    """Return the family's model of k + 1 blocks, without memory (on the meta device).
+
+    Args:
+        config: a bundle's configuration; may be hostile.
+        about: a bundle's checked ``fedsplit.json``.
+        auto: transformers' Auto class of the model to make.
+        **changes: settings that outrank the configuration.
+
+    Raises:
+        ModelError: if the configuration is refused or builds no such model.
+    """
     refuse_config_keys("config.json", config)
-    settings = dict(config)
+    settings = config | changes
     kind = settings.pop("model_type", None)
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.keys()
@@ -255,14 +278,13 @@ def _lay_out(config: dict[str, Any], about: Mapping[str, Any]) -> PreTrainedMode
                 f"config.json: num_hidden_layers={layers!r}: must be k + 1 = {about['k'] + 1}"
             )
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto.from_config(
                 built,
                 attn_implementation=about["attention"],
                 experts_implementation=about["experts"],
                 trust_remote_code=False,
             )
-        anatomy = probe(model)
-        anatomy.blocks[-1] = Exit(anatomy.blocks[-1])
+        probe(model)
     except FedsplitError as error:
         raise ModelError(f"config.json: {error}") from error
     except Exception as error:

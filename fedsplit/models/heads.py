@@ -19,7 +19,14 @@ class Head(Upper):
 
     For BERT-like classifiers that is pooler and classifier, for decoders the score layer and the
     pooling of the last token, for language models the vocabulary projection.
+
+    Attributes:
+        source: name of the module whose output is the final hidden state; None: the last block.
+        tuple_length: how many values the family's blocks return; 0: a tensor.
     """
+
+    source: str | None = None
+    tuple_length: int = 0
 
 
 def detach_head(top: Top, *, share: bool = False) -> Head:
@@ -60,6 +67,54 @@ def head_parameters(top: Top) -> set[int]:
     return _cut_head(top)[1]
 
 
+def positions_read(head: Upper) -> str:
+    """Return which final hidden states of a right-padded text the head's logits depend on.
+
+    ``first`` or ``last`` (the last that the mask keeps): that row alone, given as a text of one
+    token, yields the very same logits; ``all``: anything else, and every language model.  Found by
+    the gradient of the logits, then checked on the row alone.
+    """
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(*mask.shape, head.hidden_size, generator=generator)
+    with probing(head):
+        hidden.requires_grad_()
+        logits = head(hidden, mask)
+        if logits.ndim == 3:
+            return "all"
+        (gradient,) = torch.autograd.grad(logits.square().sum(), hidden)
+        read = gradient.abs().amax(dim=2) > 0  # (3, 5)
+        for name, at in (("first", torch.zeros(3, dtype=torch.int64)), ("last", mask.sum(1) - 1)):
+            only = nn.functional.one_hot(at, mask.shape[1]).bool()
+            if not torch.equal(read.cpu(), only):
+                continue
+            rows = hidden.detach()[only][:, None]  # (3, 1, d)
+            alone = head(rows, torch.ones(3, 1, dtype=torch.int64))
+            bound = TOLERANCE.get(next(head.parameters()).dtype, 3e-2)
+            if relative_difference(logits.detach(), alone.detach()) <= bound:
+                return name
+    return "all"
+
+
+def select_positions(states: Tensor, mask: Tensor, positions: str) -> Tensor:
+    """Return the rows of ``states`` (B, T, d) that a head reads.
+
+    Args:
+        states: final hidden states.
+        mask: (B, T), right-padded.
+        positions: see :func:`positions_read`.
+
+    Returns:
+        (B, d) for ``first`` and ``last``, (kept tokens, d) for ``all``.
+    """
+    mask = mask.to(states.device)
+    if positions == "first":
+        return states[:, 0]
+    if positions == "last":
+        return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+    return states[mask.bool()]
+
+
 def _cut_head(top: Top) -> tuple[Head, set[int]]:
     anatomy = probe(top.model)
     source, tuple_length, width = _final_module(top)
@@ -72,7 +127,7 @@ def _cut_head(top: Top) -> tuple[Head, set[int]]:
         made_by = model.get_submodule(source)
         made_by.register_forward_hook(slot.after)
     head = Head(model, slot)
-    head.hidden_size = width
+    head.hidden_size, head.source, head.tuple_length = width, source, tuple_length
     used = head.learn_outputs()
     strip(model, used)
     if source is not None and model.get_submodule(source) is not made_by:

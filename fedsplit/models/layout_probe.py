@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import UnsupportedModelError
+from fedsplit.models.layout_experts import expert_ffn, find_experts
 
 Raw = dict[str, Any]
 
@@ -114,6 +115,9 @@ def probe_block(model: nn.Module, block: nn.Module, config: Any) -> Raw:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     linears = {n: m for n, m in block.named_modules() if _is_linear(m)}
+    experts = find_experts(block)
+    if experts is not None:
+        linears[experts] = block.get_submodule(experts)
     used = _Trace(model, block, linears, 3)
     linears = {n: m for n, m in linears.items() if n in used.x}
     feeds = {
@@ -122,18 +126,23 @@ def probe_block(model: nn.Module, block: nn.Module, config: Any) -> Raw:
     consumers = [b for b in linears if feeds[b]]
     mixing = [b for b in consumers if any(_crosses(used, b, a) for a in feeds[b])]
     plain = [b for b in consumers if b not in mixing and feeds[b] - set(mixing)]
-    if len(mixing) != 1 or len(plain) != 1:
+    stacked = experts is not None and experts in linears and not plain
+    if len(mixing) != 1 or (len(plain) != 1 and not stacked):
         shapes = {n: tuple(p.shape) for n, p in block.named_parameters() if p.dim() >= 2}
         raise UnsupportedModelError(
             f"model_type={config.model_type!r}: expected one attention output and one FFN output "
             f"projection made of linear layers, found {mixing} and {plain} among {shapes}"
         )
-    o, down = mixing[0], plain[0]
+    o = mixing[0]
     found = _attention(model, block, linears, used, o, feeds[o], config)
-    found |= _ffn(model, block, linears, used, down, feeds[down], config)
-    for role in ("o", "down"):
-        name = o if role == "o" else down
-        found[role] = _site(linears, used, name)
+    found["o"] = _site(linears, used, o)
+    if experts is not None and stacked:
+        width = int(used.x[experts].shape[-1])
+        found |= expert_ffn(linears[experts], experts, width, str(config.model_type))
+    else:
+        down = plain[0]
+        found |= _ffn(model, block, linears, used, down, feeds[down], config)
+        found["down"] = _site(linears, used, down)
     found |= _norms(model, block, linears, used, found, config)
     return found
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -40,7 +41,8 @@ class Site:
     """Where one projection lives: a parameter relative to its block, and which rows of it.
 
     ``rows`` are output features of the (out, in) matrix, or None for all of them; ``transposed``
-    says that the stored weight is (in, out), as GPT-2's Conv1D keeps it.
+    says that the stored weight is (in, out), as GPT-2's Conv1D keeps it.  Experts are stored
+    stacked, (E, out, in) or transposed (E, in, out); ``rows`` are then those of each expert.
     """
 
     weight: str
@@ -138,7 +140,7 @@ def layout_of(config: Any) -> BlockLayout:
 
     Raises:
         UnsupportedModelError: if the block is not one attention and one (gated) FFN made of linear
-            layers, such as mixtures of experts, latent attention or state-space blocks.
+            layers or stacked experts, such as latent attention or state-space blocks.
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return _layout(json.dumps(text.to_dict(), sort_keys=True, default=str), _Boxed(text))
@@ -157,8 +159,24 @@ class _Boxed:
         return isinstance(other, _Boxed)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products of three tokens wait longer for a second thread than they take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @lru_cache(maxsize=64)
 def _layout(_key: str, boxed: _Boxed) -> BlockLayout:
+    with _one_thread():
+        return _probed(boxed)
+
+
+def _probed(boxed: _Boxed) -> BlockLayout:
     model, block = probe_model(boxed.config)
     optional: set[str] = set()
     if any(isinstance(m, nn.Identity) and n.count(".") == 0 for n, m in block.named_modules()):
@@ -282,10 +300,13 @@ def read_block(
     biases: dict[str, Tensor] = {}
     for role, site in layout.sites().items():
         weight, bias = tensor(site.weight), tensor(site.bias) if site.bias else None
-        weight = weight.T if site.transposed else weight
-        if site.rows is not None:
-            index = torch.tensor(site.rows)
-            weight, bias = weight[index], bias[index] if bias is not None else None
+        if weight.dim() == 3:
+            weight = _joined_experts(site, weight, down=role == "down")
+        else:
+            weight = weight.T if site.transposed else weight
+            if site.rows is not None:
+                index = torch.tensor(site.rows)
+                weight, bias = weight[index], bias[index] if bias is not None else None
         norm = present(layout.ffn_norm if role in ("up", "gate") else layout.attn_norm)
         if fold and norm is not None and role in ("q", "k", "v", "up", "gate"):
             weight, bias = _fold_input(norm, tensor, weight, bias)
@@ -303,6 +324,14 @@ def read_block(
         head_dim=layout.head_dim,
         kv_of_head=layout.kv_of_head,
     )
+
+
+def _joined_experts(site: Site, stacked: Tensor, *, down: bool) -> Tensor:
+    """(E, out, in) as one matrix over all experts' hidden units: (E*I, d), or (d, E*I) for down."""
+    out = stacked.transpose(1, 2) if site.transposed else stacked
+    if site.rows is not None:
+        out = out[:, list(site.rows)]
+    return out.transpose(0, 1).flatten(1) if down else out.flatten(0, 1)
 
 
 def _fold_input(

@@ -5,17 +5,24 @@
     HOME/noise.secret               32 bytes, mode 0600; one per owner, for all runs
     HOME/bottoms/<digest>/          bundle files received from a server, verified by digest
     HOME/runs/<run>-<node>/         state that must outlive a Flower message
+    HOME/owner.toml                 the owner's policy, where nothing else names one
+    HOME/ledger.*                   what has left (see :mod:`fedsplit.owners.ledger`)
 
 Every Flower message may start a new process, so nothing that matters is only in memory.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, PolicyError
+from fedsplit.owners.policy import POLICY_FILE, POLICY_VARIABLE, Policy
 from fedsplit.privacy.secret import OwnerSecret
+
+log = logging.getLogger(__name__)
 
 HOME_VARIABLE = "FEDSPLIT_HOME"
 SIMULATION_VARIABLE = "FEDSPLIT_SIMULATION"
@@ -62,6 +69,32 @@ class OwnerHome:
         if in_simulation():
             return OwnerSecret.for_simulation(seed, owner)
         return OwnerSecret.load_or_create(self.root / "noise.secret")
+
+    def policy(self, node_config: Mapping[str, object], *, warn: bool = True) -> Policy:
+        """Return the owner's policy: the node config's ``policy``, $FEDSPLIT_POLICY, or owner.toml.
+
+        Without any of them nothing is bounded, which is logged as a warning.
+
+        Args:
+            node_config: the owner's own, from its SuperNode.
+            warn: whether to say that there is no policy.
+
+        Raises:
+            PolicyError: the file named cannot be used; the reason is in the owner's own log alone.
+        """
+        own = self.root / POLICY_FILE
+        given = node_config.get("policy") or os.environ.get(POLICY_VARIABLE)
+        if not given and not os.path.lexists(own):
+            if warn:
+                log.warning(
+                    "no policy: nothing bounds what leaves; see fedsplit policy init (%s)", own
+                )
+            return Policy({})
+        try:
+            return Policy.load(Path(str(given)) if given else own)
+        except ConfigError as error:
+            log.error("%s", error)
+            raise PolicyError("owner's policy: cannot be used; its own log says why") from None
 
     def bottom_dir(self, digest: str) -> Path:
         """Return where the bundle with that digest lives (whether or not it is there yet)."""

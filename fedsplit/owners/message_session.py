@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from fedsplit.config import RunConfig
 from fedsplit.errors import SessionError
 from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.outbox import Outbox
 from fedsplit.owners.prepare import load_joint_state, save_joint_state
 from fedsplit.owners.session import hello, keep_bundle
 from fedsplit.owners.split_owner import SplitOwner
@@ -47,7 +48,7 @@ class MessageSession:
     Args:
         offer: the message's offer.
         config: the run's settings.
-        owner: public name.
+        outbox: checks and records every frame before it is sent.
         home: the owner's folder.
         prepare: digest -> ready owner.
     """
@@ -56,13 +57,13 @@ class MessageSession:
         self,
         offer: SessionOffer,
         config: RunConfig,
-        owner: str,
+        outbox: Outbox,
         home: OwnerHome,
         prepare: Callable[[str], SplitOwner],
     ) -> None:
         self._offer = offer
         self._config = config
-        self._name = owner
+        self._outbox = outbox
         self._home = home
         self._prepare = prepare
         self._folder = home.run_dir(offer.run, offer.node)
@@ -84,14 +85,14 @@ class MessageSession:
         for frame in frames:
             link.inbox.put_nowait(frame)
         if live.exchange == 0:
-            link.send(Kind.HELLO, hello(self._offer, self._name))
+            self._outbox.send(link, Kind.HELLO, hello(self._offer, self._outbox.trip.owner))
             welcome = link.expect(Kind.WELCOME, 1.0)
             if welcome["bottom"] != self._offer.bottom:
                 raise SessionError("server's bottom: must be the announced one")
             if self._home.bottom_dir(self._offer.bottom).exists():
                 self._begin(live)
             else:
-                link.send(Kind.NEED, {"bottom": self._offer.bottom})
+                self._outbox.send(link, Kind.NEED, {"bottom": self._offer.bottom})
                 live.phase = "files"
         elif live.phase == "files":
             keep_bundle(receive_files(link, 1.0), self._offer.bottom, self._home)
@@ -100,7 +101,7 @@ class MessageSession:
             assert live.owner is not None
             while not link.inbox.empty():
                 for outgoing in live.owner.handle(link.recv(1.0)):
-                    link.send(*outgoing)
+                    self._outbox.send(link, *outgoing)
         answer = link.drain()
         live.exchange += 1
         self._keep(live)
@@ -109,7 +110,8 @@ class MessageSession:
     def _begin(self, live: _Live) -> None:
         live.owner = self._prepare(self._offer.bottom)
         live.phase = "run"
-        live.link.send(*live.owner.ready())
+        self._outbox.attach(live.owner)
+        self._outbox.send(live.link, *live.owner.ready())
 
     def _restore(self) -> _Live:
         if self._offer.exchange == 0:
@@ -117,6 +119,8 @@ class MessageSession:
         stored = self._stored()
         live = _LIVE.get(self._key)
         if live is not None and live.exchange == stored["exchange"]:
+            if live.owner is not None:
+                self._outbox.attach(live.owner)
             return live
         link = self._new_link()
         link.counters = (int(stored["sent"]), int(stored["received"]))
@@ -128,6 +132,7 @@ class MessageSession:
             if live.owner.optimizer is not None and stored["weights"]:
                 live.owner.load_weights(load_file(weights))
                 load_joint_state(live.owner, self._folder)
+            self._outbox.attach(live.owner)
         return live
 
     def _stored(self) -> dict[str, Any]:
@@ -184,7 +189,9 @@ class MessageSession:
         return dict(stored["metrics"])
 
     def weights(self) -> dict[str, Any]:
-        """Return the joint bottom's trained parameters after :meth:`close`."""
+        """Return what the owner trained after :meth:`close`; empty where it trains nothing."""
+        if not self._stored()["weights"]:
+            return {}
         return dict(load_file(self._folder / "joint.safetensors"))
 
     def _new_link(self) -> Link:

@@ -5,25 +5,31 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedsplit.config import PrivacyConfig, RunConfig
+from fedsplit.config import RunConfig
+from fedsplit.config.schedule import rate_factor
 from fedsplit.data import TextDataset
-from fedsplit.models.bundle import unpack_bottom
+from fedsplit.errors import ModelError
+from fedsplit.models.bundle import Bundle, unpack_bottom
 from fedsplit.models.halves import Bottom
+from fedsplit.models.head_bundle import HEAD_FILES, unpack_head, without_head
+from fedsplit.owners.head import LabelSide
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.plan import evaluation_steps, slot_order, train_steps
 from fedsplit.owners.samples import Samples, tokenise
 from fedsplit.owners.share import own_data, owner_name
 from fedsplit.owners.split_owner import SplitOwner, SplitSettings
-from fedsplit.privacy import SamplePerturber, select_contributing_tokens
-from fedsplit.privacy.configured import build_mechanism
-from fedsplit.privacy.cti import ContributingTokens
+from fedsplit.owners.training import DpSettings
+from fedsplit.privacy import SamplePerturber
+from fedsplit.privacy.calibration import Store
+from fedsplit.privacy.configured import build_mechanism, choose_tokens
+from fedsplit.privacy.labels import GradientShield, build_protection, draw_labels
 from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)
@@ -58,30 +64,20 @@ def _bottom(folder: Path) -> tuple[Bottom, Any]:
     return unpack_bottom(folder)
 
 
+@lru_cache(maxsize=4)
+def _representation(folder: Path) -> str:
+    """Return the digest of what representations depend on: another head is no other bottom."""
+    if any((folder / name).exists() for name in HEAD_FILES):
+        return without_head(Bundle.load(folder)).digest
+    return folder.name
+
+
 @lru_cache(maxsize=16)
 def _samples(
     data_digest: str, split: str, owner: str, folder: Path, labelled: bool, limits: tuple[int, int]
 ) -> list[Samples]:
     """Return a mutable cell per key; filled by the caller, which has the texts."""
     return []
-
-
-def contributing_tokens(
-    config: PrivacyConfig, samples: Samples, special: frozenset[int]
-) -> ContributingTokens | None:
-    """Return the owner's contributing tokens, or None where CTI is off or there are no labels."""
-    if config.cti == "off" or config.mechanism == "none" or samples.labels is None:
-        return None
-    chosen = select_contributing_tokens(
-        [x.tolist() for x in samples.ids],
-        samples.labels.tolist(),
-        statistic=config.cti,
-        m=config.cti_per_class,
-        max_share=config.cti_max_share,
-        special_ids=special,
-    )
-    log.info("contributing tokens: %s", chosen.statement(config.cti_rho))
-    return chosen
 
 
 def prepare(
@@ -110,13 +106,19 @@ def prepare(
         else _tokenised(config, identity, tokenizer, folder, "test", test_set)
     )
     joint = config.split.bottom == "joint"
-    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
-    special = frozenset(int(i) for i in tokenizer.all_special_ids)
-    cti = contributing_tokens(config.privacy, train, special)
+    shown, side = _label_side(config, identity, folder, train, chosen, mode)
+    cut = f"{_representation(folder)}:{config.split.k}"
+    store = Store(identity.home.root / "calibration", cut)
+    mechanism = build_mechanism(
+        config.privacy, bottom, bottom.vocab, tokenizer, own=train.ids, store=store
+    )
+    cti = choose_tokens(config, train.ids, shown, tokenizer)
+    if cti is not None:
+        log.info("contributing tokens: %s", cti.statement(config.privacy.cti_rho))
     perturber = SamplePerturber(
         mechanism,
         identity.secret,
-        f"{digest}:{config.split.k}",
+        cut,
         cti,
         config.privacy.cti_rho if cti is not None else 1.0,
     )
@@ -137,11 +139,83 @@ def prepare(
         codec=config.session.codec,
         logits_codec=config.session.logits_codec,
         bottom_lr=config.train.bottom_lr,
+        head_rates=_head_rates(config, round_, len(batches)),
         optimizer=config.train.optimizer,
         weight_decay=config.train.weight_decay,
         clip=config.train.clip,
     )
-    return SplitOwner(bottom, chosen, batches, views, perturber, settings)
+    dp = _dp(config, identity, len(train), round_, len(batches)) if mode == "train" else None
+    return SplitOwner(bottom, side.samples, batches, views, perturber, settings, side, dp)
+
+
+def _label_side(
+    config: RunConfig,
+    identity: OwnerIdentity,
+    folder: Path,
+    train: Samples,
+    chosen: Samples,
+    mode: str,
+) -> tuple[torch.Tensor | None, LabelSide]:
+    """Return the training labels that anything may be derived from, and the session's label side.
+
+    With drawn labels, nothing but the draw ever sees the true ones of the training split: the
+    choice of contributing tokens and the averages of a round would tell them too.
+
+    Raises:
+        ModelError: the head is to be the owner's, and the server sent none.
+    """
+    protection = build_protection(config.labels)
+    classes = config.model.labels
+    shown, transition, shield = train.labels, None, None
+    if train.labels is not None:
+        shown = draw_labels(protection, identity.secret, train.ids, train.labels, classes)
+        if config.labels.debias:
+            transition = protection.transition(classes)
+        if protection.perturbs and mode == "train":
+            share = float((shown == 1).double().mean())
+            shield = GradientShield(protection, identity.secret, share)
+    head = unpack_head(folder) if config.labels.client_head else None
+    if config.labels.client_head and head is None:
+        raise ModelError("labels.protection=client-head: the server's bundle must bring the head")
+    side = LabelSide(
+        replace(train, labels=shown) if mode == "train" else chosen,
+        head=head,
+        trained=train.labels is not None or config.train.method == "all",
+        shield=shield,
+        transition=transition,
+    )
+    return shown, side
+
+
+def _head_rates(config: RunConfig, round_: int, steps: int) -> tuple[float, ...]:
+    """Return the head's learning rate at each step of the round, on the server's schedule.
+
+    The server counts progress over a wave's longest owner, an owner over its own steps.
+    """
+    train = config.train
+    classify = config.model.task == "sequence-classification"
+    peak = (train.head_lr or train.lr) if classify else train.lr
+    return tuple(
+        peak * rate_factor(train, (round_ - 1 + step / steps) / train.rounds)
+        for step in range(steps)
+    )
+
+
+def _dp(
+    config: RunConfig, identity: OwnerIdentity, samples: int, round_: int, steps: int
+) -> DpSettings | None:
+    dp = config.dp
+    if not dp.noise_multiplier:
+        return None
+    return DpSettings(
+        dp.noise_multiplier,
+        dp.clip,
+        dp.delta,
+        dp.accountant,
+        sample_rate=min(1.0, config.train.batch_size / samples),
+        earlier_steps=(round_ - 1) * steps,
+        secret=identity.secret,
+    )
 
 
 def _tokenised(
@@ -171,7 +245,7 @@ def _tokenised(
 
 
 def save_joint_state(owner: SplitOwner, folder: Path) -> None:
-    """Keep the joint bottom's optimizer for the next message (its weights travel with Flower)."""
+    """Keep the optimizer of what the owner trains for the next message (Flower has the weights)."""
     optimizer = owner.optimizer
     if optimizer is None:
         return

@@ -13,7 +13,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, ModelError, SessionError
 from fedsplit.models.bundle import Bundle
 from fedsplit.owners.home import OwnerHome
-from fedsplit.owners.refusals import tellable
+from fedsplit.owners.outbox import Outbox
 from fedsplit.owners.split_owner import SplitOwner
 from fedsplit.wire.frames import PROTOCOL, Kind
 from fedsplit.wire.link import Link
@@ -71,7 +71,7 @@ def run_stream_session(
     link: Link,
     offer: SessionOffer,
     config: RunConfig,
-    owner: str,
+    outbox: Outbox,
     home: OwnerHome,
     prepare: Callable[[str], SplitOwner],
 ) -> SplitOwner:
@@ -81,22 +81,24 @@ def run_stream_session(
         link: a fresh link to the server.
         offer: the message's offer.
         config: the run's settings.
-        owner: public name.
+        outbox: checks and records every frame before it is sent.
         home: where received bottoms are kept.
         prepare: digest -> ready owner; called once the bottom is on disk.
 
     Raises:
-        FedsplitError: whatever went wrong; the server is told what :func:`tellable` lets out.
+        FedsplitError: whatever went wrong; the server is told what
+            :func:`~fedsplit.owners.refusals.tellable` lets out.
     """
     try:
-        link.send(Kind.HELLO, hello(offer, owner))
+        outbox.send(link, Kind.HELLO, hello(offer, outbox.trip.owner))
         welcome = link.expect(Kind.WELCOME, config.session.deadline_s)
         digest = str(welcome["bottom"])
         if digest != offer.bottom:
             raise SessionError(f"server's bottom {digest}: must be the announced {offer.bottom}")
-        fetch_bottom(link, digest, home, config.session.deadline_s)
+        fetch_bottom(link, digest, home, config.session.deadline_s, outbox)
         split_owner = prepare(digest)
-        link.send(*split_owner.ready())
+        outbox.attach(split_owner)
+        outbox.send(link, *split_owner.ready())
         # A wave may have to wait for the ones before it, hence the longer patience.
         patience = config.session.idle_s
         while True:
@@ -104,17 +106,19 @@ def run_stream_session(
             if frame.kind is Kind.BYE:
                 break
             for outgoing in split_owner.handle(frame):
-                link.send(*outgoing)
+                outbox.send(link, *outgoing)
         if not split_owner.done:
             raise SessionError(f"server ended the session early: {frame['reason']}")
         link.close()
     except Exception as error:
-        link.fail(tellable(error))
+        outbox.fail(link, error)
         raise
     return split_owner
 
 
-def fetch_bottom(link: Link, digest: str, home: OwnerHome, deadline_s: float) -> None:
+def fetch_bottom(
+    link: Link, digest: str, home: OwnerHome, deadline_s: float, outbox: Outbox
+) -> None:
     """Receive the bottom unless the owner has it; nothing unverified is ever kept.
 
     Raises:
@@ -122,7 +126,7 @@ def fetch_bottom(link: Link, digest: str, home: OwnerHome, deadline_s: float) ->
         FrameError: slices out of order or over their bounds.
     """
     if not home.bottom_dir(digest).exists():
-        link.send(Kind.NEED, {"bottom": digest})
+        outbox.send(link, Kind.NEED, {"bottom": digest})
         keep_bundle(receive_files(link, deadline_s), digest, home)
 
 

@@ -6,7 +6,8 @@ message): it asks for nothing but the last frame and its own :meth:`SplitOwner.s
 What leaves, per step: the representations of samples the server does not hold yet, after the
 privacy mechanism; the gradient of the private-label loss with respect to the server's output; slot
 numbers, text lengths in tokens, and the number of samples or targets.  With a head at the server,
-that gradient tells the labels (arXiv 2102.08504); this class does not hide it.
+that gradient tells the labels (arXiv 2102.08504), unless ``labels.protection`` does something about
+it (:mod:`fedsplit.owners.head`, :mod:`fedsplit.privacy.labels`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedsplit.errors import FrameError, ModelError, SessionError
+from fedsplit.owners.head import LabelSide
 from fedsplit.owners.samples import Samples
+from fedsplit.owners.training import DpSettings, OwnTraining
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.wire.codecs import decode_rows, encode_rows
 from fedsplit.wire.frames import Frame, Kind
@@ -38,11 +40,12 @@ class SplitSettings:
         mode: ``train`` or ``evaluate``.
         joint: whether the bottom learns; then every batch is sent anew.
         codec: wire form of representations and their gradients.
-        logits_codec: wire form of logits and their gradients.
+        logits_codec: wire form of the server's output and its gradients.
         bottom_lr: learning rate of the bottom (joint).
-        optimizer: ``adamw`` or ``sgd``, for the bottom (joint).
-        weight_decay: decoupled weight decay (joint).
-        clip: bound on the bottom's gradient norm, 0 = none (joint).
+        head_rates: learning rate of the owner's head at each step; empty: 1e-3 at every one.
+        optimizer: ``adamw`` or ``sgd``, for what the owner trains.
+        weight_decay: decoupled weight decay of it.
+        clip: bound on the gradient norm of the bottom, and on that of the head, 0 = none.
     """
 
     mode: str
@@ -50,6 +53,7 @@ class SplitSettings:
     codec: str
     logits_codec: str
     bottom_lr: float = 1e-5
+    head_rates: tuple[float, ...] = ()
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 0.0
@@ -66,6 +70,8 @@ class SplitOwner:
         views: the noise view of each step; 0 for a frozen bottom.
         perturber: the privacy mechanism with the owner's secret.
         settings: see :class:`SplitSettings`.
+        side: the labels' side of a step; None: the head is at the server, nothing is protected.
+        private: DP-SGD for what the owner trains; None: plain steps.
     """
 
     def __init__(
@@ -76,6 +82,8 @@ class SplitOwner:
         views: Sequence[int],
         perturber: SamplePerturber,
         settings: SplitSettings,
+        side: LabelSide | None = None,
+        private: DpSettings | None = None,
     ) -> None:
         self.bottom = bottom.eval()
         self.samples = samples
@@ -92,20 +100,20 @@ class SplitOwner:
         self.correct = 0
         self._before = (0, 0)  # tokens with reduced noise, and all, that earlier processes sent
         self._graphs: dict[int, Tensor] = {}
-        self._optimizer = self._make_optimizer() if self._learns else None
+        self.side = side or LabelSide(samples)
+        self.training = OwnTraining(
+            {n: p for n, p in bottom.named_parameters() if p.requires_grad and settings.joint},
+            self.side.parameters,
+            settings,
+            private,
+        )
+        if settings.joint and not self.training.bottom:
+            raise ModelError("joint bottom has 0 trainable parameters: must be >= 1")
 
     @property
     def _learns(self) -> bool:
+        """Whether the bottom learns in this session."""
         return self.settings.joint and self.settings.mode == "train"
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        s = self.settings
-        parameters = [p for p in self.bottom.parameters() if p.requires_grad]
-        if not parameters:
-            raise ModelError("joint bottom has 0 trainable parameters: must be >= 1")
-        if s.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=s.bottom_lr, weight_decay=s.weight_decay)
-        return torch.optim.AdamW(parameters, lr=s.bottom_lr, weight_decay=s.weight_decay)
 
     def ready(self) -> Outgoing:
         """Return the frame that announces how much follows."""
@@ -187,59 +195,31 @@ class SplitOwner:
     def _on_logits(self, frame: Frame) -> Iterator[Outgoing]:
         step = self._step(frame, self.answered, self.sent)
         slots = self.batches[step]
-        rows = len(slots) if self.samples.labels is not None else self._tokens(slots)
         shape = tuple(frame["shape"])
-        if len(shape) != 2 or shape[0] != rows or not 1 < shape[1] <= 1 << 20:
-            raise FrameError(f"LOGITS shape {shape}: must be ({rows}, classes)")
-        logits = decode_rows(frame.body, shape, frame["codec"])
+        self.side.check(shape, slots)
+        values = decode_rows(frame.body, shape, frame["codec"])
         self.answered += 1
         train = self.settings.mode == "train"
-        loss, weight, grad = self._loss(logits, slots, train)
-        self.loss_sum += loss * weight
-        self.weight_sum += weight
+        found = self.side.answer(values, slots, train)
+        self.loss_sum += found.loss * found.weight
+        self.weight_sum += found.weight
+        self.correct += found.right
         if train:
             header = {
                 "step": step,
                 "codec": self.settings.logits_codec,
                 "shape": list(shape),
-                "weight": weight,
+                "weight": found.weight,
             }
-            yield Kind.GRAD, header, encode_rows(grad, self.settings.logits_codec)
+            yield Kind.GRAD, header, encode_rows(found.gradient, self.settings.logits_codec)
+            self.training.step_head(
+                step,
+                found.head,
+                lambda at: self.side.sample_gradients(values, slots, at),
+                len(slots),
+            )
         if not self._learns:
             yield from self._advance()
-
-    def _loss(
-        self, logits: Tensor, slots: Sequence[int], train: bool
-    ) -> tuple[float, float, Tensor]:
-        """Return (mean loss, its weight, gradient of the mean with respect to ``logits``)."""
-        logits = logits.requires_grad_(train)
-        if self.samples.labels is not None:
-            targets = self.samples.labels[slots]  # (B,)
-            if int(targets.max()) >= logits.shape[1]:
-                raise FrameError(
-                    f"LOGITS with {logits.shape[1]} classes: must be > {int(targets.max())}"
-                )
-            scores = logits
-        else:
-            keep, following = self._next_tokens(slots)
-            scores, targets = logits[keep], following
-        with torch.set_grad_enabled(train):
-            loss = functional.cross_entropy(scores.float(), targets)
-        self.correct += int((scores.argmax(dim=1) == targets).sum())
-        grad = torch.empty(0)
-        if train:
-            (grad,) = torch.autograd.grad(loss, logits)
-        return float(loss.detach()), float(targets.shape[0]), grad
-
-    def _next_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the rows that predict something, and what they should predict."""
-        keep, following, at = [], [], 0
-        for slot in slots:
-            ids = self.samples.ids[slot]
-            keep.append(torch.arange(at, at + ids.shape[0] - 1))
-            following.append(ids[1:])
-            at += int(ids.shape[0])
-        return torch.cat(keep), torch.cat(following)
 
     def _on_hidden_grad(self, frame: Frame) -> None:
         step = self._step(frame, self.finished, self.answered)
@@ -251,18 +231,21 @@ class SplitOwner:
         if tuple(frame["shape"]) != shape:
             raise FrameError(f"HIDDEN_GRAD shape {tuple(frame['shape'])}: must be {shape}")
         rows = decode_rows(frame.body, shape, frame["codec"])
-        grad = torch.zeros_like(hidden)
-        at = 0
-        for row, slot in enumerate(slots):
-            length = int(self.samples.ids[slot].shape[0])
-            grad[row, :length] = rows[at : at + length].to(grad)
-            at += length
-        assert self._optimizer is not None
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward([hidden], [grad])
-        if self.settings.clip:
-            nn.utils.clip_grad_norm_(self.bottom.parameters(), self.settings.clip)
-        self._optimizer.step()
+        parts = torch.split(rows, [int(self.samples.ids[s].shape[0]) for s in slots])
+
+        def backward() -> None:
+            grad = torch.zeros_like(hidden)
+            for row, part in enumerate(parts):
+                grad[row, : len(part)] = part.to(grad)
+            torch.autograd.backward([hidden], [grad])
+
+        def of_sample(at: int) -> Sequence[Tensor]:
+            # Of its own mean loss: how many targets the others have must not show in it.
+            share = sum(map(self.side.targets, slots)) / self.side.targets(slots[at])
+            own = self._forward([slots[at]])[0]
+            return torch.autograd.grad(own, self.training.bottom, parts[at].to(own) * share)
+
+        self.training.step_bottom(backward, of_sample, len(slots))
 
     def _advance(self) -> Iterator[Outgoing]:
         self.finished += 1
@@ -295,6 +278,7 @@ class SplitOwner:
             "loss": self.loss_sum / weight,
             "accuracy": self.correct / weight,
             "share-touched": touched / max(1, tokens),
+            **self.training.metrics(self.finished),
         }
 
     def _touched(self) -> tuple[int, int]:
@@ -302,27 +286,16 @@ class SplitOwner:
         return self._before[0] + done["tokens_touched"], self._before[1] + done["tokens"]
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the bottom's trainable parameters by name, for averaging (joint)."""
-        return {n: p.detach().clone() for n, p in self.bottom.named_parameters() if p.requires_grad}
+        """Return what the owner trains by name, for averaging: its bottom (joint), its head."""
+        return self.training.weights()
 
     def load_weights(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the bottom's trainable parameters by the averaged ones.
+        """Replace what the owner trains by the averaged weights.
 
         Raises:
             ModelError: on a missing, foreign, misshapen or non-finite tensor; nothing is changed.
         """
-        own = {n: p for n, p in self.bottom.named_parameters() if p.requires_grad}
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())[:4]
-            raise ModelError(f"bottom weights: missing or foreign names {odd}")
-        for name, value in state.items():
-            if value.shape != own[name].shape or not bool(torch.isfinite(value).all()):
-                raise ModelError(
-                    f"bottom weight {name}: must be finite, of shape {tuple(own[name].shape)}"
-                )
-        with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
+        self.training.load_weights(state)
 
     def state(self) -> dict[str, Any]:
         """Return the JSON-able part of what the next process needs (messages transport)."""
@@ -349,8 +322,8 @@ class SplitOwner:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The bottom's optimizer (joint training), else None."""
-        return self._optimizer
+        """The optimizer of what the owner trains in this session, else None."""
+        return self.training.optimizer
 
 
 def _slots_held(bitmap: bytes | memoryview, slots: int) -> set[int]:

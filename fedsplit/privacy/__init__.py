@@ -23,7 +23,7 @@ from fedsplit.registry import pick
 MECHANISMS: dict[str, type[Mechanism]] = {
     "dchi": DChi,
     "gaussian": Gaussian,
-    "nearest_token": NearestToken,
+    "nearest-token": NearestToken,
     "none": NoNoise,
     "pac": Pac,
 }

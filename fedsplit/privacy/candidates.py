@@ -183,6 +183,11 @@ class Rows:
     order: Tensor  # (N,): row i of `rows` is token order[i] of the concatenated samples
     lengths: list[int]
 
+    def positions(self) -> Tensor:
+        """Return each row's candidate position, ``(N,)``; 0 where positions do not matter."""
+        counts = torch.tensor([stop - start for start, stop in self.bounds])
+        return torch.arange(len(counts)).repeat_interleave(counts).to(self.rows.device)
+
     def split(self, values: Tensor) -> list[Tensor]:
         """Bring per-row values, ``(N, ...)``, back to one tensor per sample, ``(T_i, ...)``."""
         out = torch.empty_like(values)

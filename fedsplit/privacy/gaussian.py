@@ -67,6 +67,36 @@ def gaussian_epsilon(ratio: float, delta: float) -> float:
     return float(brentq(lambda e: gaussian_delta(e, ratio) - delta, 0.0, high, xtol=1e-12))
 
 
+def mean_norm(d: int) -> float:
+    """Return E||n|| of a standard normal vector in d dimensions, about sqrt(d)."""
+    return math.sqrt(2) * math.exp(math.lgamma(0.5 * (d + 1)) - math.lgamma(0.5 * d))
+
+
+def epsilon_from_ratio(
+    ratio: float, d: int, median_norm: float, clip: float, delta: float
+) -> float:
+    """Return the epsilon whose mean noise norm is ``ratio`` times the median representation norm.
+
+    Rounded to 4 significant digits, for the reason given at
+    :func:`fedsplit.privacy.dchi.eta_from_ratio`.
+
+    Args:
+        ratio: E||n|| / median ||h||.
+        d: representation dimension.
+        median_norm: length units of the representation.
+        clip: L2 bound of a token's vector, same units.
+        delta: in (0, 1).
+
+    Raises:
+        ConfigError: for noise so long that epsilon would be 0 at this delta.
+    """
+    sigma = ratio * median_norm / mean_norm(d)
+    epsilon = gaussian_epsilon(sigma / (2 * clip), delta)
+    bound = f"small enough for an epsilon > 0 at delta = {delta:g}"
+    check(epsilon > 0, "privacy.noise-ratio", ratio, bound)
+    return float(f"{epsilon:.4g}")
+
+
 @dataclass(frozen=True)
 class Gaussian(Mechanism):
     """Clip every token's vector to L2 norm ``clip``, then add isotropic Gaussian noise.

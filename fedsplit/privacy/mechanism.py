@@ -48,6 +48,16 @@ class Mechanism(ABC):
             PrivacyError: for NaN or infinite values, or shapes for which the guarantee fails.
         """
 
+    def privatise_sample(
+        self, hidden: Tensor, token_ids: Tensor, stream: SecretStream, scale: Tensor | None = None
+    ) -> Tensor:
+        """Return what may leave for one sample whose tokens are ``token_ids``, ``(T,)``.
+
+        What an owner calls.  Mechanisms on vectors leave ``token_ids`` alone; those on text do not
+        read ``hidden``.
+        """
+        return self.privatise(hidden, stream, scale)
+
     @abstractmethod
     def guarantee(self, views: int = 1) -> str:
         """Say in words what the recipient can and cannot learn after ``views`` fresh draws."""

@@ -1,4 +1,4 @@
-"""d_chi noise, then the nearest vocabulary token: the text-to-text variant.
+"""d_chi noise on a token's vector, then the nearest vocabulary token: the text-to-text mechanism.
 
 Feyisetan et al., WSDM 2020, arXiv 1910.08902, algorithm 1; Qu et al., CIKM 2021, arXiv 2108.01624.
 """
@@ -6,6 +6,7 @@ Feyisetan et al., WSDM 2020, arXiv 1910.08902, algorithm 1; Qu et al., CIKM 2021
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,36 +14,51 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import PrivacyError, check
-from fedsplit.privacy.candidates import Candidates
+from fedsplit.privacy.candidates import Candidates, MatrixCandidates
 from fedsplit.privacy.dchi import DChi
-from fedsplit.privacy.mechanism import Mechanism
+from fedsplit.privacy.mechanism import Mechanism, check_hidden
 from fedsplit.privacy.scan import search
 from fedsplit.privacy.secret import SecretStream
 
 
 @dataclass(frozen=True)
 class NearestToken(Mechanism):
-    """Add d_chi noise, then send the clean vector of the token that is nearest in L2.
+    """Add d_chi noise to each token's vector and send what belongs to the nearest token instead.
+
+    With a ``bottom`` this works on text, at any split point: the noise is put on the word
+    embeddings (``candidates``), the nearest tokens make a new text, and what leaves is that text's
+    clean representation.  Without one, the candidates are the representations themselves (k = 0).
 
     Guarantee:
-        That of :class:`fedsplit.privacy.dchi.DChi` at the same eta: rounding is post-processing.
-        What leaves is a text (:meth:`tokens`): the server learns nothing more from the vectors.
+        That of :class:`fedsplit.privacy.dchi.DChi` at the same eta, in distances between the
+        vectors that the noise is put on: rounding, and all that is computed from the new text, is
+        post-processing.  The server learns nothing more than that text.
     What breaks it:
         What breaks ``dchi``.  Tokens that stay themselves look like any other token, but at a large
         eta most do stay: count them.  A token far from all others keeps itself at noise that moves
-        every other one (Xu et al., 2020, arXiv 2010.11947).
+        every other one (Xu et al., 2020, arXiv 2010.11947).  The length of the text and special
+        tokens at its ends are sent as they are: they are the same for every text of that length.
+        A bottom that learns would send another representation of the same text in every round, and
+        is refused.
     Source:
-        arXiv 1910.08902 algorithm 1, with L2 and candidates built through the bottom.
+        arXiv 1910.08902 algorithm 1, with L2.
 
     Args:
-        eta: as in ``dchi`` (1/length units of the representation).
-        candidates: public vectors of every token, of this bottom at k = 0; they belong to the
-            representation's identity and are not described again.
+        eta: as in ``dchi`` (1/length units of ``candidates``).
+        candidates: public vectors of every token, ``(V, d)``; they belong to the representation's
+            identity and are not described again.
+        bottom: ``(input_ids (1, T), mask (1, T)) -> (1, T, d')``, frozen, in evaluation mode; None
+            where the candidates are the representations.
+        specials: ids that stay themselves as the first or last token, and replace nothing.
     """
 
-    name: ClassVar[str] = "nearest_token"
+    name: ClassVar[str] = "nearest-token"
     eta: float
     candidates: Candidates = field(repr=False, compare=False)
+    bottom: Callable[[Tensor, Tensor], Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
+    specials: frozenset[int] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
         ok = isinstance(self.eta, int | float) and self.eta > 0 and math.isfinite(self.eta)
@@ -57,10 +73,16 @@ class NearestToken(Mechanism):
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`Mechanism.describe`."""
-        return {"mechanism": self.name, "eta": self.eta, "vocab_size": self.candidates.vocab_size}
+        return {
+            "mechanism": self.name,
+            "eta": self.eta,
+            "vocab_size": self.candidates.vocab_size,
+            "noise_on": "representation" if self.bottom is None else "word embedding",
+            "specials": sorted(self.specials),
+        }
 
     def tokens(self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None) -> Tensor:
-        """Return the token ids that stand for ``hidden``, ``(T, d) -> (T,)``."""
+        """Return the token ids that stand for the vectors ``hidden``, ``(T, d) -> (T,)``."""
         noisy = DChi(self.eta).privatise(hidden.detach(), stream, scale)
         if hidden.shape[1] != self.candidates.dim:
             raise PrivacyError(
@@ -68,7 +90,50 @@ class NearestToken(Mechanism):
             )
         if not len(noisy):
             return torch.zeros(0, dtype=torch.int64)
-        return search([noisy], self.candidates)[0][0][:, 0]
+        if not self.specials:
+            return search([noisy], self.candidates)[0][0][:, 0]
+        allowed = torch.zeros(self.candidates.vocab_size)
+        allowed[sorted(self.specials)] = -torch.inf
+        ids, _ = search(
+            [noisy], self.candidates, log_likelihood=torch.Tensor.neg_, log_prior=allowed
+        )
+        return ids[0][:, 0]
+
+    def replace(self, token_ids: Tensor, stream: SecretStream, scale: Tensor | None) -> Tensor:
+        """Return the text that stands for ``token_ids``, ``(T,) -> (T,)``.
+
+        Raises:
+            PrivacyError: if the candidates depend on the position, or an id is not among them.
+        """
+        if not isinstance(self.candidates, MatrixCandidates) or self.candidates.positions != 1:
+            raise PrivacyError("candidates: must be one (V, d) matrix to replace text")
+        table = self.candidates.matrix[0]  # (V, d)
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < len(table):
+            raise PrivacyError(f"token id={int(token_ids.max())}: must be in 0..{len(table) - 1}")
+        out = self.tokens(table[token_ids], stream, scale)
+        for end in (0, -1) if len(token_ids) else ():
+            if int(token_ids[end]) in self.specials:
+                out[end] = token_ids[end]
+        return out
+
+    def privatise_sample(
+        self, hidden: Tensor, token_ids: Tensor, stream: SecretStream, scale: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`Mechanism.privatise_sample`.
+
+        Raises:
+            PrivacyError: for a bottom that learns; see also :meth:`replace`.
+        """
+        if self.bottom is None:
+            return self.privatise(hidden, stream, scale)
+        check_hidden(hidden, scale)
+        if hidden.requires_grad:
+            raise PrivacyError("nearest-token: the bottom learns: must be frozen")
+        ids = self.replace(token_ids.cpu(), stream, scale).unsqueeze(0).to(token_ids.device)
+        if not ids.shape[1]:
+            return hidden
+        with torch.no_grad():
+            return self.bottom(ids, torch.ones_like(ids))[0].to(hidden)
 
     def privatise(
         self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None
@@ -85,7 +150,11 @@ class NearestToken(Mechanism):
 
     def guarantee(self, views: int = 1) -> str:
         """See :meth:`Mechanism.guarantee`."""
-        return f"{DChi(self.eta).guarantee(views)}; what is sent are other tokens' clean vectors"
+        on = "representations" if self.bottom is None else "word embeddings"
+        return (
+            f"{DChi(self.eta).guarantee(views)}; distances are those of {on}; "
+            "what is sent are other tokens' clean vectors"
+        )
 
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:
         """See :meth:`Mechanism.per_token_epsilon`; eta * distance * views."""

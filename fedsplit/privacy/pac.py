@@ -31,6 +31,10 @@ from fedsplit.privacy.mechanism import (
 from fedsplit.privacy.secret import Floats, SecretStream
 
 
+FLOOR = 1e-3
+"""Smallest eigenvalue that is believed, relative to their mean."""
+
+
 def noise_variances(eigenvalues: Floats, budget: float) -> Floats:
     """Return e_j, ``(d,) -> (d,)``; 0.5 sum log(1 + l_j/e_j) <= sum l_j/(2 e_j) = ``budget``."""
     root = np.sqrt(eigenvalues)
@@ -40,11 +44,27 @@ def noise_variances(eigenvalues: Floats, budget: float) -> Floats:
 def token_covariance(representations: Iterable[Tensor]) -> Tensor:
     """Return the covariance of tokens' vectors, float64 ``(d, d)``, from samples ``(T_i, d)``.
 
-    Use public text: the noise's shape is itself seen by the server.
+    The noise's shape is itself seen by the server: it can estimate the covariance of what it
+    receives, whoever's text the covariance was taken from.
     """
     rows = torch.cat([x.detach().cpu().double() for x in representations])  # (N, d)
     check(len(rows) >= 2, "tokens", len(rows), ">= 2 (to estimate a covariance)")
     return torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+
+
+def budget_from_ratio(ratio: float, median_norm: float, covariance: Tensor) -> float:
+    """Return the budget whose noise is ``ratio`` times as long as the median representation.
+
+    The root mean square length is sum_j sqrt(l_j) / sqrt(2 B).  Rounded to 4 significant digits.
+
+    Args:
+        ratio: sqrt(E||n||^2) / median ||h||, in many dimensions the same as E||n|| / median ||h||.
+        median_norm: length units of the representation.
+        covariance: ``(d, d)``, as given to :class:`Pac` (with its default ``floor``).
+    """
+    values = np.linalg.eigvalsh(covariance.detach().cpu().double().numpy())
+    root = np.sqrt(np.maximum(values, FLOOR * values.mean())).sum()
+    return float(f"{0.5 * (root / (ratio * median_norm)) ** 2:.4g}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +78,9 @@ class Pac(Mechanism):
         It bounds no pair of tokens: a rare token far outside the covariance can be recognised, so
         ``per_token_epsilon`` is infinite.  The covariance must cover the text that is sent.  Draws
         add up: v views share at most v budgets; so do the T tokens of a sentence.  A token with
-        multiplier rho has budget / rho^2.
+        multiplier rho has budget / rho^2.  With public inputs (the default) the bound for the
+        owner's text is what :meth:`information` says for that text's covariance; with the owner's
+        own, the bound is the budget, and the noise's shape tells the server that covariance.
     Source:
         arXiv 2210.03458 theorem 3; eigenvalue allocation as in the module's head.  ``floor`` is
         ours: eigenvalues below ``floor`` times their mean are raised to it, which keeps the bound
@@ -77,7 +99,7 @@ class Pac(Mechanism):
     name: ClassVar[str] = "pac"
     budget: float
     covariance: Tensor = field(repr=False, compare=False)
-    floor: float = 1e-3
+    floor: float = FLOOR
     _root: Tensor = field(init=False, repr=False, compare=False)
     _digest: str = field(init=False, repr=False)
 
@@ -116,6 +138,19 @@ class Pac(Mechanism):
     def mean_noise_norm(self) -> float:
         """Root mean square length of the noise (length units of the representation)."""
         return float(self._root.norm())
+
+    def information(self, covariance: Tensor) -> float:
+        """Return the nats per token and draw shared by vectors of another covariance, at most.
+
+        0.5 log det(I + C N^-1) with N the noise's covariance: exact for Gaussian vectors, an upper
+        bound for all others of that covariance.
+
+        Args:
+            covariance: C, ``(d, d)``, for instance :func:`token_covariance` of an owner's text.
+        """
+        inverse = torch.linalg.inv(self._root)
+        inside = inverse @ covariance.detach().cpu().double() @ inverse
+        return float(0.5 * torch.linalg.slogdet(torch.eye(len(inside)) + inside).logabsdet)
 
     def privatise(
         self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None

@@ -117,7 +117,7 @@ class SamplePerturber:
             content_digest(token_ids),
             view,
         )
-        out = self.mechanism.privatise(hidden, stream, scale)
+        out = self.mechanism.privatise_sample(hidden, token_ids, stream, scale)
         self._samples += 1
         self._tokens += token_ids.shape[0]
         self._touched += 0 if scale is None else int((scale < 1).sum())

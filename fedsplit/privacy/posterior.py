@@ -13,18 +13,23 @@ attack than the nearest neighbour: report empirical privacy against it too
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsplit.errors import ConfigError, check
-from fedsplit.privacy.candidates import Candidates, LinearCandidates, rows_by_position
+from fedsplit.privacy.candidates import Candidates, Rows, rows_by_position
 from fedsplit.privacy.mechanism import Mechanism
-from fedsplit.privacy.scan import check_prior, posterior_, product_blocks
+from fedsplit.privacy.scan import Products, check_prior, posterior_, products
+from fedsplit.privacy.summed import SummedCandidates, in_coordinates
 
 NEGLIGIBLE = 25.0
 """Nats below the best so far at which a block's candidates are left out (mass < V e^-25)."""
+
+SMALLEST_RHO = 0.01
 
 
 def unigram_log_prior(
@@ -58,34 +63,77 @@ def unigram_log_prior(
     return log.float()
 
 
+@dataclass(frozen=True)
+class Touched:
+    """What a server knows of contributing tokens: how many at most, and how much less noise.
+
+    Args:
+        share: of the tokens that have reduced noise, in [0, 1); which ones is not announced.
+        rho: their noise multiplier, in [0, 1].
+    """
+
+    share: float
+    rho: float
+
+    def __post_init__(self) -> None:
+        check(0 <= self.share < 1, "share", self.share, "in [0, 1) (of the tokens)")
+        check(0 <= self.rho <= 1, "rho", self.rho, "in [0, 1] (noise multiplier)")
+
+
+def likelihood_of(
+    mechanism: Mechanism, dim: int, touched: Touched | None
+) -> Callable[[Tensor], Tensor]:
+    """Return log p(received | candidate), up to a constant, as a function of squared distances.
+
+    With touched tokens it is the mixture (1 - s) p(n) + s p(n / rho) / rho^d over the two noise
+    levels: at d = 384 a single vector tells them apart.  rho below 0.01 counts as 0.01, which is
+    the rounding on the wire.
+    """
+    if touched is None or touched.share == 0 or touched.rho == 1:
+        return mechanism.log_likelihood
+    rho = max(touched.rho, SMALLEST_RHO)
+    full, part = math.log1p(-touched.share), math.log(touched.share) - dim * math.log(rho)
+
+    def mixture(squared: Tensor) -> Tensor:
+        sharp = mechanism.log_likelihood(squared / rho**2).add_(part)
+        return torch.logaddexp(mechanism.log_likelihood(squared).add_(full), sharp, out=sharp)
+
+    return mixture
+
+
 class Denoiser:
     """Replaces received vectors by their posterior means.
 
-    Give it all samples of a wave (or of a frozen-bottom run) at once: candidates that are computed
-    through a bottom are recomputed in every call; ``candidates.materialise()`` keeps them.
+    Give it as many samples at once as there are: candidates that are computed through a bottom are
+    recomputed in every call (those of :func:`fedsplit.privacy.summed.candidates_of` rarely are).
+    Beside the candidates themselves it holds blocks of 16 MB, however many samples there are.
 
     What breaks it:
-        A bottom that moved since the candidates were built, k > 0 (no candidate set), and tokens
-        with reduced noise (CTI), which are treated as if they had all of it.
+        A bottom that moved since the candidates were built, and k > 0 (no candidate set).
 
     Args:
         candidates: public vectors of every token.
         mechanism: what the owners used.
         log_prior: ``(V,)``, for instance :func:`unigram_log_prior`; None for a uniform one.
+        touched: reduced noise on some tokens, as announced; None if there is none.
 
     Raises:
         PrivacyError: if the mechanism's law is not known, or the prior or whitener does not fit.
     """
 
     def __init__(
-        self, candidates: Candidates, mechanism: Mechanism, log_prior: Tensor | None = None
+        self,
+        candidates: Candidates,
+        mechanism: Mechanism,
+        log_prior: Tensor | None = None,
+        touched: Touched | None = None,
     ) -> None:
         mechanism.log_likelihood(torch.zeros(1))
-        self.mechanism = mechanism
+        self.likelihood = likelihood_of(mechanism, candidates.dim, touched)
         self.whitener = mechanism.whitener()
         self.candidates = candidates
         if self.whitener is not None:
-            self.candidates = LinearCandidates(candidates, self.whitener)
+            self.candidates = in_coordinates(candidates, self.whitener)
         self.log_prior = check_prior(log_prior, candidates)
 
     @torch.no_grad()
@@ -98,32 +146,54 @@ class Denoiser:
         if not representations:
             return []
         rows = rows_by_position(whiten(representations, self.whitener), self.candidates)
+        sums = RunningMeans(rows, self.candidates)
+        norms = torch.linalg.vecdot(rows.rows, rows.rows).unsqueeze(1)  # (N, 1)
+        for part in products(rows, self.candidates):
+            posterior_(part.scores, norms[part.here], self.likelihood, self.log_prior, part.first)
+            sums.add(part)
+        return unwhiten(rows.split(sums.means()), self.whitener, representations)
+
+
+class RunningMeans:
+    """Softmax-weighted means of candidates whose log-weights come block by block."""
+
+    def __init__(self, rows: Rows, candidates: Candidates) -> None:
         n, d = rows.rows.shape
         device = rows.rows.device
-        peak = torch.full((n,), -torch.inf, device=device)
-        mass = torch.zeros(n, device=device)
-        mean = torch.zeros(n, d, device=device)
-        norms = torch.linalg.vecdot(rows.rows, rows.rows).unsqueeze(1)  # (N, 1)
-        for first, block in self.candidates.blocks():  # (P, v, d)
-            for p, (start, stop) in enumerate(rows.bounds):
-                if start == stop:
-                    continue
-                for q, v, scores in product_blocks(rows.rows[start:stop], block[p]):
-                    here = slice(start + q, start + q + len(scores))
-                    posterior_(
-                        scores,
-                        norms[here],
-                        self.mechanism.log_likelihood,
-                        self.log_prior,
-                        first + v,
-                    )
-                    chunk = block[p, v : v + scores.shape[1]]  # (v, d)
-                    _accumulate(scores, chunk, peak[here], mass[here], mean[here])
-        mean /= mass.unsqueeze(1)
-        if self.whitener is not None:
-            mean = mean @ torch.linalg.inv(self.whitener).to(mean)
-        dtype, place = representations[0].dtype, representations[0].device
-        return [x.to(place, dtype) for x in rows.split(mean)]
+        self._rows, self._candidates = rows, candidates
+        self._peak = torch.full((n,), -torch.inf, device=device)  # largest log-weight so far
+        self._mass = torch.zeros(n, device=device)  # sum of exp(log-weight - peak)
+        self._gain = torch.zeros(n, device=device)  # the same, times gains
+        self._mean = torch.zeros(n, d, device=device)  # the same, times the table's rows
+
+    def add(self, part: Products) -> None:
+        """Add one block whose scores are log-weights by now."""
+        here, log_weight = part.here, part.scores
+        peak, mass, gain, mean = (x[here] for x in (self._peak, self._mass, self._gain, self._mean))
+        top = log_weight.amax(1)  # (n,)
+        use = (top > peak - NEGLIGIBLE).nonzero().squeeze(1)
+        if not len(use):
+            return
+        old, new = peak[use], torch.maximum(peak[use], top[use])
+        weight = (log_weight[use] - new.unsqueeze(1)).exp_()  # (n', v)
+        shrink = (old - new).exp()
+        mass[use] = mass[use] * shrink + weight.sum(1)
+        if part.gains is not None:
+            weight *= part.gains[use]
+            gain[use] = gain[use] * shrink + weight.sum(1)
+        mean[use] = torch.addmm(mean[use] * shrink.unsqueeze(1), weight, part.table)
+        peak[use] = new
+
+    def means(self) -> Tensor:
+        """Return the means, ``(N, d)``; to be called once."""
+        return finished(self._mean, self._gain, self._mass, self._rows, self._candidates)
+
+
+def finished(mean: Tensor, gain: Tensor, mass: Tensor, rows: Rows, candidates: Candidates) -> Tensor:
+    """Return means from sums over the tables of :class:`fedsplit.privacy.scan.Products`."""
+    if isinstance(candidates, SummedCandidates):
+        return candidates.finish(mean, gain, mass, rows)
+    return mean.div_(mass.unsqueeze(1))
 
 
 def whiten(representations: Sequence[Tensor], whitener: Tensor | None) -> list[Tensor]:
@@ -133,25 +203,11 @@ def whiten(representations: Sequence[Tensor], whitener: Tensor | None) -> list[T
     return [x.detach().float() @ whitener.to(x.device, torch.float32) for x in representations]
 
 
-def _accumulate(
-    log_weight: Tensor, chunk: Tensor, peak: Tensor, mass: Tensor, mean: Tensor
-) -> None:
-    """Add one block to the running softmax, in place.
-
-    Args:
-        log_weight: ``(n, v)``.
-        chunk: the block's candidates, ``(v, d)``.
-        peak: largest log-weight so far, ``(n,)``.
-        mass: sum of exp(log-weight - peak), ``(n,)``.
-        mean: sum of exp(log-weight - peak) e_v, ``(n, d)``.
-    """
-    top = log_weight.amax(1)  # (n,)
-    use = (top > peak - NEGLIGIBLE).nonzero().squeeze(1)
-    if not len(use):
-        return
-    old, new = peak[use], torch.maximum(peak[use], top[use])
-    weight = (log_weight[use] - new.unsqueeze(1)).exp_()  # (n', v)
-    shrink = (old - new).exp()
-    mass[use] = mass[use] * shrink + weight.sum(1)
-    mean[use] = torch.addmm(mean[use] * shrink.unsqueeze(1), weight, chunk)
-    peak[use] = new
+def unwhiten(
+    means: Sequence[Tensor], whitener: Tensor | None, like: Sequence[Tensor]
+) -> list[Tensor]:
+    """Undo :func:`whiten`, and give each sample the type and place of its original."""
+    if whitener is not None:
+        back = torch.linalg.inv(whitener)
+        means = [x @ back.to(x) for x in means]
+    return [x.to(y.device, y.dtype) for x, y in zip(means, like, strict=True)]

@@ -8,13 +8,15 @@ noise it moves 98 % of MiniLM's tokens.  Blocks stay in cache and are overwritte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit.errors import PrivacyError, check
-from fedsplit.privacy.candidates import Candidates, rows_by_position
+from fedsplit.privacy.candidates import Candidates, Rows, rows_by_position
+from fedsplit.privacy.summed import SummedCandidates
 
 QUERY_BLOCK, VOCAB_BLOCK, GROUPS = 2048, 2048, 16
 
@@ -104,6 +106,40 @@ def product_blocks(queries: Tensor, candidates: Tensor) -> Iterator[tuple[int, i
             yield q, v, torch.addmm(bias, rows, block.T, out=out)
 
 
+@dataclass
+class Products:
+    """One block of rows against one block of candidates.
+
+    Attributes:
+        here: which rows.
+        first: id of the first candidate.
+        scores: ``x . e - ||e||^2 / 2``, ``(n, v)``; overwritten by the next block.
+        table: ``(v, d)``; the candidates themselves where ``gains`` is None.
+        gains: ``(n, v)``, see :class:`fedsplit.privacy.summed.SummedCandidates`.
+    """
+
+    here: slice
+    first: int
+    scores: Tensor
+    table: Tensor
+    gains: Tensor | None = None
+
+
+def products(rows: Rows, candidates: Candidates) -> Iterator[Products]:
+    """Yield every row against every candidate of its position, in blocks that stay in cache."""
+    if isinstance(candidates, SummedCandidates):
+        for here, first, scores, table, gains in candidates.products(rows, QUERY_BLOCK):
+            yield Products(here, first, scores, table, gains)
+        return
+    for first, block in candidates.blocks():  # block (P, v, d)
+        for p, (start, stop) in enumerate(rows.bounds):
+            if start == stop:
+                continue
+            for q, v, scores in product_blocks(rows.rows[start:stop], block[p]):
+                here = slice(start + q, start + q + len(scores))
+                yield Products(here, first + v, scores, block[p, v : v + scores.shape[1]])
+
+
 def search(
     representations: Sequence[Tensor],
     candidates: Candidates,
@@ -134,16 +170,10 @@ def search(
     ids = torch.zeros((n, k), dtype=torch.int64, device=device)
     norms = torch.linalg.vecdot(rows.rows, rows.rows).unsqueeze(1)  # (N, 1)
     prior = check_prior(log_prior, candidates)
-    for first, block in candidates.blocks():  # block (P, v, d)
-        for p, (start, stop) in enumerate(rows.bounds):
-            if start == stop:
-                continue
-            for q, v, scores in product_blocks(rows.rows[start:stop], block[p]):
-                here = slice(start + q, start + q + len(scores))
-                at = first + v
-                if log_likelihood is not None:
-                    posterior_(scores, norms[here], log_likelihood, prior, at)
-                merge_block(best[here], ids[here], scores, at)
+    for part in products(rows, candidates):
+        if log_likelihood is not None:
+            posterior_(part.scores, norms[part.here], log_likelihood, prior, part.first)
+        merge_block(best[part.here], ids[part.here], part.scores, part.first)
     best, order = best.sort(dim=1, descending=True, stable=True)
     ids = ids.gather(1, order)
     if log_likelihood is None:

@@ -41,8 +41,8 @@ class Kind(IntEnum):
     READY = 5  # owner -> server: data loaded, so many batches follow
     START = 6  # server -> owner: your wave begins; credit for so many batches
     BATCH = 7  # owner -> server: representations of one step's samples (or their slots alone)
-    LOGITS = 8  # server -> owner: the top's output for that step
-    GRAD = 9  # owner -> server: dL/dlogits of that step
+    LOGITS = 8  # server -> owner: the top's output for that step (logits, or final hidden states)
+    GRAD = 9  # owner -> server: gradient of that step's loss by what LOGITS brought
     HIDDEN_GRAD = 10  # server -> owner: dL/drepresentations of that step (joint bottoms)
     DONE = 11  # owner -> server: no more batches; counts and averages of the session
     BYE = 12  # server -> owner: the session is over

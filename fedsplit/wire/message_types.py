@@ -2,3 +2,4 @@
 
 STEP_TYPE = "query.fedsplit_step"
 WHO_TYPE = "query.fedsplit_who"
+SERVE_TYPE = "query.fedsplit_serve"

@@ -10,7 +10,13 @@ import torch
 from scipy import stats
 
 from fedsplit.errors import ConfigError
-from fedsplit.privacy.gaussian import Gaussian, gaussian_delta, gaussian_epsilon, gaussian_ratio
+from fedsplit.privacy.gaussian import (
+    Gaussian,
+    epsilon_from_ratio,
+    gaussian_delta,
+    gaussian_epsilon,
+    gaussian_ratio,
+)
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -102,3 +108,31 @@ def test_views_compose_exactly():
 def test_out_of_range_is_refused(bad: dict[str, float]):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Gaussian(**{"epsilon": 1.0, "delta": 1e-5, "clip": 1.0, **bad})
+
+
+def test_what_is_sent_obeys_epsilon_and_delta():
+    """Histograms of real outputs: sum (p - e^eps q)+ over the bins is delta at the worst pair."""
+    n, mechanism = 400_000, Gaussian(epsilon=1.0, delta=0.05, clip=2.0)
+    h, other = torch.tensor([2.0]), torch.tensor([-7.0])  # the second is clipped to -2
+    sent = [
+        mechanism.privatise(x.expand(n, 1), SecretStream(bytes([i]) * 32)).numpy().ravel()
+        for i, x in enumerate((h, other))
+    ]
+
+    edges = np.linspace(-30, 30, 121)
+    p, q = (np.histogram(x, bins=edges)[0] / n for x in sent)
+
+    delta = np.maximum(p - math.exp(1.0) * q, 0).sum()
+    assert 0.85 * 0.05 < delta < 1.05 * 0.05 + 4 / math.sqrt(n)
+    assert np.maximum(p - math.exp(0.5) * q, 0).sum() > 1.3 * 0.05  # and the bound is tight
+
+
+def test_noise_ratio_sets_the_mean_norm():
+    epsilon = epsilon_from_ratio(1.5, 64, 10.0, clip=12.0, delta=1e-5)
+
+    mechanism = Gaussian(epsilon=epsilon, delta=1e-5, clip=12.0)
+    noise = mechanism.privatise(torch.zeros(4000, 64), SecretStream(bytes(32)))
+
+    assert float(noise.norm(dim=1).mean()) == pytest.approx(15.0, rel=0.01)
+    with pytest.raises(ConfigError, match=r"privacy\.noise-ratio=1e\+09: must be small enough"):
+        epsilon_from_ratio(1e9, 64, 10.0, clip=12.0, delta=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedsplit.errors import ConfigError, PrivacyError
-from fedsplit.privacy.pac import Pac, noise_variances, token_covariance
+from fedsplit.privacy.pac import Pac, budget_from_ratio, noise_variances, token_covariance
 from fedsplit.privacy.secret import SecretStream
 
 D = 8
@@ -84,3 +84,22 @@ def test_misuse_is_refused():
         Pac(budget=1.0, covariance=torch.diag(torch.tensor([2.0, -1.0])))
     with pytest.raises(PrivacyError, match=rf"must be \(T, {D}\)"):
         Pac(budget=1.0, covariance=COVARIANCE).privatise(torch.zeros(2, 3), SecretStream(bytes(32)))
+
+
+def test_information_about_other_text_is_what_gaussian_vectors_share():
+    mechanism = Pac(budget=3.0, covariance=COVARIANCE)
+    zeros = torch.zeros(60_000, D, dtype=torch.float64)
+    noise = torch.cov(mechanism.privatise(zeros, SecretStream(bytes(32))).T)
+
+    for other in (COVARIANCE, 4 * COVARIANCE, torch.eye(D, dtype=torch.float64)):
+        expected = 0.5 * (torch.logdet(other + noise) - torch.logdet(noise))
+        assert mechanism.information(other) == pytest.approx(float(expected), rel=0.02)
+
+    assert mechanism.information(COVARIANCE) <= 3.0  # what the budget promises
+    assert mechanism.information(4 * COVARIANCE) > 3.0  # and what it does not
+
+
+def test_noise_ratio_sets_the_length():
+    budget = budget_from_ratio(1.7, 20.0, COVARIANCE)
+
+    assert Pac(budget=budget, covariance=COVARIANCE).mean_noise_norm == pytest.approx(34, rel=1e-3)

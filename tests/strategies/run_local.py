@@ -54,7 +54,7 @@ def run_local(config: RunConfig, *, prepare: Any = None, **grid_options: Any) ->
     strategy = SplitTuning(config, parts)
     if prepare is not None:
         prepare(grid, strategy)
-    initial: ArrayRecord = initial_arrays(config, bottom)
+    initial: ArrayRecord = initial_arrays(config, bottom, parts.head)
     try:
         result = strategy.start(grid, initial, num_rounds=config.train.rounds)
     finally:

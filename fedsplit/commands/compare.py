@@ -1,0 +1,246 @@
+"""``fedsplit compare``: is B a descendant of A, how sure is that, and which blocks are not?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsplit.commands.models import CodedCommand
+
+if TYPE_CHECKING:
+    from fedsplit.fingerprints.sources import Source
+    from fedsplit.fingerprints.verdict import Judgement
+    from fedsplit.fingerprints.view import Similarity
+
+console = Console()
+RUN_BYTES = 1 << 30
+BAR = 24
+WORDS = {
+    "in_lineage": "[green]in lineage[/green]: B descends from A",
+    "not_shown": "[yellow]not shown[/yellow]: neither a descendant nor plainly a stranger",
+    "independent": "[red]independent[/red]: B is as far from A as strangers are",
+}
+# What strangers reached at most and descendants at least (docs/lineage.md says on what).
+REFERENCE = {
+    "score": ("0.02", "0.963"),
+    "pcs": ("0.06", "0.993"),
+    "ics_whitened": ("0.06", "0.959"),
+    "awm": ("0.43", "0.974"),
+    "ics_published": ("0.41", "0.709"),
+    "reef": ("0.71", "0.932"),
+    "ics": ("0.80", "0.837"),
+}
+
+
+@dataclass
+class Comparison:
+    """What was found between two models."""
+
+    judgement: Judgement
+    judged: str
+    similarity: Similarity
+    values: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command(cls=CodedCommand)(compare)
+
+
+def compare(
+    base: Annotated[
+        str,
+        typer.Argument(help="A: folder, .safetensors, package:NAME, hub name, or a fingerprint"),
+    ],
+    suspect: Annotated[str, typer.Argument(help="B: the same")],
+    signer: Annotated[
+        str | None, typer.Option(help="public key (hex or file) that A's fingerprint must have")
+    ] = None,
+    pictures: Annotated[Path | None, typer.Option(help="write both portraits here")] = None,
+    generator: Annotated[
+        Path | None, typer.Option(help="ONNX generator of the pictures instead of the dogs")
+    ] = None,
+    run: Annotated[
+        bool | None,
+        typer.Option("--run/--no-run", help="also run both (REEF); default: if small"),
+    ] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+) -> None:
+    """Compare two models: every fingerprint, a verdict with its error rate, block by block.
+
+    Exit code: 0 in lineage, 1 not shown, 2 independent, 3 error, 4 wrong usage.
+    """
+    from fedsplit.fingerprints.keys import read_public
+    from fedsplit.fingerprints.sources import open_source
+
+    wanted = None if signer is None else read_public(signer)
+    ours, theirs = open_source(base, signer=wanted), open_source(suspect)
+    if ours.view is not None and theirs.view is not None:
+        found = between_weights(ours, theirs, run)
+    else:
+        found = between_public(ours, theirs)
+    show(found, ours, theirs)
+    if json_ is not None:
+        content = asdict(found.judgement) | {"judged": found.judged, "values": found.values}
+        json_.write_text(json.dumps(content, indent=1) + "\n")
+    if pictures is not None:
+        draw(pictures, ours, theirs, generator)
+    raise typer.Exit(found.judgement.exit_code)
+
+
+def between_weights(base: Source, suspect: Source, run: bool | None) -> Comparison:
+    """Every fingerprint of two models at hand; the verdict is the aligned products'.
+
+    Raises:
+        LineageError: for different widths, or no shared token rows.
+        ModelError: for missing tensors, NaN or infinite values.
+    """
+    from fedsplit.errors import LineageError
+    from fedsplit.fingerprints import FINGERPRINTS
+    from fedsplit.fingerprints.verdict import judge
+    from fedsplit.fingerprints.view import same_width
+
+    assert base.view is not None
+    assert suspect.view is not None
+    same_width(base.view, suspect.view)
+    score = FINGERPRINTS["score"]().compare(base.view, suspect.view)
+    found = Comparison(judge(score, base.width), "score", score, {"score": score.value})
+    for name in REFERENCE:
+        try:
+            if name == "reef":
+                found.values[name] = _reef(base, suspect, run)
+            elif name != "score":
+                found.values[name] = FINGERPRINTS[name]().compare(base.view, suspect.view).value
+        except LineageError as error:
+            found.reasons[name] = str(error)
+    return found
+
+
+def between_public(base: Source, suspect: Source) -> Comparison:
+    """The whitened invariants' sketches, where at least one side is a published file.
+
+    Raises:
+        LineageError: for files made with other tokens, sizes or seeds, or different widths.
+        ModelError: for missing tensors, NaN or infinite values.
+    """
+    from fedsplit.fingerprints import public_file
+    from fedsplit.fingerprints.verdict import judge_public
+
+    if base.public is not None and suspect.public is not None:
+        found = public_file.compare_files(base.public, suspect.public)
+    elif base.public is not None:
+        assert suspect.view is not None
+        found = public_file.compare_public(base.public, suspect.view)
+    else:
+        assert suspect.public is not None
+        assert base.view is not None
+        found = public_file.compare_public(suspect.public, base.view)
+    published = base.public or suspect.public
+    assert published is not None
+    judgement = judge_public(found, published.width, published.size)
+    return Comparison(judgement, "ics_whitened", found, {"ics_whitened": found.value})
+
+
+def _reef(base: Source, suspect: Source, run: bool | None) -> float:
+    from fedsplit.commands.models import load_running
+    from fedsplit.errors import FedsplitError, LineageError
+    from fedsplit.fingerprints import FINGERPRINTS
+    from fedsplit.fingerprints.view import WeightView
+
+    if run is False:
+        raise LineageError("not run (--run loads both models)")
+    if run is None:
+        size = sum(_bytes(source) for source in (base, suspect))
+        if size > RUN_BYTES:
+            raise LineageError(f"not run: {size / 2**30:.1f} GiB of weights (--run loads them)")
+    try:
+        views = [WeightView.of_module(load_running(str(s.folder))) for s in (base, suspect)]
+    except FedsplitError as error:
+        raise LineageError(f"not run: {error}") from error
+    return FINGERPRINTS["reef"]().compare(*views).value
+
+
+def _bytes(source: Source) -> int:
+    assert source.folder is not None
+    return sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
+
+
+def show(found: Comparison, base: Source, suspect: Source) -> None:
+    """Print the table of fingerprints, the blocks and the verdict."""
+    console.print(f"A = {escape(_described(base))}\nB = {escape(_described(suspect))}")
+    for source in (base, suspect):
+        if source.public is not None and not source.public.standard_tokens:
+            console.print(
+                f"[yellow]{escape(source.name)}: its token list is not the public draw; whoever "
+                f"chose it could forge likeness[/yellow]"
+            )
+    table = Table("fingerprint", "B to A", "strangers, most", "descendants, least", "")
+    for name, (strangers, descendants) in REFERENCE.items():
+        if name in found.values:
+            remark = "the verdict's" if name == found.judged else ""
+            value = f"{found.values[name]:.4f}"
+            table.add_row(name, value, strangers, descendants, remark)
+        elif name in found.reasons:
+            table.add_row(name, "-", strangers, descendants, escape(found.reasons[name]))
+    console.print(table)
+    console.print(blocks(found))
+    for note in found.similarity.notes:
+        console.print(f"note: {escape(note)}")
+    judged = found.judgement
+    console.print(WORDS[judged.verdict])
+    console.print(
+        f"score {judged.score:.4f}, p = {judged.p_value:.1e} under independence, {judged.z:.1f} "
+        f"standard deviations; needed {judged.threshold:.4f} for a false-positive rate of "
+        f"{judged.false_positive_rate:.0e}",
+        highlight=False,
+    )
+    if judged.diverged:
+        where = ", ".join(map(str, judged.diverged))
+        console.print(f"blocks that look like a stranger's (replaced or spliced): {where}")
+
+
+def blocks(found: Comparison) -> Table:
+    """Which blocks are related: a bar and a p-value each."""
+    table = Table("block of A", "likeness", "", "p", "")
+    judged = found.judgement
+    for index, value in enumerate(found.similarity.per_block):
+        bar = "█" * round(BAR * min(1.0, max(0.0, value)))
+        remark = "a stranger's" if index in judged.diverged else ""
+        table.add_row(
+            str(index), f"{value:.3f}", bar.ljust(BAR, "·"), f"{judged.block_p[index]:.1e}", remark
+        )
+    return table
+
+
+def _described(source: Source) -> str:
+    kind = "weights"
+    if source.public is not None:
+        by = source.public.signer
+        kind = f"published fingerprint, signed by {by[:16]}..." if by else "unsigned fingerprint"
+    return f"{source.name} ({kind}; {source.depth} blocks of width {source.width})"
+
+
+def draw(folder: Path, base: Source, suspect: Source, generator: Path | None) -> None:
+    """Write A.png and B.png; both are seen through the same token list."""
+    from fedsplit.commands.models import portrait_vector, write_picture
+
+    published = base.public or suspect.public
+    tokens: Any = None if published is None else published.tokens
+    if tokens is None:
+        from fedsplit.fingerprints.view import choose_tokens, shared_rows
+
+        assert base.view is not None
+        assert suspect.view is not None
+        tokens = choose_tokens(shared_rows(base.view, suspect.view))
+    for letter, source in (("A", base), ("B", suspect)):
+        path = folder / f"{letter}.png"
+        write_picture(path, portrait_vector(source, tokens), generator)
+        console.print(f"portrait of {letter}: {path}", highlight=False)

@@ -1,0 +1,139 @@
+"""``fedsplit ledger``: what has left this machine, and whether the record is whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedsplit.owners.ledger import Totals
+
+console = Console()
+ledger_app = typer.Typer(no_args_is_help=True, help="The record of everything that left.")
+Home = Annotated[
+    Path | None,
+    typer.Option(help="the owner's home; default: $FEDSPLIT_HOME or ~/.fedsplit"),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group of commands to ``app``."""
+    app.add_typer(ledger_app, name="ledger")
+
+
+def _folder(home: Path | None) -> Path:
+    return home or Path(os.environ.get("FEDSPLIT_HOME") or Path.home() / ".fedsplit")
+
+
+@ledger_app.command()
+def show(
+    home: Home = None,
+    run: Annotated[str, typer.Option(help="only this run")] = "",
+    tail: Annotated[int, typer.Option(help="also the last so many lines", min=0)] = 0,
+) -> None:
+    """Add up what left: by kind, and how many noises of each text."""
+    from collections import deque
+
+    from fedsplit.owners.ledger import Totals, read_ledger
+
+    totals = Totals()
+    last: deque[dict[str, Any]] = deque(maxlen=tail)
+    for entry in read_ledger(_folder(home)):
+        if run and str(entry.get("run", "")) != run:
+            continue
+        totals.apply(entry)
+        last.append(entry)
+    console.print(_kinds(totals, run))
+    if totals.runs and not run:
+        console.print(_runs(totals))
+    exposed = totals.exposure.representations()
+    if exposed:
+        console.print(_exposure(totals))
+    if last:
+        console.print(_lines(list(last)))
+
+
+@ledger_app.command()
+def verify(home: Home = None) -> None:
+    """Check every line against the one before it; names the first bad line."""
+    from fedsplit.owners.ledger import GENESIS, read_ledger
+
+    count, last = 0, ""
+    for entry in read_ledger(_folder(home)):
+        count += 1
+        last = str(entry["time"])
+    head = _last_hash(_folder(home)) or GENESIS
+    console.print(f"whole: {count} lines, the last of {last or 'never'}", highlight=False)
+    console.print(f"hash after the last line: {head}", highlight=False)
+
+
+def _last_hash(folder: Path) -> str:
+    from fedsplit.owners.ledger import last_hash
+
+    return last_hash(folder)
+
+
+def _kinds(totals: Totals, run: str) -> Table:
+    title = f"what left in run {run}" if run else "what left"
+    table = Table("kind", "lines", "bytes", title=title)
+    for kind, (count, size) in sorted(totals.kinds.items(), key=lambda item: -item[1][1]):
+        table.add_row(kind, f"{count:,}", f"{size:,}")
+    table.add_row("all", f"{sum(n for n, _ in totals.kinds.values()):,}", f"{totals.bytes:,}")
+    return table
+
+
+def _runs(totals: Totals) -> Table:
+    table = Table("run", "sessions", "epochs", "bytes", "tokens with reduced noise")
+    for name, row in totals.runs.items():
+        sent = sum(row.tokens.values())
+        share = f"{100 * sum(row.touched.values()) / sent:.2f} %" if sent else "-"
+        table.add_row(name or "-", str(row.sessions), f"{row.epochs:.2f}", f"{row.bytes:,}", share)
+    return table
+
+
+def _exposure(totals: Totals) -> Table:
+    table = Table(
+        "bottom and split point",
+        "samples",
+        "views: most, median",
+        "adds up to: most, median",
+        title="different noises of one text that left (same noise again counts once)",
+    )
+    for representation in totals.exposure.representations():
+        row = totals.exposure.summary(representation)
+        cost = [
+            f"{unit} {row[unit]['max']:.4g}, {row[unit]['median']:.4g}"
+            for unit in ("eta", "epsilon", "nats")
+            if unit in row
+        ]
+        cost += ["no guarantee"] * ("guarantee" in row)
+        digest, _, k = representation.rpartition(":")
+        table.add_row(
+            f"{digest[:12]}... k={k}",
+            str(row["samples"]),
+            f"{row['views']['max']}, {row['views']['median']}",
+            "; ".join(cost),
+        )
+    return table
+
+
+def _lines(entries: list[dict[str, Any]]) -> Table:
+    table = Table("line", "time", "run", "round", "kind", "shape", "bytes", "digest")
+    for entry in entries:
+        shape = "x".join(str(x) for x in entry.get("shape", [])) or "-"
+        table.add_row(
+            str(entry["n"] + 1),
+            str(entry["time"]),
+            str(entry.get("run", "-")),
+            f"{entry.get('mode', '-')} {entry.get('round', '')}".strip(),
+            str(entry["kind"]),
+            shape,
+            f"{entry.get('bytes', 0):,}",
+            str(entry.get("digest", "-"))[:12],
+        )
+    return table

@@ -1,0 +1,120 @@
+"""What a user may name where a model is wanted: weights, a package, a hub, a fingerprint.
+
+Nothing is loaded: weights are viewed in their files (:mod:`fedsplit.fingerprints.weights_file`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsplit.errors import ModelError
+from fedsplit.fingerprints.public_file import PublicFingerprint, read
+from fedsplit.fingerprints.view import WeightView
+from fedsplit.fingerprints.weights_file import TensorFiles, open_view
+from fedsplit.models.projections import layout_of, read_config
+
+_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+_WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One side of a comparison.
+
+    Attributes:
+        name: for people.
+        folder: where its files lie; None for a fingerprint.
+        view: its weights; None for a fingerprint.
+        public: a published fingerprint; None for weights.
+    """
+
+    name: str
+    folder: Path | None = None
+    view: WeightView | None = None
+    public: PublicFingerprint | None = None
+
+    @property
+    def width(self) -> int:
+        """Residual width."""
+        if self.view is not None:
+            return self.view.width
+        assert self.public is not None
+        return self.public.width
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        if self.view is not None:
+            return self.view.depth
+        assert self.public is not None
+        return self.public.depth
+
+
+def open_source(text: str, *, signer: str | None = None) -> Source:
+    """Open what ``text`` names.
+
+    Args:
+        text: a folder with config.json and safetensors, one ``.safetensors`` file beside its
+            config.json, ``package:NAME``, a hub name ``owner/name``, or a public fingerprint
+            (``.json``).
+        signer: hexadecimal public key that a fingerprint must be signed by.
+
+    Raises:
+        ModelError: if there is nothing of that name, or its files are missing or damaged.
+        LineageError: for a damaged fingerprint, another version, or another signer.
+        UnsupportedModelError: for architectures that cannot be probed.
+    """
+    path = Path(text).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return Source(path.stem, public=read(path, signer=signer))
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f"{path}: must be a .safetensors file, a fingerprint or a folder")
+        layout = layout_of(read_config(path.parent))
+        files = TensorFiles([path])
+        view = WeightView(layout, files.shapes, files.get, get_rows=files.rows)
+        return Source(path.stem, path.parent, view)
+    folder = model_folder(text)
+    return Source(_short(text), folder, open_view(folder))
+
+
+def model_folder(text: str) -> Path:
+    """The folder of a model's files; a hub's are fetched into its cache.
+
+    Raises:
+        ModelError: if there is no such folder, package or hub model.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if text.startswith("package:"):
+        return _package(text)
+    if text.startswith((".", "/", "~")) or not _HUB.fullmatch(text):
+        raise ModelError(
+            f"{text}: no such file or folder; must be one, package:NAME, or a hub's owner/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=_WANTED))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{text}: no such folder here, and no such model could be fetched "
+            f"({type(error).__name__}: {reason[:200]})"
+        ) from error
+
+
+def _package(text: str) -> Path:
+    name = text.removeprefix("package:")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"{text}: no installed package of that name (pip install it first)")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def _short(text: str) -> str:
+    return text.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1] or text

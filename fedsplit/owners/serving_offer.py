@@ -1,0 +1,122 @@
+"""An owner's leave to ask a serving model: kept in its home, one token per session.
+
+The ClientApp writes it when the server announces itself in a Flower message; ``fedsplit predict``,
+another process of the same owner, takes tokens from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError, SessionError
+from fedsplit.wire.messages import SessionOffer
+from fedsplit.wire.serving import ServingOffer
+
+FILE = "serving.json"
+
+
+@dataclass(frozen=True)
+class Leave:
+    """What one session needs.
+
+    Attributes:
+        offer: address, authority, bottom and one token.
+        config: the serving run's settings.
+        node_config: the owner's own, as its SuperNode has it.
+    """
+
+    offer: SessionOffer
+    config: RunConfig
+    node_config: dict[str, Any]
+
+
+def keep_offer(
+    root: Path,
+    offer: ServingOffer,
+    flat: Mapping[str, Any],
+    node_config: Mapping[str, object],
+) -> None:
+    """Write the offer, readable by its owner alone; it replaces an earlier one.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    session = asdict(offer.session) | {"ca": offer.session.ca.decode("ascii", "replace")}
+    content = {
+        "session": session,
+        "tokens": list(offer.tokens),
+        "flat": dict(flat),
+        "node-config": dict(node_config),
+    }
+    with _locked(root):
+        _write(root, content)
+
+
+def take_leave(root: Path) -> Leave:
+    """Return what one session needs; its token is gone from the file before it is used.
+
+    Raises:
+        SessionError: nothing serves this owner, or its tokens are used up.
+        ConfigError: the file is damaged.
+    """
+    path = root / FILE
+    with _locked(root):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SessionError(
+                f"{path}: no model serves this owner yet; its SuperNode must be connected to a "
+                "run with strategy = serving"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: must be a readable offer: {error}") from None
+        try:
+            tokens = list(content["tokens"])
+            session = dict(content["session"])
+            session["ca"] = str(session["ca"]).encode()
+            if not tokens:
+                raise SessionError(
+                    f"{path}: all tokens are used; the server sends new ones every "
+                    f"{content['flat'].get('serving.renew-s', '?')} s"
+                )
+            offer = replace(SessionOffer(**session), token=str(tokens.pop(0)))
+            config = RunConfig.from_flat(content["flat"])
+            node_config = dict(content["node-config"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: damaged: {type(error).__name__} {error}") from None
+        _write(root, {**content, "tokens": tokens})
+    return Leave(offer, config, node_config)
+
+
+def _write(root: Path, content: Mapping[str, Any]) -> None:
+    draft = root / f".{FILE}.draft"
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(root / FILE)
+    except OSError as error:
+        raise ConfigError(f"{root / FILE}: cannot be written: {error}") from None
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(root / ".serving.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(f"owner home {root}: must be a writable folder: {error}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

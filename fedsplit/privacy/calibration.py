@@ -1,0 +1,133 @@
+"""Numbers and shapes that noise is calibrated with: norms and covariances over known inputs.
+
+What noise a sample gets must never depend on how many threads computed a norm: a norm that differs
+in its last digit would draw a second noise for a sample that was sent before.  So numbers are
+rounded to 4 digits, and an owner keeps matrices on its disk (:class:`Store`) once they are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.errors import check
+
+Forward = Callable[[Tensor, Tensor], Tensor]
+
+
+def rounded(value: float) -> float:
+    """Return ``value`` to 4 significant digits."""
+    return float(f"{value:.4g}")
+
+
+def public_inputs(vocabulary: int, sequences: int = 64) -> Tensor:
+    """Return ids spread evenly over the vocabulary, ``(sequences, 16)``: nobody's text."""
+    spread = torch.linspace(0, vocabulary - 1, sequences * 16, dtype=torch.float64)
+    return spread.long().view(16, sequences).T.contiguous()
+
+
+@torch.no_grad()
+def public_vectors(bottom: Forward, vocabulary: int, sequences: int = 64) -> Tensor:
+    """Return the bottom's output over :func:`public_inputs`, ``(sequences, 16, d)``."""
+    parts = [
+        bottom(ids, torch.ones_like(ids)).detach().float()
+        for ids in public_inputs(vocabulary, sequences).split(64)
+    ]
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Lengths of vectors over public inputs (units of the representation), and their dimension."""
+
+    median: float
+    largest: float
+    dim: int
+
+
+def norms_of(vectors: Tensor) -> Norms:
+    """Return the norms of ``vectors``, ``(..., d)``."""
+    norms = vectors.norm(dim=-1)
+    return Norms(rounded(float(norms.median())), rounded(float(norms.max())), vectors.shape[-1])
+
+
+def covariance_over(samples: Sequence[Tensor], subsamples: int) -> Tensor:
+    """Return a covariance that no subsample exceeds along its main directions.
+
+    The samples are dealt in turn to ``subsamples`` parts.  With v_j the eigenvectors of the
+    covariance of all, the result has along v_j the largest variance of any part, or of the whole:
+    the bound then holds for each part as well, as far as the off-diagonal terms allow.
+
+    Args:
+        samples: ``(T_i, d)`` each.
+        subsamples: number of parts, >= 1.
+
+    Returns:
+        float64, ``(d, d)``.
+
+    Raises:
+        ConfigError: fewer than two samples or two tokens per part.
+    """
+    check(len(samples) >= 2, "samples", len(samples), ">= 2 (to estimate a covariance)")
+    whole = torch.cat([x.detach().cpu().double() for x in samples])  # (N, d)
+    check(len(whole) >= 2, "tokens", len(whole), ">= 2 (to estimate a covariance)")
+    base = torch.cov(whole.T).reshape(whole.shape[1], whole.shape[1])
+    if subsamples == 1:
+        return base
+    values, vectors = torch.linalg.eigh(base)
+    largest = values.clamp(min=0)
+    for part in range(min(subsamples, len(samples) // 2)):
+        rows = torch.cat([x.detach().cpu().double() for x in samples[part::subsamples]])
+        if len(rows) >= 2:
+            largest = torch.maximum(largest, (rows @ vectors).var(dim=0))
+    return vectors @ torch.diag(largest) @ vectors.T
+
+
+class Store:
+    """An owner's calibrations on its own disk: made once per bottom and recipe, then only read.
+
+    Args:
+        folder: created when something is first kept.
+        bottom: identifies the map from tokens to vectors.
+    """
+
+    def __init__(self, folder: Path, bottom: str) -> None:
+        self.folder, self.bottom = folder, bottom
+
+    def matrix(self, recipe: Iterable[str | int | float], make: Callable[[], Tensor]) -> Tensor:
+        """Return the matrix of that recipe; made by ``make`` if this disk has none yet."""
+        from safetensors.torch import load_file, save
+
+        key = json.dumps([self.bottom, *recipe])
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            draft.write_bytes(save({"matrix": make().contiguous()}, metadata={"recipe": key}))
+            try:
+                os.link(draft, path)  # atomic; whoever was first is right
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        return load_file(path)["matrix"]
+
+
+def word_table(bottom: nn.Module) -> Tensor:
+    """Return the bottom's word embeddings, ``(V, d)`` float32: what text-to-text noise is put on.
+
+    Raises:
+        UnsupportedModelError: if the model has no plain table of words.
+    """
+    from fedsplit.models.anatomy import probe
+
+    embedding = probe(bottom.model).input_embeddings  # type: ignore[arg-type]
+    return next(embedding.parameters()).detach().float().cpu()

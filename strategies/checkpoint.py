@@ -1,0 +1,106 @@
+"""What training leaves for serving: the trained part of the top, and of what owners trained.
+
+One safetensors file; its metadata say what it belongs to, so that it cannot be served with another
+base, split or method.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ModelError, RunError
+
+FILE = "top.safetensors"
+FORMAT = "fedsplit-top-1"
+OWNERS = "owners."
+# Settings without which the tensors mean something else.
+BELONGS = (
+    *("model.name", "model.task", "model.labels", "split.k", "split.bottom", "train.method"),
+    *("labels.protection",),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's content.
+
+    Attributes:
+        top: the top's trained parameters by name.
+        owners: averaged weights of what owners trained (joint bottom, ``head.*``); often empty.
+    """
+
+    top: dict[str, Tensor]
+    owners: dict[str, Tensor]
+
+
+def identity(config: RunConfig, base_digest: str) -> dict[str, str]:
+    """Return what a checkpoint belongs to."""
+    flat = config.to_flat()
+    return {"base": base_digest} | {key: str(flat.get(key, "")) for key in BELONGS}
+
+
+def save_trained(
+    path: Path,
+    top: Mapping[str, Tensor],
+    arrays: ArrayRecord | None,
+    belongs: Mapping[str, str],
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: the file.
+        top: the top's trained parameters.
+        arrays: averaged weights of what owners trained.
+        belongs: from :func:`identity`.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in top.items()}
+    for name, array in (arrays or {}).items():
+        tensors[OWNERS + name] = torch.from_numpy(array.numpy().copy())
+    draft = path.with_suffix(".draft")
+    try:
+        metadata = {"format": FORMAT, "belongs": json.dumps(dict(belongs), sort_keys=True)}
+        save_file(tensors, draft, metadata=metadata)
+        draft.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}") from None
+
+
+def load_trained(path: Path, belongs: Mapping[str, str]) -> Trained:
+    """Read a checkpoint.
+
+    Raises:
+        ModelError: no such file, damaged, not finite, or of another base, split or method (named).
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ModelError(f"{path}: format {metadata.get('format')!r}: must be {FORMAT}")
+            found = json.loads(metadata.get("belongs", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: no readable checkpoint: {error}") from None
+    for key, expected in belongs.items():
+        if found.get(key) != expected:
+            raise ModelError(
+                f"{path}: {key}={found.get(key)!r}: must be {expected!r} as in this run"
+            )
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{path}: {name}: must be finite")
+    top = {n: t for n, t in tensors.items() if not n.startswith(OWNERS)}
+    owners = {n.removeprefix(OWNERS): t for n, t in tensors.items() if n.startswith(OWNERS)}
+    return Trained(top, owners)
