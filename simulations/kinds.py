@@ -34,9 +34,23 @@ def _lineage_evasion(experiment: Experiment, folder: RunFolder, console: Console
     run(experiment, folder, console)
 
 
+def _sap_depth(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.depth_experiment import run
+
+    run(experiment, folder, console)
+
+
+def _attributes(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.attributes_experiment import run
+
+    run(experiment, folder, console)
+
+
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
     "split": _split,
+    "sap-depth": _sap_depth,
+    "attributes": _attributes,
     "lineage-table": _lineage_table,
     "lineage-evasion": _lineage_evasion,
     "sweep": _sweep,

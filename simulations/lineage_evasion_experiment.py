@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fedsplit.errors import ConfigError, UnsupportedModelError
+from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
 from fedsplit.fingerprints.aligned_products import products
 from fedsplit.fingerprints.editor import Editor
 from fedsplit.fingerprints.transforms import (
@@ -101,7 +101,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             for name in TRANSFORMS:
                 try:
                     moved = transform(model, name)
-                except UnsupportedModelError as error:
+                except (LineageError, UnsupportedModelError) as error:
                     lacking.append({"family": family, "transform": name, "why": str(error)})
                     continue
                 rows.append(_row(family, name, True, moved.difference, model, moved.model))

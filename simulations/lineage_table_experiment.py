@@ -86,7 +86,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         for n, (base_name, suspect, relation, how, get) in enumerate(plans):
             try:
                 model = get()
-            except UnsupportedModelError as error:
+            except (LineageError, UnsupportedModelError) as error:
                 skipped.append({"suspect": suspect, "transform": how, "why": str(error)})
                 continue
             row = {"base": base_name, "suspect": suspect, "relation": relation, "transform": how}

@@ -16,7 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit import client_work
+from fedsplit import client_serving, client_work
 from fedsplit.config import RunConfig
 
 HANDLERS = {
@@ -24,6 +24,7 @@ HANDLERS = {
     "evaluate": client_work.session,
     "query.fedsplit_step": client_work.step,
     "query.fedsplit_who": client_work.who,
+    "query.fedsplit_serve": client_serving.serve,
 }
 
 

@@ -20,7 +20,7 @@ from simulations.federated import owner_environment, read_server
 from simulations.local_grid import LocalGrid
 from strategies.recorder import Recorder
 from strategies.split_tuning import SplitTuning
-from strategies.split_tuning_run import build_parts, initial_arrays
+from strategies.split_tuning_run import build_parts, initial_arrays, keep_trained
 
 
 def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -52,7 +52,8 @@ def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str
         try:
             strategy = SplitTuning(config, parts)
             initial = initial_arrays(config, bottom, parts.head)
-            strategy.start(grid, initial, num_rounds=config.train.rounds)
+            result = strategy.start(grid, initial, num_rounds=config.train.rounds)
+            keep_trained(config, parts, result.arrays)
             if config.output.transcript:
                 recorder.transcript(strategy.store)
             recorder.write(status="completed")

@@ -45,7 +45,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     if unknown:
         raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(OPTIONS)}")
     options = {**OPTIONS, **experiment.options}
-    run_settings = {**experiment.run, "output.threads": 1, "output.owner-threads": 1}
+    fixed = {"output.threads": 1, "output.owner-threads": 1, "output.save": False}
+    run_settings = {**experiment.run, **fixed}
     cells = cells_of(run_settings, options["cells"], int(options["seeds"]))
     workers = int(options["workers"]) or min(os.cpu_count() or 1, len(cells))
     check(1 <= workers <= 1024, "options.workers", workers, "in [1, 1024]")

@@ -26,7 +26,7 @@ from fedsplit.errors import ConfigError, check
 from simulations.settings import Experiment
 
 # Settings that say where a run writes or how fast it computes, not what comes out of it.
-IRRELEVANT = ("output.dir", "output.threads", "output.owner-threads", "session.port")
+IRRELEVANT = ("output.dir", "output.threads", "output.owner-threads", "output.save", "session.port")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,14 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A digest of everything that decides the cell's result."""
-        flat = {k: v for k, v in self.config.to_flat().items() if k not in IRRELEVANT}
+        """A digest of everything that decides the cell's result.
+
+        Settings at their defaults are left out, so that a setting added later changes no key.
+        """
+        usual = RunConfig().to_flat()
+        flat = {
+            k: v for k, v in self.config.to_flat().items() if k not in IRRELEVANT and v != usual[k]
+        }
         text = json.dumps([self.variant, flat], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -2,45 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from fedsplit.attacks.map_inversion import MapInversion
-from fedsplit.attacks.nearest import NearestNeighbour
-from fedsplit.attacks.scoring import score_tokens
+from fedsplit.attacks.inversion_files import build_attacker
+from fedsplit.attacks.inversion_suite import Budget
+from fedsplit.attacks.transcripts import (
+    TRUTH,
+    Samples,
+    chosen_samples,
+    read_transcript,
+    write_truth,
+)
 from fedsplit.config import RunConfig
 from fedsplit.errors import AttackError
-from fedsplit.models.halves import split
-from fedsplit.privacy.candidates import candidates_through
-from fedsplit.privacy.configured import build_mechanism
-from fedsplit.seeding import numpy_generator
 from simulations.shares import OwnerShare
-from strategies.denoising import public_log_prior
-from strategies.split_tuning_run import load_base
+
+__all__ = [
+    "attack_transcript",
+    "embedding_inversion",
+    "read_transcript",
+    "truth_of",
+    "write_truth_file",
+]
+
+KEYS = {
+    "nearest": "embedding_inversion",
+    "map": "map_inversion",
+    "contextual": "contextual_inversion",
+    "optimisation": "optimisation_inversion",
+    "learned": "learned_inversion",
+    "exact_search": "exact_inversion",
+}
+"""attack -> its key among a run's results."""
 
 
-def read_transcript(path: Path) -> dict[tuple[str, str], dict[int, Tensor]]:
-    """Return (owner, split) -> slot -> (T, d) float32 of one run's transcript.
+def truth_of(shares: Sequence[OwnerShare]) -> Samples:
+    """Return what only the experimenter knows: (owner, split) -> slot -> token ids."""
+    parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
+    return {(name, part): dict(enumerate(held.ids)) for name, part, held in parts}
+
+
+def write_truth_file(folder: Path, shares: Sequence[OwnerShare]) -> Path:
+    """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
+    path = folder / TRUTH
+    write_truth(path, truth_of(shares))
+    return path
+
+
+def attack_transcript(
+    config: RunConfig,
+    transcript: Path,
+    shares: Sequence[OwnerShare],
+    *,
+    samples: int = 400,
+    public: str = "",
+    budget: Budget | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run every inversion attack that fits the split on what really left, and score them.
+
+    Args:
+        config: the run's settings; the attacker knows them, the initial bottom, and public text.
+        transcript: the server's recording.
+        shares: the truth, used for scoring alone.
+        samples: samples attacked at most, drawn over all owners by the run's seed.
+        public: the attacker's text, one per line; empty: the run's own public text, or what the
+            interpreter ships.
+        budget: what the attackers may spend.
+
+    Returns:
+        Per attack (see :data:`KEYS`) its result.  At k = 0 ``embedding_inversion``, the nearest
+        neighbour, which knows nothing of the noise, and with noise ``map_inversion`` and
+        ``contextual_inversion``, which know its law and the language; with blocks
+        ``optimisation_inversion`` and ``learned_inversion``.
 
     Raises:
-        AttackError: if there is no transcript.
+        AttackError: no transcript.
     """
-    if not path.exists():
-        raise AttackError(f"{path}: no transcript; run with output.transcript = true")
-    out: dict[tuple[str, str], dict[int, Tensor]] = {}
-    with safe_open(path, framework="pt") as file:
-        keys = set(file.keys())
-        for key in sorted(k for k in keys if k.endswith("/rows")):
-            owner, part, _ = key.split("/")
-            lengths = file.get_tensor(f"{owner}/{part}/lengths").tolist()
-            slots = file.get_tensor(f"{owner}/{part}/slots").tolist()
-            rows = torch.split(file.get_tensor(key).float(), lengths)
-            out[owner, part] = dict(zip(slots, rows, strict=True))
-    return out
+    rows, ids = _chosen(config, transcript, shares, samples)
+    attacker = build_attacker(config, public=public, budget=budget, seed=config.seed)
+    return {KEYS[name]: attacker.run(name, rows, ids).to_dict() for name in attacker.suited()}
 
 
 def embedding_inversion(
@@ -50,56 +94,17 @@ def embedding_inversion(
     *,
     samples: int = 400,
 ) -> dict[str, dict[str, Any]]:
-    """Run the inversion attacks for k = 0 on what really left, and score them.
-
-    Args:
-        config: the run's settings; the bottom must be of embeddings only (k = 0).
-        transcript: the server's recording.
-        shares: the truth, used for scoring alone.
-        samples: samples attacked at most, drawn over all owners by the run's seed.
-
-    Returns:
-        ``embedding_inversion``: the nearest neighbour, which knows nothing of the noise, and (with
-        noise) ``map_inversion``: the most probable token given the noise's law and a public prior.
+    """Run :func:`attack_transcript` on an embeddings-only bottom.
 
     Raises:
         AttackError: no transcript, or a bottom with blocks (there are no candidates then).
     """
     if config.split.k != 0:
         raise AttackError(f"split.k={config.split.k}: must be 0 for these attacks")
-    received = read_transcript(transcript)
-    truth = {(s.name, "train"): s.train for s in shares} | {
-        (s.name, "test"): s.test for s in shares
-    }
-    pool = [(key, slot) for key, held in sorted(received.items()) for slot in sorted(held)]
-    order = numpy_generator(config.seed, "attack").permutation(len(pool))[:samples]
-    chosen = [pool[i] for i in sorted(order)]
-    rows = [received[key][slot] for key, slot in chosen]
-    ids = [truth[key].ids[slot] for key, slot in chosen]
+    return attack_transcript(config, transcript, shares, samples=samples)
 
-    loaded = load_base(config)
-    special = {int(i) for i in loaded.tokenizer.all_special_ids}
-    bottom, _ = split(loaded.model, 0, verify=False)
-    candidates = candidates_through(bottom, bottom.vocab, max(r.shape[0] for r in rows))
-    nearest = NearestNeighbour()
-    found = {
-        "embedding_inversion": score_tokens(
-            nearest.name,
-            nearest.invert(rows, candidates),
-            ids,
-            special_ids=special,
-            knowledge=nearest.knowledge,
-        ).to_dict()
-    }
-    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
-    if mechanism.name != "none":
-        prior = public_log_prior(loaded.tokenizer, bottom.vocab, config.model.max_tokens)
-        informed = MapInversion()
-        found["map_inversion"] = score_tokens(
-            informed.name,
-            informed.invert(rows, candidates, mechanism, prior),
-            ids,
-            special_ids=special,
-            knowledge=informed.knowledge,
-        ).to_dict()
-    return found
+
+def _chosen(
+    config: RunConfig, transcript: Path, shares: Sequence[OwnerShare], samples: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    return chosen_samples(read_transcript(transcript), truth_of(shares), samples, config.seed)

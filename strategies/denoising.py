@@ -8,8 +8,10 @@ is a small network taught on public text, for any frozen bottom.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,6 +75,10 @@ class CohortDenoiser:
             self.seconds += time.perf_counter() - began
         return [self._ready[key] for key in keys]
 
+    def once(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Return the estimates of ``rows``, of which nothing is remembered (serving)."""
+        return self._denoiser(rows)
+
     def report(self) -> dict[str, Any]:
         """Return what denoising cost so far, JSON-able."""
         return {
@@ -93,7 +99,6 @@ class Material:
     bottom: Bottom
     tokenizer: Any
     mechanism: Mechanism
-    digest: str
 
     @property
     def touched(self) -> Touched | None:
@@ -148,7 +153,7 @@ def _learned(of: Material) -> tuple[Rows, dict[str, Any]]:
     c = of.config
     recipe = Recipe(max_tokens=min(64, c.model.max_tokens), seed=c.seed)
     identity = {
-        "bottom": of.digest,
+        "bottom": _digest(of.bottom),
         "k": c.split.k,
         "mechanism": of.mechanism.describe(),
         "touched": [of.touched.share, of.touched.rho] if of.touched else None,
@@ -183,9 +188,6 @@ def cache_folder() -> Path | None:
 
 def _text_identity(config: RunConfig) -> str:
     """Return what names the public text: the file's digest, or which interpreter ships it."""
-    import hashlib
-    import platform
-
     path = config.privacy.public_text
     if path:
         return hashlib.sha256("\n".join(public_texts(path)).encode()).hexdigest()
@@ -193,7 +195,7 @@ def _text_identity(config: RunConfig) -> str:
 
 
 def build_denoiser(
-    config: RunConfig, bottom: Bottom, tokenizer: Any, mechanism: Mechanism, digest: str = ""
+    config: RunConfig, bottom: Bottom, tokenizer: Any, mechanism: Mechanism
 ) -> CohortDenoiser | None:
     """Return the configured denoiser, or None where it is off.
 
@@ -202,7 +204,6 @@ def build_denoiser(
         bottom: the owners' bottom, frozen, in evaluation mode.
         tokenizer: for public text.
         mechanism: what the owners use.
-        digest: the bottom's, under which a taught network is kept; computed if empty.
 
     Raises:
         ConfigError: a bottom that learns, or a posterior asked for with blocks in the bottom.
@@ -223,8 +224,7 @@ def build_denoiser(
             "candidate set; use 'learned'"
         )
     began = time.perf_counter()
-    material = Material(config, bottom, tokenizer, mechanism, digest or _digest(bottom))
-    rows, facts = build(material)
+    rows, facts = build(Material(config, bottom, tokenizer, mechanism))
     seconds = time.perf_counter() - began
     log.info("denoising (%s) ready after %.1f s: %s", name, seconds, facts)
     return CohortDenoiser(rows, name, seconds, facts)
@@ -232,8 +232,6 @@ def build_denoiser(
 
 def _digest(bottom: Bottom) -> str:
     """Return a digest of the bottom's parameters."""
-    import hashlib
-
     whole = hashlib.sha256()
     for name, tensor in sorted(bottom.state_dict().items()):
         whole.update(name.encode())

@@ -31,7 +31,7 @@ from strategies.denoising import CohortDenoiser, build_denoiser
 from strategies.hub import StreamHub
 from strategies.recorder import Recorder
 from strategies.serving import Denoise, Desk, quiet
-from strategies.split_tuning_run import DTYPES, load_base, server_tls
+from strategies.split_tuning_run import DTYPES, load_base, server_tls, trained_without_head
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ def build_desk(config: RunConfig) -> Desk:
     bottom, top = split(loaded.model, config.split.k)
     head = detach_head(top) if config.labels.client_head else None
     trainable = make_trainable(top, config.train.method)
+    if head is not None:
+        trainable = trained_without_head(trainable)
     if config.serving.weights:
         trained = load_trained(Path(config.serving.weights), identity(config, loaded.digest))
         trainable.load(trained.top)
@@ -144,7 +146,7 @@ class Announcer:
             node = reply.metadata.src_node_id
             self._told[node] = now
             if reply.has_error():
-                self.refused[node] = reply.error.reason
+                self.refused[node] = str(reply.error.reason)
                 log.warning("owner at node %d: %s", node, reply.error.reason)
                 continue
             self.refused.pop(node, None)

@@ -351,6 +351,7 @@ class SplitTuning(Strategy):
             "metrics": metrics,
             "wall_s": time.perf_counter() - self._began,
             "messages": self._messages,
+            "denoising": self.parts.denoise.report() if self.parts.denoise else None,
         }
 
     def _weights_ok(self, message: Message, report: RoundReport) -> bool:

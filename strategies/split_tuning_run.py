@@ -28,6 +28,7 @@ from fedsplit.wire.door import Door
 from fedsplit.wire.messages import weights_record
 from fedsplit.wire.stream import ServerTls
 from fedsplit.wire.tokens import TokenBook
+from strategies.checkpoint import FILE, identity, save_trained
 from strategies.denoising import build_denoiser
 from strategies.hub import StreamHub
 from strategies.lineage_setup import build_watch
@@ -100,11 +101,11 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
         rows=rows,
         owners=bottom if config.split.bottom == "joint" else None,
     )
-    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
+    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab, loaded.tokenizer)
     denoise = build_denoiser(config, bottom, loaded.tokenizer, mechanism)
     trainable = make_trainable(top, config.train.method)
     if config.labels.client_head:
-        trainable = _without_head(trainable)
+        trainable = trained_without_head(trainable)
     place(top, config.model.device, DTYPES[config.model.dtype])
     fresh = head_parameters(top) if config.model.task == "sequence-classification" else set()
     parameters = trainable.parameters()
@@ -149,7 +150,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     return parts, bottom
 
 
-def _without_head(trainable: Trainable) -> Trainable:
+def trained_without_head(trainable: Trainable) -> Trainable:
     """Return what the server trains where the head is the owners'."""
     head = head_parameters(trainable.top)
     for parameter in trainable.parameters():
@@ -176,6 +177,17 @@ def initial_arrays(config: RunConfig, bottom: Bottom, head: Head | None = None) 
     )
 
 
+def keep_trained(config: RunConfig, parts: ServerParts, arrays: ArrayRecord | None) -> None:
+    """Leave what was trained in ``output.dir``, unless ``output.save`` is off.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    if config.output.dir and config.output.save:
+        belongs = identity(config, str(parts.recorder.content["base_digest"]))
+        save_trained(Path(config.output.dir) / FILE, parts.trainable.state(), arrays, belongs)
+
+
 def run(grid: Grid, context: Context, config: RunConfig) -> None:
     """Carry out the whole run (a row of ``strategies.STRATEGIES``)."""
     folder = Path(config.output.dir) if config.output.dir else None
@@ -189,7 +201,8 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
     del bottom
     recorder.write(setup_s=time.perf_counter() - began, status="running")
     try:
-        strategy.start(grid, initial, num_rounds=config.train.rounds, timeout=LONG_S)
+        result = strategy.start(grid, initial, num_rounds=config.train.rounds, timeout=LONG_S)
+        keep_trained(config, parts, result.arrays)
         if config.output.transcript:
             recorder.transcript(strategy.store)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux

@@ -31,6 +31,7 @@ LAYERS = {
     "fedsplit.owners": 3,
     "fedsplit.client_app": 4,
     "fedsplit.client_work": 4,
+    "fedsplit.client_serving": 4,
     "fedsplit.commands": 4,
     "fedsplit.cli": 4,
     "strategies": 4,
@@ -39,7 +40,7 @@ LAYERS = {
 # Layer 0 is one layer of small modules, and the ClientApp loads its heavy half when it works.
 TOGETHER = [
     {name for name, layer in LAYERS.items() if layer == 0},
-    {"fedsplit.client_app", "fedsplit.client_work"},
+    {"fedsplit.client_app", "fedsplit.client_work", "fedsplit.client_serving"},
     {"fedsplit.cli", "fedsplit.commands"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
@@ -55,6 +56,7 @@ ONLY_IN = {
         "fedsplit.wire",
         "fedsplit.client_app",
         "fedsplit.client_work",
+        "fedsplit.client_serving",
         "strategies",
         "simulations",
     ),
@@ -62,6 +64,8 @@ ONLY_IN = {
     "grpc": ("fedsplit.wire", "simulations"),
     "datasets": ("fedsplit.data",),
     "flwr_datasets": ("fedsplit.data",),
+    "onnx": ("fedsplit.fingerprints",),
+    "onnxruntime": ("fedsplit.fingerprints",),
 }
 UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 UNSAFE_CALLS = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load", "pandas.read_pickle"}

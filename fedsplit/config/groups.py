@@ -250,6 +250,7 @@ class OutputConfig:
 
     Attributes:
         dir: folder for ``server.json``; empty = nothing is written.
+        save: leave what was trained as ``top.safetensors``, for serving.
         transcript: also keep every representation received (for attacks to be measured on).
         capture: also keep every byte received from owners, frame by frame.
         evaluate_every: rounds between evaluations on the owners' held-out samples; 0 = never.
@@ -258,6 +259,7 @@ class OutputConfig:
     """
 
     dir: str = ""
+    save: bool = True
     transcript: bool = False
     capture: bool = False
     evaluate_every: int = 1

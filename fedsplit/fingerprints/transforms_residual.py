@@ -173,7 +173,7 @@ def _orthogonal(size: int, generator: torch.Generator, *, keep_ones: bool) -> Te
 
 
 def residual_scaling(editor: Editor, generator: torch.Generator) -> None:
-    """Scale everything that writes to the stream; pre-norms do not notice (eps aside)."""
+    """Scale everything that writes to the stream, and the norms' eps with its square."""
     if _kind(editor) == "post" or editor.layout.attn_norm is None:
         raise UnsupportedModelError("residual scaling: norms follow the sum")
     scale = 1.5 + float(torch.rand(1, generator=generator))
@@ -190,6 +190,18 @@ def residual_scaling(editor: Editor, generator: torch.Generator) -> None:
         for parameter in editor.outside().values():
             if parameter.dim() == 2 and (head is None or parameter is not head.weight):
                 parameter.mul_(scale)
+    _scale_eps(editor, scale**2)
+
+
+def _scale_eps(editor: Editor, factor: float) -> None:
+    """Multiply the eps of every norm that reads the stream, and the configuration's."""
+    names = [p + n.weight for p in editor.prefixes for n, _ in editor.norms() if n.weight]
+    names += [n for n, p in editor.outside().items() if p.dim() == 1 and n.endswith(".weight")]
+    holders: list[Any] = [editor.model.get_submodule(n.rpartition(".")[0]) for n in names]
+    for holder in [*holders, editor.config.get_text_config()]:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, float) and name.endswith(("eps", "epsilon")):
+                setattr(holder, name, value * factor)
 
 
 def mean_injection(editor: Editor, generator: torch.Generator) -> None:

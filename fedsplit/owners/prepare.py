@@ -107,21 +107,7 @@ def prepare(
     )
     joint = config.split.bottom == "joint"
     shown, side = _label_side(config, identity, folder, train, chosen, mode)
-    cut = f"{_representation(folder)}:{config.split.k}"
-    store = Store(identity.home.root / "calibration", cut)
-    mechanism = build_mechanism(
-        config.privacy, bottom, bottom.vocab, tokenizer, own=train.ids, store=store
-    )
-    cti = choose_tokens(config, train.ids, shown, tokenizer)
-    if cti is not None:
-        log.info("contributing tokens: %s", cti.statement(config.privacy.cti_rho))
-    perturber = SamplePerturber(
-        mechanism,
-        identity.secret,
-        cut,
-        cti,
-        config.privacy.cti_rho if cti is not None else 1.0,
-    )
+    perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
     if mode == "train":
         batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
         # A moved bottom needs a fresh draw; even views train, odd ones evaluate.
@@ -146,6 +132,68 @@ def prepare(
     )
     dp = _dp(config, identity, len(train), round_, len(batches)) if mode == "train" else None
     return SplitOwner(bottom, side.samples, batches, views, perturber, settings, side, dp)
+
+
+def _perturber(
+    config: RunConfig,
+    identity: OwnerIdentity,
+    folder: Path,
+    bottom: Bottom,
+    tokenizer: Any,
+    train: Samples | None,
+    shown: torch.Tensor | None,
+) -> SamplePerturber:
+    """Return the configured mechanism with the owner's secret and contributing tokens.
+
+    Args:
+        train: the owner's training samples; None where nothing is derived from them.
+        shown: their labels, as far as anything may be derived from them.
+    """
+    cut = f"{_representation(folder)}:{config.split.k}"
+    store = Store(identity.home.root / "calibration", cut)
+    own = None if train is None else train.ids
+    mechanism = build_mechanism(
+        config.privacy, bottom, bottom.vocab, tokenizer, own=own, store=store
+    )
+    cti = None if train is None else choose_tokens(config, train.ids, shown, tokenizer)
+    if cti is not None:
+        log.info("contributing tokens: %s", cti.statement(config.privacy.cti_rho))
+    rho = config.privacy.cti_rho if cti is not None else 1.0
+    return SamplePerturber(mechanism, identity.secret, cut, cti, rho)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a text's representation is made with, outside of training."""
+
+    bottom: Bottom
+    tokenizer: Any
+    perturber: SamplePerturber
+
+
+def ground_of(config: RunConfig, identity: OwnerIdentity, digest: str) -> Ground:
+    """Return bottom, tokenizer and mechanism as training had them; the bundle must be at home.
+
+    The owner's training data is read only where the mechanism was derived from it: contributing
+    tokens, or a covariance of its own.
+
+    Raises:
+        DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
+    """
+    folder = identity.home.bottom_dir(digest)
+    bottom, tokenizer = _bottom(folder)
+    train, shown = None, None
+    p = config.privacy
+    if p.mechanism != "none" and (p.cti != "off" or p.mechanism == "pac"):
+        labelled = config.model.task == "sequence-classification"
+        texts, _ = own_data(config.data, config.seed, labelled, identity.node_config)
+        train = _tokenised(config, identity, tokenizer, folder, "train", texts)
+        shown, _ = _label_side(config, identity, folder, train, train, "evaluate")
+    return Ground(
+        bottom,
+        tokenizer,
+        _perturber(config, identity, folder, bottom, tokenizer, train, shown),
+    )
 
 
 def _label_side(

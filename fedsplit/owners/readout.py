@@ -25,7 +25,7 @@ class Readout(LabelSide):
     def __init__(self, samples: Samples, classes: int, head: Head | None = None) -> None:
         super().__init__(samples, head=head, trained=False)
         self._classes = classes
-        self._logits: dict[int, Tensor] = {}
+        self._answers: dict[int, Tensor] = {}
 
     def answer(self, values: Tensor, slots: Sequence[int], train: bool) -> Answer:
         """Keep the logits of ``slots``; there is no loss.
@@ -37,10 +37,10 @@ class Readout(LabelSide):
             scores, _ = self._scores(values, slots)
         if scores.shape[1] != self._classes:
             raise FrameError(f"LOGITS with {scores.shape[1]} classes: must be {self._classes}")
-        self._logits.update(zip(slots, scores, strict=True))
+        self._answers.update(zip(slots, scores, strict=True))
         return Answer(0.0, float(len(slots)), 0, torch.empty(0), [])
 
     def probabilities(self) -> Tensor:
         """Return (texts, classes) once every text is answered."""
-        rows = [self._logits[slot] for slot in range(len(self.samples))]
+        rows = [self._answers[slot] for slot in range(len(self.samples))]
         return torch.softmax(torch.stack(rows).double(), dim=1)

@@ -60,6 +60,15 @@ def keep_offer(
         _write(root, content)
 
 
+def peek(root: Path) -> RunConfig:
+    """Return the serving run's settings without using up a token.
+
+    Raises:
+        As :func:`take_leave`.
+    """
+    return _leave(_read(root / FILE)).config
+
+
 def take_leave(root: Path) -> Leave:
     """Return what one session needs; its token is gone from the file before it is used.
 
@@ -69,31 +78,38 @@ def take_leave(root: Path) -> Leave:
     """
     path = root / FILE
     with _locked(root):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        content = _read(path)
+        leave = _leave(content)
+        tokens = list(content["tokens"])
+        if not tokens:
             raise SessionError(
-                f"{path}: no model serves this owner yet; its SuperNode must be connected to a "
-                "run with strategy = serving"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: must be a readable offer: {error}") from None
-        try:
-            tokens = list(content["tokens"])
-            session = dict(content["session"])
-            session["ca"] = str(session["ca"]).encode()
-            if not tokens:
-                raise SessionError(
-                    f"{path}: all tokens are used; the server sends new ones every "
-                    f"{content['flat'].get('serving.renew-s', '?')} s"
-                )
-            offer = replace(SessionOffer(**session), token=str(tokens.pop(0)))
-            config = RunConfig.from_flat(content["flat"])
-            node_config = dict(content["node-config"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: damaged: {type(error).__name__} {error}") from None
-        _write(root, {**content, "tokens": tokens})
-    return Leave(offer, config, node_config)
+                f"{path}: all tokens are used; the server sends new ones every "
+                f"{leave.config.serving.renew_s:g} s"
+            )
+        _write(root, {**content, "tokens": tokens[1:]})
+    return replace(leave, offer=replace(leave.offer, token=str(tokens[0])))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise SessionError(
+            f"{path}: no model serves this owner yet; its SuperNode must be connected to a run "
+            "with strategy = serving"
+        ) from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: must be a readable offer: {error}") from None
+
+
+def _leave(content: Mapping[str, Any]) -> Leave:
+    try:
+        session = dict(content["session"])
+        session["ca"] = str(session["ca"]).encode()
+        config = RunConfig.from_flat(content["flat"])
+        return Leave(SessionOffer(**session), config, dict(content["node-config"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{FILE}: damaged: {type(error).__name__} {error}") from None
 
 
 def _write(root: Path, content: Mapping[str, Any]) -> None:

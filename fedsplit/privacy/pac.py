@@ -30,7 +30,6 @@ from fedsplit.privacy.mechanism import (
 )
 from fedsplit.privacy.secret import Floats, SecretStream
 
-
 FLOOR = 1e-3
 """Smallest eigenvalue that is believed, relative to their mean."""
 

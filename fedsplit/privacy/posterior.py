@@ -189,7 +189,9 @@ class RunningMeans:
         return finished(self._mean, self._gain, self._mass, self._rows, self._candidates)
 
 
-def finished(mean: Tensor, gain: Tensor, mass: Tensor, rows: Rows, candidates: Candidates) -> Tensor:
+def finished(
+    mean: Tensor, gain: Tensor, mass: Tensor, rows: Rows, candidates: Candidates
+) -> Tensor:
     """Return means from sums over the tables of :class:`fedsplit.privacy.scan.Products`."""
     if isinstance(candidates, SummedCandidates):
         return candidates.finish(mean, gain, mass, rows)

@@ -218,9 +218,7 @@ def _last_norm(
         assert isinstance(module, nn.LayerNorm)
         seen.append((module, given[0].detach().float(), result.detach().float()))
 
-    hooks = [
-        m.register_forward_hook(note) for m in bottom.modules() if isinstance(m, nn.LayerNorm)
-    ]
+    hooks = [m.register_forward_hook(note) for m in bottom.modules() if isinstance(m, nn.LayerNorm)]
     try:
         batch = ids.unsqueeze(1).expand(-1, positions).contiguous()
         out: Tensor = bottom(batch, torch.ones_like(batch)).detach().float()

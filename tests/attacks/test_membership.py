@@ -11,7 +11,7 @@ from fedsplit.attacks import MembershipInference
 from fedsplit.attacks.membership import auc, confidence, lira_scores, shadow_splits, tpr_at
 from fedsplit.errors import AttackError, ConfigError
 
-N, D = 240, 40
+N, D = 300, 60
 G = torch.Generator().manual_seed(0)
 X = torch.randn(N, D, generator=G) * (0.3 + 2 * torch.rand(N, 1, generator=G))
 Y = (X[:, 0] + 2 * torch.randn(N, generator=G) > 0).long()  # half noise: a fit memorises it
@@ -22,7 +22,7 @@ def train(members: np.ndarray, number: int) -> np.ndarray:
     inside = torch.from_numpy(members)
     weight = torch.zeros(D, 2, requires_grad=True)
     optimiser = torch.optim.Adam([weight], lr=0.1)
-    for _ in range(40):
+    for _ in range(100):
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(X[inside] @ weight, Y[inside]).backward()
         optimiser.step()

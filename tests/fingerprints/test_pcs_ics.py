@@ -88,6 +88,23 @@ def test_ics_equals_the_cosine_of_its_channels(tiny: Tiny, family: str) -> None:
     assert set(exact.parts) == {"a-2", "b-2", "f-2", "a-1", "b-1", "f-1"}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_multiplying_in_bfloat16_keeps_the_similarity(
+    tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsplit.fingerprints.ics.fast_bf16", lambda: True)
+    base, whole, other = tiny(family).bfloat16(), tiny(family), tiny(family, seed=2)
+    with torch.no_grad():
+        for p, q in zip(whole.parameters(), other.parameters(), strict=True):
+            q.lerp_(p, 0.6)
+    for suspect in (base, whole, other, copy.deepcopy(other).bfloat16()):
+        views = _view(base), _view(suspect)
+        short, exact = (ICS(bf16=b).compare(*views) for b in (True, False))
+        assert short.value == pytest.approx(exact.value, abs=1e-3)
+    assert next(ICS().factors(_view(base), range(9)))[1].left.dtype == torch.bfloat16
+    assert next(ICS().factors(_view(whole), range(9)))[1].left.dtype == torch.float32
+
+
 def test_independent_random_models_are_near_zero_and_widths_may_differ(tiny: Tiny) -> None:
     one, two = _view(tiny("llama")), _view(tiny("llama", seed=1, hidden_size=64))
     assert abs(ICS().compare(one, two).value) < 0.15

@@ -252,7 +252,7 @@ def test_saved_totals_are_those_of_the_lines(tmp_path: Path) -> None:
     (tmp_path / STATE).write_bytes(saved)  # older than the last lines
     with Ledger(tmp_path) as ledger:
         from_saved = plain(ledger.totals)
-    for content in (b"", b"{}", b'{"n": 3}', saved.replace(b'"n": 5', b'"n": 4')):
+    for content in (b"", b"{}", b'{"n": 3}', saved.replace(b'"hash": "', b'"hash": "x')):
         (tmp_path / STATE).write_bytes(content)
         with Ledger(tmp_path) as ledger:
             assert plain(ledger.totals) == from_saved
@@ -334,12 +334,12 @@ def test_no_noise_is_called_no_guarantee() -> None:
 
 
 def test_show_and_verify(tmp_path: Path) -> None:
-    write(tmp_path, 4)
+    write(tmp_path, 4)  # four draws of four samples: the fourth line's is the first's
     call = ["ledger", "show", "--home", str(tmp_path), "--tail", "2"]
-    shown = CliRunner().invoke(app_cli, call, env={"COLUMNS": "200"})
+    shown = CliRunner().invoke(app_cli, call)
     assert shown.exit_code == 0
     assert "406" in shown.stdout  # bytes of all lines
-    assert "eta 4, 2" in shown.stdout
+    assert "eta 2, 2" in shown.stdout
     checked = CliRunner().invoke(app_cli, ["ledger", "verify", "--home", str(tmp_path)])
     assert checked.exit_code == 0
     assert "4 lines" in checked.stdout

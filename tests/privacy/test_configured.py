@@ -65,7 +65,7 @@ def test_the_noise_ratio_means_the_same_for_every_mechanism(shipped: Shipped, na
 
 @pytest.mark.parametrize("name", NOISY)
 def test_both_sides_and_every_process_build_the_same(shipped: Shipped, name: str, tmp_path: Path):
-    config = PrivacyConfig(mechanism=name, noise_ratio=1.0)
+    config = PrivacyConfig(mechanism=name, noise_ratio=3.0)
     bottom = shipped.bottom
 
     owner = [
@@ -93,7 +93,7 @@ def test_both_sides_and_every_process_build_the_same(shipped: Shipped, name: str
 
 
 def test_nearest_token_sends_a_text_of_the_bottom_at_any_split_point(shipped: Shipped):
-    mechanism = made(shipped, mechanism="nearest-token", noise_ratio=1.0)
+    mechanism = made(shipped, mechanism="nearest-token", noise_ratio=3.0)
     stream = OwnerSecret.for_simulation(0, "t").stream("a")
     same = OwnerSecret.for_simulation(0, "t").stream("a")
 

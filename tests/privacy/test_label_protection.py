@@ -156,7 +156,7 @@ def test_marvell_hides_what_the_clean_gradients_show(d: int) -> None:
     assert separation(noisy) < 0.35
     noise = (noisy - rows).double()
     assert float(noise.square().sum(1).mean()) <= 8.0 * float(axis.square().sum()) * 1.15
-    assert float((noise.mean(0).norm() / axis.norm())) < 0.3, "unbiased"
+    assert float(noise.mean(0).norm() / axis.norm()) < 0.3, "unbiased"
     if d == 2:  # noise stays where gradients of logits can be
         assert float(noisy.sum(1).abs().max()) < 1e-6 * float(noisy.abs().max()) * 10
 

@@ -97,9 +97,7 @@ def test_same_seed_same_network(material):
     x = [torch.randn(5, D, generator=G)]
     state = torch.random.get_rng_state()
 
-    a, b = (
-        teach(Practice(bottom, mechanism, TEXTS, None, recipe), recipe)(x)[0] for _ in range(2)
-    )
+    a, b = (teach(Practice(bottom, mechanism, TEXTS, None, recipe), recipe)(x)[0] for _ in range(2))
 
     assert torch.equal(a, b)
     assert torch.equal(state, torch.random.get_rng_state())  # the caller's randomness is its own

@@ -125,9 +125,7 @@ def test_text_needs_words_and_a_frozen_bottom():
     hidden = torch.zeros(2, 16)
 
     with pytest.raises(PrivacyError, match=r"one \(V, d\) matrix"):
-        NearestToken(1.0, MatrixCandidates(TABLE), Bottom()).privatise_sample(
-            hidden, ids, stream()
-        )
+        NearestToken(1.0, MatrixCandidates(TABLE), Bottom()).privatise_sample(hidden, ids, stream())
     with pytest.raises(PrivacyError, match="bottom learns: must be frozen"):
         text_to_text().privatise_sample(hidden.clone().requires_grad_(), ids, stream())
     with pytest.raises(PrivacyError, match=r"token id=200: must be in 0\.\.199"):

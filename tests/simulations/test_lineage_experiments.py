@@ -145,7 +145,8 @@ def test_unknown_models_bases_and_options_are_named(tmp_path: Path, base: Any) -
 
 def test_separation_and_breaking_points_of_known_numbers() -> None:
     def row(relation: str, value: float, how: str = "none") -> dict[str, Any]:
-        return {"relation": relation, "transform": how} | dict.fromkeys(COLUMNS, value)
+        names = {"base": "a", "suspect": f"{relation} {value}"}
+        return names | {"relation": relation, "transform": how} | dict.fromkeys(COLUMNS, value)
 
     rows = [row("independent", 0.0), row("independent", 0.2), row("lora", 0.9)]
     rows += [row("pruned", 0.1), row("lora", -1.0, "rotation")]

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord
 from fedsplit.config import RunConfig
 from strategies.recorder import Recorder
 from strategies.split_tuning import SplitTuning
-from strategies.split_tuning_run import build_parts, initial_arrays
+from strategies.split_tuning_run import build_parts, initial_arrays, keep_trained
 from tests.strategies.local_grid import LocalGrid
 
 
@@ -57,6 +57,7 @@ def run_local(config: RunConfig, *, prepare: Any = None, **grid_options: Any) ->
     initial: ArrayRecord = initial_arrays(config, bottom, parts.head)
     try:
         result = strategy.start(grid, initial, num_rounds=config.train.rounds)
+        keep_trained(config, parts, result.arrays)
     finally:
         if parts.hub is not None:
             parts.hub.stop()

@@ -1,0 +1,139 @@
+"""Every mechanism and denoiser through a whole run: what left, and that it left once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedsplit.errors import ConfigError
+from strategies.denoising import CACHE_VARIABLE, DENOISERS, build_denoiser
+
+NOISE: dict[str, dict[str, Any]] = {
+    "dchi": {"privacy__eta": 8.0},
+    "gaussian": {"privacy__epsilon": 20.0},
+    "nearest-token": {"privacy__noise_ratio": 2.0},
+    "pac": {"privacy__budget": 20.0},
+    "pac of its own": {"privacy__budget": 20.0, "privacy__covariance": "own"},
+}
+
+
+def options(name: str) -> dict[str, Any]:
+    return {"privacy__mechanism": name.split()[0], **NOISE[name]}
+
+
+def transcript(run: Any) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = load_file(run.folder / "transcript.safetensors")
+    return held
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def few(make_config: Any) -> Any:
+    """Return the settings of a run of seconds."""
+
+    def make(**overrides: Any) -> Any:
+        return make_config(**{"train__rounds": 1, "data__owners": 2, **overrides})
+
+    return make
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_what_left_is_noisy_finite_and_the_same_after_a_restart(
+    few: Any, run_locally: Any, tmp_path: Path, name: str
+) -> None:
+    plain = transcript(run_locally(few(output__dir=str(tmp_path / "plain"))))
+    first, again = (
+        transcript(run_locally(few(output__dir=str(tmp_path / part), **options(name))))
+        for part in ("a", "b")
+    )
+
+    rows = [k for k in plain if k.endswith("/rows")]
+    assert rows
+    for key in rows:
+        assert torch.isfinite(first[key]).all()
+        assert torch.equal(first[key], again[key])
+        assert not torch.allclose(first[key].float(), plain[key].float())
+
+
+@pytest.mark.parametrize("name", ["nearest-token"])
+def test_text_to_text_runs_with_blocks_in_the_bottom(few: Any, run_locally: Any, name: str) -> None:
+    run = run_locally(few(split__k=2, **options(name)))
+
+    assert run.server["rounds"][0]["train"]["steps"] == 3
+
+
+@pytest.mark.parametrize("denoise", DENOISERS)
+def test_denoisers_run_and_say_what_they_cost(few: Any, run_locally: Any, denoise: str) -> None:
+    config = few(privacy__denoise=denoise, train__rounds=2, **options("dchi"))
+
+    rounds = run_locally(config).server["rounds"]
+
+    cost = [r["evaluate"]["denoising"] for r in rounds]
+    assert cost[0]["denoise"] == denoise
+    assert cost[0]["tokens"] > 0
+    assert cost[0]["seconds_per_token"] * cost[0]["tokens"] == pytest.approx(cost[0]["seconds"])
+    assert cost[1]["tokens"] >= cost[0]["tokens"]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "pac"])
+def test_posteriors_know_every_law(few: Any, run_locally: Any, name: str) -> None:
+    config = few(privacy__denoise="unigram", privacy__cti="purity", **options(name))
+
+    assert run_locally(config).server["rounds"][0]["evaluate"]["denoising"]["tokens"] > 0
+
+
+def test_learned_denoiser_is_taught_once(few: Any, run_locally: Any, tmp_path: Path) -> None:
+    common = {"privacy__denoise": "learned", "split__k": 1, **options("nearest-token")}
+
+    runs = [run_locally(few(output__dir=str(tmp_path / part), **common)) for part in "ab"]
+
+    first, again = (r.server["rounds"][0]["evaluate"]["denoising"] for r in runs)
+    assert "from_cache" not in first
+    assert again["from_cache"]
+    assert first["unexplained"] == again["unexplained"]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"privacy__denoise": "unigram", "split__k": 1}, "needs split.k = 0"),
+        ({"privacy__denoise": "learned", "split__bottom": "joint"}, "needs a frozen bottom"),
+    ],
+)
+def test_denoisers_without_their_conditions_are_refused(
+    few: Any, changed: dict[str, Any], message: str
+) -> None:
+    config = few(**options("dchi"), **changed)
+
+    with pytest.raises(ConfigError, match=message):
+        build_denoiser(config, None, None, None)  # type: ignore[arg-type]  # refused before use
+
+
+def test_an_owner_refuses_text_to_text_with_a_bottom_that_learns(
+    few: Any, run_locally: Any
+) -> None:
+    config = few(split__bottom="joint", **options("nearest-token"))
+
+    with pytest.raises(Exception, match="bottom learns: must be frozen"):
+        run_locally(config)
+
+
+@pytest.mark.parametrize("cti", ["public-idf", "frequent"])
+def test_tokens_are_chosen_without_labels(few: Any, run_locally: Any, cti: str) -> None:
+    config = few(
+        privacy__cti=cti, privacy__cti_max_share=0.3, privacy__cti_rho=0.0, **options("dchi")
+    )
+
+    metrics = run_locally(config).server["rounds"][0]["train"]["metrics"]
+
+    assert metrics["share-touched"] <= 0.3
