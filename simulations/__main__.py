@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedsplit.errors import FedsplitError
+from fedsplit.errors import FedsplitError, RunError
 from fedsplit.registry import pick
 
 if TYPE_CHECKING:
@@ -40,18 +41,32 @@ def run(
 
 def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:
     from simulations.kinds import KINDS
+    from simulations.report import FILE as REPORT
+    from simulations.report import write_report
     from simulations.run_folder import RunFolder, default_folder
 
     carry_out = pick(KINDS, loaded.kind, "kind")
     path = out or default_folder(loaded.name)
     console.print(f"[bold]{loaded.name}[/bold]: {loaded.about}")
-    with RunFolder(path, name=loaded.name, kind=loaded.result_kind, force=force) as folder:
-        try:
-            carry_out(loaded, folder, console)
-        except KeyboardInterrupt:
-            console.print(f"\ninterrupted; what was done is in {path}")
-            raise
-    console.print(f"results: {path / 'results.json'}")
+    try:
+        with RunFolder(path, name=loaded.name, kind=loaded.result_kind, force=force) as folder:
+            try:
+                carry_out(loaded, folder, console)
+            except KeyboardInterrupt:
+                console.print(f"\ninterrupted; what was done is in {path}")
+                raise
+    finally:
+        with contextlib.suppress(RunError):  # the run's own error is what must be seen
+            write_report(path)
+    console.print(f"results: {path / 'results.json'}, and as a page: {path / REPORT}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
+    """Write a run's page again: results, settings and pictures in one HTML file."""
+    from simulations.report import write_report
+
+    console.print(f"page: {write_report(folder)}")
 
 
 @app.command()

@@ -23,6 +23,7 @@ from fedsplit.owners.plan import train_steps
 from fedsplit.owners.samples import Samples
 from fedsplit.seeding import derive_seed
 from simulations.shares import OwnerShare
+from strategies.length_buckets import LengthBuckets
 from strategies.optimisation import Optimisation
 from strategies.round import natural
 from strategies.split_tuning_run import load_base
@@ -64,6 +65,7 @@ class CentralisedTwin:
         self.shares = {share.name: share for share in shares}
         loaded = load_base(config)
         self.bottom, self.top = split(loaded.model, config.split.k, verify=False)
+        self._buckets = LengthBuckets(self.top)
         self.joint = config.split.bottom == "joint"
         self.bottom.eval().requires_grad_(self.joint)
         trainable = make_trainable(self.top, config.train.method)
@@ -93,10 +95,11 @@ class CentralisedTwin:
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             hidden = self.bottom(ids, mask)
-        logits = self.top(hidden, mask)
         if self.config.model.task == "sequence-classification":
+            logits = self._buckets(hidden, mask)  # the server pads as little
             labels = [s.labels[slots] for s, slots in samples if s.labels is not None]
             return logits, torch.cat(labels)
+        logits = self.top(hidden, mask)
         predicts = mask[:, 1:].bool()
         return logits[:, :-1][predicts], ids[:, 1:][predicts]
 

@@ -46,12 +46,26 @@ def _attributes(experiment: Experiment, folder: RunFolder, console: Console) -> 
     run(experiment, folder, console)
 
 
+def _lineage_gate(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.lineage_gate_experiment import run
+
+    run(experiment, folder, console)
+
+
+def _label_leakage(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.label_leakage_experiment import run
+
+    run(experiment, folder, console)
+
+
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
     "split": _split,
     "sap-depth": _sap_depth,
     "attributes": _attributes,
+    "label-leakage": _label_leakage,
     "lineage-table": _lineage_table,
     "lineage-evasion": _lineage_evasion,
+    "lineage-gate": _lineage_gate,
     "sweep": _sweep,
 }

@@ -51,7 +51,7 @@ OPTIONS: dict[str, Any] = {
     "own-steps": 400,
     "text": "",
     "batch": 8,
-    "length": 128,
+    "length": 64,
 }
 _COMMON: dict[str, Any] = {
     "hidden_size": 96,
@@ -149,8 +149,9 @@ def families(folder: Path, options: Mapping[str, Any]) -> list[Subject]:
         (where / "config.json").write_text(json.dumps(settings))
         found.append((f"{name}, random", _random(where, 0), _random(where, 1)))
     if options["encoder"]:
-        encoder = load(str(options["encoder"]), "sequence-classification").model.base_model
-        found.append((f"{encoder.config.model_type}, trained encoder", encoder, _shuffled(encoder)))
+        whole: Any = load(str(options["encoder"]), "sequence-classification").model
+        encoder, kind = whole.base_model, whole.config.model_type
+        found.append((f"{kind}, trained encoder", encoder, _shuffled(encoder)))
     if options["models"]:
         for base in one_per_width(find_bases(str(options["models"]))):
             model = load_base(base).model

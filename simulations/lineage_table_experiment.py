@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
@@ -36,10 +37,10 @@ OPTIONS: dict[str, Any] = {
     "own-bases": 3,
     "own-steps": 400,
     "retrained": 2,  # twins trained from scratch in the shape of the narrowest base of a folder
-    "steps": 150,
-    "lr": 3e-4,
+    "steps": 60,
+    "lr": 5e-4,
     "batch": 8,
-    "length": 128,
+    "length": 64,
     "transforms": True,
     "breaking-base": "",  # empty: the middle one of those with descendants
     "breaking-lr": 3e-3,
@@ -276,19 +277,20 @@ def breaking_series(
 ) -> list[dict[str, Any]]:
     """Train a copy on other text at a high rate; compare after each number of steps."""
     original, tuned = load_base(base), load_base(base)
+    model: nn.Module = tuned.model
     windows = Windows(tuned.tokenizer, texts.other, plan.length, plan.seed)
     settings = asdict(plan) | {"steps": stops[-1], "lr": lr}
     rows: list[dict[str, Any]] = []
 
     def look(step: int) -> None:
         if step in stops:
-            tuned.model.eval()
-            row = {"steps": step, "perplexity": windows.perplexity(tuned.model)}
-            rows.append(row | compare(original.model, tuned.model))
-            tuned.model.train()
+            model.eval()
+            row = {"steps": step, "perplexity": windows.perplexity(model)}
+            rows.append(row | compare(original.model, model))
+            model.train()
         progress.update(step / stops[-1])
 
-    train(tuned.model, windows, Training(**settings), after=look)
+    train(model, windows, Training(**settings), after=look)
     return rows
 
 

@@ -1,5 +1,6 @@
 """Sweeps: many cells on Ray, resumable; one table, one Parquet file, one frontier plot.
 
+``options.known`` names an earlier sweep's Parquet file, whose cells are taken as they are.
 A cell's row is written to ``cells/KEY.json`` as soon as it is known, under a digest of everything
 that decides it.  A sweep that was killed, or that is started again with more cells or seeds, runs
 only what is missing; a cell that broke is a row with its error, and the next start tries it again.
@@ -30,7 +31,7 @@ OPTIONS: dict[str, Any] = {
     "workers": 0,
     "attack-samples": 400,
     "cells": [],
-    "memory-gb": 3.0,
+    "known": "",
 }
 
 
@@ -51,7 +52,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     workers = int(options["workers"]) or min(os.cpu_count() or 1, len(cells))
     check(1 <= workers <= 1024, "options.workers", workers, "in [1, 1024]")
     folder.write_config(experiment.config.to_flat())
-    store = CellStore(folder.path / "cells")
+    store = CellStore(folder.path / "cells", str(options["known"]))
     rows = {cell.key: row for cell in cells if (row := store.load(cell)) is not None}
     missing = [cell for cell in cells if cell.key not in rows]
     console.print(f"{len(cells)} cells, {len(rows)} of them known, {workers} at once")
@@ -61,7 +62,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("cells")
         work = folder.path / "work"
         for cell, row in run_cells(missing, work, int(options["attack-samples"]), workers):
-            rows[cell.key] = row
+            rows[cell.key] = row = {**row, "key": cell.key}
             store.save(cell, row)
             folder.record(rows=_ordered(cells, rows))
             progress.say(f"  {_told(row)}")
@@ -82,21 +83,31 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
 
 class CellStore:
-    """Rows on disk, one file per cell; an unreadable file counts as missing."""
+    """Rows on disk, one file per cell; an unreadable file counts as missing.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where the files are.
+        known: a Parquet file that another sweep left, whose cells need not be run again; empty or
+            missing = none.
+
+    Raises:
+        RunError: ``known`` is there and cannot be read.
+    """
+
+    def __init__(self, folder: Path, known: str = "") -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        self._known = read_parquet(Path(known)) if known and Path(known).exists() else {}
 
     def load(self, cell: Cell) -> dict[str, Any] | None:
         """Return the cell's row, or None where it is not known (or broke)."""
         try:
             row = json.loads((self._folder / f"{cell.key}.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return None
+            row = self._known.get(cell.key)
         if not isinstance(row, dict) or row.get("error"):
             return None
-        return {**row, **cell.columns()}  # JSON has no infinity, the cell knows its own
+        return {**row, **cell.columns(), "key": cell.key}  # JSON has no infinity, the cell has
 
     def save(self, cell: Cell, row: Mapping[str, Any]) -> None:
         """Write the cell's row, whole or not at all."""
@@ -165,6 +176,24 @@ def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     draft = path.with_suffix(".draft")
     pyarrow.parquet.write_table(pyarrow.table(columns), draft)
     draft.replace(path)
+
+
+def read_parquet(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a sweep's Parquet file by their keys.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise RunError(f"{path}: must be a sweep's Parquet file: {error}") from None
+    return {
+        str(r["key"]): {k: v for k, v in r.items() if v is not None} for r in rows if "key" in r
+    }
 
 
 def _ordered(cells: Sequence[Cell], rows: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from fedsplit.errors import FedsplitError
 from fedsplit.models.halves import Top
 from fedsplit.models.heads import select_positions
 from strategies.denoising import CohortDenoiser
+from strategies.length_buckets import LengthBuckets
 from strategies.member import Batch, Member
 from strategies.optimisation import Optimisation
 
@@ -69,6 +70,7 @@ class Cohort:
         denoise: CohortDenoiser | None = None,
     ) -> None:
         self._top = top
+        self._buckets = LengthBuckets(top)
         self._optimisation = optimisation
         self._joint = joint
         self._per_token = positions == "all" if positions else per_token
@@ -214,8 +216,11 @@ class Cohort:
         if self._positions:
             states = self._top.hidden_states(hidden, mask)
             return select_positions(states, mask, self._positions).float()
+        if not self._per_token:
+            answers: Tensor = self._buckets(hidden, mask)
+            return answers
         logits: Tensor = self._top(hidden, mask)
-        return logits[mask.to(logits.device).bool()] if self._per_token else logits
+        return logits[mask.to(logits.device).bool()]
 
     def _parts(self, batches: list[tuple[Member, Batch]], rows: Tensor) -> dict[Member, Tensor]:
         """Cut rows into each member's own."""

@@ -2,8 +2,9 @@
 
 Free under post-processing: the owners' guarantee and what an attacker may do are unchanged, since
 the server could always compute this.  ``uniform``, ``unigram`` and ``contextual`` are posterior
-means over the finite set of noiseless vectors of an embeddings-only bottom (k = 0); ``learned``
-is a small network taught on public text, for any frozen bottom.
+means over the finite set of noiseless vectors of an embeddings-only bottom (k = 0), ``ends`` puts
+right only the special tokens that every text has, as these three do too; ``learned`` is a small
+network taught on public text, for any frozen bottom.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
 from fedsplit.models.halves import Bottom
 from fedsplit.privacy.contextual import BigramChain, ContextualDenoiser
+from fedsplit.privacy.known_ends import KnownEnds, ends_of
 from fedsplit.privacy.learned_denoiser import LearnedDenoiser, Practice, Recipe, cached
 from fedsplit.privacy.mechanism import Mechanism
 from fedsplit.privacy.posterior import Denoiser, Touched, unigram_log_prior
@@ -128,9 +130,18 @@ def public_log_prior(tokenizer: Any, vocabulary: int, max_tokens: int) -> Tensor
     return unigram_log_prior(ids, vocabulary)
 
 
+def _with_ends(of: Material, inner: Rows | None) -> Rows:
+    """Put what stands at the ends of every text right, whatever ``inner`` makes of the rest."""
+    return KnownEnds(inner, of.bottom, ends_of(of.tokenizer), of.config.model.max_tokens)
+
+
+def _ends(of: Material) -> tuple[Rows, dict[str, Any]]:
+    return _with_ends(of, None), {}
+
+
 def _uniform(of: Material) -> tuple[Rows, dict[str, Any]]:
     candidates = candidates_of(of.bottom, of.bottom.vocab, of.config.model.max_tokens)
-    return Denoiser(candidates, of.mechanism, None, of.touched), {}
+    return _with_ends(of, Denoiser(candidates, of.mechanism, None, of.touched)), {}
 
 
 def _unigram(of: Material) -> tuple[Rows, dict[str, Any]]:
@@ -138,7 +149,7 @@ def _unigram(of: Material) -> tuple[Rows, dict[str, Any]]:
     ids = of.ids()
     prior = unigram_log_prior(ids, of.bottom.vocab)
     facts = {"public_tokens": sum(map(len, ids))}
-    return Denoiser(candidates, of.mechanism, prior, of.touched), facts
+    return _with_ends(of, Denoiser(candidates, of.mechanism, prior, of.touched)), facts
 
 
 def _contextual(of: Material) -> tuple[Rows, dict[str, Any]]:
@@ -146,7 +157,8 @@ def _contextual(of: Material) -> tuple[Rows, dict[str, Any]]:
     ids = of.ids()
     chain = BigramChain(ids, of.bottom.vocab)
     facts = {"public_tokens": sum(map(len, ids)), "public_bigrams": int(chain.counts.nnz)}
-    return ContextualDenoiser(candidates, of.mechanism, chain, of.touched), facts
+    denoiser = ContextualDenoiser(candidates, of.mechanism, chain, of.touched)
+    return _with_ends(of, denoiser), facts
 
 
 def _learned(of: Material) -> tuple[Rows, dict[str, Any]]:
@@ -171,6 +183,7 @@ def _learned(of: Material) -> tuple[Rows, dict[str, Any]]:
 
 DENOISERS: dict[str, Callable[[Material], tuple[Rows, dict[str, Any]]]] = {
     "contextual": _contextual,
+    "ends": _ends,
     "learned": _learned,
     "uniform": _uniform,
     "unigram": _unigram,

@@ -26,9 +26,15 @@ KEY_FILE = "lineage-key.pem"
 CHAIN_FILE = "lineage.jsonl"
 
 
-def gate_config(config: LineageConfig) -> GateConfig:
-    """The gate's thresholds from the run's settings."""
-    return GateConfig(in_lineage=config.in_lineage, block=config.block)
+def gate_config(config: LineageConfig, *, invariants: bool = True) -> GateConfig:
+    """The gate's thresholds from the run's settings.
+
+    Args:
+        config: the run's lineage settings.
+        invariants: also report HuRef's invariants, which decide nothing and cost half of a check.
+    """
+    tokens = GateConfig.tokens if invariants else 0
+    return GateConfig(in_lineage=config.in_lineage, block=config.block, tokens=tokens)
 
 
 def owners_gate(part: nn.Module, config: LineageConfig) -> LineageGate | MatrixGate | None:
@@ -39,7 +45,7 @@ def owners_gate(part: nn.Module, config: LineageConfig) -> LineageGate | MatrixG
     if config.gate == "off":
         return None
     try:
-        return LineageGate(part, gate_config(config))
+        return LineageGate(part, gate_config(config, invariants=False))
     except ModelError:
         return MatrixGate(dict(part.named_parameters()), gate_config(config))
 

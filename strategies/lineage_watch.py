@@ -126,13 +126,12 @@ class LineageWatch:
         rows: dict[str, dict[str, Any]] = {}
         for owner, update in updates.items():
             rows[owner] = self._judge_owner(owner, self._covered(update))
-            action = rows[owner]["action"]
-            if action != ACCEPT:
-                log.warning("round %d: %s: %s: %s", row["round"], owner, action,
-                            rows[owner]["reason"])  # fmt: skip
+            action, reason = rows[owner]["action"], rows[owner].get("reason")
             if action == QUARANTINE:
-                self.quarantine(owner, f"round {row['round']}: {rows[owner]['reason']}",
-                                (nodes or {}).get(owner))  # fmt: skip
+                told = f"round {row['round']}: {reason}"
+                self.quarantine(owner, told, (nodes or {}).get(owner))
+            elif action != ACCEPT:
+                log.warning("round %d: %s: %s: %s", row["round"], owner, action, reason)
         row["owners"] = rows
         if self.config.gate == "stop":
             failed = [o for o, r in rows.items() if r["verdict"] != "in_lineage"]

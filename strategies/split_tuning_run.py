@@ -101,7 +101,10 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
         rows=rows,
         owners=bottom if config.split.bottom == "joint" else None,
     )
-    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab, loaded.tokenizer)
+    frozen = config.split.bottom == "frozen"
+    mechanism = build_mechanism(
+        config.privacy, bottom, bottom.vocab, loaded.tokenizer, frozen=frozen
+    )
     denoise = build_denoiser(config, bottom, loaded.tokenizer, mechanism)
     trainable = make_trainable(top, config.train.method)
     if config.labels.client_head:

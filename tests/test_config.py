@@ -67,7 +67,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "privacy.cti": (["idf", ""], ["off", "tfidf", "purity", "public-idf", "frequent"]),
     "privacy.denoise": (
         ["wiener"],
-        ["off", "uniform", "unigram", "contextual", "learned"],
+        ["off", "ends", "uniform", "unigram", "contextual", "learned"],
     ),
     "privacy.cti-per-class": ([0], [1]),
     "privacy.cti-max-share": ([0.0, 1.1], [1.0]),

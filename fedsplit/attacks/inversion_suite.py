@@ -29,6 +29,7 @@ from fedsplit.privacy.mechanism import Mechanism
 from fedsplit.privacy.posterior import Touched
 from fedsplit.privacy.summed import candidates_of
 from fedsplit.registry import pick
+from fedsplit.seeding import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,9 @@ def _learned(of: Attacker, rows: Sequence[Tensor]) -> Outcome:
     from fedsplit.attacks.optimisation import embedding_table
 
     attack = LearnedInversion(steps=of.budget.learned_steps, seed=of.seed)
-    ids = [torch.tensor(x) for x in of.public_ids if len(x) >= 2][: of.budget.public_samples]
+    order = numpy_generator(of.seed, "attacks", "public").permutation(len(of.public_ids))
+    chosen = order[: of.budget.public_samples]
+    ids = [torch.tensor(of.public_ids[i]) for i in chosen if len(of.public_ids[i]) >= 2]
     table = embedding_table(of.embedding, of.vocab, torch.device("cpu"))
     seen = represent(of.bottom, ids)
     return attack.invert(rows, seen, ids, table, of.mechanism), attack.knowledge

@@ -332,7 +332,8 @@ def ridge_map(
         power, rows = power + float((x.square() * weight).sum()), rows + len(x)
     gram.diagonal()[:d] += ridge * power / d + 1e-9
     gram.diagonal()[d:] += 1e-3
-    return torch.linalg.solve(gram, cross).float()
+    solution: Tensor = torch.linalg.solve(gram, cross)
+    return solution.float()
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

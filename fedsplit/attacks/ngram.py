@@ -1,8 +1,12 @@
 """A public language model that every attacker has: interpolated bigrams and trigrams of tokens.
 
-Witten-Bell smoothing (Witten & Bell 1991; Chen & Goodman 1996, section 2.5): a history seen n
-times with t distinct followers gives its lower order the weight t / (n + t), so there is nothing to
-tune.  Counts are sorted arrays of keys looked up by bisection: no vocabulary-squared table.
+Witten-Bell smoothing (Witten & Bell 1991; Chen & Goodman 1996, section 2.5) with a caution g: a
+history seen n times with t distinct followers gives its lower order the weight g t / (n + g t).
+g = 1 is theirs; public text is of another field than the owners', so the default is larger.  Counts
+are sorted arrays of keys looked up by bisection: no vocabulary-squared table.
+
+The server's denoiser has a chain of its own over the whole vocabulary
+(:mod:`fedsplit.privacy.contextual`); this one also has trigrams, and is looked up pair by pair.
 """
 
 from __future__ import annotations
@@ -26,18 +30,25 @@ class NgramModel:
         token_lists: public sequences of token ids, special tokens included; never the owners' own.
         vocab_size: V.
         smoothing: count added to every token's own frequency, so that none is impossible.
+        caution: g; the less alike public and private text are, the larger.
 
     Raises:
         AttackError: if an id is out of range.
     """
 
     def __init__(
-        self, token_lists: Iterable[Sequence[int]], vocab_size: int, *, smoothing: float = 0.1
+        self,
+        token_lists: Iterable[Sequence[int]],
+        vocab_size: int,
+        *,
+        smoothing: float = 0.1,
+        caution: float = 16.0,
     ) -> None:
         check(vocab_size >= 1, "vocab_size", vocab_size, ">= 1 (tokens)")
         # Trigram keys are a V^2 + b V + c in 63 bits.
         check(vocab_size <= 2_000_000, "vocab_size", vocab_size, "<= 2,000,000 (tokens)")
         check(smoothing > 0, "smoothing", smoothing, "> 0 (counts)")
+        check(caution > 0, "caution", caution, "> 0 (weight of the lower order)")
         self.vocab_size = vocab_size
         rows = [np.asarray(ids, dtype=np.int64) for ids in token_lists if len(ids)]
         flat = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)  # (N,)
@@ -51,10 +62,11 @@ class NgramModel:
         triples = pairs[1:] & pairs[:-1]
         first, second, third = flat[:-2], flat[1:-1], flat[2:]
         two = flat[:-1] * vocab_size + flat[1:]
-        self._two = _Followers(two[pairs], vocab_size)
+        self._two = _Followers(two[pairs], vocab_size, caution)
         self._three = _Followers(
             (first[triples] * vocab_size + second[triples]) * vocab_size + third[triples],
             vocab_size,
+            caution,
         )
 
     def unigram(self, token: Ints) -> Floats:
@@ -94,8 +106,8 @@ class NgramModel:
 class _Followers:
     """Counts of (history, token), with each history's total and number of distinct followers."""
 
-    def __init__(self, keys: Ints, vocab_size: int) -> None:
-        self._v = vocab_size
+    def __init__(self, keys: Ints, vocab_size: int, caution: float) -> None:
+        self._v, self._caution = vocab_size, caution
         self._keys, self._counts = np.unique(keys, return_counts=True)
         history = self._keys // vocab_size
         self._histories, start = np.unique(history, return_index=True)
@@ -105,7 +117,7 @@ class _Followers:
             self._totals = np.add.reduceat(self._counts, start)
 
     def interpolate(self, history: Ints, token: Ints, lower: Floats) -> Floats:
-        """Return (count + kinds * lower) / (total + kinds); ``lower`` for an unseen history."""
+        """Return (count + g kinds lower) / (total + g kinds); ``lower`` for an unseen history."""
         if not len(self._keys):
             shape = np.broadcast_shapes(np.shape(history), np.shape(token), np.shape(lower))
             return np.broadcast_to(lower, shape)
@@ -113,7 +125,7 @@ class _Followers:
         at = np.searchsorted(self._histories, history)
         at = np.minimum(at, len(self._histories) - 1)
         known = self._histories[at] == history
-        kinds = np.where(known, self._kinds[at], 1)
+        kinds = self._caution * np.where(known, self._kinds[at], 1)
         total = np.where(known, self._totals[at], 0)
         key = history * self._v + token
         place = np.minimum(np.searchsorted(self._keys, key), len(self._keys) - 1)

@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def predict(
     text: Annotated[str, typer.Argument(help="one text; leave out with --file")] = "",
     file: Annotated[
-        Path | None, typer.Option(help="texts: CSV, JSON lines, Parquet or plain lines")
+        Path | None, typer.Option(help="texts: CSV, JSON lines, Parquet, or plain text")
     ] = None,
     column: Annotated[str, typer.Option(help="column with the text")] = "text",
     out: Annotated[

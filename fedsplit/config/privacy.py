@@ -14,7 +14,7 @@ MECHANISMS = ("none", "dchi", "gaussian", "nearest-token", "pac")
 CTI = ("off", "tfidf", "purity", "public-idf", "frequent")
 """``off`` and the rows of ``fedsplit.privacy.cti.STATISTICS``."""
 
-DENOISE = ("off", "uniform", "unigram", "contextual", "learned")
+DENOISE = ("off", "ends", "uniform", "unigram", "contextual", "learned")
 
 LEVELS = {"dchi": "eta", "nearest-token": "eta", "gaussian": "epsilon", "pac": "budget"}
 """Each mechanism's own noise level; ``noise-ratio`` is the alternative to it."""
@@ -45,9 +45,10 @@ class PrivacyConfig:
         cti_max_share: largest share of running tokens that may be touched.
         cti_rho: noise multiplier of the selected tokens; 0 sends them in the clear.
         denoise: what the server does with received vectors before its top reads them: ``off``;
-            ``uniform``, ``unigram`` or ``contextual`` (posterior mean over the public vocabulary
-            with that prior; embeddings-only frozen bottoms); or ``learned`` (a small network taught
-            on public text; any frozen bottom).  Post-processing: costs no privacy.
+            ``ends`` (clean vectors for the special tokens that every text has); ``uniform``,
+            ``unigram`` or ``contextual`` (the same, and posterior means over the public vocabulary
+            with that prior), all for embeddings-only frozen bottoms; or ``learned`` (a small
+            network taught on public text; any frozen bottom).  Post-processing: costs no privacy.
         public_text: the server's own public text for priors and teaching: a file with one text per
             line, or empty for the interpreter's docstrings.  Owners never read it.
     """

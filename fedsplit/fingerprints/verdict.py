@@ -273,7 +273,7 @@ def public_null(size: int, depth: int, *, block: bool = False) -> NullDistributi
     check(size >= 1, "size", size, ">= 1 (side of the sketch)")
     check(depth >= 1, "depth", depth, ">= 1 (blocks)")
     exact = NullDistribution(tuple(PUBLIC_MEASURED.values()))
-    own = max(exact.sd, 0.05) if block else exact.sd  # single blocks of twins spread by 0.05
+    own = max(exact.sd, 0.07) if block else exact.sd  # twins' single blocks: up to 0.07
     terms = 2 if block else 2 * depth
     return NullDistribution(exact.scores, math.hypot(own, 1.0 / (size * math.sqrt(terms))))
 

@@ -100,4 +100,5 @@ def _run(module: Any, hidden: Tensor, kind: str) -> Tensor:
         raise UnsupportedModelError(
             f"model_type={kind!r}: its experts cannot be probed: {error}"
         ) from error
-    return out[0] if isinstance(out, tuple) else out
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found

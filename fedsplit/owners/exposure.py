@@ -51,6 +51,9 @@ class Exposure:
         self._index: dict[str, int] = {}
         self._masks: dict[str, int] = {}  # sample -> bit per draw
         self._counts: Counter[int] = Counter()  # how many samples have which mask
+        self._of_bottom: dict[str, int] = {}  # the draws of each bottom, as a mask
+        self._of_representation: dict[str, int] = {}
+        self._known: dict[int, tuple[int, dict[str, float]]] = {}  # mask -> views, their cost
 
     def __len__(self) -> int:
         """Samples of which anything has left."""
@@ -60,8 +63,7 @@ class Exposure:
         """Take note that this draw of ``samples`` leaves; again is the same as once."""
         index = self._index.get(draw_id)
         if index is None:
-            index = self._index[draw_id] = len(self._draws)
-            self._draws.append(draw)
+            index = self._index[draw_id] = self._add(draw)
         bit = 1 << index
         for sample in samples:
             old = self._masks.get(sample, 0)
@@ -78,7 +80,7 @@ class Exposure:
         """Return the most views one of ``samples`` would have (of this bottom, of all)."""
         index = self._index.get(draw_id)
         bit = 0 if index is None else 1 << index
-        of_bottom = self._mask_of(lambda draw: draw.bottom == bottom)
+        of_bottom = self._of_bottom.get(bottom, 0)
         most_bottom = most = 0
         for sample in samples:
             mask = self._masks.get(sample, 0)
@@ -94,7 +96,7 @@ class Exposure:
         composition: deltas add up too) and ``nats`` are sums over them.  Maximum and median are
         over the samples of which anything has left; they hold for tokens with full noise.
         """
-        mask = self._mask_of(lambda draw: draw.representation == representation)
+        mask = self._of_representation.get(representation, 0)
         rows: list[tuple[int, dict[str, float], int]] = []
         for held, count in self._counts.items():
             if held & mask:
@@ -113,17 +115,9 @@ class Exposure:
             found["guarantee"] = "none"
         return found
 
-    def most(self) -> dict[str, int]:
-        """Return, per bottom, the most views that one sample has."""
-        found = {}
-        for bottom in dict.fromkeys(draw.bottom for draw in self._draws):
-            mask = self._mask_of(lambda draw, b=bottom: draw.bottom == b)
-            found[bottom] = max((held & mask).bit_count() for held in self._counts)
-        return found
-
     def representations(self) -> list[str]:
         """Return every representation of which anything has left, oldest first."""
-        return list(dict.fromkeys(draw.representation for draw in self._draws))
+        return list(self._of_representation)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, JSON-able."""
@@ -134,22 +128,34 @@ class Exposure:
     def from_json(cls, content: Mapping[str, Any]) -> Exposure:
         """Return what :meth:`to_json` was taken of."""
         made = cls()
-        made._draws = [Draw(**draw) for draw in content["draws"]]
+        for draw in content["draws"]:
+            made._add(Draw(**draw))
         made._index = {str(k): int(v) for k, v in content["index"].items()}
         made._masks = {str(k): int(v, 16) for k, v in content["masks"].items()}
         made._counts = Counter(made._masks.values())
         return made
 
-    def _mask_of(self, wanted: Any) -> int:
-        return sum(1 << i for i, draw in enumerate(self._draws) if wanted(draw))
+    def _add(self, draw: Draw) -> int:
+        """Add a new draw and return its number."""
+        index = len(self._draws)
+        self._draws.append(draw)
+        for masks, key in (
+            (self._of_bottom, draw.bottom),
+            (self._of_representation, draw.representation),
+        ):
+            masks[key] = masks.get(key, 0) | 1 << index
+        return index
 
     def _cost(self, mask: int) -> tuple[int, dict[str, float]]:
+        if mask in self._known:
+            return self._known[mask]
         cost: dict[str, float] = {}
         for i, draw in enumerate(self._draws):
             if mask >> i & 1:
                 unit, amount = draw.cost
                 cost[unit] = cost.get(unit, 0.0) + amount
-        return mask.bit_count(), cost
+        self._known[mask] = mask.bit_count(), cost
+        return self._known[mask]
 
 
 def _hex(masks: Mapping[str, int]) -> dict[str, str]:

@@ -46,7 +46,7 @@ LEDGER, HEAD, STATE, TORN, LOCK = (
     "ledger.lock",
 )
 _END = re.compile(rb',"hash":"([0-9a-f]{64})"}\Z')
-_STATE_EVERY = 4096  # lines
+_SAVE_AFTER = 256  # lines that the next process would have to read again
 _CHUNK = 1 << 20
 Entry = dict[str, Any]
 
@@ -187,9 +187,10 @@ class Ledger:
             self._check_head()
 
     def close(self) -> None:
-        """Save the totals and close the files."""
-        with contextlib.suppress(LedgerError):
-            self.save()
+        """Close the files; the totals are saved if many lines came since they last were."""
+        if self._at.n - self._saved >= _SAVE_AFTER:
+            with contextlib.suppress(LedgerError):
+                self.save()
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
@@ -219,8 +220,6 @@ class Ledger:
             if "draw" in entry:
                 entry["cumulative"] = self.totals.exposure.summary(entry["representation"])
             self._write(entry)
-            if self._at.n - self._saved >= _STATE_EVERY:
-                self._save()
         return entry
 
     def save(self) -> None:

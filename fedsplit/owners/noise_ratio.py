@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsplit.privacy.calibration import norms_of, word_table
 from fedsplit.privacy.configured import representation_norm
 from fedsplit.privacy.gaussian import Gaussian
 from fedsplit.privacy.mechanism import Mechanism
+from fedsplit.privacy.nearest_token import NearestToken
 from fedsplit.privacy.pac import Pac
 
 
@@ -37,7 +39,7 @@ def _pac(mechanism: Mechanism, width: int) -> float:
 # Mechanism -> (mechanism, d) -> E||n||.  One that is not here cannot satisfy a bound on the ratio.
 NOISE_NORMS: dict[str, Callable[[Any, int], float]] = {
     "dchi": _by_eta,
-    "nearest_token": _by_eta,
+    "nearest-token": _by_eta,
     "gaussian": _gaussian,
     "pac": _pac,
     "none": lambda mechanism, width: 0.0,
@@ -56,6 +58,9 @@ def noise_ratio(mechanism: Mechanism, bottom: nn.Module, vocabulary: int) -> flo
     What a mechanism clips is measured as it is after clipping: a small ``clip`` shortens the noise
     and what it hides alike.
     """
+    if isinstance(mechanism, NearestToken) and mechanism.bottom is not None:
+        words = norms_of(word_table(bottom))  # where this one puts its noise
+        return _by_eta(mechanism, words.dim) / words.median if words.median else math.inf
     norm = representation_norm(bottom, vocabulary)
     if isinstance(mechanism, Gaussian):
         norm = min(norm, mechanism.clip)

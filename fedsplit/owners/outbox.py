@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsplit.errors import LedgerError, PolicyError
 from fedsplit.owners.ledger import Entry, Ledger, Totals, now
-from fedsplit.owners.noise_ratio import noise_norm, too_clear
+from fedsplit.owners.noise_ratio import noise_norm, noise_ratio, too_clear
 from fedsplit.owners.policy import Breach, Policy, refuse
 from fedsplit.owners.refusals import tellable
 from fedsplit.owners.split_owner import SplitOwner
@@ -32,7 +32,8 @@ from fedsplit.wire.link import Link
 
 log = logging.getLogger(__name__)
 
-# What the ledger calls a frame; a kind that is not here is called by its own name.
+# What the ledger calls a frame; a kind that is not here is called by its own name.  With the head
+# at the owner, GRAD carries gradients of the server's hidden states.
 KINDS = {Kind.BATCH: "representations", Kind.GRAD: "logit-gradients"}
 
 
@@ -71,10 +72,12 @@ class Outbox:
         self.ledger = ledger
         self.policy = policy
         self.trip = trip
+        self._kinds = dict(KINDS)
+        if str(trip.labels.get("labels.protection", "")).startswith("client-head"):
+            self._kinds[Kind.GRAD] = "hidden-gradients"
         self._key = secret.stream("fedsplit.ledger.samples.v1").uniform(8).tobytes()
         self._owner: SplitOwner | None = None
         self._names: dict[int, str] = {}
-        self._noise: float | None = None
 
     def attach(self, owner: SplitOwner) -> None:
         """Tell whose frames follow.
@@ -86,8 +89,6 @@ class Outbox:
         mechanism = perturber.mechanism
         ratio = None
         if "noise.min_ratio" in self.policy:
-            from fedsplit.owners.noise_ratio import noise_ratio
-
             vocabulary = int(getattr(bottom, "vocab", 0))
             ratio = noise_ratio(mechanism, bottom, vocabulary) if vocabulary else None
         found = self.policy.mechanism_breaches(mechanism.name, mechanism.describe(), ratio)
@@ -103,7 +104,6 @@ class Outbox:
         refuse(found)
         self._owner = owner
         self._names = {}
-        self._noise = None
 
     # ---- what leaves ------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Outbox:
         """Check and record one frame that is about to leave."""
         size = PREFIX_BYTES + len(_text(header)) + len(body)
         entry: Entry = {
-            "kind": KINDS.get(kind, kind.name.lower().replace("_", "-")),
+            "kind": self._kinds.get(kind, kind.name.lower().replace("_", "-")),
             "bytes": size,
             "body": len(body),
             "digest": hashlib.sha256(body or _text(header)).hexdigest(),
@@ -179,10 +179,6 @@ class Outbox:
             return
         link.fail(told)
 
-    def close(self) -> None:
-        """Save the ledger's totals and let its files go."""
-        self.ledger.close()
-
     # ---- lines ------------------------------------------------------------------------------
 
     def _append(self, entry: Entry, *, bounded: bool = True) -> Entry:
@@ -217,7 +213,9 @@ class Outbox:
         mechanism = perturber.mechanism.describe()
         view = int(owner.views[int(header["step"])])
         chosen = "" if perturber.cti is None else sorted(perturber.cti.token_ids)
-        identity: list[Any] = [mechanism, perturber.representation_id, perturber.rho, chosen, view]
+        # In generation a view stands for the text before: part of what is shown, not a new draw.
+        drawn = 0 if self.trip.mode == "predict" else view
+        identity: list[Any] = [mechanism, perturber.representation_id, perturber.rho, chosen, drawn]
         if owner.settings.joint:  # the bottom has moved since the last one with that number
             identity += [self.trip.run, self.trip.round, self.trip.mode]
         entry |= {
@@ -227,18 +225,24 @@ class Outbox:
             "representation": perturber.representation_id,
             "view": view,
             "draw": hashlib.sha256(_text(identity)).hexdigest()[:16],
-            "samples": [self._name(slot) for slot in fresh],
+            "samples": [self._name(slot, view - drawn) for slot in fresh],
             "tokens": tokens,
             "touched": self._touched(fresh),
         }
         self._look(header, body, tokens)
         return entry
 
-    def _name(self, slot: int) -> str:
-        """Return the keyed digest of a sample's content: tells nothing without the noise secret."""
+    def _name(self, slot: int, before: int) -> str:
+        """Return the keyed digest of a sample's content: tells nothing without the noise secret.
+
+        Args:
+            slot: of the sample.
+            before: stands for the text that a piece continues; 0 where it is a whole text.
+        """
         if slot not in self._names:
             assert self._owner is not None
             ids = self._owner.samples.ids[slot].to(torch.int64).numpy().astype("<i8").tobytes()
+            ids += str(before).encode() if before else b""
             self._names[slot] = hmac.digest(self._key, ids, "sha256")[:8].hex()
         return self._names[slot]
 
@@ -296,8 +300,8 @@ class Outbox:
         mechanism = self._owner.perturber.mechanism
         width = int(header["dim"])
         length = noise_norm(mechanism, width)
-        if length is None:
-            return  # refused when it was attached
+        if length is None or mechanism.name == "nearest-token":
+            return  # refused when it was attached; clean vectors of other tokens carry no noise
         rows = decode_rows(body, (tokens, width), str(header["codec"]))
         ratio = float(self.policy["noise.min_ratio"])
         if too_clear(rows, length, ratio):

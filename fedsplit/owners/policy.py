@@ -125,7 +125,7 @@ RULES: dict[str, Parse] = {
 # The parameter that says how weak a mechanism's noise is, and the rule that bounds it.
 STRENGTH = {
     "dchi": ("eta", "noise.max_eta"),
-    "nearest_token": ("eta", "noise.max_eta"),
+    "nearest-token": ("eta", "noise.max_eta"),
     "gaussian": ("epsilon", "noise.max_epsilon"),
     "pac": ("budget", "noise.max_nats"),
 }
@@ -161,7 +161,8 @@ class Asked:
         bottom: digest of the offered bottom; empty = not known yet.
         round: server round of the offer.
         own_ca: whether the owner's node config names the authority for the session's certificate.
-        app_digest: what :func:`fedsplit.owners.app_digest.digest_of_app` found; empty = nothing.
+        app_digest: what :func:`fedsplit.owners.app_digest.digest_of_app` found; empty = nothing,
+            None = no app of a server runs here (``fedsplit predict``).
     """
 
     flat: Mapping[str, Any]
@@ -169,7 +170,7 @@ class Asked:
     bottom: str = ""
     round: int = 1
     own_ca: bool = False
-    app_digest: str = ""
+    app_digest: str | None = None
 
 
 class Policy:
@@ -248,7 +249,6 @@ class Policy:
     def settings_breaches(self, asked: Asked, moment: datetime | None = None) -> list[Breach]:
         """Return every rule that the run breaks by its settings and its offer."""
         flat = asked.flat
-        joint = flat["split.bottom"] == "joint"
         found: list[Breach | None] = [
             self._moment(moment or datetime.now(UTC)),
             self._among("model.names", flat["model.name"]),
@@ -256,7 +256,7 @@ class Policy:
             self._least("model.min_k", flat["split.k"]),
             self._most("model.max_tokens", flat["model.max-tokens"]),
             *self._labels(flat),
-            self._most("budget.rounds", max(int(flat["train.rounds"]), asked.round)),
+            self._most("budget.rounds", asked.round),
             self._among("transport.allowed", flat["session.transport"]),
             *self._noise(str(flat["privacy.mechanism"]), _parameters(flat)),
             *self._cti_settings(flat),
@@ -268,20 +268,16 @@ class Policy:
         ratio = float(flat.get("privacy.noise-ratio", 0.0))
         if ratio:
             found.append(self._least("noise.min_ratio", ratio))
-        if not flat["train.max-steps"]:  # else the number of epochs depends on the owner's data
-            epochs = int(flat["train.rounds"]) * int(flat["train.epochs"])
-            found.append(self._most("budget.epochs_per_run", epochs))
-            found.append(self._most("budget.epochs_per_bottom", epochs))
-            if joint:
-                found.append(self._most("budget.views_per_bottom", epochs))
-                found.append(self._most("budget.views_total", epochs))
+        if flat.get("strategy") != "serving":
+            found += self._announced(flat)
         stream = (asked.transport or flat["session.transport"]) == "stream"
         if self.rules.get("transport.own_ca") and stream and not asked.own_ca:
             bound = "one whose certificate authority this owner's node config names (session-ca)"
             found.append(Breach("transport.own_ca", "a stream", bound))
-        if "app.digest" in self and asked.app_digest != self["app.digest"]:
+        pinned = self.rules.get("app.digest")
+        if pinned and asked.app_digest is not None and asked.app_digest != pinned:
             shown = asked.app_digest or "an app whose files are not visible here"
-            found.append(Breach("app.digest", shown, self["app.digest"]))
+            found.append(Breach("app.digest", shown, pinned))
         return [breach for breach in found if breach is not None]
 
     def _labels(self, flat: Mapping[str, Any]) -> list[Breach | None]:
@@ -294,6 +290,18 @@ class Policy:
         if "randomised-response" in parts:
             found.append(self._most("labels.max_epsilon", flat.get("labels.epsilon", math.inf)))
         return found
+
+    def _announced(self, flat: Mapping[str, Any]) -> list[Breach | None]:
+        """Judge the amounts that a run announces; what it really takes is counted beside this."""
+        rounds = int(flat["train.rounds"])
+        found = [self._most("budget.rounds", rounds)]
+        if flat["train.max-steps"]:  # then the number of epochs depends on the owner's data
+            return found
+        epochs = rounds * int(flat["train.epochs"])
+        rules = ["budget.epochs_per_run", "budget.epochs_per_bottom"]
+        if flat["split.bottom"] == "joint":
+            rules += ["budget.views_per_bottom", "budget.views_total"]
+        return found + [self._most(rule, epochs) for rule in rules]
 
     def _cti_settings(self, flat: Mapping[str, Any]) -> list[Breach | None]:
         if flat["privacy.cti"] == "off" or flat["privacy.mechanism"] == "none":

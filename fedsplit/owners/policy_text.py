@@ -250,7 +250,7 @@ def openings(policy: Policy) -> list[tuple[str, str]]:
         mute |= rule in ("noise.max_epsilon",) and only is not None and "gaussian" not in only
         mute |= rule in ("noise.max_nats",) and only is not None and "pac" not in only
         mute |= rule == "noise.max_eta" and (
-            bounded or (only is not None and not {"dchi", "nearest_token"} & set(only))
+            bounded or (only is not None and not {"dchi", "nearest-token"} & set(only))
         )
         if not mute:
             found.append((rule, words.absent))

@@ -152,8 +152,9 @@ def _perturber(
     cut = f"{_representation(folder)}:{config.split.k}"
     store = Store(identity.home.root / "calibration", cut)
     own = None if train is None else train.ids
+    frozen = config.split.bottom == "frozen"
     mechanism = build_mechanism(
-        config.privacy, bottom, bottom.vocab, tokenizer, own=own, store=store
+        config.privacy, bottom, bottom.vocab, tokenizer, own=own, store=store, frozen=frozen
     )
     cti = None if train is None else choose_tokens(config, train.ids, shown, tokenizer)
     if cti is not None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.config import PrivacyConfig, RunConfig
-from fedsplit.errors import PrivacyError
+from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import build, eta_from_ratio
 from fedsplit.privacy.calibration import (
     Norms,
@@ -83,6 +83,7 @@ def build_mechanism(
     *,
     own: Sequence[Tensor] | None = None,
     store: Store | None = None,
+    frozen: bool = True,
 ) -> Mechanism:
     """Return the configured mechanism; a noise ratio becomes its own level through public inputs.
 
@@ -94,12 +95,18 @@ def build_mechanism(
         own: an owner's token ids, for ``covariance = "own"``; where there is no owner (a server,
             which may not denoise then), the public covariance is the best guess.
         store: where an owner keeps what must never be computed twice.
+        frozen: whether the bottom stays as it is.
 
     Raises:
-        ConfigError: unknown mechanism or a parameter out of range.
+        ConfigError: unknown mechanism or a parameter out of range; text-to-text with a bottom that
+            learns, which would send another representation of one text in every round.
         PrivacyError: an owner (it has a ``store``) asked for its own covariance and gave no text.
     """
     specials = frozenset(int(i) for i in tokenizer.all_special_ids) if tokenizer else frozenset()
+    if config.mechanism == "nearest-token" and not frozen:
+        raise ConfigError(
+            "privacy.mechanism='nearest-token': must be another where split.bottom is 'joint'"
+        )
     make = _MAKERS.get(config.mechanism)
     if make is None:
         return build(config.mechanism)
@@ -196,8 +203,9 @@ def choose_tokens(
         return None
     public: list[list[int]] = []
     if c.cti in PUBLIC_STATISTICS:
-        # Never a file that the server names: owners read what the interpreter ships.
-        texts = public_texts(docstrings=config.data.kind != "docstrings")
+        # Never a file that the server names: owners read what the interpreter ships, and only the
+        # help topics, since every message may start a process that would parse all modules anew.
+        texts = public_texts(docstrings=False)
         public = public_ids(tokenizer, texts, config.model.max_tokens)
     return select_contributing_tokens(
         [x.tolist() for x in ids],

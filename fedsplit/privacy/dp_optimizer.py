@@ -97,20 +97,21 @@ class PrivateOptimizer:
             parameter.summed_grad = None  # type: ignore[attr-defined]
         self._inner.expected_batch_size = batch
         self._inner.zero_grad(set_to_none=True)
-        seen = 0
-        for sample in gradients:
-            seen += 1
+        waiting = iter(gradients)
+        for seen in range(max(batch, 1)):
+            sample = next(waiting, None) if batch else None
+            if sample is None:
+                raise PrivacyError(f"gradients of {seen} samples: must be {max(batch, 1)}")
             for parameter, gradient in zip(self._parameters, sample, strict=True):
                 if not bool(torch.isfinite(gradient).all()):
                     raise PrivacyError("sample's gradient: must hold no NaN or infinite value")
                 parameter.grad_sample = gradient.detach()[None].clone()  # type: ignore[attr-defined]
-            self._inner.signal_skip_step(do_skip=seen < batch)
-            if seen > batch:
-                break
+            last = seen == batch - 1
+            if last and next(waiting, None) is not None:
+                raise PrivacyError(f"gradients of over {batch} samples: must be {batch}")
+            self._inner.signal_skip_step(do_skip=not last)
             self._inner.step()
             self._inner.zero_grad(set_to_none=True)
-        if seen != batch or not batch:
-            raise PrivacyError(f"gradients of {seen} samples: must be {max(batch, 1)}")
 
     def _add_noise(self) -> None:
         content = hashlib.sha256()

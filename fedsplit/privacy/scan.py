@@ -19,6 +19,7 @@ from fedsplit.privacy.candidates import Candidates, Rows, rows_by_position
 from fedsplit.privacy.summed import SummedCandidates
 
 QUERY_BLOCK, VOCAB_BLOCK, GROUPS = 2048, 2048, 16
+PART = 128  # rows whose scores stay in cache while they are worked on
 
 
 def block_top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +129,7 @@ class Products:
 def products(rows: Rows, candidates: Candidates) -> Iterator[Products]:
     """Yield every row against every candidate of its position, in blocks that stay in cache."""
     if isinstance(candidates, SummedCandidates):
-        for here, first, scores, table, gains in candidates.products(rows, QUERY_BLOCK):
+        for here, first, scores, table, gains in candidates.products(rows, PART):
             yield Products(here, first, scores, table, gains)
         return
     for first, block in candidates.blocks():  # block (P, v, d)
@@ -213,7 +214,7 @@ def posterior_(
         first: id of the block's first candidate.
     """
     prior = None if log_prior is None else log_prior[first : first + scores.shape[1]]
-    parts = zip(torch.split(scores, 128), torch.split(norms, 128), strict=True)  # stay in cache
+    parts = zip(torch.split(scores, PART), torch.split(norms, PART), strict=True)  # stay in cache
     for part, norm in parts:
         part.mul_(-2).add_(norm).clamp_(min=0)
         log = log_likelihood(part)

@@ -14,6 +14,7 @@ from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import MECHANISMS, Mechanism, OwnerSecret, SamplePerturber, build
 from fedsplit.privacy.candidates import MatrixCandidates
 from fedsplit.privacy.cti import PUBLIC_STATISTICS, STATISTICS, ContributingTokens
+from strategies.denoising import DENOISERS
 
 PARAMS: dict[str, dict[str, Any]] = {
     "dchi": {"eta": 5.0},
@@ -117,6 +118,7 @@ def test_settings_know_every_row_and_no_other():
     assert set(settings.MECHANISMS) == set(MECHANISMS)
     assert set(settings.CTI) == {"off", *STATISTICS, *PUBLIC_STATISTICS}
     assert not STATISTICS.keys() & PUBLIC_STATISTICS.keys()
+    assert set(settings.DENOISE) == {"off", *DENOISERS}
     assert set(settings.LEVELS) == set(MECHANISMS) - {"none"}
 
 

@@ -287,15 +287,15 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_train_encoder_is_the_shipped_recipe_from_a_seed(tmp_path: Path) -> None:
-    one, two, other = (tmp_path / f"{n}.safetensors" for n in ("one", "two", "other"))
-    for path, seed in ((one, 7), (two, 7), (other, 8)):
-        code, said = call("lineage", "train-encoder", "--out", path, "--seed", seed, "--steps", 4)
-        assert code == 0
-    assert one.read_bytes() == two.read_bytes() != other.read_bytes()
     from fedsplit.fingerprints.training import largest_difference, recipe
 
+    one, two = (tmp_path / f"{n}.safetensors" for n in ("one", "two"))
+    for path in (one, two):
+        code, said = call("lineage", "train-encoder", "--out", path, "--seed", 7, "--steps", 2)
+        assert code == 0
+        assert "fresh matrices" in said
     shipped = recipe(encoder.SHIPPED)
-    assert recipe(one) == shipped | {"seed": "7", "steps": "4"}
+    assert recipe(one) == shipped | {"seed": "7", "steps": "2"}
     assert largest_difference(encoder.load(one), encoder.load(two)) == 0.0
     code, said = call("lineage", "train-encoder", "--out", one, "--steps", 1)
     assert code == 1

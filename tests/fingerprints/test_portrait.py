@@ -15,8 +15,10 @@ import torch
 from fedsplit.errors import ConfigError, LineageError, ModelError
 from fedsplit.fingerprints import WeightView, encoder, public_file
 from fedsplit.fingerprints.canvas import encode_png
+from fedsplit.fingerprints.lettering import text_mask, wrap, write_text
 from fedsplit.fingerprints.portrait import draw, portrait_png, portrait_svg, sheet_png
-from fedsplit.fingerprints.portrait_traits import projection, traits
+from fedsplit.fingerprints.portrait_traits import COATS, around, hue, projection, traits
+from fedsplit.fingerprints.sheet import draw_sheet, sheet_pixels
 from fedsplit.seeding import numpy_generator
 
 
@@ -57,6 +59,48 @@ def test_projection_is_orthonormal_and_traits_are_bounded() -> None:
     np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)), atol=1e-12)
     values = traits(10 * _vectors(1)[0])
     assert all(0 <= v <= 1 for n, v in values.items() if not n.endswith(("_x", "_y")))
+
+
+def test_colours_do_not_jump_where_an_angle_would() -> None:
+    """Opposite directions of a tiny vector give nearly one colour, of a long one two."""
+    for wheel in (lambda x, y: hue(x, y, 0.7, 0.8), lambda x, y: around(COATS, x, y)):
+        tiny = np.subtract(wheel(1e-3, 0.0), wheel(-1e-3, 0.0))
+        long = np.subtract(wheel(1.0, 0.0), wheel(-1.0, 0.0))
+        assert np.abs(tiny).max() < 0.01 < 0.2 < np.abs(long).max()
+
+
+def test_a_drawn_sheet_has_bases_in_a_band_and_labels(tmp_path: Path) -> None:
+    a, b = _vectors(2)
+    columns = [("one", [("base", a), ("tuned on something long", a)]), ("two", [("base", b)])]
+    page = sheet_pixels(columns, size=48)
+    band, rest = page[0, 0], page[-1, 0]
+    assert not np.array_equal(band, rest)
+    left, right = page[:, : page.shape[1] // 2], page[:, page.shape[1] // 2 :]
+    assert (left[-60:] != 255).any()
+    assert (right[-60:] == 255).all()
+    draw_sheet(columns, tmp_path / "sheet.png", size=48)
+    assert (tmp_path / "sheet.png").read_bytes() == encode_png(page)
+    with pytest.raises(LineageError, match="at least its base"):
+        sheet_pixels([("one", [])])
+    with pytest.raises(ConfigError, match="size=8"):
+        sheet_pixels(columns, size=8)
+    with pytest.raises(LineageError, match="cannot be written"):
+        draw_sheet(columns, tmp_path / "none" / "sheet.png", size=24)
+
+
+def test_lettering_keeps_words_apart_and_inside() -> None:
+    mask = text_mask("Wg", 2)
+    assert mask.shape == (18, 24)
+    assert mask[:, :10].any()
+    assert not mask[:, 10:12].any()
+    assert not np.array_equal(text_mask("O"), text_mask("0"))
+    assert np.array_equal(text_mask("é"), text_mask("?"))
+    assert wrap("further-trained on text", 12, 2) == ["further-", "trained on.."]
+    assert wrap("short", 12, 2) == ["short"]
+    page = np.full((6, 8, 3), 255, np.uint8)
+    write_text(page, "WWWW", 4, 2)
+    assert (page[:2] == 255).all()
+    assert (page[2:, 4:] != 255).any()
 
 
 def test_sheet_and_bad_vectors() -> None:

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedsplit.errors import LineageError
-from fedsplit.fingerprints import WeightView, evidence, public_file
+from fedsplit.fingerprints import WeightView, evidence, keys, public_file
 from fedsplit.fingerprints.gate import LineageGate
 from fedsplit.fingerprints.transforms import transform
 from fedsplit.fingerprints.whitened import WhitenedICS
@@ -90,6 +90,78 @@ def test_tampering_versions_and_signers(tiny: Tiny, tmp_path: Path, key: Ed25519
         public_file.make(view, "base", size=48)
 
 
+def test_an_unsigned_file_shows_damage_but_no_signer(
+    tiny: Tiny, tmp_path: Path, key: Ed25519PrivateKey
+) -> None:
+    view, path = WeightView.of_module(tiny("llama")), tmp_path / "base.json"
+    made = public_file.make(view, "base", size=8)
+    public_file.write(made, path, None)
+    kept = public_file.read(path)
+    assert (kept.signer, kept.tokens, kept.weights) == ("", made.tokens, made.weights)
+    with pytest.raises(LineageError, match=f"signed by nobody, must be {_hex(key)}"):
+        public_file.read(path, signer=_hex(key))
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"depth": 2}))
+    with pytest.raises(LineageError, match="checksum"):
+        public_file.read(path)
+    path.write_text(json.dumps(document | {"signer": _hex(key)}))
+    with pytest.raises(LineageError, match="signature does not fit"):
+        public_file.read(path)
+
+
+def test_a_chosen_token_list_shows(tiny: Tiny) -> None:
+    view = WeightView.of_module(tiny("llama"))
+    assert public_file.make(view, "base", size=8).standard_tokens
+    assert not public_file.make(view, "base", size=8, tokens=range(60)).standard_tokens
+    chosen = public_file.make(view, "base", size=8, tokens=range(60), vocabulary=160)
+    assert not chosen.standard_tokens
+
+
+def test_keys_of_every_wrong_kind(tmp_path: Path, key: Ed25519PrivateKey) -> None:
+    made = keys.create_key(tmp_path / "k.pem")
+    assert keys.public_hex(keys.load_key(tmp_path / "k.pem")) == keys.public_hex(made)
+    assert keys.read_public(str(tmp_path / "k.pem.pub")) == keys.public_hex(made)
+    assert keys.read_public(_hex(key).upper()) == _hex(key)
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    other = ec.generate_private_key(ec.SECP256R1())
+    pem = other.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    (tmp_path / "ec.pem").write_bytes(pem)
+    with pytest.raises(LineageError, match="must be an Ed25519 key"):
+        keys.load_key(tmp_path / "ec.pem")
+    (tmp_path / "junk.pem").write_text("junk")
+    with pytest.raises(LineageError, match="in PEM"):
+        keys.load_key(tmp_path / "junk.pem")
+    with pytest.raises(LineageError, match="must hold an Ed25519 public key"):
+        keys.read_public(str(tmp_path / "junk.pem"))
+    public = other.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (tmp_path / "ec.pub").write_bytes(public)
+    with pytest.raises(LineageError, match="must hold an Ed25519 public key"):
+        keys.read_public(str(tmp_path / "ec.pub"))
+    with pytest.raises(LineageError, match="no readable key"):
+        keys.read_public(str(tmp_path / "none"))
+
+
+def test_a_state_digest_reads_again_only_what_changed() -> None:
+    import torch
+
+    state = {"a": torch.ones(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    digest = evidence.StateDigest()
+    first = digest.update(state.items(), state)
+    state["a"] = torch.full((3,), 2.0)
+    assert digest.update(state.items(), []) == first
+    second = digest.update(state.items(), ["a"])
+    assert second != first
+    assert evidence.StateDigest().update(state.items(), []) == second
+
+
 def _chain(tiny: Tiny, path: Path, key: Ed25519PrivateKey, rounds: int = 4) -> str:
     model = tiny("llama")
     report = LineageGate(model).check(model)
@@ -123,6 +195,8 @@ def test_a_whole_chain_verifies(tiny: Tiny, tmp_path: Path, key: Ed25519PrivateK
         (lambda x: [x[0], *x[2:]], ":2: does not follow"),
         (lambda x: [x[0], x[2], x[1], x[3]], ":2: does not follow"),
         (lambda x: [*x[:2], "{broken", x[3]], ":3: damaged"),
+        (lambda x: [x[0], "[]", *x[2:]], ":2: damaged"),
+        (lambda x: [x[0], x[1] + " " * (1 << 20), *x[2:]], ":2: longer than"),
     ],
 )
 def test_a_broken_line_is_named(

@@ -13,6 +13,8 @@ from fedsplit.fingerprints.verdict import (
     auc,
     default_null,
     judge,
+    judge_public,
+    public_null,
     separation,
 )
 from fedsplit.fingerprints.view import Similarity
@@ -71,6 +73,29 @@ def test_threshold_is_where_the_p_value_is_alpha() -> None:
     assert null.z(null.mean) == 0.0
 
 
+def test_a_sketchs_own_spread_is_paid_for() -> None:
+    spreads = [public_null(size, 5).sd for size in (8, 16, 32)]
+    assert spreads == sorted(spreads, reverse=True)
+    assert public_null(32, 12).sd < public_null(32, 1).sd
+    same = Similarity(0.97, {}, (0.97, 0.96, 0.98, 0.97, 0.97))
+    assert judge_public(same, 64, 16).verdict == "in_lineage"
+    twin = judge_public(Similarity(0.08, {}, (0.22, 0.05, 0.03, 0.06, 0.04)), 64, 32)
+    assert twin.verdict == "independent"
+    assert judge_public(Similarity(0.2, {}, (0.2,) * 5), 64, 32).verdict == "not_shown"
+    # a coarse sketch needs a higher score for the same error rate
+    assert judge_public(same, 64, 8).threshold > judge_public(same, 64, 32).threshold
+
+
+def test_sketched_strangers_are_not_called_relatives() -> None:
+    """Random weights, sketched anew each time: what the stated false-positive rate is about."""
+    generator = torch.Generator().manual_seed(3)
+    for size in (16, 32):
+        for _ in range(200):
+            blocks = torch.randn(5, generator=generator) / size / 2**0.5 + 0.04
+            found = Similarity(float(blocks.mean()), {}, tuple(blocks.tolist()))
+            assert judge_public(found, 64, size).verdict != "in_lineage"
+
+
 def test_auc_and_separation() -> None:
     assert auc([0.9, 0.8], [0.1, 0.2]) == 1.0
     assert auc([0.5], [0.5]) == 0.5
@@ -84,5 +109,7 @@ def test_bad_input() -> None:
         NullDistribution((0.1, float("nan")))
     with pytest.raises(ConfigError, match="alpha"):
         VerdictConfig(alpha=0.0)
+    with pytest.raises(ConfigError, match="depth"):
+        public_null(32, 0)
     with pytest.raises(LineageError, match="0 positives"):
         auc([], [1.0])

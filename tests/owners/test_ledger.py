@@ -246,6 +246,7 @@ def plain(totals: Totals) -> Any:
 def test_saved_totals_are_those_of_the_lines(tmp_path: Path) -> None:
     write(tmp_path, 5)
     with Ledger(tmp_path) as ledger:
+        ledger.save()
         put(ledger, {"kind": "hello", "bytes": 3, "run": "8"})
         saved = (tmp_path / STATE).read_bytes()
         put(ledger, entry(11, run="8"))
@@ -283,7 +284,8 @@ def test_two_ledgers_of_one_home_see_each_others_lines(tmp_path: Path) -> None:
 
 
 def test_nobody_else_can_read_it(tmp_path: Path) -> None:
-    write(tmp_path, 1)
+    with Ledger(write(tmp_path, 1)) as ledger:
+        ledger.save()
     for name in (LEDGER, HEAD, STATE):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
 

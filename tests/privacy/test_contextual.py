@@ -72,7 +72,7 @@ def test_posterior_is_the_sum_over_all_texts(positions: int, touched: Touched | 
 
 
 def test_chain_is_a_law():
-    chain = BigramChain(TEXTS, V)
+    chain = BigramChain(TEXTS, V, caution=1.0)
     one = np.eye(V, dtype=np.float32)
     rows = chain.forward(one)  # row u: P(. | u) without the mark
 
@@ -103,7 +103,7 @@ def test_true_context_beats_the_unigram():
     clean = torch.cat([table[t] for t in texts[:40]])
     public = texts[40:]
 
-    context = torch.cat(ContextualDenoiser(candidates, mechanism, BigramChain(public, v))(x))
+    context = torch.cat(ContextualDenoiser(candidates, mechanism, BigramChain(public, v, 1.0))(x))
     unigram = torch.cat(Denoiser(candidates, mechanism, unigram_log_prior(public, v))(x))
 
     def error(mean: Tensor) -> float:

@@ -45,7 +45,7 @@ def test_likelihood_ratios_keep_to_epsilon(epsilon: float, classes: int) -> None
     ratios = law[:, None, :] / law[None, :, :]
     assert ratios.max() <= math.exp(epsilon) * (1 + 1e-12)
     assert ratios.max() == pytest.approx(math.exp(epsilon)), "less noise would do"
-    n = 4000
+    n = 1500
     for label in (0, classes - 1):
         drawn = draw_labels(protection, secret(), texts(n), torch.full((n,), label), classes)
         counts = np.bincount(drawn.numpy(), minlength=classes)
@@ -101,7 +101,7 @@ def test_labels_outside_the_classes_are_refused() -> None:
     power=st.floats(-1, 1.5),
     seed=st.integers(0, 2**20),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_noise_of_the_same_power_hides_better(
     v0: float, v1: float, d: int, share: float, power: float, seed: int
 ) -> None:
@@ -164,11 +164,11 @@ def test_marvell_hides_what_the_clean_gradients_show(d: int) -> None:
 def test_a_batch_of_one_class_is_not_sent_clean() -> None:
     rows, _ = gradients(400, 2)
     for label in (0, 1):
-        own = (rows * torch.tensor([1.0, -1.0]) * torch.sign(rows[:, :1])) * (1 - 2 * label)
+        own = rows.abs() * torch.tensor([-1.0, 1.0]) * (1 - 2 * label)  # its label's sign alone
         labels = torch.full((400,), label)
         noisy = Marvell(4.0).perturb(own, labels, 0.3, secret().stream("one", label))
         kept = float((noisy.argmin(1) == own.argmin(1)).double().mean())
-        assert 0.5 <= kept < 0.8
+        assert 0.45 < kept < 0.75
 
 
 def test_marvell_refuses_more_than_two_classes() -> None:
@@ -184,13 +184,13 @@ def test_max_norm_makes_expected_norms_equal_and_stays_unbiased() -> None:
     rows = torch.tensor([[3.0, -3.0], [0.3, -0.3], [-1.0, 1.0], [0.0, 0.0]])
     labels = torch.tensor([1, 1, 0, 0])
     draws = torch.stack(
-        [MaxNorm().perturb(rows, labels, 0.5, secret().stream("n", i)) for i in range(4000)]
+        [MaxNorm().perturb(rows, labels, 0.5, secret().stream("n", i)) for i in range(1500)]
     ).double()
     squared = draws.square().sum(2).mean(0)
-    assert squared[:3].tolist() == pytest.approx([18.0] * 3, rel=0.1)
+    assert squared[:3].tolist() == pytest.approx([18.0] * 3, rel=0.2)
     assert float(squared[3]) == 0.0
-    assert torch.equal(draws[:, 0], rows[0].double().expand(4000, 2)), "the longest is as it was"
-    assert torch.allclose(draws.mean(0), rows.double(), atol=0.2)
+    assert torch.equal(draws[:, 0], rows[0].double().expand(1500, 2)), "the longest is as it was"
+    assert torch.allclose(draws.mean(0), rows.double(), atol=0.4)
 
 
 # ---- one noise per thing hidden -----------------------------------------------------------------

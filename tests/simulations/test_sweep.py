@@ -119,6 +119,14 @@ def test_a_second_start_runs_only_what_is_missing(
     assert [r["variant"] for r in table] == [r["variant"] for r in second["rows"]]
     assert math.isinf(table[0]["eta"])
 
+    calls.clear()
+    known = {"known": str(tmp_path / "results.parquet")}
+    wider = Experiment("s", "sweep", "", {}, {**known, "seeds": 3, "cells": GROUPS})
+    with RunFolder(tmp_path / "other", name="s", kind="table") as folder:
+        sweep.run(wider, folder, console)
+    assert {c.config.seed for c in calls} == {2}
+    assert len(read_results(tmp_path / "other")["rows"]) == 9
+
 
 def test_a_sweep_of_which_nothing_came_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,164 @@
+"""The experiments on attacks, on tiny models: rows, resuming, and the laws they should show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.models import load, split
+from simulations import attributes_experiment, depth_experiment
+from simulations.cells import Cells
+from simulations.run_folder import RunFolder, read_results
+from simulations.settings import load_experiment
+from tests.tiny_models import WORDS, save_texts, save_tiny_bert
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A model, texts, public text, and two sources with private attributes in their words."""
+    folder = tmp_path_factory.mktemp("material")
+    save_tiny_bert(folder)
+    save_texts(folder / "texts.jsonl", 60)
+    generator = random.Random(1)
+    lines = [" ".join(generator.choices(WORDS, k=8)) for _ in range(300)]
+    (folder / "public.txt").write_text("\n".join(lines))
+    for name, attribute in (
+        ("isear/isear", "sex_code"),
+        ("womens_clothing/womens_clothing", "age"),
+    ):
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir()
+        with path.open("w") as file:
+            for row in range(240):
+                person = row // 3
+                private = person % 2
+                label = generator.randrange(2)
+                words = (
+                    WORDS[40 * private : 40 * private + 40] if generator.random() < 0.8 else WORDS
+                )
+                text = generator.choices(words, k=8) + [WORDS[80 + label]] * 3
+                value = str(private + 1) if attribute == "sex_code" else 30 + 20 * private
+                line = {"text": " ".join(text), "label": label, "recommended": label}
+                file.write(json.dumps({**line, attribute: value, "subject": person}) + "\n")
+    return folder
+
+
+def experiment(name: str, material: Path, **options: Any):
+    data = material / "texts.jsonl" if name == "sap-depth" else material
+    overrides = {
+        "model.name": material,
+        "model.sha256": "",
+        "model.labels": 3,
+        "model.max-tokens": 16,
+        "data.path": data,
+        **{f"options.{key.replace('_', '-')}": value for key, value in options.items()},
+    }
+    return load_experiment(
+        name,
+        [f"{k}={json.dumps(v) if not isinstance(v, Path) else v}" for k, v in overrides.items()],
+    )
+
+
+DEPTH = {
+    "seeds": 2,
+    "depths": [0, 2],
+    "samples": 12,
+    "optimisation_samples": 4,
+    "optimisation_steps": 60,
+    "learned_steps": 20,
+}
+
+
+def test_depth_rows_and_resuming(material: Path, tmp_path: Path, monkeypatch):
+    options = {**DEPTH, "public": str(material / "public.txt")}
+    loaded = experiment("sap-depth", material, **options)
+    with RunFolder(tmp_path / "run", name="d", kind="table") as folder:
+        depth_experiment.run(loaded, folder, QUIET)
+    rows = read_results(tmp_path / "run")["rows"]
+
+    assert len(rows) == 2 * 2 * 3
+    assert {"k", "attack", "seed", "success", "low", "high", "empirical_privacy"} <= rows[0].keys()
+    assert {"top10", "seconds"} <= rows[0].keys()
+    by = {(r["k"], r["attack"], r["seed"]): r["success"] for r in rows}
+    assert by[0, "nearest", 0] == by[2, "optimisation", 1] == 1.0
+    assert min(by[0, "learned", 0], by[2, "learned", 0]) > 0.9
+
+    # A second run in the folder finds every cell done.
+    monkeypatch.setattr(depth_experiment.World, "cell", lambda *args: pytest.fail("done before"))
+    with RunFolder(tmp_path / "run", name="d", kind="table", force=True) as folder:
+        depth_experiment.run(loaded, folder, QUIET)
+    assert read_results(tmp_path / "run")["rows"] == rows
+
+
+def test_states_are_what_each_bottom_sends(material: Path):
+    model = load(material, "sequence-classification", num_labels=3).model
+    deepest = split(model, 2)[0].eval()
+    ids = [torch.tensor([2, 9, 8, 3]), torch.tensor([2, 50, 3])]
+
+    found = depth_experiment.states(deepest, ids)
+
+    for k in range(3):
+        bottom = split(model, k)[0].eval()
+        for x, hidden in zip(ids, found[k], strict=True):
+            expected = bottom(x[None], torch.ones_like(x[None]))[0]
+            assert torch.allclose(hidden, expected, atol=1e-5)
+
+
+def test_attributes_show_with_and_without_noise(material: Path, tmp_path: Path):
+    loaded = experiment("attributes", material, seeds=1, depths=[0], etas=[20.0, 0.5], samples=240)
+    with RunFolder(tmp_path / "run", name="a", kind="table") as folder:
+        attributes_experiment.run(loaded, folder, QUIET)
+    rows = read_results(tmp_path / "run")["rows"]
+
+    assert {"data", "attribute", "mechanism", "eta", "k", "seed", "auc", "accuracy"} <= set(rows[0])
+    assert {"majority", "task_accuracy", "task_majority"} <= set(rows[0])
+    assert len(rows) == 2 * (1 + 2 * 2)
+    for data in ("isear", "womens-clothing"):
+        clean, _, strong = (
+            r for r in rows if r["data"] == data and r["mechanism"] != "nearest-token"
+        )
+        assert clean["auc_low"] > 0.6
+        assert clean["task_accuracy"] > clean["task_majority"]
+        assert strong["auc"] < clean["auc"]
+
+
+def test_wrong_settings_are_named(material: Path, tmp_path: Path):
+    with RunFolder(tmp_path / "a", name="d", kind="table") as folder:
+        with pytest.raises(ConfigError, match=r"options\.x"):
+            depth_experiment.run(experiment("sap-depth", material, x=1), folder, QUIET)
+        with pytest.raises(ConfigError, match="attack='y'"):
+            depth_experiment.run(experiment("sap-depth", material, attacks=["y"]), folder, QUIET)
+        with pytest.raises(DataError, match="missing"):
+            attributes_experiment.run(_elsewhere(material, tmp_path), folder, QUIET)
+        folder.mark("failed")
+
+
+def _elsewhere(material: Path, folder: Path):
+    (folder / "empty").mkdir()
+    loaded = experiment("attributes", material)
+    return dataclasses.replace(loaded, run={**loaded.run, "data.path": str(folder / "empty")})
+
+
+def test_other_settings_or_a_torn_line_start_a_cell_anew(tmp_path: Path):
+    path, calls = tmp_path / "cells.jsonl", []
+
+    def make() -> list[dict[str, Any]]:
+        calls.append(1)
+        return [{"a": len(calls)}]
+
+    first = Cells(path, {"n": 1}).rows({"k": 0}, make)
+    with path.open("a") as file:
+        file.write('{"settings": "torn')
+    assert Cells(path, {"n": 1}).rows({"k": 0}, make) == first
+    assert Cells(path, {"n": 2}).rows({"k": 0}, make) != first
+    assert len(calls) == 2
