@@ -198,12 +198,13 @@ def frames(path: Path) -> Iterator[Frame]:
 
 
 def labels_from_norm(gradients: Tensor, known: Mapping[int, int]) -> Tensor:
-    """Return two-class labels by gradient norm: one threshold, fitted to the ``known`` rows."""
+    """Return two-class labels by gradient norm: one threshold, fitted to >= 2 ``known`` rows."""
     norms = gradients.norm(dim=1)
     mine = norms[list(known)]
     labels = torch.tensor(list(known.values()))
     best, guess = -1, torch.zeros(len(norms), dtype=torch.int64)
-    for threshold in mine.tolist():
+    levels = mine.sort().values
+    for threshold in ((levels[1:] + levels[:-1]) / 2).tolist():
         for above in (0, 1):
             found = torch.where(mine >= threshold, above, 1 - above)
             right = int((found == labels).sum())

@@ -52,6 +52,7 @@ OPTIONS: dict[str, Any] = {
     "text": "",
     "batch": 8,
     "length": 64,
+    "threads": 1,  # matrices this small wait longer for a second thread than they take
 }
 _COMMON: dict[str, Any] = {
     "hidden_size": 96,
@@ -90,6 +91,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """
     options = read_options(experiment, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
+    torch.set_num_threads(max(1, int(options["threads"])))
     weights = _weights(str(options["penalty-weights"]))
     rows: list[dict[str, Any]] = []
     lacking: list[dict[str, str]] = []

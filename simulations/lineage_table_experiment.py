@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -41,6 +42,7 @@ OPTIONS: dict[str, Any] = {
     "lr": 5e-4,
     "batch": 8,
     "length": 64,
+    "threads": 1,  # matrices this small wait longer for a second thread than they take
     "transforms": True,
     "breaking-base": "",  # empty: the middle one of those with descendants
     "breaking-lr": 3e-3,
@@ -59,6 +61,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """
     options = read_options(experiment, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
+    torch.set_num_threads(max(1, int(options["threads"])))
     plan, stops = plan_of(options), _stops(str(options["breaking-steps"]))
     shelf = Shelf(folder.path / "models")
     rows: list[dict[str, Any]] = []

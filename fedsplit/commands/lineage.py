@@ -143,19 +143,21 @@ def train_encoder(
 
 
 def find_chain(run: Path) -> Path:
-    """The evidence of a run.
+    """The evidence of a run: the file itself, or the one in a run's folder or just below it.
 
     Raises:
-        LineageError: if there is none.
+        LineageError: if there is none, or several.
     """
     from fedsplit.errors import LineageError
 
     if not run.is_dir():
         return run
-    for where in (run / CHAIN, run / "server" / CHAIN):
-        if where.is_file():
-            return where
-    raise LineageError(f"{run}: holds no {CHAIN} (was lineage.gate off, or output.dir empty?)")
+    found = [run / CHAIN] if (run / CHAIN).is_file() else sorted(run.glob(f"*/{CHAIN}"))
+    if len(found) > 1:
+        raise LineageError(f"{run}: holds {len(found)} chains, such as {found[0]}: name one")
+    if not found:
+        raise LineageError(f"{run}: holds no {CHAIN} (was lineage.gate off, or output.dir empty?)")
+    return found[0]
 
 
 def rounds(records: list[Record], chain: Path) -> Table:

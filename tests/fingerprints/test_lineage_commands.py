@@ -259,7 +259,15 @@ def test_show_and_verify(chain: Path, tmp_path: Path) -> None:
     code, said = call("lineage", "verify", chain, "--key", tmp_path / "other.pem.pub")
     assert code == 1
     assert ":1: signed by" in said
-    code, said = call("lineage", "show", tmp_path)
+    assert call("lineage", "verify", tmp_path)[0] == 0  # the one just below
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "lineage.jsonl").touch()
+    code, said = call("lineage", "verify", tmp_path)
+    assert code == 1
+    assert "holds 2 chains" in said
+    assert "no records" in call("lineage", "verify", tmp_path / "again")[1]
+    (tmp_path / "empty").mkdir()
+    code, said = call("lineage", "show", tmp_path / "empty")
     assert code == 1
     assert "holds no lineage.jsonl" in said
 

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.errors import ConfigError, DataError
-from fedsplit.privacy.cti import STATISTICS, count_tokens, purity, select_contributing_tokens, tfidf
+from fedsplit.privacy.cti import (
+    PUBLIC_STATISTICS,
+    STATISTICS,
+    PublicCounts,
+    count_tokens,
+    purity,
+    select_contributing_tokens,
+    tfidf,
+)
 
 CLS, SEP = 0, 1
 COMMON, GOOD, BAD, RARE = 2, 3, 4, 5
@@ -68,7 +76,7 @@ def test_purity_does_not_trust_a_word_seen_once():
 @given(
     st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=8), min_size=2, max_size=12),
     st.floats(0, 1),
-    st.sampled_from(sorted(STATISTICS)),
+    st.sampled_from(sorted({**STATISTICS, **PUBLIC_STATISTICS})),
 )
 def test_share_stays_within_the_cap(samples: list[list[int]], cap: float, statistic: str):
     labels = [i % 2 for i in range(len(samples))]
@@ -78,7 +86,13 @@ def test_share_stays_within_the_cap(samples: list[list[int]], cap: float, statis
         return
 
     chosen = select_contributing_tokens(
-        samples, labels, statistic=statistic, max_share=cap, min_count=1, special_ids=special
+        samples,
+        None if statistic in PUBLIC_STATISTICS else labels,
+        statistic=statistic,
+        max_share=cap,
+        min_count=1,
+        special_ids=special,
+        public=[[2, 3, 3, 7], [2, 9]],
     )
 
     touched = sum(t in chosen.token_ids for t in running)
@@ -125,3 +139,78 @@ def test_misuse_is_refused():
         select_contributing_tokens([[1], [2]], [0])
     with pytest.raises(DataError, match="0 tokens"):
         select_contributing_tokens([[0], [1]], [0, 1], special_ids=[0, 1])
+
+
+PUBLIC = [[COMMON, 7, 7], [COMMON, 8], [COMMON, GOOD, 7], [9]]
+
+
+def test_public_counts_are_counts():
+    counts = PublicCounts.over(PUBLIC, 10)
+
+    assert (counts.documents[COMMON], counts.documents[7], counts.texts) == (3, 2, 4)
+    assert counts.tokens[7] == 3
+    assert np.exp(-counts.surprisal()).sum() == pytest.approx(1.0)
+    assert counts.surprisal()[7] < counts.surprisal()[8]
+    assert (
+        PublicCounts.over([[50]], 10).tokens.sum() == 0
+    )  # ids that the owner has not are left out
+
+
+def chosen(statistic: str, **options):
+    samples, labels = corpus()
+    return select_contributing_tokens(
+        samples, labels, statistic=statistic, special_ids=[CLS, SEP], public=PUBLIC, **options
+    )
+
+
+def test_frequent_is_the_order_of_public_text():
+    assert list(chosen("frequent", m=1, max_share=1.0).token_ids) == [COMMON]
+    # The commonest does not fit a small cap: then the next one that does, never a rarer choice.
+    assert list(chosen("frequent", max_share=0.05).token_ids) == [GOOD]
+
+
+def test_public_idf_prefers_words_of_the_owners_field():
+    first = chosen("public-idf", m=1, max_share=1.0).token_ids
+
+    assert COMMON not in first  # common here, and everywhere else too
+    assert not first & {7, 8, 9}
+
+
+@pytest.mark.parametrize("statistic", PUBLIC_STATISTICS)
+def test_choices_against_public_text_do_not_know_the_labels(statistic: str):
+    samples, labels = corpus()
+    options = {"statistic": statistic, "special_ids": [CLS, SEP], "public": PUBLIC}
+
+    one = select_contributing_tokens(samples, labels, **options)
+    other = select_contributing_tokens(samples, [1 - x for x in labels], **options)
+    none = select_contributing_tokens(samples, None, **options)
+
+    assert one.to_dict() == other.to_dict() == none.to_dict()
+    assert "not from the labels" in one.statement(0.5)
+    assert "private labels" not in one.statement(0.5)
+
+
+def test_what_a_touched_token_tells_is_its_public_surprisal():
+    found = chosen("frequent", m=1, max_share=1.0)
+
+    counts = PublicCounts.over(PUBLIC, 60)
+    assert found.surprisal == pytest.approx(float(counts.surprisal()[COMMON]), rel=0.05)
+    assert f"{found.surprisal:.1f} nats" in found.statement(0.0)
+
+
+def test_the_budget_is_spent_past_tokens_that_do_not_fit():
+    """A class whose best token is too common takes its next one."""
+    samples = [[2, 2, 2, 3], [2, 2, 2, 3], [4, 5], [4, 6]] * 10
+    labels = [0, 0, 1, 1] * 10
+
+    found = select_contributing_tokens(samples, labels, statistic="purity", max_share=0.4)
+
+    assert 2 not in found.token_ids
+    assert 3 in found.token_ids
+
+
+def test_misuse_of_public_statistics_is_refused():
+    with pytest.raises(DataError, match="public texts=0"):
+        select_contributing_tokens(*corpus(), statistic="frequent")
+    with pytest.raises(ConfigError, match="must be one of frequent, public-idf where"):
+        select_contributing_tokens(corpus()[0], None, statistic="tfidf")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import BertForSequenceClassification
 
 from fedsplit.errors import ConfigError, RunError
 from simulations.label_leakage_experiment import (
@@ -27,8 +28,12 @@ from tests.tiny_models import save_texts, save_tiny_bert
 
 def test_a_servers_head_leaks_all_labels_and_drawn_ones_fewer(tmp_path: Path) -> None:
     """A tiny model and texts: every row of the table is there, with its interval and baseline."""
+    model = save_tiny_bert(tmp_path / "model")
+    BertForSequenceClassification.from_pretrained(
+        model, num_labels=2, ignore_mismatched_sizes=True
+    ).save_pretrained(model)
     settings: dict[str, Any] = {
-        "model.name": str(save_tiny_bert(tmp_path / "model")),
+        "model.name": str(model),
         "model.labels": 2,
         "model.max-tokens": 12,
         "train.rounds": 2,
