@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedsplit.client_work import Desk, answer, settings_of
+from fedsplit.client_work import Desk, answer, check_rules, settings_of
 from fedsplit.errors import SessionError
-from fedsplit.owners.policy import Asked, refuse
 from fedsplit.owners.serving_offer import keep_offer
 from fedsplit.wire.messages import WHO
 from fedsplit.wire.serving import ServingOffer
@@ -24,14 +23,7 @@ def _serve(message: Message, context: Context, desk: Desk) -> RecordDict:
         raise SessionError("offer is for another run or node than this message's")
     flat = config.to_flat()
     policy = desk.home.policy(desk.node_config, warn=False)
-    asked = Asked(
-        flat,
-        transport=offer.session.transport,
-        bottom=offer.session.bottom,
-        round=1,
-        own_ca=bool(desk.node_config.get("session-ca")),
-    )
-    refuse(policy.settings_breaches(asked))
+    check_rules(policy, flat, offer.session, desk.node_config)
     keep_offer(desk.home.root, offer, flat, desk.node_config)
     desk.words("name", desk.name)
     content = RecordDict()

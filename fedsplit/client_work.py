@@ -62,6 +62,11 @@ def _refusal(message: Message, error: Exception, desk: Desk | None) -> Message:
 
 
 def settings_of(context: Context) -> RunConfig:
+    """Return the run's settings and let this process keep to its threads.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+    """
     join_flower_log()
     config = RunConfig.from_flat(dict(context.run_config))
     torch.set_num_threads(config.output.owner_threads)
@@ -75,7 +80,8 @@ class Desk:
         self.node_config: dict[str, object] = dict(context.node_config)
         self.name = owner_name(self.node_config)
         self.home = OwnerHome.locate(self.node_config, self.name)
-        self.ledger = Ledger(self.home.root)
+        sync_every: Any = self.node_config.get("ledger-sync", 1)
+        self.ledger = Ledger(self.home.root, sync_every=sync_every)
         self._run = str(context.run_id)
 
     def words(self, kind: str, text: str) -> None:
@@ -88,6 +94,29 @@ class Desk:
     def close(self) -> None:
         """Let the ledger's files go."""
         self.ledger.close()
+
+
+def check_rules(
+    policy: Policy,
+    flat: Mapping[str, Any],
+    offer: SessionOffer,
+    node_config: Mapping[str, object],
+) -> None:
+    """Refuse a run that breaks a rule which its settings and its offer decide.
+
+    Raises:
+        PolicyError: names every broken rule; nothing has left.
+    """
+    app = running_app() if "app.digest" in policy else None
+    asked = Asked(
+        flat,
+        transport=offer.transport,
+        bottom=offer.bottom,
+        round=max(1, offer.round),
+        own_ca=bool(node_config.get("session-ca")),
+        app_digest=digest_of_app(app) if app is not None else "",
+    )
+    refuse(policy.settings_breaches(asked))
 
 
 class _Work:
@@ -106,7 +135,7 @@ class _Work:
             raise SessionError("offer is for another run or node than this message's")
         flat = self.config.to_flat()
         policy = desk.home.policy(self.node_config, warn=self.offer.round == 1)
-        self._check(policy, flat)
+        check_rules(policy, flat, self.offer, self.node_config)
         trip = Trip(
             self.offer.run,
             self.offer.round,
@@ -123,18 +152,6 @@ class _Work:
             draft = self._averaged.with_suffix(".draft")
             save_file(tensors, draft)
             draft.replace(self._averaged)
-
-    def _check(self, policy: Policy, flat: Mapping[str, Any]) -> None:
-        app = running_app() if "app.digest" in policy else None
-        asked = Asked(
-            flat,
-            transport=self.offer.transport,
-            bottom=self.offer.bottom,
-            round=self.offer.round,
-            own_ca=bool(self.node_config.get("session-ca")),
-            app_digest=digest_of_app(app) if app is not None else "",
-        )
-        refuse(policy.settings_breaches(asked))
 
     def prepare(self, digest: str) -> SplitOwner:
         """Build the owner and, for a joint bottom, continue from the averaged weights."""
@@ -157,6 +174,10 @@ class _Work:
 
 def session(message: Message, context: Context) -> Message:
     """Open the announced session, stay until the server says BYE, and reply with averages."""
+    if context.run_config.get("strategy") == "offsite-tuning":
+        from fedsplit import client_offsite
+
+        return client_offsite.session(message, context)
     return answer(message, context, _session)
 
 

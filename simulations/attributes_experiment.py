@@ -45,9 +45,9 @@ OPTIONS: dict[str, Any] = {
     "seeds": 3,
     "data": ["isear", "womens-clothing"],
     "depths": [0, 3],
-    "mechanisms": ["none", "dchi", "nearest-token"],
-    "etas": [10.0, 8.0],
-    "samples": 1500,
+    "mechanisms": ["none", "dchi:10", "dchi:8", "gaussian:8"],
+    "samples": 1200,
+    "known-share": 0.6,
 }
 
 
@@ -105,8 +105,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     config = experiment.config
     folder.write_config({**config.to_flat(), "options": options})
     cells = Cells(folder.path / "cells.jsonl", {**config.to_flat(), **options})
-    world = World(config, int(options["samples"]))
-    levels = noise_levels(options["mechanisms"], [float(e) for e in options["etas"]])
+    world = World(config, int(options["samples"]), float(options["known-share"]))
+    levels = noise_levels(options["mechanisms"])
     keys = [
         {"data": data, "k": int(k), "seed": seed}
         for data in options["data"]
@@ -124,15 +124,27 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     print_rows(console, rows)
 
 
-def noise_levels(mechanisms: Sequence[str], etas: Sequence[float]) -> list[tuple[str, float]]:
-    """Return (mechanism, eta) pairs; no noise has no level.
+def noise_levels(mechanisms: Sequence[str]) -> list[tuple[str, float]]:
+    """Return (mechanism, eta) pairs from ``none``, ``dchi:8`` ...; no noise has no level.
 
     Raises:
-        ConfigError: for an eta that is not positive.
+        ConfigError: for anything else.
     """
-    for eta in etas:
-        check(eta > 0, "options.etas", eta, "> 0 (1/length units of the representation)")
-    return [(name, eta) for name in mechanisms for eta in (etas if name != "none" else (0.0,))]
+    levels = []
+    for text in mechanisms:
+        name, _, level = str(text).partition(":")
+        if name == "none" and not level:
+            levels.append((name, 0.0))
+            continue
+        if name not in ("dchi", "gaussian", "nearest-token", "pac"):
+            raise ConfigError(f"options.mechanisms={text!r}: must be none, or MECHANISM:ETA")
+        try:
+            eta = float(level)
+        except ValueError:
+            eta = 0.0
+        check(eta > 0, f"options.mechanisms {text!r}: eta", level, "> 0 (1/length units)")
+        levels.append((name, eta))
+    return levels
 
 
 class World:
@@ -141,10 +153,12 @@ class World:
     Args:
         config: ``data.path`` is the folder with the sources.
         samples: texts per cell.
+        known_share: of the people, whose attribute the attacker (and whose label the task) has.
     """
 
-    def __init__(self, config: RunConfig, samples: int) -> None:
+    def __init__(self, config: RunConfig, samples: int, known_share: float = 0.6) -> None:
         check(samples >= 50, "options.samples", samples, ">= 50 (texts)")
+        self._known_share = known_share
         self._config, self._samples = config, samples
         self._data: dict[str, TextDataset] = {}
 
@@ -208,7 +222,7 @@ class World:
                     "eta": eta or None,
                     "k": k,
                     "seed": seed,
-                    **measure(texts, seen, seed),
+                    **measure(texts, seen, self._known_share, seed),
                     "seconds": time.perf_counter() - began,
                 }
             )
@@ -221,8 +235,6 @@ class World:
             return build_mechanism(PrivacyConfig(), bottom, vocabulary)
         if name == "dchi":
             return build_mechanism(PrivacyConfig(mechanism="dchi", eta=eta), bottom, vocabulary)
-        if name not in ("gaussian", "nearest-token", "pac"):
-            raise ConfigError(f"options.mechanisms={name!r}: must be none or one with a ratio")
         ratio = bottom.hidden_size / eta / representation_norm(bottom, vocabulary)
         config = PrivacyConfig(mechanism=name, noise_ratio=ratio)
         return build_mechanism(config, bottom, vocabulary, self.loaded.tokenizer)
@@ -242,10 +254,10 @@ def through(top: Top, sent: Sequence[Tensor], batch: int = 64) -> list[Tensor]:
     return out
 
 
-def measure(texts: Texts, seen: Sequence[Tensor], seed: int) -> Row:
+def measure(texts: Texts, seen: Sequence[Tensor], known_share: float, seed: int) -> Row:
     """Return the attack's figures and the task's, from the same features and the same split."""
     pooled = [x.unsqueeze(0) for x in pool(seen)]  # both classifiers read one vector per text
-    attack = AttributeInference(seed=seed)
+    attack = AttributeInference(known_share=known_share, seed=seed)
     found = attack.evaluate(pooled, texts.attribute, texts.groups)
     task = attack.evaluate(pooled, texts.labels, texts.groups)
     return {

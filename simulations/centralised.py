@@ -56,7 +56,7 @@ class CentralisedTwin:
     """One process that holds everything.
 
     Args:
-        config: the run's settings; privacy, session and lineage settings are ignored.
+        config: the run's settings; privacy, label, session and lineage settings are ignored.
         shares: every owner's samples.
     """
 

@@ -44,9 +44,9 @@ OPTIONS: dict[str, Any] = {
     "depths": [0, 1, 2, 3, 4, 5],
     "attacks": ["nearest", "optimisation", "learned"],
     "samples": 200,
-    "optimisation-samples": 12,
+    "optimisation-samples": 6,
     "optimisation-steps": 150,
-    "shortlist": 8192,
+    "shortlist": 0,
     "learned-steps": 120,
     "public": "",
     "public-samples": 3000,
@@ -147,10 +147,11 @@ class World:
 
     @cached_property
     def frequent(self) -> Tensor:
-        """The ids most frequent in public text, specials included."""
+        """The ids most frequent in public text, specials included; 0 asked for: all."""
         language = NgramModel([x.tolist() for x in self.public], self.deepest.vocab)
         prior = torch.from_numpy(language.unigram(np.arange(self.deepest.vocab)))
-        return prior.argsort(descending=True)[: int(self.options["shortlist"])]
+        wanted = int(self.options["shortlist"]) or len(prior)
+        return prior.argsort(descending=True)[:wanted]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the texts' ids, cut at the run's bound."""
@@ -260,6 +261,8 @@ def _optimisation(
         bottom.vocab,
         world.frequent,
     )
+    if len(world.frequent) == bottom.vocab:
+        return found, attack.knowledge
     return found, f"{attack.knowledge}; {len(world.frequent)} ids, public text's most frequent"
 
 

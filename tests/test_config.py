@@ -154,9 +154,7 @@ VALID = st.fixed_dictionaries(
     | {"output.capture": st.booleans(), "output.transcript": st.booleans()},
 ).filter(
     # Some settings exclude each other.
-    lambda flat: (
-        "labels.protection" not in flat or not {"model.task", "train.method"} & flat.keys()
-    )
+    lambda flat: "labels.protection" not in flat or not {"model.task", "train.method"} & flat.keys()
 )
 
 
@@ -249,3 +247,38 @@ def test_every_setting_is_documented() -> None:
                 assert re.search(rf"^\s+{setting.name}: \S", type(value).__doc__ or "", re.M), (
                     f"{group.name}.{setting.name}"
                 )
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"labels.protection": "max-norm", "model.task": "causal-lm"},
+        {"labels.protection": "client-head", "train.method": "head"},
+        {"labels.protection": "client-head", "labels.debias": True},
+        {"dp.noise-multiplier": 1.0, "labels.protection": "max-norm"},
+        {
+            "dp.noise-multiplier": 1.0,
+            "labels.protection": "client-head",
+            "model.task": "causal-lm",
+            "train.method": "lora",
+        },
+    ],
+)
+def test_settings_that_exclude_each_other(flat: dict[str, Scalar]) -> None:
+    with pytest.raises(ConfigError, match="must be"):
+        RunConfig.from_flat(flat)
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        {"labels.protection": "client-head+marvell", "model.labels": 2},
+        {"labels.protection": "client-head", "model.task": "causal-lm", "train.method": "lora"},
+        {"labels.protection": "randomised-response", "labels.debias": True},
+        {"dp.noise-multiplier": 1.0, "labels.protection": "client-head"},
+        {"dp.noise-multiplier": 1.0, "split.bottom": "joint"},
+    ],
+)
+def test_settings_that_go_together(flat: dict[str, Scalar]) -> None:
+    config = RunConfig.from_flat(flat)
+    assert config.labels.method in ("none", "randomised-response", "marvell")

@@ -32,6 +32,7 @@ LAYERS = {
     "fedsplit.client_app": 4,
     "fedsplit.client_work": 4,
     "fedsplit.client_serving": 4,
+    "fedsplit.client_offsite": 4,
     "fedsplit.commands": 4,
     "fedsplit.cli": 4,
     "strategies": 4,
@@ -40,7 +41,12 @@ LAYERS = {
 # Layer 0 is one layer of small modules, and the ClientApp loads its heavy half when it works.
 TOGETHER = [
     {name for name, layer in LAYERS.items() if layer == 0},
-    {"fedsplit.client_app", "fedsplit.client_work", "fedsplit.client_serving"},
+    {
+        "fedsplit.client_app",
+        "fedsplit.client_work",
+        "fedsplit.client_serving",
+        "fedsplit.client_offsite",
+    },
     {"fedsplit.cli", "fedsplit.commands"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
@@ -57,6 +63,7 @@ ONLY_IN = {
         "fedsplit.client_app",
         "fedsplit.client_work",
         "fedsplit.client_serving",
+        "fedsplit.client_offsite",
         "strategies",
         "simulations",
     ),

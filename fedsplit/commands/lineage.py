@@ -57,7 +57,7 @@ def show(
         from fedsplit.fingerprints.sheet import draw_sheet
 
         where = picture or chain.with_name("lineage.png")
-        draw_sheet(columns, where, painter=painter(generator))
+        draw_sheet(columns, where, size=128, painter=painter(generator))
         console.print(f"portraits: {where}", highlight=False)
 
 
@@ -219,10 +219,9 @@ def portraits(records: list[Record]) -> list[Column]:
         if "aggregate" in drawn:
             seen.append((f"round {record.round}", unpack_vector(drawn["aggregate"])))
         for name, text in (drawn.get("owners") or {}).items():
-            if len(refused) < SHOWN:
-                refused.append(
-                    (str(name), [(f"refused, round {record.round}", unpack_vector(text))])
-                )
+            if str(name) not in {title for title, _ in refused} and len(refused) < SHOWN:
+                label = f"refused, round {record.round}"
+                refused.append((str(name), [(label, unpack_vector(text))]))
     if base is None:
         return []
     keep = sorted({round(i * (len(seen) - 1) / (SHOWN - 1)) for i in range(SHOWN)}) if seen else []

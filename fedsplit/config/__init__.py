@@ -11,6 +11,7 @@ from fedsplit.config.groups import (
     TrainConfig,
 )
 from fedsplit.config.labels import DpConfig, LabelsConfig
+from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.run import RunConfig, Scalar
 from fedsplit.config.serving import ServingConfig
@@ -22,6 +23,7 @@ __all__ = [
     "LabelsConfig",
     "LineageConfig",
     "ModelConfig",
+    "OffsiteConfig",
     "OutputConfig",
     "PrivacyConfig",
     "RunConfig",

@@ -104,6 +104,12 @@ def check_together(
         "randomised-response and max-norm take any number",
     )
     check(
+        not labels.debias or labels.method == "randomised-response",
+        "labels.debias",
+        labels.debias,
+        "false without randomised-response, whose law it corrects for",
+    )
+    check(
         not labels.client_head or train.method != "head",
         "labels.protection",
         labels.protection,

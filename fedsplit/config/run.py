@@ -24,6 +24,7 @@ from fedsplit.config.groups import (
     TrainConfig,
 )
 from fedsplit.config.labels import DpConfig, LabelsConfig, check_together
+from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.serving import ServingConfig
 from fedsplit.errors import ConfigError, check
@@ -48,6 +49,7 @@ class RunConfig:
     lineage: LineageConfig = field(default_factory=LineageConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
+    offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
@@ -104,6 +106,7 @@ _GROUPS: dict[str, type] = {
     "lineage": LineageConfig,
     "output": OutputConfig,
     "serving": ServingConfig,
+    "offsite": OffsiteConfig,
 }
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 

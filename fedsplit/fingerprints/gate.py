@@ -38,6 +38,13 @@ from fedsplit.models.projections import BlockProjections
 from fedsplit.seeding import torch_generator
 
 Verdict = Literal["in_lineage", "not_shown", "independent"]
+
+MOVED = 0.1
+"""A product that agrees better than the worse of its two matrices by more than this was moved to
+another basis.  Training lowers products faster than matrices, so honest updates have the opposite
+sign (docs/lineage.md has the figures)."""
+
+FACTORS = {"qk": ("q", "k"), "vo": ("v", "o"), "ffn": ("up", "down")}
 State = Mapping[str, Tensor] | nn.Module | WeightView
 
 
@@ -98,6 +105,8 @@ class LineageReport:
         notes: what had to be done, and what was not judged.
         pcs_per_layer: parameter cosine of each block, more sensitive than the score to an average
             with a stranger, but blind to equivalent permutations.
+        moved: indices of blocks that keep the base's products by other matrices (permuted, mixed or
+            rescaled): in lineage, but not to be averaged with blocks in the base's own basis.
     """
 
     pcs: float
@@ -110,6 +119,7 @@ class LineageReport:
     recomputed: int
     notes: tuple[str, ...] = ()
     pcs_per_layer: tuple[float, ...] = ()
+    moved: tuple[int, ...] = ()
 
 
 def decide(per_layer: Iterable[float], config: GateConfig) -> tuple[Verdict, tuple[int, ...]]:
@@ -309,7 +319,17 @@ class LineageGate:
             recomputed=recomputed,
             notes=notes,
             pcs_per_layer=tuple(m.cosine() for m in by_block),
+            moved=tuple(i for i in range(view.depth) if self._moved(i, memory)),
         )
+
+    def _moved(self, index: int, memory: _Memory) -> bool:
+        sites = self.base.layout.sites()
+        for kind, roles in FACTORS.items():
+            names = [f"blocks.{index}.{sites[role].weight}" for role in roles]
+            found = [memory.moments[n].cosine() for n in names if n in memory.moments]
+            if found and memory.blocks[index][kind] - min(found) > MOVED:
+                return True
+        return False
 
 
 def _finite(view: WeightView, name: str) -> None:

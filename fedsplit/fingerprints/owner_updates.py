@@ -20,11 +20,6 @@ from fedsplit.fingerprints.gate import GateConfig, LineageGate, LineageReport, d
 from fedsplit.fingerprints.pcs import Moments, moments
 
 Update = Mapping[str, Tensor]
-MOVED = 0.1
-"""A block whose products agree better than its matrices by more than this sits in another basis.
-
-Training lowers products faster than matrices, so honest updates have the opposite sign (measured:
-docs/lineage.md)."""
 
 
 class Judge(Protocol):
@@ -94,14 +89,6 @@ def base_state(gate: LineageGate | MatrixGate) -> dict[str, Tensor]:
     if isinstance(gate, MatrixGate):
         return dict(gate.tensors)
     return {name: gate.base.get(name) for name in gate.base.names}
-
-
-def equivalent_but_moved(report: LineageReport) -> tuple[int, ...]:
-    """Blocks that keep the base's products in another basis: related, but not to be averaged."""
-    if len(report.pcs_per_layer) != len(report.per_layer):
-        return ()
-    pairs = zip(report.per_layer, report.pcs_per_layer, strict=True)
-    return tuple(i for i, (score, pcs) in enumerate(pairs) if score - pcs > MOVED)
 
 
 def average(updates: Mapping[str, Update], weights: Mapping[str, float]) -> dict[str, Tensor]:

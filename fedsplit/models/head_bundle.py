@@ -105,7 +105,8 @@ def unpack_head(source: Bundle | str | Path) -> Head | None:
         if not any(t.is_floating_point() for t in tensors.values()):
             raise ModelError("0 weights: must be >= 1")
         _fill(model, tensors)
-        return _attach(model.float(), about)
+        model.to(torch.float32)
+        return _attach(model, about)
     except FedsplitError as error:
         reason = str(error).replace("bottom.safetensors: ", "")
         raise ModelError(f"head.safetensors: {reason}") from error

@@ -72,6 +72,8 @@ class LabelSide:
         self.samples = samples
         self.head = None if head is None else head.eval()
         self._positions = "all" if head is None else positions_read(head)
+        # One row per sample, or one per token?
+        self._per_sample = samples.labels is not None and (head is None or self._positions != "all")
         self._shield = shield
         self._transition = transition
         if shield is not None and head is not None and self._positions == "all":
@@ -95,9 +97,7 @@ class LabelSide:
         Raises:
             FrameError: names what it must be.
         """
-        labelled = self.samples.labels is not None
-        per_sample = labelled and (self.head is None or self._positions != "all")
-        rows = len(slots) if per_sample else self.tokens(slots)
+        rows = len(slots) if self._per_sample else self.tokens(slots)
         if self.head is not None:
             width = self.head.hidden_size
             if shape != (rows, width):
@@ -152,11 +152,9 @@ class LabelSide:
         return int(self.samples.ids[slot].shape[0]) - 1
 
     def _rows_of(self, values: Tensor, slots: Sequence[int]) -> tuple[Tensor, ...]:
-        if len(values) == len(slots) and self._positions != "all":
-            return values.split(1)
-        if self.head is None and self.samples.labels is not None:
-            return values.split(1)
-        return values.split([int(self.samples.ids[s].shape[0]) for s in slots])
+        if self._per_sample:
+            return torch.split(values, 1)
+        return torch.split(values, [int(self.samples.ids[s].shape[0]) for s in slots])
 
     def _loss(self, scores: Tensor, targets: Tensor, train: bool) -> Tensor:
         if self._transition is None or not train:

@@ -16,7 +16,10 @@ hash elsewhere.
 
 Each line is written with one ``write`` to a file opened O_APPEND, and on the disk (fsync) before
 what it describes leaves.  A process killed in between therefore reports what never left, and never
-the other way round.
+the other way round.  An owner whose steps are shorter than its disk's fsync may let lines without
+representations (gradients, batches the server holds already) share one: they are written before
+anything leaves just the same, which is all that a killed process needs, but a power cut may lose
+the last of them; the line ``ready`` of their session tells how many batches there were at most.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import LedgerError
+from fedsplit.errors import LedgerError, check
 from fedsplit.owners.exposure import Draw, Exposure
 
 GENESIS = hashlib.sha256(b"fedsplit.ledger.v1").hexdigest()
@@ -47,6 +50,8 @@ LEDGER, HEAD, STATE, TORN, LOCK = (
 )
 _END = re.compile(rb',"hash":"([0-9a-f]{64})"}\Z')
 _SAVE_AFTER = 256  # lines that the next process would have to read again
+_MAY_WAIT = {"slots", "logit-gradients", "hidden-gradients"}
+MOST_WAITING = 4096
 _CHUNK = 1 << 20
 Entry = dict[str, Any]
 
@@ -167,13 +172,20 @@ class Ledger:
 
     Args:
         folder: the owner's home.
+        sync_every: lines without representations that share one fsync; 1 = each has its own.
 
     Raises:
+        ConfigError: ``sync_every`` out of range.
         LedgerError: it cannot be read or written, or its chain is broken: then nothing may leave.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sync_every: int = 1) -> None:
+        whole = isinstance(sync_every, int) and not isinstance(sync_every, bool)
+        bound = f"an integer in [1, {MOST_WAITING}] (lines)"
+        check(whole and 1 <= sync_every <= MOST_WAITING, "ledger-sync", sync_every, bound)
         self.path = folder / LEDGER
+        self._sync_every = sync_every
+        self._waiting = 0
         self.totals = Totals()
         self._folder = folder
         self._at = Cursor()
@@ -188,9 +200,10 @@ class Ledger:
 
     def close(self) -> None:
         """Close the files; the totals are saved if many lines came since they last were."""
-        if self._at.n - self._saved >= _SAVE_AFTER:
-            with contextlib.suppress(LedgerError):
-                self.save()
+        with contextlib.suppress(LedgerError), self._held():
+            self._sync()
+            if self._at.n - self._saved >= _SAVE_AFTER and not self._broken:
+                self._save()
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
@@ -225,6 +238,7 @@ class Ledger:
     def save(self) -> None:
         """Save the totals, so that the next process need not read all lines."""
         with self._held():
+            self._sync()
             if not self._broken:
                 self._save()
 
@@ -309,16 +323,30 @@ class Ledger:
         digest = chained(self._at.hash, text)
         line = text[:-1] + f',"hash":"{digest}"}}\n'.encode()
         fd = self._fd(LEDGER)
+        wait = entry["kind"] in _MAY_WAIT and self._waiting + 1 < self._sync_every
         try:
             _write_all(fd, line)
-            os.fsync(fd)
+            if not wait:
+                os.fsync(fd)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, self._at.end)
             raise
         self._at = Cursor(self._at.n + 1, self._at.end + len(line), digest)
-        # Behind the ledger, never ahead of it: the line is on the disk already.
-        os.pwrite(self._fd(HEAD), f"{self._at.n} {self._at.end} {digest}".ljust(127).encode(), 0)
+        self._waiting = self._waiting + 1 if wait else 0
+        if not wait:
+            self._tell_head()
+
+    def _sync(self) -> None:
+        if self._waiting:
+            os.fsync(self._fd(LEDGER))
+            self._waiting = 0
+            self._tell_head()
+
+    def _tell_head(self) -> None:
+        """Note where the ledger ends: behind the disk, never ahead of it."""
+        at = self._at
+        os.pwrite(self._fd(HEAD), f"{at.n} {at.end} {at.hash}".ljust(127).encode(), 0)
 
     def _save(self) -> None:
         content = {**vars(self._at), "totals": self.totals.to_json()}

@@ -133,6 +133,8 @@ class Outbox:
             entry["codec"] = str(header["codec"])
         if "shape" in header:
             entry["shape"] = [int(x) for x in header["shape"]]
+        if kind is Kind.READY:
+            entry["batches"] = int(header["batches"])
         if kind is Kind.BATCH:
             entry |= self._batch(header, body)
         elif kind.name.endswith("GRAD"):

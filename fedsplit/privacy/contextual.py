@@ -10,9 +10,9 @@ law, so one step costs V + nnz operations per text, little beside the V d of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.sparse
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from fedsplit.privacy.posterior import Touched, finished, likelihood_of, unwhite
 from fedsplit.privacy.scan import posterior_, products
 from fedsplit.privacy.summed import SummedCandidates, in_coordinates
 
+Array = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
 SMOOTHING = 0.1
-MEMORY_BYTES = 192 << 20
+MEMORY_BYTES = 112 << 20
 
 
 class BigramChain:
@@ -79,14 +82,14 @@ class BigramChain:
         kinds = max(1, int((starts > 0).sum()))
         self.start = (starts + kinds * self.unigram) / (len(rows) + kinds)  # (V,)
 
-    def forward(self, weights: np.ndarray) -> np.ndarray:
+    def forward(self, weights: Array) -> Array:
         """Return sum_u w(u) P(v | u), ``(B, V) -> (B, V)``."""
-        out: np.ndarray = (self.counts_t @ weights.T).T
+        out: Array = (self.counts_t @ weights.T).T
         return out + (weights @ self.backoff)[:, None] * self.unigram
 
-    def backward(self, values: np.ndarray) -> np.ndarray:
+    def backward(self, values: Array) -> Array:
         """Return sum_v P(v | u) x(v), ``(B, V) -> (B, V)``."""
-        out: np.ndarray = (self.counts @ values.T).T
+        out: Array = (self.counts @ values.T).T
         return out + (values @ self.unigram)[:, None] * self.backoff
 
 
@@ -167,18 +170,18 @@ class ContextualDenoiser:
         posterior = smooth(likelihood, by_time, self.chain)
         return rows.split(weighted_means(torch.from_numpy(posterior), rows, self.candidates))
 
-    def _likelihoods(self, rows: Rows) -> np.ndarray:
+    def _likelihoods(self, rows: Rows) -> Array:
         log = torch.empty(len(rows.rows), self.candidates.vocab_size)
         norms = torch.linalg.vecdot(rows.rows, rows.rows).unsqueeze(1)
         for part in products(rows, self.candidates):
             posterior_(part.scores, norms[part.here], self.likelihood, None, part.first)
             log[part.here, part.first : part.first + part.scores.shape[1]] = part.scores.cpu()
         log -= log.amax(1, keepdim=True)
-        found: np.ndarray[Any, Any] = log.exp_().numpy()
+        found: Array = log.exp_().numpy()
         return found
 
 
-def _time_major(rows: Rows, lengths: Sequence[int]) -> list[np.ndarray]:
+def _time_major(rows: Rows, lengths: Sequence[int]) -> list[Ints]:
     """Return, per time t, which rows are the t-th tokens of the samples that have one."""
     at = np.empty(len(rows.order), dtype=np.int64)
     at[rows.order.numpy()] = np.arange(len(rows.order))  # token of the flat samples -> row
@@ -187,7 +190,7 @@ def _time_major(rows: Rows, lengths: Sequence[int]) -> list[np.ndarray]:
     return [at[starts[long > t] + t] for t in range(max(lengths, default=0))]
 
 
-def smooth(likelihood: np.ndarray, by_time: list[np.ndarray], chain: BigramChain) -> np.ndarray:
+def smooth(likelihood: Array, by_time: list[Ints], chain: BigramChain) -> Array:
     """Return P(token | all received vectors of its text) by forward-backward.
 
     Args:
@@ -200,7 +203,7 @@ def smooth(likelihood: np.ndarray, by_time: list[np.ndarray], chain: BigramChain
         ``(N, V)``, rows sum to 1.
     """
     filtered = np.empty_like(likelihood)
-    state: np.ndarray = np.zeros((0, chain.vocab_size), np.float32)
+    state: Array = np.zeros((0, chain.vocab_size), np.float32)
     for t, rows in enumerate(by_time):
         prior = chain.start[None] if t == 0 else chain.forward(state[: len(rows)])
         state = prior * likelihood[rows]

@@ -26,10 +26,15 @@ class PrivateOptimizer:
         See :func:`fedsplit.privacy.accounting.spent_epsilon`; the unit is one sample of one owner.
         It is about the parameters that this optimizer steps, as they leave the owner, and about
         nothing else that leaves (representations, gradients at the cut, averages of a session).
+        What the server sends is taken as given: a top that has learned from a sample, whose
+        representation it received, can carry that sample into the states and gradients that it
+        returns for other samples.  So the figure is for readers of the weights (other owners), as
+        far as the sample reached the weights through the owner's own gradients.
 
     What breaks it:
-        A sample's gradient that depends on other samples' content: losses must be each sample's
-        own mean.  Whoever reads the owner's secret can subtract the noise.
+        A server that works with the reader of the weights (see above).  A sample's gradient that
+        depends on other samples' content: losses must be each sample's own mean.  Whoever reads the
+        owner's secret can subtract the noise.
 
     Args:
         optimizer: steps the parameters.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -26,6 +27,8 @@ from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.mechanism import Mechanism
 from fedsplit.privacy.posterior import Touched
 from fedsplit.privacy.secret import OwnerSecret
+
+log = logging.getLogger(__name__)
 
 Bottom = Callable[[Tensor, Tensor], Tensor]
 
@@ -260,12 +263,19 @@ def cached(
         return _read(path, recipe)
     denoiser = teach(practice(), recipe)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        tensors = {k: v.contiguous() for k, v in denoiser.network.state_dict().items()}
-        draft.write_bytes(save(tensors, metadata={"facts": json.dumps(denoiser.facts)}))
-        os.replace(draft, path)
+        try:
+            _keep(path, denoiser)
+        except OSError as error:  # the run needs the network, not the cache
+            log.warning("taught denoiser not kept in %s: %s", path.parent, error)
     return denoiser
+
+
+def _keep(path: Path, denoiser: LearnedDenoiser) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    tensors = {k: v.contiguous() for k, v in denoiser.network.state_dict().items()}
+    draft.write_bytes(save(tensors, metadata={"facts": json.dumps(denoiser.facts)}))
+    os.replace(draft, path)
 
 
 def _read(path: Path, recipe: Recipe) -> LearnedDenoiser:

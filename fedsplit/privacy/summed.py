@@ -79,6 +79,12 @@ class SummedCandidates(Candidates):
         other.a, other.c, other.beta = self.a @ matrix, self.c @ matrix, self.beta @ matrix
         return other
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tables take."""
+        held = [self.a, self.c, self.beta, *(self._raw[:2] if self._raw else ())]
+        return sum(x.nbytes for x in {id(x): x for x in held}.values())
+
     def gains(self, first: int, stop: int) -> Tensor:
         """Return 1 / s(v, p) of candidates ``first..stop``: ``(P, v)``."""
         if self._raw is None:

@@ -114,19 +114,20 @@ def test_states_are_what_each_bottom_sends(material: Path):
             assert torch.allclose(hidden, expected, atol=1e-5)
 
 
+LEVELS = ["none", "nearest-token:5", "dchi:0.3"]
+
+
 def test_attributes_show_with_and_without_noise(material: Path, tmp_path: Path):
-    loaded = experiment("attributes", material, seeds=1, depths=[0], etas=[20.0, 0.5], samples=240)
+    loaded = experiment("attributes", material, seeds=1, depths=[0], mechanisms=LEVELS, samples=240)
     with RunFolder(tmp_path / "run", name="a", kind="table") as folder:
         attributes_experiment.run(loaded, folder, QUIET)
     rows = read_results(tmp_path / "run")["rows"]
 
     assert {"data", "attribute", "mechanism", "eta", "k", "seed", "auc", "accuracy"} <= set(rows[0])
     assert {"majority", "task_accuracy", "task_majority"} <= set(rows[0])
-    assert len(rows) == 2 * (1 + 2 * 2)
+    assert len(rows) == 2 * len(LEVELS)
     for data in ("isear", "womens-clothing"):
-        clean, _, strong = (
-            r for r in rows if r["data"] == data and r["mechanism"] != "nearest-token"
-        )
+        clean, _, strong = (r for r in rows if r["data"] == data)
         assert clean["auc_low"] > 0.6
         assert clean["task_accuracy"] > clean["task_majority"]
         assert strong["auc"] < clean["auc"]

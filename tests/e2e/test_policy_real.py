@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
+from fedsplit.owners.app_digest import digest_of_app
 from fedsplit.owners.ledger import read_ledger
+from simulations import federated
 from simulations.federated import deploy
 from tests.tiny_models import save_texts, save_tiny_bert
 
@@ -57,6 +60,12 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_server_that_breaks_the_policy_is_refused_and_an_honest_one_is_not(
     material: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    app = tmp_path / "app"  # what the server's bundle is made of, as an owner would review it
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(federated.ROOT / "strategies", app / "strategies", ignore=ignored)
+    shutil.copy(federated.ROOT / "pyproject.toml", app)
+    digest = digest_of_app(app)
+    monkeypatch.setattr(federated, "ROOT", app)
     policy = tmp_path / "owner.toml"
     policy.write_text(HONEST + f'[app]\ndigest = "{"0" * 64}"\n')
     policy.chmod(0o600)
@@ -71,8 +80,7 @@ def test_a_server_that_breaks_the_policy_is_refused_and_an_honest_one_is_not(
         kinds = {line["kind"] for line in read_ledger(tmp_path / "broken" / "homes" / owner)}
         assert kinds == {"error"}  # not even HELLO has left
 
-    # The refusal names the digest of the app that ran: reviewed, and pinned from now on.
-    (digest,) = set(re.findall(r"app\.digest: asked '([0-9a-f]{64})'", told))
+    assert set(re.findall(r"app\.digest: asked '([0-9a-f]{64})'", told)) == {digest}
     policy.write_text(HONEST + f'[app]\ndigest = "{digest}"\n')
     _, server = deploy(RunConfig.from_flat(material), tmp_path / "honest")
     (row,) = server["rounds"]

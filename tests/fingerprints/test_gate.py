@@ -12,6 +12,7 @@ from torch import nn
 
 from fedsplit.errors import ConfigError, LineageError, ModelError
 from fedsplit.fingerprints.gate import GateConfig, LineageGate
+from fedsplit.fingerprints.transforms import transform
 from fedsplit.fingerprints.view import WeightView
 
 Tiny = Callable[..., Any]
@@ -61,6 +62,22 @@ def test_spliced_block_is_named(tiny: Tiny) -> None:
     assert report.verdict == "not_shown"
     assert report.diverged == (1,)
     assert [p > 0.99 for p in report.pcs_per_layer] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["ffn_permutation", "vo_maps", "qk_maps", "rotation"])
+def test_an_equivalent_block_in_another_basis_is_told_from_training(tiny: Tiny, name: str) -> None:
+    base = tiny("llama")
+    gate = LineageGate(base)
+    equivalent = gate.check(transform(base, name).model)
+    assert equivalent.verdict == "in_lineage"
+    assert equivalent.moved == (0, 1, 2)
+    for size in (0.01, 0.1, 0.3):
+        assert gate.check(_nudged(base, size)).moved == ()
+    lora = copy.deepcopy(base)  # one matrix trained hard, the others left
+    with torch.no_grad():
+        weight = lora.model.layers[1].self_attn.q_proj.weight
+        weight.add_(0.5 * weight.std() * torch.randn(weight.shape))
+    assert gate.check(lora).moved == ()
 
 
 def test_noise_of_the_right_norm_is_not_in_lineage(tiny: Tiny) -> None:

@@ -179,3 +179,24 @@ def test_pictures_that_are_none(build: Build, tmp_path: Path) -> None:
         OnnxGenerator(tmp_path / "nowhere.onnx")
     with pytest.raises(ModelError, match="must be <= 10"):
         OnnxGenerator(build(), max_bytes=10)
+
+
+def test_the_commands_draw_with_a_given_generator(
+    build: Build, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from fedsplit.cli import app_cli
+
+    tiny("llama").save_pretrained(tmp_path / "model")
+    picture = tmp_path / "model.png"
+    arguments = ["fingerprint", str(tmp_path / "model"), "--picture", str(picture), "--generator"]
+    done = CliRunner().invoke(app_cli, [*arguments, str(build())])
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    bad = CliRunner().invoke(app_cli, [*arguments, str(build(output=(1, 4, H, W)))])
+    assert isinstance(bad.exception, ModelError)
+    assert "must be (1, 3, H, W)" in str(bad.exception)
+    svg = [*arguments[:3], str(tmp_path / "model.svg"), "--generator", str(build())]
+    refused = CliRunner().invoke(app_cli, svg)
+    assert "must end in .png" in str(refused.exception)

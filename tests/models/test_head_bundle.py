@@ -17,8 +17,14 @@ from fedsplit.models.halves import split
 from fedsplit.models.head_bundle import unpack_head, with_head, without_head
 from fedsplit.models.heads import detach_head, positions_read, select_positions
 
+# Each kind of head and of block once: poolers, dense heads, score layers, projections, tuples.
+KINDS = {
+    *("bert", "roberta", "distilbert", "electra", "deberta-v2", "modernbert", "llama", "gpt2"),
+    *("opt", "bloom", "mpt", "gptj", "gpt_neox", "gemma2", "gemma3_text", "phi", "cohere"),
+}
 
-@pytest.mark.parametrize(("name", "task"), CASES)
+
+@pytest.mark.parametrize(("name", "task"), [case for case in CASES if case[0] in KINDS])
 def test_the_rebuilt_head_answers_on_the_positions_it_reads(name: str, task: str) -> None:
     bottom, top = split(tiny(name, task).float(), 1, verify=False)
     bare = pack_bottom(bottom, None)

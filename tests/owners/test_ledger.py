@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
-from fedsplit.errors import LedgerError, PolicyError
+from fedsplit.errors import ConfigError, LedgerError, PolicyError
 from fedsplit.owners import ledger as ledger_module
 from fedsplit.owners.exposure import Draw, Exposure
 from fedsplit.owners.ledger import HEAD, LEDGER, STATE, TORN, Entry, Ledger, Totals, read_ledger
@@ -131,7 +131,7 @@ import os, sys
 from pathlib import Path
 from fedsplit.owners.ledger import Ledger
 who = sys.argv[2]
-with Ledger(Path(sys.argv[1])) as ledger:
+with Ledger(Path(sys.argv[1]), sync_every=1 + 7 * (who[-1] == "1")) as ledger:
     for i in range(10**6):
         made = ledger.append(lambda t: {"kind": "slots", "bytes": i, "run": who, "pad": "x" * 300})
         os.write(1, f"{made['bytes']}\\n".encode())
@@ -166,6 +166,34 @@ def test_killed_at_any_moment_it_never_reports_too_little(tmp_path: Path) -> Non
     for who, said in told.items():
         assert found[who] == list(range(len(found[who])))
         assert said <= len(found[who]) <= said + 1  # one may be written and not yet told
+
+
+def test_lines_that_share_a_sync_never_outrun_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head tells of synced lines alone: after a power cut it must not miss what was lost."""
+    synced: list[int] = []
+    honest = os.fsync
+
+    def sync(fd: int) -> None:
+        honest(fd)
+        synced.append((tmp_path / LEDGER).read_bytes().count(b"\n"))
+
+    monkeypatch.setattr(ledger_module.os, "fsync", sync)
+    kinds = ["hello", "slots", "logit-gradients", "slots", "representations", "slots", "slots"]
+    heads = []
+    with Ledger(tmp_path, sync_every=3) as ledger:
+        for i, kind in enumerate(kinds):
+            made = entry(i) if kind == "representations" else {"kind": kind, "bytes": 1}
+            put(ledger, made)
+            assert (tmp_path / LEDGER).read_bytes().count(b"\n") == i + 1  # written at once
+            heads.append(int((tmp_path / HEAD).read_text().split()[0]))
+    assert heads == [1, 1, 1, 4, 5, 5, 5]
+    assert synced == [1, 4, 5, 7]
+    assert [line["kind"] for line in read_ledger(tmp_path)] == kinds
+    for wrong in (0, 5000, True, 1.0, "8"):
+        with pytest.raises(ConfigError, match=r"ledger-sync=.*must be an integer in"):
+            Ledger(tmp_path, sync_every=wrong)  # type: ignore[arg-type]
 
 
 def test_a_torn_last_line_is_moved_aside_and_told(tmp_path: Path) -> None:

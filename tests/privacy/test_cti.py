@@ -151,9 +151,7 @@ def test_public_counts_are_counts():
     assert counts.tokens[7] == 3
     assert np.exp(-counts.surprisal()).sum() == pytest.approx(1.0)
     assert counts.surprisal()[7] < counts.surprisal()[8]
-    assert (
-        PublicCounts.over([[50]], 10).tokens.sum() == 0
-    )  # ids that the owner has not are left out
+    assert PublicCounts.over([[50]], 10).tokens.sum() == 0  # ids that the owner lacks
 
 
 def chosen(statistic: str, **options):

@@ -91,6 +91,16 @@ def test_kept_by_identity_and_read_back_bit_for_bit(material, tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_cache_that_cannot_be_written_does_not_end_the_run(material, tmp_path: Path):
+    _, _, practice = material
+    recipe = Recipe(**{**RECIPE.__dict__, "steps": 2})
+    (tmp_path / "file").write_text("no folder")
+
+    found = cached(tmp_path / "file" / "cache", {}, recipe, lambda: practice)
+
+    assert found([torch.zeros(3, D)])[0].shape == (3, D)
+
+
 def test_same_seed_same_network(material):
     bottom, mechanism, _ = material
     recipe = Recipe(**{**RECIPE.__dict__, "steps": 3})

@@ -90,8 +90,12 @@ def test_the_server_trains_no_head_and_neither_logits_nor_labels_cross(
     assert run.server["rounds"][-1]["evaluate"]["metrics"]["num-examples"] == 24
 
 
-def test_heads_are_evaluated_and_continued_as_averaged(make_config: Any, run_locally: Any) -> None:
-    one = run_locally(make_config(split__k=1, train__rounds=3, train__max_steps=0, **HEAD))
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+def test_heads_are_evaluated_and_continued_as_averaged(
+    make_config: Any, run_locally: Any, schedule: str
+) -> None:
+    options = HEAD | {"session__schedule": schedule, "train__max_steps": 0}
+    one = run_locally(make_config(split__k=1, train__rounds=3, **options))
     losses = [r["evaluate"]["metrics"]["loss"] for r in one.server["rounds"]]
     assert losses == sorted(losses, reverse=True), "a head that starts anew would not get better"
 

@@ -157,7 +157,9 @@ def test_a_rejected_average_leaves_the_last_good_state(base: nn.Module) -> None:
     assert one_round(watch, 3, {"a": honest(base, 4)})["verdict"] == "in_lineage"
 
 
-@pytest.mark.parametrize("name", ["ffn_permutation", "head_permutation", "vo_maps"])
+@pytest.mark.parametrize(
+    "name", ["ffn_permutation", "head_permutation", "vo_maps", "qk_maps", "weight_scaling"]
+)
 def test_an_equivalent_permutation_is_set_aside_without_blame(base: nn.Module, name: str) -> None:
     watch = make_watch(base)
     updates = updates_of(base) | {"b": tensors(transform(base, name, seed=SWAPS).model)}

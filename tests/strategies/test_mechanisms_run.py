@@ -24,6 +24,10 @@ NOISE: dict[str, dict[str, Any]] = {
 }
 
 
+PLAIN: dict[str, Tensor] = {}
+"""What leaves without noise; the same for every mechanism, so it is made once."""
+
+
 def options(name: str) -> dict[str, Any]:
     return {"privacy__mechanism": name.split()[0], **NOISE[name]}
 
@@ -46,8 +50,8 @@ def few(make_config: Any, tmp_path: Path) -> Any:
     public.write_text("".join(f"w{i} w{i + 1} w{7 * i % 90} w3\n" for i in range(60)))
 
     def make(**overrides: Any) -> Any:
-        few = {"train__rounds": 1, "data__owners": 2, "privacy__public_text": str(public)}
-        return make_config(**few, **overrides)
+        few = {"train__rounds": 1, "train__max_steps": 1, "data__owners": 2, "data__limit": 40}
+        return make_config(**{**few, "privacy__public_text": str(public), **overrides})
 
     return make
 
@@ -56,25 +60,26 @@ def few(make_config: Any, tmp_path: Path) -> Any:
 def test_what_left_is_noisy_finite_and_the_same_after_a_restart(
     few: Any, run_locally: Any, tmp_path: Path, name: str
 ) -> None:
-    plain = transcript(run_locally(few(output__dir=str(tmp_path / "plain"))))
     first, again = (
         transcript(run_locally(few(output__dir=str(tmp_path / part), **options(name))))
         for part in ("a", "b")
     )
+    if not PLAIN:
+        PLAIN.update(transcript(run_locally(few(output__dir=str(tmp_path / "plain")))))
 
-    rows = [k for k in plain if k.endswith("/rows")]
+    rows = [k for k in PLAIN if k.endswith("/rows")]
     assert rows
     for key in rows:
         assert torch.isfinite(first[key]).all()
         assert torch.equal(first[key], again[key])
-        assert not torch.allclose(first[key].float(), plain[key].float())
+        assert not torch.allclose(first[key].float(), PLAIN[key].float())
 
 
 @pytest.mark.parametrize("name", ["nearest-token"])
 def test_text_to_text_runs_with_blocks_in_the_bottom(few: Any, run_locally: Any, name: str) -> None:
     run = run_locally(few(split__k=2, **options(name)))
 
-    assert run.server["rounds"][0]["train"]["steps"] == 3
+    assert run.server["rounds"][0]["train"]["steps"] == 1
 
 
 @pytest.mark.parametrize("denoise", DENOISERS)
@@ -125,7 +130,7 @@ def test_denoisers_without_their_conditions_are_refused(
 
 
 def test_text_to_text_with_a_bottom_that_learns_is_refused(few: Any, run_locally: Any) -> None:
-    with pytest.raises(ConfigError, match="must be another where split.bottom is 'joint'"):
+    with pytest.raises(ConfigError, match=r"must be another where split\.bottom is 'joint'"):
         run_locally(few(split__bottom="joint", **options("nearest-token")))
 
 

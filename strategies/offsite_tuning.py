@@ -1,0 +1,271 @@
+"""OffsiteTuning: owners tune adapters against an emulator, the server plugs them into the model.
+
+Offsite-Tuning (arXiv 2302.04870) and ScaleOT (arXiv 2412.09812): M = [A, E], owners get [A, E*].
+Per round each sampled owner gets the averaged adapters in a Flower message and returns its own; the
+emulator crosses once, by digest, over a session.  The full model never leaves the server.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.emulators import Emulator, plug_in
+from fedsplit.emulators.lm import mean_loss
+from fedsplit.emulators.structure import Model
+from fedsplit.errors import LineageError, ModelError, RunError, WireError
+from fedsplit.seeding import derive_seed
+from fedsplit.wire.door import Door
+from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
+from strategies.averaging import remember
+from strategies.file_desk import FileDesk
+from strategies.hub import StreamHub
+from strategies.lineage_setup import average_watched, tensors
+from strategies.lineage_watch import LineageWatch, stop_reason
+from strategies.recorder import Recorder
+from strategies.replies import average, check_weights, read_reply
+from strategies.round import RoundReport, natural
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class OffsiteParts:
+    """What a run's strategy works with; built by :mod:`strategies.offsite_run`.
+
+    Attributes:
+        model: the full model; adapters are plugged into it after every round.
+        emulator: what owners train.
+        digest: of the emulator's files.
+        public: held-out public blocks (N, T) that the plugged-in model is evaluated on.
+        door: issues and redeems session tokens.
+        hub: the stream server.
+        desk: hands out the emulator.
+        watch: the lineage gate.
+        recorder: writes what happened.
+        averaging: Flower strategy that averages.
+        keep: called with (round, adapters) after every accepted round, for crashes to lose little.
+        ca: PEM that owners should trust for the stream.
+    """
+
+    model: Model
+    emulator: Emulator
+    digest: str
+    public: Tensor
+    door: Door
+    hub: StreamHub
+    desk: FileDesk
+    watch: LineageWatch
+    recorder: Recorder
+    averaging: Strategy
+    keep: Callable[[int, dict[str, Tensor]], None]
+    ca: bytes = b""
+
+
+class OffsiteTuning(Strategy):
+    """Averages the owners' adapters and plugs them into the full model.
+
+    Args:
+        config: the run's settings.
+        parts: model, emulator, sessions and records.
+        first: rounds done by an earlier, interrupted start of the same run.
+    """
+
+    def __init__(self, config: RunConfig, parts: OffsiteParts, first: int = 0) -> None:
+        self.config = config
+        self.parts = parts
+        self._first = first
+        self._shapes = {n: tuple(p.shape) for n, p in parts.emulator.adapter_parameters().items()}
+        self._names: dict[int, str] = {}
+        self._began = 0.0
+
+    def summary(self) -> None:
+        """Log what is about to happen."""
+        o = self.config.offsite
+        log.info(
+            "offsite tuning of %s: %s, A = blocks %s, emulator of %d parameters, %s",
+            self.config.model.name,
+            o.compressor,
+            list(self.parts.emulator.plan.adapters),
+            self.parts.emulator.parameter_count(),
+            o.averaging,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return one message per sampled owner, with the averaged adapters and an offer."""
+        remember(self.parts.averaging, arrays)
+        return self._messages(server_round, "train", arrays, grid, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check, average, plug in, evaluate, fingerprint; a failed round changes nothing."""
+        watch, number = self.parts.watch, server_round + self._first
+        report, good, metrics = self._read("train", replies)
+        lineage = watch.begin(number)
+        arrays = average_watched(
+            watch, lineage, server_round, good, self._names, self.parts.averaging
+        )
+        if arrays is None and not lineage.get("owners"):
+            lost = "; ".join(f"{name}: {why}" for name, why in report.cohort.lost.items())
+            raise RunError(f"round {number}: no owner's adapters could be used: {lost[:2000]}")
+        watch.close(lineage)
+        row: dict[str, Any] = {"round": number, "train": self._row(report, metrics)}
+        row["lineage"] = lineage
+        if lineage.get("rejected") or stop_reason(lineage) or arrays is None:
+            arrays = None
+        else:
+            state = tensors(arrays)
+            plug_in(self.parts.model, state, self.parts.emulator.plan)
+            row["plug_in_loss"] = mean_loss(self.parts.model, self.parts.public)
+            self.parts.keep(number, state)
+        self.parts.recorder.round(row)
+        self._say(number, "train", metrics, lineage)
+        if reason := stop_reason(lineage):
+            raise LineageError(f"round {number}: {reason}")
+        record = MetricRecord({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+        if "plug_in_loss" in row:
+            record["plug-in-loss"] = row["plug_in_loss"]
+        return arrays, record
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Let owners measure the emulator with the averaged adapters on their held-out text."""
+        every, last = self.config.output.evaluate_every, self._rounds
+        if not every or (server_round % every and server_round != last):
+            return []
+        return self._messages(server_round, "evaluate", arrays, grid, MessageType.EVALUATE)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the owners' held-out losses, weighted by their tokens."""
+        report, _, metrics = self._read("evaluate", replies)
+        if not report.finished and not report.cohort.lost:
+            return None
+        number = server_round + self._first
+        self.parts.recorder.round({"round": number, "evaluate": self._row(report, metrics)})
+        self._say(number, "evaluate", metrics, {})
+        return MetricRecord({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+
+    # ---- the parts --------------------------------------------------------------------------
+
+    @property
+    def _rounds(self) -> int:
+        """Rounds that this start has left to do."""
+        return self.config.train.rounds - self._first
+
+    def _messages(
+        self, server_round: int, mode: str, arrays: ArrayRecord, grid: Grid, message_type: str
+    ) -> list[Message]:
+        self._began = time.perf_counter()
+        number = server_round + self._first
+        messages = []
+        for node in self._sample(grid, number):
+            offer = SessionOffer(
+                run=self.parts.door.run,
+                node=node,
+                round=number,
+                mode=mode,
+                transport="stream",
+                token=self.parts.door.tokens.issue(self.parts.door.run, node, number, mode),
+                address=self.parts.hub.address,
+                ca=self.parts.ca,
+                bottom=self.parts.digest,
+            )
+            content = RecordDict({OFFER: offer.to_record(), WEIGHTS: arrays})
+            messages.append(Message(content, dst_node_id=node, message_type=message_type))
+        return messages
+
+    def _sample(self, grid: Grid, number: int) -> list[int]:
+        train = self.config.train
+        waited = 0.0
+        while len(nodes := self._admitted(grid)) < train.min_owners:
+            if waited >= 600:
+                raise RunError(
+                    f"connected owners={len(nodes)}: must be >= {train.min_owners} "
+                    "(train.min-owners)"
+                )
+            time.sleep(1.0)
+            waited += 1.0
+        if train.fraction >= 1.0:
+            return nodes
+        count = max(train.min_owners, round(train.fraction * len(nodes)))
+        generator = random.Random(derive_seed(self.config.seed, "sample", number))
+        return sorted(generator.sample(nodes, min(count, len(nodes))))
+
+    def _admitted(self, grid: Grid) -> list[int]:
+        watch = self.parts.watch
+        return [n for n in sorted(grid.get_node_ids()) if not watch.barred(n, self._names.get(n))]
+
+    def _read(
+        self, mode: str, replies: Iterable[Message]
+    ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
+        """Return (report, acceptable replies in the order of their owners' names, averages)."""
+        report = RoundReport(mode)
+        good: list[Message] = []
+        rows: dict[str, dict[str, float]] = {}
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
+                log.warning("owner at node %d: %s", node, reason)
+                report.lose(node, self._names.get(node), reason)
+                continue
+            try:
+                metrics, name = read_reply(reply.content, self._names.get(node), report)
+                if any(n == name and other != node for other, n in self._names.items()):
+                    raise ModelError(f"owner's name {name!r}: another node has it already")
+                if mode == "train":
+                    check_weights(reply.content, self._shapes)
+            except (WireError, ModelError) as error:
+                log.warning("owner at node %d left out: %s", node, error)
+                report.lose(node, self._names.get(node), f"{type(error).__name__}: {error}")
+                continue
+            self._names[node] = name
+            report.finished.append(name)
+            good.append(reply)
+            rows[name] = metrics
+        report.call(self._names)
+        report.finished.sort(key=natural)
+        good.sort(key=lambda m: natural(self._names[m.metadata.src_node_id]))
+        report.cohort.steps = int(sum(r["steps"] for r in rows.values()))
+        return report, good, average(rows)
+
+    def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
+        size = 4 * sum(p.numel() for p in self.parts.emulator.adapter_parameters().values())
+        return {
+            **report.to_dict(),
+            "metrics": metrics,
+            "wall_s": time.perf_counter() - self._began,
+            "adapter_bytes": size,
+            "emulator_bytes": self.parts.desk.bytes_down,
+            "emulators_sent": self.parts.desk.sent,
+        }
+
+    def _say(
+        self, number: int, mode: str, metrics: dict[str, Any], lineage: dict[str, Any]
+    ) -> None:
+        self.parts.recorder.progress(
+            force=True,
+            round=number,
+            rounds=self.config.train.rounds,
+            mode=mode,
+            done=True,
+            loss=metrics.get("loss"),
+            accuracy=None,
+            verdict=lineage.get("verdict"),
+        )

@@ -1,0 +1,209 @@
+"""Offsite tuning: federated equals centralised, and what an owner sends is checked before use."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsplit.config import RunConfig
+from fedsplit.emulators import adapter_state, load_adapters, plug_in
+from fedsplit.emulators.files import load_emulator
+from fedsplit.emulators.lm import lm_loss, logits_of, mean_loss
+from fedsplit.errors import ConfigError, RunError
+from fedsplit.owners.adapter_work import blocks_of
+from fedsplit.owners.plan import train_steps
+from fedsplit.owners.share import simulated_shares
+from simulations.federated import read_server
+from simulations.local_run import run_in_process
+from strategies.split_tuning_run import load_base
+
+
+@pytest.fixture
+def offsite(make_config: Any, tiny_llama: Path) -> Any:
+    def make(**overrides: Any) -> RunConfig:
+        return make_config(
+            **{
+                "strategy": "offsite-tuning",
+                "model__name": str(tiny_llama),
+                "model__task": "causal-lm",
+                "data__owners": 2,
+                "offsite__compressor": "layerdrop",
+                "offsite__positions": "0,2",
+                "offsite__keep": 1,
+                "offsite__block": 8,
+                "train__optimizer": "sgd",
+                "train__lr": 0.1,
+                "train__clip": 0.0,
+                "train__warmup": 0.0,
+                "train__schedule": "constant",
+                "train__weight_decay": 0.0,
+                "train__batch_size": 2,
+                "train__max_steps": 1,
+                "train__rounds": 3,
+                "output__transcript": False,
+                **overrides,
+            }
+        )
+
+    return make
+
+
+def run(config: RunConfig, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
+    _, server = run_in_process(config, folder)
+    path = folder / "server"
+    return load_file(path / "adapters.safetensors"), server, path
+
+
+def test_one_local_step_per_round_is_one_step_on_the_union(offsite: Any, tmp_path: Path) -> None:
+    config = offsite()
+    federated, server, folder = run(config, tmp_path / "run")
+
+    emulator = load_emulator(folder / "emulator")
+    start = adapter_state(emulator)
+    tokenizer = load_base(config).tokenizer
+    owners = []
+    for index, (train, test) in enumerate(simulated_shares(config.data, config.seed, False)):
+        blocks = blocks_of(tokenizer, train.texts, test.texts, 8).train
+        owners.append((f"owner-{index}", blocks))
+    parameters = list(emulator.adapter_parameters().values())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for round_ in range(1, config.train.rounds + 1):
+        union = []
+        for name, blocks in owners:
+            batches, _ = train_steps(len(blocks), config.train, config.seed, name, round_)
+            union.append(blocks[torch.as_tensor(batches[0])])
+        ids = torch.cat(union)
+        optimizer.zero_grad()
+        lm_loss(logits_of(emulator.model, ids), ids).backward()
+        optimizer.step()
+    central = adapter_state(emulator)
+
+    assert central.keys() == federated.keys()
+    moved = max(float((central[n] - start[n]).abs().max()) for n in central)
+    assert moved > 1e-3
+    for name, value in central.items():
+        assert float((value - federated[name]).abs().max()) < 1e-5, name
+    assert len(server["rounds"]) == 3
+    assert all("plug_in_loss" in row for row in server["rounds"])
+
+
+def test_the_exported_model_is_the_plugged_in_one(offsite: Any, tmp_path: Path) -> None:
+    config = offsite(train__rounds=1, train__max_steps=4, offsite__positions="2")
+    adapters, server, folder = run(config, tmp_path / "run")
+    exported = load_base(replace(config, model=replace(config.model, name=str(folder / "model"))))
+    base = load_base(config)
+    emulator = load_emulator(folder / "emulator")
+    plug_in(base.model, adapters, emulator.plan)
+    ids = torch.arange(24).view(2, 12) % 60
+    with torch.inference_mode():
+        assert torch.allclose(base.model(ids).logits, exported.model(ids).logits, atol=1e-6)
+    load_adapters(emulator, adapters)
+    assert server["emulator"]["adapters"] == [2]
+    assert mean_loss(emulator.model, ids) != pytest.approx(mean_loss(base.model, ids), abs=1e-6)
+
+
+def test_the_emulator_crosses_once(offsite: Any, tmp_path: Path) -> None:
+    config = offsite()
+    _, server, _ = run(config, tmp_path / "run")
+    sent = [row["train"]["emulators_sent"] for row in server["rounds"]]
+    assert sent == [2, 2, 2]
+    assert all(row["train"]["finished"] == ["owner-0", "owner-1"] for row in server["rounds"])
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _, _ = run(offsite(), tmp_path / "whole")
+    folder = tmp_path / "parts"
+    first = offsite(train__rounds=2)
+    run(first, folder)
+
+    real = shutil.rmtree
+
+    def spare(path: Any, **options: Any) -> None:
+        if Path(path).name != "server":  # a restarted server finds its own folder
+            real(path, **options)
+
+    monkeypatch.setattr("simulations.local_run.shutil.rmtree", spare)
+    again, server, _ = run(offsite(), folder)
+    assert [row["round"] for row in server["rounds"]] == [3]
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("averaging", ["fedadam", "fedmedian", "fedtrimmedavg", "krum"])
+def test_any_flower_averaging_works(offsite: Any, tmp_path: Path, averaging: str) -> None:
+    config = offsite(offsite__averaging=averaging, train__rounds=2, data__owners=3)
+    adapters, server, folder = run(config, tmp_path / "run")
+    start = adapter_state(load_emulator(folder / "emulator"))
+    assert any(not torch.equal(adapters[n], start[n]) for n in adapters)
+    assert all(bool(t.isfinite().all()) for t in adapters.values())
+    assert not server["rounds"][-1]["train"]["lost"]
+
+
+def test_proximal_keeps_adapters_near(offsite: Any, tmp_path: Path) -> None:
+    def distance(mu: float) -> float:
+        config = offsite(offsite__proximal=mu, train__rounds=1, train__max_steps=6)
+        adapters, _, folder = run(config, tmp_path / f"mu{mu}")
+        start = adapter_state(load_emulator(folder / "emulator"))
+        return sum(float((adapters[n] - start[n]).pow(2).sum()) for n in adapters)
+
+    assert distance(5.0) < 0.8 * distance(0.0)
+
+
+def test_nan_from_one_owner_costs_that_owner(
+    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedsplit.owners.adapter_work import AdapterOwner
+
+    honest = AdapterOwner.weights
+
+    def weights(self: AdapterOwner) -> dict[str, torch.Tensor]:
+        found = honest(self)
+        if self.name == "owner-1":
+            next(iter(found.values())).view(-1)[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(AdapterOwner, "weights", weights)
+    adapters, server, _ = run(offsite(data__owners=3), tmp_path / "run")
+    assert all(bool(t.isfinite().all()) for t in adapters.values())
+    for row in server["rounds"]:
+        assert (
+            "finite"
+            in row["train"]["lost"][
+                "owner-1" if row["round"] > 9 else next(iter(row["train"]["lost"]))
+            ]
+        )
+        assert row["train"]["finished"] == ["owner-0", "owner-2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "told"),
+    [
+        ({"model__task": "sequence-classification"}, ConfigError, "causal-lm"),
+        ({"offsite__compressor": "zip"}, ConfigError, "zip"),
+        ({"offsite__positions": "0,9"}, ConfigError, "9"),
+        ({"offsite__block": 4096}, RunError, "one block"),
+    ],
+)
+def test_what_cannot_work_says_so(
+    offsite: Any, tmp_path: Path, overrides: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises((error, Exception), match=told):
+        run(offsite(**overrides), tmp_path / "run")
+
+
+def test_server_json_tells_what_was_built(offsite: Any, tmp_path: Path) -> None:
+    _, _, folder = run(offsite(train__rounds=1), tmp_path / "run")
+    server = read_server(folder)
+    emulator = server["emulator"]
+    assert emulator["bytes"] == sum(p.stat().st_size for p in (folder / "emulator").iterdir())
+    assert 0 < emulator["trained_parameters"] < emulator["emulator_parameters"]
+    assert json.dumps(server["rounds"][0]["lineage"]["verdict"]) == '"in_lineage"'
