@@ -14,6 +14,7 @@ from fedsplit.commands import (
     inspect,
     ledger,
     lineage,
+    plan,
     policy,
     predict,
 )
@@ -31,6 +32,7 @@ def version() -> None:
 
 inspect.register(app_cli)
 ledger.register(app_cli)
+plan.register(app_cli)
 policy.register(app_cli)
 predict.register(app_cli)
 attack.register(app_cli)

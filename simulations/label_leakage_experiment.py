@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             cell = protected(config, protection, seed)
             rows += cells.rows(
                 {"protection": protection, "seed": seed},
-                lambda cell=cell: run_cell(cell, folder.path / "cell", int(options["known"])),
+                partial(run_cell, cell, folder.path / "cell", int(options["known"])),
             )
             folder.record(about=experiment.about, rows=rows)
             progress.advance(task)

@@ -8,9 +8,11 @@ fingerprint loses it.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -35,7 +37,7 @@ from simulations.descendants import (
 from simulations.lineage_bases import Base, chosen, find_bases, load_base, own_bases, retrained
 from simulations.lineage_plots import breaking_plot, lineage_sheet
 from simulations.progress import RunProgress
-from simulations.run_folder import RunFolder
+from simulations.run_folder import RunFolder, write_atomically
 from simulations.settings import Experiment
 
 OPTIONS: dict[str, Any] = {
@@ -79,6 +81,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         bases = all_bases(shelf, options, texts, plan)
         live = {base.name: load_base(base) for base in bases}
         parents = chosen(bases, str(options["bases"]))
+        picked = parents[len(parents) // 2]
+        if options["breaking-base"]:
+            picked = chosen(bases, str(options["breaking-base"]))[0]
         family: dict[str, list[tuple[str, str, LoadedModel]]] = {}
         made: list[dict[str, Any]] = []
         progress.stage("descendants")
@@ -94,14 +99,16 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("comparing")
         plans = list(_pairs(bases, live, parents, family, bool(options["transforms"])))
         skipped: list[dict[str, Any]] = []
-        for n, (base_name, suspect, relation, how, get) in enumerate(plans):
+        known = _Known(folder.path / "rows.json")
+        for n, pair in enumerate(plans):
+            base_name, suspect, relation, how, loaded = pair
             try:
-                model = get()
+                found = known.get(live[base_name], loaded, how)
             except (LineageError, UnsupportedModelError) as error:
                 skipped.append({"suspect": suspect, "transform": how, "why": str(error)})
                 continue
             row = {"base": base_name, "suspect": suspect, "relation": relation, "transform": how}
-            rows.append(row | compare(live[base_name].model, model))
+            rows.append(row | found)
             progress.update((n + 1) / len(plans), f"{base_name} - {suspect}")
             if n % 10 == 9:
                 folder.record(rows=rows)
@@ -109,18 +116,14 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         say_rows(progress, rows)
 
         progress.stage("training on until each breaks")
-        by_name = {base.name: base for base in parents}
-        picked = str(options["breaking-base"]) or parents[len(parents) // 2].name
-        if picked not in by_name:
-            raise ConfigError(
-                f"options.breaking-base={picked!r}: must be one of {', '.join(by_name)}"
-            )
         breaking = breaking_series(
-            by_name[picked], texts, plan, stops, float(options["breaking-lr"]), progress
+            picked, texts, plan, stops, float(options["breaking-lr"]), progress
         )
         limits = {c: _most(rows, c) for c in COLUMNS}
-        folder.record(breaking={"base": picked, "steps": breaking, **broken_at(breaking, limits)})
-        plots = [breaking_plot(folder.path / "breaking.png", picked, breaking, limits)]
+        folder.record(
+            breaking={"base": picked.name, "steps": breaking, **broken_at(breaking, limits)}
+        )
+        plots = [breaking_plot(folder.path / "breaking.png", picked.name, breaking, limits)]
         columns = [
             (b.name, [("base", live[b.name]), *(_labelled(b, *f) for f in family[b.name])])
             for b in parents
@@ -187,7 +190,31 @@ def compare(base: Any, suspect: Any) -> dict[str, float | None]:
     return found
 
 
-Pair = tuple[str, str, str, str, Callable[[], Any]]
+class _Known:
+    """Values found before in this folder, by the models' digests, so that a killed run goes on.
+
+    Args:
+        path: a JSON file, written after every new pair.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.rows: dict[str, dict[str, float | None]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self.rows = {}
+
+    def get(self, base: LoadedModel, suspect: LoadedModel, how: str) -> dict[str, float | None]:
+        """Every fingerprint of a pair, the suspect changed by the map ``how`` unless "none"."""
+        key = f"{base.digest} {suspect.digest} {how}"
+        if key not in self.rows or self.rows[key].keys() != set(COLUMNS):
+            model = suspect.model if how == "none" else transform(suspect.model, how).model
+            self.rows[key] = compare(base.model, model)
+            write_atomically(self.path, json.dumps(self.rows).encode())
+        return self.rows[key]
+
+
+Pair = tuple[str, str, str, str, LoadedModel]
 
 
 def _pairs(
@@ -197,31 +224,20 @@ def _pairs(
     family: Mapping[str, Sequence[tuple[str, str, LoadedModel]]],
     maps: bool,
 ) -> Iterator[Pair]:
-    """(base, suspect, relation, transform, suspect's model when it is needed)."""
-
-    def moved(loaded: LoadedModel, name: str) -> Callable[[], Any]:
-        return lambda: transform(loaded.model, name).model
-
-    def plain(loaded: LoadedModel) -> Callable[[], Any]:
-        return lambda: loaded.model
-
-    names = list(TRANSFORMS) if maps else []
+    """(base, suspect, relation, map, the suspect before the map)."""
+    names = ["none", *(TRANSFORMS if maps else ())]
     for base in parents:
         for suspect, relation, loaded in family[base.name]:
-            yield base.name, suspect, relation, "none", plain(loaded)
+            for how in names if relation in ("fine-tuned", "lora") else ["none"]:
+                yield base.name, suspect, relation, how, loaded
             for other in bases:
                 if other.width == base.width and other.name != base.name:
-                    yield other.name, suspect, "independent", "none", plain(loaded)
-            if relation in ("fine-tuned", "lora"):
-                for name in names:
-                    yield base.name, suspect, relation, name, moved(loaded, name)
+                    yield other.name, suspect, "independent", "none", loaded
     for n, base in enumerate(bases):
         for other in bases[n + 1 :]:
-            if other.width != base.width:
-                continue
-            yield base.name, other.name, "independent", "none", plain(live[other.name])
-            for name in names:
-                yield base.name, other.name, "independent", name, moved(live[other.name], name)
+            if other.width == base.width:
+                for how in names:
+                    yield base.name, other.name, "independent", how, live[other.name]
 
 
 def separations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

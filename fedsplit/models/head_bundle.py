@@ -105,7 +105,7 @@ def unpack_head(source: Bundle | str | Path) -> Head | None:
         if not any(t.is_floating_point() for t in tensors.values()):
             raise ModelError("0 weights: must be >= 1")
         _fill(model, tensors)
-        model.to(torch.float32)
+        torch.nn.Module.to(model, torch.float32)  # transformers' own .to() has no useful types
         return _attach(model, about)
     except FedsplitError as error:
         reason = str(error).replace("bottom.safetensors: ", "")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from fedsplit.owners.app_digest import digest_of_app
 from fedsplit.owners.ledger import read_ledger
 from simulations import federated
 from simulations.federated import deploy
+from simulations.runtime.environment import find_command
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e
@@ -64,7 +67,10 @@ def test_a_server_that_breaks_the_policy_is_refused_and_an_honest_one_is_not(
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(federated.ROOT / "strategies", app / "strategies", ignore=ignored)
     shutil.copy(federated.ROOT / "pyproject.toml", app)
-    digest = digest_of_app(app)
+    home = {**os.environ, "FLWR_HOME": str(tmp_path / "flwr")}
+    build = [find_command("flwr"), "build", "--app", str(app)]
+    subprocess.run(build, cwd=tmp_path, env=home, check=True, capture_output=True, timeout=120)
+    digest = digest_of_app(next(tmp_path.glob("*.fab")))  # fedsplit policy digest app.fab
     monkeypatch.setattr(federated, "ROOT", app)
     policy = tmp_path / "owner.toml"
     policy.write_text(HONEST + f'[app]\ndigest = "{"0" * 64}"\n')

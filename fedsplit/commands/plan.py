@@ -1,0 +1,108 @@
+"""``fedsplit plan``: what an emulator would cost and reveal, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsplit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsplit.emulators import Compressor
+    from fedsplit.emulators.planner import PlanRow
+
+console = Console()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(plan)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="folder of a causal language model")],
+    adapters: Annotated[
+        list[int] | None, typer.Option("--adapters", help="numbers of adapter blocks to compare")
+    ] = None,
+    alpha: Annotated[
+        list[float] | None, typer.Option("--alpha", help="ScaleOT: shares replaced by harmonizers")
+    ] = None,
+    beta: Annotated[
+        list[float] | None, typer.Option("--beta", help="rank reductions of what remains")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="token blocks in an owner's step")] = 8,
+    length: Annotated[int, typer.Option(help="tokens of a block")] = 128,
+    width: Annotated[int, typer.Option(help="bytes of a parameter: 4 or 2")] = 4,
+    json_: Annotated[Path | None, typer.Option("--json", help="also write the rows here")] = None,
+) -> None:
+    """Emulator size, owner memory, bytes per round, step cost and share of the base revealed."""
+    from fedsplit.emulators.planner import describe_base, plan_grid
+
+    base = describe_base(model, width)
+    layers = base.sizes.layers
+    # The counts that ask for nothing impossible: a block must be left outside A.
+    counts = adapters or [n for n in (2, 4, 8) if n < layers] or [1]
+    grid = _grid(layers, counts, alpha or [0.0, 0.5, 1.0], beta or [0.0, 0.5])
+    rows = plan_grid(base, grid, batch_size=batch_size, length=length)
+    console.print(
+        f"{model}: {layers} blocks, {base.total / 1e6:,.1f} M parameters; steps of {batch_size} "
+        f"blocks of {length} tokens"
+    )
+    console.print(_table(rows))
+    console.print(
+        "revealed: share of the base's weights that an owner gets bit for bit; owner memory is an "
+        "estimate (weights, Adam, activations, logits)",
+        style="dim",
+    )
+    if json_ is not None:
+        try:
+            json_.write_text(json.dumps([asdict(r) for r in rows], indent=1), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--json {json_}: cannot be written: {error}") from None
+
+
+def _grid(
+    layers: int, counts: list[int], alphas: list[float], betas: list[float]
+) -> dict[str, Compressor]:
+    from fedsplit.emulators import make_compressor
+
+    grid: dict[str, Compressor] = {}
+    for count in counts:
+        half = max(1, count // 2)
+        ends = tuple(sorted({*range(half), *range(layers - (count - half), layers)}))
+        for alpha in alphas:
+            for beta in betas:
+                if alpha == 1.0 and beta > 0:
+                    continue  # nothing remains to be compressed
+                name = f"scaleot A={count} alpha={alpha:g} beta={beta:g}"
+                grid[name] = make_compressor("scaleot", n_adapters=count, alpha=alpha, beta=beta)
+        left = layers - len(ends)
+        if left > 1:
+            kept = max(1, left // 2)
+            grid[f"layerdrop A={count} keep={kept}"] = make_compressor(
+                "layerdrop", adapters=ends, keep=kept
+            )
+    return grid
+
+
+def _table(rows: list[PlanRow]) -> Table:
+    table = Table("setting")
+    for name in ("emulator", "sent once", "per round", "owner memory", "step", "revealed"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.emulator_params / 1e6:,.1f} M",
+            f"{row.emulator_bytes / 1e6:,.1f} MB",
+            f"{row.round_bytes / 1e6:,.1f} MB",
+            f"{row.owner_bytes / 2**30:,.2f} GiB",
+            f"{100 * row.step_share:.0f} %",
+            f"{100 * row.revealed:.0f} %",
+        )
+    return table
