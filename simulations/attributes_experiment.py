@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     cells = Cells(folder.path / "cells.jsonl", {**config.to_flat(), **options})
     world = World(config, int(options["samples"]), float(options["known-share"]))
     levels = noise_levels(options["mechanisms"])
-    keys = [
+    keys: list[dict[str, Any]] = [
         {"data": data, "k": int(k), "seed": seed}
         for data in options["data"]
         for k in options["depths"]
@@ -118,7 +118,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         task = progress.add_task("attributes", total=len(keys))
         for key in keys:
             progress.update(task, description=f"{key['data']}, k = {key['k']}, seed {key['seed']}")
-            rows += cells.rows(key, lambda key=key: world.cell(**key, levels=levels))
+            rows += cells.rows(key, partial(world.cell, levels=levels, **key))
             folder.record(about=experiment.about, rows=rows)
             progress.advance(task)
     print_rows(console, rows)

@@ -90,7 +90,7 @@ def _material(model: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     from fedsplit.models import load, probe
     from fedsplit.privacy import DChi, OwnerSecret
 
-    loaded = load(model, "sequence-classification", num_labels=2)
+    loaded = load(model, "sequence-classification")
     weight = next(probe(loaded.model).input_embeddings.parameters())
     matrix = weight.detach().float().contiguous()
     generator = torch.Generator().manual_seed(0)

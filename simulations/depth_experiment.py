@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -72,9 +72,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         for k in depths:
             for seed in range(int(options["seeds"])):
                 progress.update(task, description=f"k = {k}, seed {seed}")
-                found = cells.rows(
-                    {"k": k, "seed": seed}, lambda k=k, seed=seed: world.cell(k, seed)
-                )
+                found = cells.rows({"k": k, "seed": seed}, partial(world.cell, k, seed))
                 rows += found
                 folder.record(about=experiment.about, rows=rows)
                 progress.advance(task)

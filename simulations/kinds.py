@@ -58,6 +58,12 @@ def _label_leakage(experiment: Experiment, folder: RunFolder, console: Console) 
     run(experiment, folder, console)
 
 
+def _offsite_table(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    from simulations.offsite_experiment import run
+
+    run(experiment, folder, console)
+
+
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
     "split": _split,
@@ -67,5 +73,6 @@ KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
     "lineage-table": _lineage_table,
     "lineage-evasion": _lineage_evasion,
     "lineage-gate": _lineage_gate,
+    "offsite-table": _offsite_table,
     "sweep": _sweep,
 }

@@ -82,7 +82,12 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         if options[name] < (2 if name == "owners" else 1):
             raise ConfigError(f"options.{name}={options[name]}: must be >= 1 (owners: >= 2)")
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    work = LocalWork(*(options[n] for n in ("steps", "batch", "length")), float(options["lr"]))
+    work = LocalWork(
+        int(options["steps"]),
+        int(options["batch"]),
+        int(options["length"]),
+        float(options["lr"]),
+    )
     owners, config = int(options["owners"]), LineageConfig(gate="reject", evidence=False)
     rows: list[dict[str, Any]] = []
     # Every round of an attack would be a warning.

@@ -72,7 +72,7 @@ class Workshop:
         share = len(tokens) // owners
         if share <= 2 * work.length:
             raise ConfigError(f"owners={owners}: {share} tokens each, must be > {2 * work.length}")
-        self._causal = loaded.model.get_output_embeddings() is not None
+        self._causal = cast(Any, loaded.model).get_output_embeddings() is not None
         bottom, self.top = split(loaded.model, k)
         self.model: Any = self.top.model
         self.editor = Editor(self.model)
@@ -81,7 +81,7 @@ class Workshop:
         self.names = [n for n in self._live if n.startswith(prefixes)]
         for name, parameter in self._live.items():
             parameter.requires_grad_(name in self.names)
-        _, other = split(donor, k)
+        _, other = split(cast(Any, donor), k)
         theirs = dict(other.model.named_parameters())
         self.foreign = {n: theirs[n].detach().clone() for n in self.names}
         self.start = self.read()

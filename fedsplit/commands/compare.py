@@ -162,10 +162,10 @@ def _reef(base: Source, suspect: Source, run: bool | None) -> float:
         if size > RUN_BYTES:
             raise LineageError(f"not run: {size / 2**30:.1f} GiB of weights (--run loads them)")
     try:
-        views = [WeightView.of_module(load_running(str(s.folder))) for s in (base, suspect)]
+        ours, theirs = (WeightView.of_module(load_running(str(s.folder))) for s in (base, suspect))
     except FedsplitError as error:
         raise LineageError(f"not run: {error}") from error
-    return FINGERPRINTS["reef"]().compare(*views).value
+    return FINGERPRINTS["reef"]().compare(ours, theirs).value
 
 
 def _bytes(source: Source) -> int:

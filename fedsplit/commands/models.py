@@ -34,7 +34,7 @@ class CodedCommand(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
-            error.exit_code = USAGE
+            error.exit_code = USAGE  # type: ignore[misc]  # click reads it from the instance
             raise
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -185,6 +185,7 @@ class AlignedProducts:
             {k: sum(v) / max(1, len(v)) for k, v in parts.items()},
             tuple(per_block),
             tuple(notes),
+            alignment.fit,
         )
 
     def _mean(self, found: dict[str, float]) -> float:

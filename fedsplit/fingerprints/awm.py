@@ -147,4 +147,4 @@ class AWM:
             seen.append(found[i, j])
             per_block.append(found[i, j]["qk"])
         parts = {k: sum(s[k] for s in seen) / max(1, len(seen)) for k in KINDS}
-        return Similarity(parts["qk"], parts, tuple(per_block), tuple(notes))
+        return Similarity(parts["qk"], parts, tuple(per_block), tuple(notes), alignment.fit)

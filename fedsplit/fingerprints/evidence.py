@@ -149,7 +149,7 @@ class StateDigest:
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             form = f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode()
             digest = hashlib.sha256(form)
-            digest.update(memoryview(flat.numpy()))
+            digest.update(flat.numpy().data)
             self._known[name] = digest.hexdigest()
         text = "".join(f"{n}:{d}\n" for n, d in sorted(self._known.items()))
         return hashlib.sha256(text.encode()).hexdigest()

@@ -34,12 +34,16 @@ class Similarity:
         parts: the same by kind of weight ("vo", "ffn" ...).
         per_block: the same by block of the base, where the fingerprint has one per block.
         notes: what had to be done to compare ("aligned by assignment", "32 of 64 rows shared").
+        fit: cosine of the shared embedding rows once the residual bases are aligned, where that was
+            done.  Related models keep it above 0.95; a suspect with a high fit and a low value has
+            the base's embeddings under blocks that were worked on.
     """
 
     value: float
     parts: Mapping[str, float]
     per_block: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+    fit: float | None = None
 
 
 class WeightView:

@@ -39,7 +39,7 @@ def public_vectors(bottom: Forward, vocabulary: int, sequences: int = 64) -> Ten
     """Return the bottom's output over :func:`public_inputs`, ``(sequences, 16, d)``."""
     parts = [
         bottom(ids, torch.ones_like(ids)).detach().float()
-        for ids in public_inputs(vocabulary, sequences).split(64)
+        for ids in torch.split(public_inputs(vocabulary, sequences), 64)
     ]
     return torch.cat(parts)
 
@@ -88,7 +88,8 @@ def covariance_over(samples: Sequence[Tensor], subsamples: int) -> Tensor:
         rows = torch.cat([x.detach().cpu().double() for x in samples[part::subsamples]])
         if len(rows) >= 2:
             largest = torch.maximum(largest, (rows @ vectors).var(dim=0))
-    return vectors @ torch.diag(largest) @ vectors.T
+    found: Tensor = vectors @ torch.diag(largest) @ vectors.T
+    return found
 
 
 class Store:

@@ -85,12 +85,14 @@ class BigramChain:
     def forward(self, weights: Array) -> Array:
         """Return sum_u w(u) P(v | u), ``(B, V) -> (B, V)``."""
         out: Array = (self.counts_t @ weights.T).T
-        return out + (weights @ self.backoff)[:, None] * self.unigram
+        out += (weights @ self.backoff)[:, None] * self.unigram
+        return out
 
     def backward(self, values: Array) -> Array:
         """Return sum_v P(v | u) x(v), ``(B, V) -> (B, V)``."""
         out: Array = (self.counts @ values.T).T
-        return out + (values @ self.unigram)[:, None] * self.backoff
+        out += (values @ self.unigram)[:, None] * self.backoff
+        return out
 
 
 class ContextualDenoiser:

@@ -125,14 +125,14 @@ class LearnedDenoiser:
     def __call__(self, representations: Sequence[Tensor]) -> list[Tensor]:
         """Return the estimate of each token's clean vector, per sample ``(T_i, d)``."""
         longest = self.recipe.max_tokens
-        pieces = [p for x in representations for p in x.detach().float().split(longest)]
+        pieces = [p for x in representations for p in torch.split(x.detach().float(), longest)]
         found: list[Tensor] = []
         for at in range(0, len(pieces), 64):
             part = pieces[at : at + 64]
             hidden, mask = padded(part)
             means = self.network(hidden, mask)
             found += [m[: p.shape[0]] for m, p in zip(means, part, strict=True)]
-        whole = torch.cat(found).split([x.shape[0] for x in representations])
+        whole = torch.split(torch.cat(found), [x.shape[0] for x in representations])
         return [m.to(x.device, x.dtype) for m, x in zip(whole, representations, strict=True)]
 
 

@@ -201,7 +201,7 @@ def summed_candidates(
     words = torch.cat(
         [
             _last_norm(bottom, ids.to(device), 1)[1][:, 0]
-            for ids in torch.arange(vocab_size).split(4096)
+            for ids in torch.split(torch.arange(vocab_size), 4096)
         ]
     )  # (V, d)
     found = SummedCandidates(words, shift[0], norm)

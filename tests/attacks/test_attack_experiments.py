@@ -12,9 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.models import load, split
-from simulations import attributes_experiment, depth_experiment
+from simulations import attributes_experiment, bench_inversion, depth_experiment
 from simulations.cells import Cells
 from simulations.run_folder import RunFolder, read_results
 from simulations.settings import load_experiment
@@ -163,3 +163,20 @@ def test_other_settings_or_a_torn_line_start_a_cell_anew(tmp_path: Path):
     assert Cells(path, {"n": 1}).rows({"k": 0}, make) == first
     assert Cells(path, {"n": 2}).rows({"k": 0}, make) != first
     assert len(calls) == 2
+
+
+def test_the_benchmark_finds_what_faiss_finds(material: Path, tmp_path: Path):
+    pytest.importorskip("faiss")
+    out = tmp_path / "bench.json"
+
+    bench_inversion.run(QUIET, out, model=str(material), tokens=64, repeats=3, threads=1)
+
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["top_k"] for row in rows] == [1, 10]
+    assert all(row["agreement"] == 1.0 and row["ratio"] > 0 for row in rows)
+
+
+def test_the_benchmark_says_how_to_get_faiss(monkeypatch):
+    monkeypatch.setattr(bench_inversion.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="pip install faiss-cpu"):
+        bench_inversion.run(QUIET)

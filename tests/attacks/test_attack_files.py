@@ -11,13 +11,17 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fedsplit.attacks import ATTACKS
-from fedsplit.attacks.inversion_files import attack_files, parse_budget
+from fedsplit.attacks.inversion_files import attack_files, parse_budget, read_config
 from fedsplit.attacks.inversion_suite import INVERSIONS, Budget
 from fedsplit.attacks.transcripts import read_transcript, read_truth, write_truth
 from fedsplit.cli import app_cli
+from fedsplit.config import RunConfig
 from fedsplit.errors import AttackError, ConfigError
 from fedsplit.models import load, split
+from fedsplit.owners.samples import Samples
 from fedsplit.privacy import DChi, OwnerSecret
+from simulations.shares import OwnerShare
+from simulations.transcript import attack_transcript, embedding_inversion, write_truth_file
 from tests.tiny_models import WORDS, save_tiny_bert, save_tiny_llama
 
 SMALL = Budget(optimisation_steps=60, optimisation_samples=4, learned_steps=5, public_samples=300)
@@ -91,6 +95,23 @@ def test_attacks_are_chosen_by_the_split(models, public, tmp_path, family, k, et
     best = max(r.success for r in results)
     assert best == 1.0 if eta == 0 else best > results[0].baseline
     assert all(r.interval[0] <= r.success <= r.interval[1] for r in results)
+
+
+def test_a_simulation_attacks_any_split_and_writes_its_truth(models, public, tmp_path):
+    run = make_run(tmp_path / "run", models["bert"], 1)
+    ids = tuple(read_truth(run / "truth.safetensors")["owner-0", "train"].values())
+    shares = [OwnerShare("owner-0", Samples(ids, None), Samples((), None))]
+    config = RunConfig.from_flat(read_config(run / "config.toml"))
+    transcript = run / "server" / "transcript.safetensors"
+
+    found = attack_transcript(config, transcript, shares, public=str(public), budget=SMALL)
+
+    assert found.keys() == {"optimisation_inversion", "learned_inversion"}
+    assert max(row["success"] for row in found.values()) == 1.0
+    with pytest.raises(AttackError, match=r"split\.k=1"):
+        embedding_inversion(config, transcript, shares)
+    written = read_truth(write_truth_file(tmp_path, shares))
+    assert all(map(torch.equal, written["owner-0", "train"].values(), ids))
 
 
 def test_the_command_prints_and_writes(models, public, tmp_path):

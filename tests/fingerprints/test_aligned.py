@@ -16,6 +16,7 @@ from fedsplit.fingerprints.align import align, assignment, procrustes
 from fedsplit.fingerprints.aligned_products import AlignedProducts, match_blocks
 from fedsplit.fingerprints.awm import balanced
 from fedsplit.fingerprints.cka import hsic_unbiased, linear_cka, unbiased_cka
+from fedsplit.fingerprints.transforms import splice
 from fedsplit.fingerprints.whitened import WhitenedICS, orthonormal_rows
 from fedsplit.registry import pick
 
@@ -129,6 +130,20 @@ def test_whitened_invariants_compare_different_widths(tiny: Tiny) -> None:
     assert abs(WhitenedICS().compare(one, two).value) < 0.1
     rows = orthonormal_rows(torch.randn(50, 8), centre=False)
     torch.testing.assert_close(rows.T @ rows, torch.eye(8), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["score", "awm"])
+def test_kept_embeddings_give_away_a_model_whose_blocks_were_replaced(
+    tiny: Tiny, name: str
+) -> None:
+    base, stranger = tiny("llama"), tiny("llama", seed=9)
+    gutted = splice(base, stranger, [0, 1, 2])
+    views = [WeightView.of_module(m) for m in (base, gutted, stranger)]
+    worked_on, foreign = (FINGERPRINTS[name]().compare(views[0], v) for v in views[1:])
+    assert abs(worked_on.value) < 0.15
+    assert worked_on.fit == pytest.approx(1.0)
+    assert foreign.fit is not None
+    assert foreign.fit < 0.6
 
 
 def test_reef_needs_running_models_and_sees_function(tiny: Tiny) -> None:

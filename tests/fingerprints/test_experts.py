@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fedsplit.errors import UnsupportedModelError
+from fedsplit.errors import ModelError, UnsupportedModelError
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.fingerprints.transforms import transform
+from fedsplit.fingerprints.weights_file import open_view
 from fedsplit.models.projections import layout_of
 
 EXPERTS = 3
@@ -79,6 +82,20 @@ def test_the_order_of_experts_does_not_matter_and_their_content_does(kind: str) 
         fingerprint = FINGERPRINTS[name]()
         assert fingerprint.compare(base, WeightView.of_module(shuffled)).value > 0.999, name
     assert abs(FINGERPRINTS["score"]().compare(base, WeightView.of_module(stranger)).value) < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_that_keep_experts_apart_are_read(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path)
+    live, files = WeightView.of_module(model), open_view(tmp_path)
+    for name in ("pcs", "ics", "ics_whitened", "awm", "score"):
+        assert FINGERPRINTS[name]().compare(live, files).value == pytest.approx(1.0, abs=1e-4)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = next(n for n in weights if ".experts.1." in n)
+    save_file({n: t for n, t in weights.items() if n != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="expert 1 has no"):
+        open_view(tmp_path)
 
 
 def test_experts_are_not_rewritten_and_clamped_ones_are_refused() -> None:

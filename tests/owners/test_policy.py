@@ -24,13 +24,15 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, PolicyError
 from fedsplit.owners.app_digest import digest_of_app, running_app
 from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.ledger import Ledger
 from fedsplit.owners.noise_ratio import noise_norm, noise_ratio, too_clear
-from fedsplit.owners.outbox import Outbox
+from fedsplit.owners.outbox import Outbox, Trip
 from fedsplit.owners.policy import RULES, Asked, Policy, refuse
 from fedsplit.owners.policy_text import TEMPLATE, WORDS, openings, restrictions
 from fedsplit.privacy import MECHANISMS, build
 from fedsplit.privacy.mechanism import Mechanism
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.wire.frames import Kind
 
 DIGEST = "ab" * 32
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -403,6 +405,38 @@ def test_the_built_owner_is_checked_whatever_the_settings_said(
     with pytest.raises(PolicyError, match=rule):
         outbox(policy(text)).attach(owner(build("dchi", eta=6.0), **parts))
     outbox(policy("[noise]\nmin_ratio = 2.0\nmax_eta = 6")).attach(owner(build("dchi", eta=6.0)))
+
+
+def test_pieces_of_a_text_being_generated_are_one_view_each(tmp_path: Path) -> None:
+    """The same token after another text is other content, not another noise of the same one."""
+    trip = Trip(7, 0, "predict", "x", DIGEST, {})
+    box = Outbox(
+        Ledger(tmp_path),
+        policy("[budget]\nviews_total = 1"),
+        trip,
+        OwnerSecret.for_simulation(0, "x"),
+    )
+    ids = (torch.tensor([5, 6]), torch.tensor([9]), torch.tensor([9]))
+    samples: Any = type("Samples", (), {"ids": ids, "lengths": [2, 1, 1], "__len__": len})()
+    mechanism = build("dchi", eta=2.0)
+    perturber = SimpleNamespace(mechanism=mechanism, cti=None, rho=1.0, representation_id="b:0")
+    generating: Any = SimpleNamespace(
+        bottom=Embedding(4.0),
+        perturber=perturber,
+        samples=samples,
+        views=[0, 12345, 67890],
+        settings=SimpleNamespace(joint=False),
+    )
+    box.attach(generating)
+    for step, piece in enumerate(ids):
+        header = {"step": step, "slots": [step], "fresh": [step], "lengths": [len(piece)]}
+        header |= {"codec": "fp32", "dim": 4, "last": False}
+        line = box.record(Kind.BATCH, header, bytes(16 * len(piece)))
+    assert line["cumulative"]["samples"] == 3
+    assert line["cumulative"]["views"]["max"] == 1
+    perturber.mechanism = build("dchi", eta=1.0)
+    with pytest.raises(PolicyError, match=r"budget\.views_total: asked 2"):
+        box.record(Kind.BATCH, header, bytes(16))
 
 
 # ---- the app ------------------------------------------------------------------------------------
