@@ -130,11 +130,12 @@ def bench_fingerprint(
     layers: Annotated[int, typer.Option(help="blocks; 22 at the default width: 1.1 billion")] = 22,
     width: Annotated[int, typer.Option(help="of the residual stream, a multiple of 128")] = 2048,
     tokens: Annotated[int, typer.Option(help="K, rows of the embedding read")] = 4096,
+    repeats: Annotated[int, typer.Option(help="runs of each way; the fastest counts")] = 3,
 ) -> None:
     """Memory and seconds of corrected ICS from disk beside loading the whole model."""
     from simulations.bench_fingerprint import run as run_bench
 
-    run_bench(console, json_, layers=layers, width=width, tokens=tokens)
+    run_bench(console, json_, layers=layers, width=width, tokens=tokens, repeats=repeats)
 
 
 @bench.command("inversion")

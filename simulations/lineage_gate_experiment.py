@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {
     "base": "",  # which of them; empty: the first that has a partner
     "rounds": 100,
     "owners": 4,
-    "blocks": 2,  # the last blocks, which owners train and return
+    "blocks": 1,  # the last blocks, which owners train and return
     "steps": 2,
     "batch": 4,
     "length": 16,

@@ -95,7 +95,7 @@ class Workshop:
             )
             windows = tokens[starts[:, None] + torch.arange(work.length)]
             with torch.no_grad():
-                self._hidden.append(torch.cat([bottom(part) for part in windows.split(16)]))
+                self._hidden.append(torch.cat([bottom(part) for part in torch.split(windows, 16)]))
             self._windows.append(windows)
             # An encoder learns which eighth of the text a window comes from.
             self._labels.append(starts * PARTS // len(tokens))
@@ -200,7 +200,7 @@ def make_workshop(
 
 
 def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
-    """A new model of the same shape, all of it trained for 30 steps on the same text."""
+    """A new model of the same shape, all of it trained for a moment on the same text."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lineage-gate-donor"))
         model = TASKS["sequence-classification"].from_config(loaded.model.config)
@@ -210,7 +210,7 @@ def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
     )
     generator = torch_generator(seed, "lineage-gate-donor")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    for _ in range(30):
+    for _ in range(10):
         starts = torch.randint(0, len(ids) - work.length, (8,), generator=generator)
         labels = starts * PARTS // len(ids)
         loss = model(input_ids=ids[starts[:, None] + torch.arange(work.length)], labels=labels).loss

@@ -208,11 +208,11 @@ class LineageWatch:
         row |= _figures(found, error)
         row["verdict"] = verdict
         self._worse(row, found, error)
-        row["seconds"] += time.perf_counter() - began
         if self.chain is not None:
             row["weights"] = self._digest.update(model.named_parameters(), names)
             if found is not None:
                 self._draw("aggregate", model)
+        row["seconds"] += time.perf_counter() - began
 
     def close(self, row: dict[str, Any]) -> dict[str, Any]:
         """Decide, write the evidence, and return the row for the round's report."""
@@ -233,7 +233,7 @@ class LineageWatch:
             row["quarantined"] = dict(self.quarantined)
         if self.chain is not None:
             row["record"] = self._record(row, action)
-        row["evidence_seconds"] = time.perf_counter() - began
+        row["seconds"] += time.perf_counter() - began
         return row
 
     # ---- who takes part ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import struct
 import threading
 import time
@@ -770,7 +771,13 @@ def test_bad_data_at_one_owner(
 ) -> None:
     rows, node, reason = BAD_DATA[case]
     config, prepare = own_files(rows, **node)
-    run = run_locally(config, prepare=prepare)
+    # The first run in a process takes fedsplit's loggers away from the root, where caplog listens.
+    logger = logging.getLogger("fedsplit")
+    logger.addHandler(caplog.handler)
+    try:
+        run = run_locally(config, prepare=prepare)
+    finally:
+        logger.removeHandler(caplog.handler)
     # What is wrong with the data stands in the owner's log; the server learns that it was the data.
     told = reason if "data-path: must" in reason else "DataError: this owner's data cannot be used"
     assert_only_the_victim_is_lost(run, told)
