@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError, LedgerError, SessionError
 from fedsplit.owners.app_digest import digest_of_app, running_app
-from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.home import OwnerHome, in_simulation
 from fedsplit.owners.ledger import Ledger
 from fedsplit.owners.message_session import MessageSession
 from fedsplit.owners.outbox import Outbox, Trip
@@ -145,6 +146,7 @@ class _Work:
             {k: v for k, v in flat.items() if k.startswith("labels.")},
         )
         self.outbox = Outbox(desk.ledger, policy, trip, self.identity.secret)
+        self._name_session()
         arrays = message.content.array_records.get(WEIGHTS)
         if arrays:
             # On disk, because a session over messages meets a new process each time.
@@ -153,9 +155,33 @@ class _Work:
             save_file(tensors, draft)
             draft.replace(self._averaged)
 
+    @property
+    def _session_path(self) -> Path:
+        return self.folder / f"session-{self.offer.mode}.name"
+
+    def _name_session(self) -> None:
+        if self.offer.transport == "stream" or self.offer.exchange == 0:
+            self._session_path.write_text(secrets.token_hex(16), encoding="ascii")
+
+    def _session_name(self) -> str:
+        """Return what tells this session's noise from any other's, for a bottom that moves.
+
+        Drawn by the owner: were it the round or the token, a server could ask for the same twice.
+        """
+        if in_simulation():
+            return f"round {self.offer.round}"
+        return self._session_path.read_text(encoding="ascii")
+
     def prepare(self, digest: str) -> SplitOwner:
         """Build the owner and, for a joint bottom, continue from the averaged weights."""
-        owner = prepare(self.config, self.identity, digest, self.offer.mode, self.offer.round)
+        owner = prepare(
+            self.config,
+            self.identity,
+            digest,
+            self.offer.mode,
+            self.offer.round,
+            self._session_name(),
+        )
         if self._averaged.exists():
             owner.load_weights(load_file(self._averaged))
         if self.offer.round > 1:

@@ -218,6 +218,10 @@ class Texts:
     other: str
 
 
+RATES = {"lora": 2.0, "further-trained": 3.0}
+"""Learning rate of a recipe, in units of the plan's."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One way to make a descendant: its relation, and what is done to a copy of the base."""
@@ -232,12 +236,16 @@ def _tuned(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
 
 def _lora(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
     windows = Windows(loaded.tokenizer, texts.tuning, plan.length, plan.seed)
-    train_lora(loaded.model, windows, _changed(plan, lr=3 * plan.lr))
+    train_lora(loaded.model, windows, _changed(plan, lr=RATES["lora"] * plan.lr))
 
 
 def _further(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
     windows = Windows(loaded.tokenizer, texts.other, plan.length, plan.seed)
-    train(loaded.model, windows, _changed(plan, lr=3 * plan.lr, steps=2 * plan.steps))
+    train(
+        loaded.model,
+        windows,
+        _changed(plan, lr=RATES["further-trained"] * plan.lr, steps=2 * plan.steps),
+    )
 
 
 def _vocabulary(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
@@ -318,7 +326,13 @@ class Shelf:
 
         digest = load(base, "causal-lm").digest
         size = len(texts.tuning), len(texts.other)
-        settings = {"base": digest, "recipe": name, "text": size, **asdict(plan)}
+        settings = {
+            "base": digest,
+            "recipe": name,
+            "text": size,
+            "rate": RATES.get(name, 1.0),
+            **asdict(plan),
+        }
         return self.keep(f"{base.name}-{name}", settings, make)
 
 

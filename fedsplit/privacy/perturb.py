@@ -84,7 +84,7 @@ class SamplePerturber:
         self._samples = 0
         self._tokens = 0
         self._touched = 0
-        self._views = 0
+        self._views: dict[bytes, tuple[int, int]] = {}  # content -> (last view, draws)
 
     def perturb(self, hidden: Tensor, token_ids: Tensor, view: int = 0) -> Tensor:
         """Return what may leave for one sample.
@@ -108,20 +108,22 @@ class SamplePerturber:
         if view < 0:
             raise PrivacyError(f"view={view}: must be >= 0 (number of earlier draws)")
         scale = self._multipliers(token_ids)
+        content = content_digest(token_ids)
         stream = self._secret.stream(
             "fedsplit.privacy.sample.v1",
             self._identity,
             self.representation_id,
             str(hidden.dtype),
             b"" if scale is None else scale.numpy().astype("<f8").tobytes(),
-            content_digest(token_ids),
+            content,
             view,
         )
         out = self.mechanism.privatise_sample(hidden, token_ids, stream, scale)
         self._samples += 1
         self._tokens += token_ids.shape[0]
         self._touched += 0 if scale is None else int((scale < 1).sum())
-        self._views = max(self._views, view + 1)
+        last, draws = self._views.get(content[:8], (-1, 0))
+        self._views[content[:8]] = (view, draws + (view != last))
         return out
 
     def _multipliers(self, token_ids: Tensor) -> Tensor | None:
@@ -137,7 +139,8 @@ class SamplePerturber:
         return self._touched / self._tokens if self._tokens else 0.0
 
     def report(self) -> dict[str, Any]:
-        """Return what was done so far, JSON-able, for the owner's ledger."""
+        """Return what was done so far, JSON-able; ``views`` is the most draws of one sample."""
+        draws = max((count for _, count in self._views.values()), default=0)
         return {
             "mechanism": self.mechanism.describe(),
             "representation_id": self.representation_id,
@@ -146,6 +149,6 @@ class SamplePerturber:
             "tokens": self._tokens,
             "tokens_touched": self._touched,
             "share_touched": self.share_touched,
-            "views": self._views,
-            "guarantee": self.mechanism.guarantee(max(self._views, 1)),
+            "views": draws,
+            "guarantee": self.mechanism.guarantee(max(draws, 1)),
         }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.attacks import ATTACKS
+from fedsplit.attacks.filtered_search import filtered_search
 from fedsplit.attacks.nearest import NearestNeighbour
 from fedsplit.attacks.scoring import score_tokens
 from fedsplit.errors import PrivacyError
@@ -152,3 +153,23 @@ def test_misfits_are_refused():
 
 def test_table_row():
     assert ATTACKS["nearest"] is NearestNeighbour
+
+
+@pytest.mark.parametrize(("n", "v", "k"), [(2100, 3000, 1), (70, 2500, 3), (2048, 1024, 1)])
+def test_the_filter_changes_no_answer(n: int, v: int, k: int):
+    """The survivors are measured exactly."""
+    g = torch.Generator().manual_seed(v)
+    e = torch.randn(v, D, generator=g)
+    x = e[torch.randint(0, v, (n,), generator=g)] + 0.7 * torch.randn(n, D, generator=g)
+
+    found = filtered_search(x, e, k)
+
+    exact = torch.cdist(x.double(), e.double()).topk(k, dim=1, largest=False).indices
+    assert found is not None
+    assert (found == exact).double().mean() > 0.9999  # float32 ties
+
+
+def test_a_filter_that_rules_nothing_out_gives_up():
+    x = 1e4 + torch.randn(1100, D)
+
+    assert filtered_search(x, 1e4 + torch.randn(3000, D), 1) is None
