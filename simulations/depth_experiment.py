@@ -43,11 +43,11 @@ OPTIONS: dict[str, Any] = {
     "seeds": 3,
     "depths": [0, 1, 2, 3, 4, 5],
     "attacks": ["nearest", "optimisation", "learned"],
-    "samples": 200,
+    "samples": 100,
     "optimisation-samples": 6,
     "optimisation-steps": 150,
     "shortlist": 0,
-    "learned-steps": 120,
+    "learned-steps": 80,
     "public": "",
     "public-samples": 3000,
 }

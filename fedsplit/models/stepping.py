@@ -38,7 +38,7 @@ class HalfCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append one step's keys and values (B, heads, t, width) and return all of them."""
-        layer = self._blocks.setdefault(layer_idx, DynamicLayer())
+        layer = self._blocks.setdefault(layer_idx, _layer())
         keys, values = layer.update(key_states, value_states)
         return keys, values
 
@@ -51,6 +51,10 @@ class HalfCache(Cache):
         query = args[0] if args else next(iter(kwargs.values()))
         length = query if isinstance(query, int) else int(query.shape[0])
         return self.seen + length, 0
+
+
+def _layer() -> DynamicLayer:
+    return DynamicLayer()  # type: ignore[no-untyped-call]
 
 
 class BottomStepper:
