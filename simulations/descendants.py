@@ -109,7 +109,8 @@ class Windows:
         ids = self.held_out[starts[:, None] + torch.arange(self.length)]
         with torch.no_grad():
             losses = [
-                float(cast(Any, model)(input_ids=part, labels=part).loss) for part in ids.split(16)
+                float(cast(Any, model)(input_ids=part, labels=part).loss)
+                for part in torch.split(ids, 16)
             ]
         return math.exp(min(50.0, sum(losses) / len(losses)))
 
@@ -165,7 +166,7 @@ class _LowRank(nn.Module):
 def train_lora(model: Any, windows: Windows, plan: Training, rank: int = 8) -> None:
     """Train rank-``rank`` updates of every matrix inside the blocks and merge them."""
     generator = torch_generator(plan.seed, "lineage-lora")
-    layers = [
+    layers: list[Any] = [
         m for m in probe(model).blocks.modules() if getattr(getattr(m, "weight", 0), "ndim", 0) == 2
     ]
     model.requires_grad_(False)

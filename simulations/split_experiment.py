@@ -17,7 +17,7 @@ from simulations.run_folder import RunFolder
 from simulations.settings import Experiment
 from simulations.shares import OwnerShare, data_digest, label_names, owner_shares
 from simulations.split_table import print_table
-from simulations.transcript import embedding_inversion
+from simulations.transcript import attack_transcript, write_truth_file
 from strategies.split_tuning_run import load_base
 
 OPTIONS = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
@@ -62,11 +62,12 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         folder.record(**_federated_results(config, server))
 
         attack: dict[str, Any] = {}
-        if config.output.transcript and config.split.k == 0:
+        if config.output.transcript and config.split.bottom == "frozen":
+            write_truth_file(folder.path, shares)
             progress.stage("attacking what the server received")
             began = time.perf_counter()
             transcript = folder.path / "server" / "transcript.safetensors"
-            attack = embedding_inversion(
+            attack = attack_transcript(
                 config, transcript, shares, samples=int(options["attack-samples"])
             )
             stages["attack"] = time.perf_counter() - began

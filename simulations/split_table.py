@@ -9,6 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 
+# Attack -> the attacker in words, from the weakest to the strongest.
+ATTACKERS = {
+    "embedding_inversion": "read as its nearest vocabulary vector",
+    "map_inversion": "an attacker who also knows the noise and word frequencies",
+    "contextual_inversion": "... and which words follow which",
+    "optimisation_inversion": "inputs fitted to what left",
+    "learned_inversion": "a model taught on public text behind the same bottom",
+    "exact_inversion": "every next token tried",
+}
+
+
 def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[str]) -> None:
     """Print what the run showed, each line with what it means."""
     table = Table(title="What this run showed", title_justify="left", show_lines=False)
@@ -63,22 +74,20 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             f"{utility.get('baseline_is', 'nothing learned')}",
         ),
     ]
-    attackers = {
-        "embedding_inversion": "read as its nearest vocabulary vector",
-        "map_inversion": "an attacker who also knows the noise and word frequencies",
-    }
-    for key, attacker in attackers.items():
+    told = "empirical privacy"
+    for key, attacker in ATTACKERS.items():
         if key not in privacy:
             continue
         low, high = privacy[key]["interval"]
         rows.append(
             (
-                "empirical privacy" if key == "embedding_inversion" else "  against MAP",
+                told,
                 f"{100 * privacy[key]['empirical_privacy']:.1f} %",
                 f"tokens the server cannot recover: {attacker} "
                 f"({100 * (1 - high):.1f} to {100 * (1 - low):.1f} %)",
             )
         )
+        told = ""
     rows.append(("mechanism", _mechanism(privacy), "noise drawn once per text, by its owner"))
     if privacy["cti"] != "off":
         rows.append(
@@ -95,8 +104,7 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "lineage",
                 last["verdict"].replace("_", " "),
-                f"of the tuned top against its base: score {last['score']:.3f}, "
-                f"parameter cosine {last['pcs']:.3f}",
+                f"of the tuned top against its base: {_lineage(last)}",
             )
         )
     rows.append(
@@ -115,6 +123,12 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         )
     )
     return rows
+
+
+def _lineage(row: Mapping[str, Any]) -> str:
+    if row.get("score") is None:
+        return str(row.get("error") or row.get("note") or "not measured")
+    return f"score {row['score']:.3f}, parameter cosine {row['pcs']:.3f}"
 
 
 def _mechanism(privacy: Mapping[str, Any]) -> str:

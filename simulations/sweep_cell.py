@@ -10,7 +10,7 @@ from typing import Any
 from simulations.local_run import run_in_process
 from simulations.shares import owner_shares
 from simulations.sweep_cells import Cell
-from simulations.transcript import embedding_inversion
+from simulations.transcript import attack_transcript
 from strategies.split_tuning_run import load_base
 
 
@@ -30,10 +30,11 @@ def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
         config, server = run_in_process(cell.config, folder)
         row: dict[str, Any] = {**cell.columns(), **utility(server)}
         row["train_seconds"] = time.perf_counter() - began
-        if attack_samples and config.output.transcript:
+        frozen = config.split.bottom == "frozen"  # a joint bottom's rows are not kept
+        if attack_samples and config.output.transcript and frozen:
             shares = owner_shares(config, load_base(config).tokenizer)
             transcript = folder / "server" / "transcript.safetensors"
-            row |= privacy(embedding_inversion(config, transcript, shares, samples=attack_samples))
+            row |= privacy(attack_transcript(config, transcript, shares, samples=attack_samples))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     row["seconds"] = time.perf_counter() - began
