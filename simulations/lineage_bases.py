@@ -126,13 +126,12 @@ def _trained_from_scratch(
 
 def _fresh(shape: Path, seed: int) -> LoadedModel:
     """A model of the folder's configuration with new weights, and the folder's tokenizer."""
-    from fedsplit.models.loading import AutoTokenizer
+    from fedsplit.models.loading import local_tokenizer
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lineage-scratch"))
         model = TASKS["causal-lm"].from_config(read_config(shape)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(shape, local_files_only=True)
-    return LoadedModel(model, tokenizer, "", str(shape))
+    return LoadedModel(model, local_tokenizer(shape), "", str(shape))
 
 
 def _write_shape(folder: Path, text: str) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-
 # Attack -> the attacker in words, from the weakest to the strongest.
 ATTACKERS = {
     "embedding_inversion": "read as its nearest vocabulary vector",

@@ -145,6 +145,10 @@ class NullDistribution:
         analytic = float(norm.sf(score / self.sd_floor)) if self.sd_floor > 0 else 0.0
         return max(empirical, analytic)
 
+    def lower_p(self, score: float) -> float:
+        """P(an independent pair scores at most this), predictive."""
+        return float(t.cdf((score - self.mean) / self._scale(), len(self.scores) - 1))
+
     def threshold(self, alpha: float) -> float:
         """The score that an independent pair exceeds with probability ``alpha``."""
         check(0 < alpha < 1, "alpha", alpha, "in (0, 1)")
@@ -163,13 +167,17 @@ class VerdictConfig:
         alpha: false-positive rate of "in_lineage".
         least: least score of "in_lineage", however unlikely a smaller one is under the null.
         block_alpha: family-wise rate (Bonferroni over blocks) at which a block counts as related.
-        central: a score whose p-value is above this lies inside the null.
+        central: a score with more than this in both tails lies inside the null.
+        fit: embedding rows that fit this well after alignment are no stranger's (measured: at most
+            0.64 between strangers, 0.99 after training against the score): then a low score is not
+            shown to be independent, it may have been driven down.
     """
 
     alpha: float = 1e-6
     least: float = 0.1
     block_alpha: float = 0.05
     central: float = 0.01
+    fit: float = 0.85
 
     def __post_init__(self) -> None:
         for name in ("alpha", "block_alpha", "central"):
@@ -250,7 +258,7 @@ def judge(
     outcome: Outcome = "not_shown"
     if similarity.value >= threshold:
         outcome = "in_lineage"
-    elif p > config.central and len(strangers) == len(blocks):
+    elif _like_a_stranger(similarity, null, config) and len(strangers) == len(blocks):
         outcome = "independent"
     return Judgement(
         verdict=outcome,
@@ -262,6 +270,12 @@ def judge(
         block_p=block_p,
         diverged=strangers if outcome != "independent" else (),
     )
+
+
+def _like_a_stranger(similarity: Similarity, null: NullDistribution, config: VerdictConfig) -> bool:
+    score = similarity.value
+    inside = min(null.p_value(score), null.lower_p(score)) > config.central
+    return inside and not (similarity.fit is not None and similarity.fit >= config.fit)
 
 
 def public_null(size: int, depth: int, *, block: bool = False) -> NullDistribution:

@@ -57,6 +57,11 @@ class LoadedModel:
     source: str
 
 
+def local_tokenizer(folder: str | Path) -> Any:
+    """Return the tokenizer of a model folder; nothing is fetched."""
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
 def load(
     name_or_path: str | Path,
     task: str,

@@ -61,6 +61,16 @@ def test_three_outcomes_and_exit_codes() -> None:
     assert same.diverged == stranger.diverged == ()
 
 
+def test_a_score_driven_down_is_not_called_independent() -> None:
+    # Trained against the score: far below any stranger's, with embeddings that still fit.
+    driven = judge(Similarity(-0.27, {}, (-0.3, -0.25, -0.26)), 64)
+    assert (driven.verdict, driven.exit_code) == ("not_shown", 1)
+    fitting = Similarity(0.01, {}, (0.01, 0.0, 0.02), (), 0.99)
+    assert judge(fitting, 64).verdict == "not_shown"
+    strange = Similarity(0.01, {}, (0.01, 0.0, 0.02), (), 0.6)
+    assert judge(strange, 64).verdict == "independent"
+
+
 def test_a_spliced_block_is_localised() -> None:
     found = judge(Similarity(0.66, {}, (0.99, 0.01, 0.98)), 64)
     assert found.verdict == "in_lineage"
