@@ -40,7 +40,7 @@ from fedsplit.emulators.structure import Model
 from fedsplit.emulators.svd import Factors
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
-from fedsplit.models.projections import BlockLayout, Site, layout_of
+from fedsplit.models.projections import BlockLayout, Site, dense_layout_of
 
 Key = tuple[int, str]  # (block, role)
 
@@ -106,7 +106,7 @@ class GradOT:
         channels: dict[int, Tensor] = {}
         details: dict[str, Any] = {"settings": asdict(self)}
         if not idle:
-            layout = layout_of(model.config)
+            layout = dense_layout_of(model.config)
             factors, channels = self._decide(model, layout, plan.having(COMPRESS), material)
             details["ranks"] = {f"{i}.{role}": f.rank for (i, role), f in factors.items()}
             details["channels"] = {str(i): len(kept) for i, kept in channels.items()}

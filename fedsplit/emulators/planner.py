@@ -15,7 +15,7 @@ from fedsplit.emulators.src import ATTENTION, FFN
 from fedsplit.errors import ConfigError, FedsplitError, UnsupportedModelError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import TASKS
-from fedsplit.models.projections import BlockLayout, Site, layout_of, read_config
+from fedsplit.models.projections import BlockLayout, Site, dense_layout_of, read_config
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def describe_base(source: Any, width: int = 4) -> Base:
     linears = [matrix_of(m) for m in anatomy.blocks.modules() if is_linear(m)]
     layout: BlockLayout | None
     try:
-        layout = layout_of(config)
+        layout = dense_layout_of(config)
     except FedsplitError:
         layout = None
     sizes = Sizes(

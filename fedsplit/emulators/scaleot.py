@@ -18,7 +18,7 @@ from fedsplit.emulators.structure import Model
 from fedsplit.errors import ConfigError, ModelError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import weights_digest
-from fedsplit.models.projections import layout_of
+from fedsplit.models.projections import dense_layout_of
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ScaleOT:
         def edit(position: int, block: nn.Module) -> None:
             details["ranks"][str(position)] = compress_block(
                 block,
-                layout_of(model.config),
+                dense_layout_of(model.config),
                 self.beta,
                 attention=self.attention,
                 ffn=self.ffn,

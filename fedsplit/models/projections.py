@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import ModelError
+from fedsplit.errors import ModelError, UnsupportedModelError
 from fedsplit.models.layout_model import probe_model
 from fedsplit.models.layout_probe import probe_block
 
@@ -144,6 +144,23 @@ def layout_of(config: Any) -> BlockLayout:
     """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return _layout(json.dumps(text.to_dict(), sort_keys=True, default=str), _Boxed(text))
+
+
+def dense_layout_of(config: Any) -> BlockLayout:
+    """Return the layout of a block whose projections are all plain matrices.
+
+    Raises:
+        UnsupportedModelError: as :func:`layout_of`; and for a mixture of experts, whose stacked
+            matrices have no rank of their own.
+    """
+    layout = layout_of(config)
+    stacked = [s.weight for s in layout.sites().values() if len(layout.shapes[s.weight]) != 2]
+    if stacked:
+        raise UnsupportedModelError(
+            f"{stacked[0]} {layout.shapes[stacked[0]]}: must be a matrix; mixtures of experts are "
+            "not compressed by rank"
+        )
+    return layout
 
 
 class _Boxed:

@@ -18,7 +18,7 @@ from fedsplit.emulators.src import compress_block, compressed_numel, read_site
 from fedsplit.emulators.svd import saves_memory, truncate, truncated_rank
 from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.anatomy import probe
-from fedsplit.models.projections import layout_of
+from fedsplit.models.projections import dense_layout_of, layout_of
 
 PROBED = sorted(set(FAMILIES) - UNPROBED)
 PLAN = EmulatorPlan.with_adapters(LAYERS, (0,), "compress", beta=0.6)
@@ -170,7 +170,7 @@ def test_what_cannot_be_compressed() -> None:
     with pytest.raises(ConfigError, match="must select projections"):
         compress_block(probe(model).blocks[1], layout_of(model.config), 0.5, attention=False)
     with pytest.raises(UnsupportedModelError):
-        layout_of(tiny("mixtral").config)
+        dense_layout_of(tiny("mixtral").config)
 
 
 def test_real_weights_reach_the_optimum_quickly() -> None:

@@ -156,7 +156,9 @@ def test_intervals_are_those_of_the_mean() -> None:
 @pytest.mark.slow
 def test_real_cells_on_ray(make_config: Any, tmp_path: Path) -> None:
     config = make_config(data__owners=2, train__rounds=1, session__codec="fp32")
-    flat = {k: v for k, v in config.to_flat().items() if k != "output.dir"}
+    # Workers that share a core with other tests import for a while before their first frame.
+    patient = {"session.deadline-s": 200.0, "session.wave-wait-s": 200.0}
+    flat = {k: v for k, v in config.to_flat().items() if k != "output.dir"} | patient
     groups = [
         {"variant": "plain"},
         {"variant": "noisy", **DCHI, "privacy.eta": 3.0},

@@ -26,7 +26,7 @@ from fedsplit.errors import (
     RunError,
     UnsupportedModelError,
 )
-from fedsplit.owners.split_owner import SplitOwner
+from fedsplit.owners.head import LabelSide
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.messages import REPORT, WEIGHTS
 from strategies.optimisation import Optimisation
@@ -950,15 +950,21 @@ def test_a_disk_that_fills_during_the_run(
 ) -> None:
     from strategies import recorder
 
-    calls = 0
+    honest, rounds_written = recorder.Recorder.round, 0
 
     def fills(descriptor: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(recorder.os, "fsync", fills)
+    def round_(self: Recorder, row: dict[str, Any]) -> None:
+        nonlocal rounds_written
+        rounds_written += 1
+        if rounds_written <= 1:
+            return honest(self, row)
+        with monkeypatch.context() as patched:  # owners' ledgers are on disks of their own
+            patched.setattr(recorder.os, "fsync", fills)
+            return honest(self, row)
+
+    monkeypatch.setattr(recorder.Recorder, "round", round_)
     with pytest.raises(RunError, match=r"cannot write .*server\.json"):
         run_locally(make_config(**QUICK | {"train__rounds": 3}))
     rounds = json.loads((tmp_path / "server" / "server.json").read_text())["rounds"]
@@ -987,9 +993,9 @@ def test_an_owner_refuses_logits_that_are_not_finite(
 ) -> None:
     """A server that sends NaN learns nothing from the owner, and the run ends with a reason."""
     answered: list[int] = []
-    honest = SplitOwner._loss
+    honest = LabelSide.answer
 
-    def loss(self: SplitOwner, *args: Any) -> Any:
+    def answer(self: LabelSide, *args: Any) -> Any:
         answered.append(1)
         return honest(self, *args)
 
@@ -1001,7 +1007,7 @@ def test_an_owner_refuses_logits_that_are_not_finite(
 
     encode = member.encode_rows
     monkeypatch.setattr(member, "encode_rows", poison)
-    monkeypatch.setattr(SplitOwner, "_loss", loss)
+    monkeypatch.setattr(LabelSide, "answer", answer)
     with pytest.raises(RunError, match="must be finite"):
         run_locally(make_config(**QUICK))
     assert not answered
