@@ -12,24 +12,15 @@
 | :mod:`.gate` | :class:`LineageGate`, the check after every aggregate |
 | :mod:`.verdict` | calibrated test: p-value, error rates, three outcomes |
 | :mod:`.public_file`, :mod:`.evidence` | signed fingerprint file, signed chain of rounds |
+| :mod:`.owner_updates` | the same for what an owner returns; leave-one-out |
+| :mod:`.keys`, :mod:`.sources` | signing keys; what a command's argument may name |
 | :mod:`.transforms` | evasion suite of function-preserving maps |
-| :mod:`.encoder`, :mod:`.portrait` | HuRef's picture: invariants to vector to dog |
+| :mod:`.encoder`, :mod:`.training` | HuRef's encoder: invariants to vector, and its recipe |
+| :mod:`.portrait`, :mod:`.sheet`, :mod:`.onnx_generator` | vector to picture: dog, sheet, any ONNX |
 
-What separates, on trained checkpoints (17 independent pairs, 11 of them twins that share data and
-tokenizer; 5 fine-tuned or LoRA descendants; 2 after further training at 10 times the rate):
-
-| fingerprint | strangers, mean (max) | descendants, least | AUC | abs Z | further-trained, Z |
-| --- | --- | --- | --- | --- | --- |
-| score (aligned products) | 0.01 (0.02) | 0.963 | 1.0 | 89 | 26, 68 |
-| pcs | 0.01 (0.06) | 0.993 | 1.0 | 48 | 42, 45 |
-| ics_whitened | 0.02 (0.06) | 0.959 | 1.0 | 47 | 10, 31 |
-| awm | 0.25 (0.43) | 0.974 | 1.0 | 6.8 | 3.8, 5.0 |
-| ics_published | 0.12 (0.41) | 0.709 | 1.0 | 4.4 | 3.8, 3.1 |
-| reef | 0.54 (0.71) | 0.932 | 1.0 | 2.6 | 1.7, 1.2 |
-| ics (corrected) | 0.42 (0.80) | 0.837 | 1.0 | 2.3 | -0.5, 0.8 |
-
-PCS is lost under any function-preserving map (``transforms``); the others in this table, except
-``ics_published``, are invariant.
+What separates and where each breaks is measured in ``docs/results/lineage.md``: the score and the
+whitened invariants keep twins (same data and tokenizer, another seed) near 0 and descendants near 1;
+corrected ICS and REEF see function, which twins share; PCS is lost under any function-preserving map.
 """
 
 from __future__ import annotations
