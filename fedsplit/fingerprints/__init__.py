@@ -16,11 +16,12 @@
 | :mod:`.keys`, :mod:`.sources` | signing keys; what a command's argument may name |
 | :mod:`.transforms` | evasion suite of function-preserving maps |
 | :mod:`.encoder`, :mod:`.training` | HuRef's encoder: invariants to vector, and its recipe |
-| :mod:`.portrait`, :mod:`.sheet`, :mod:`.onnx_generator` | vector to picture: dog, sheet, any ONNX |
+| :mod:`.portrait`, :mod:`.sheet`, :mod:`.onnx_generator` | vector to picture: dog, any ONNX |
 
 What separates and where each breaks is measured in ``docs/results/lineage.md``: the score and the
-whitened invariants keep twins (same data and tokenizer, another seed) near 0 and descendants near 1;
-corrected ICS and REEF see function, which twins share; PCS is lost under any function-preserving map.
+whitened invariants keep twins (same data and tokenizer, another seed) near 0 and descendants near
+1; corrected ICS and REEF see function, which twins share; PCS is lost under any map that preserves
+the function.
 """
 
 from __future__ import annotations
