@@ -245,6 +245,8 @@ with Simulation(2, log_dir=Path({str(tmp_path)!r})) as federation:
         stderr=subprocess.STDOUT,
         text=True,
         env=env,
+        # A test run in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as launcher:
         assert launcher.stdout is not None
         mark = launcher.stdout.readline().strip()
