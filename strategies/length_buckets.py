@@ -1,8 +1,8 @@
 """Texts of like length share a forward: the same logits and gradients with less padding.
 
-A cohort's batch has the union of its owners' texts.  Padded to the longest, half of what the top
-computes on natural text is padding (SST-2, 32 sentences: 2.1 positions per token).  Sorted by
-length and cut into a few groups, each padded to its own longest, it is a fifth.
+A cohort's batch has the union of its owners' texts.  Padded to the longest, much of what the top
+computes on natural text is padding.  Sorted by length and cut into a few groups, each padded to its
+own longest, little of it is.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# What one more forward and backward costs, in positions: measured on a 6-block encoder of width
-# 384, where groups of fewer than about 4 texts of 20 tokens no longer pay.
+# What one more forward and backward is taken to cost, in positions: small groups no longer pay.
 GROUP_COST = 64
 MOST_GROUPS = 8
 
