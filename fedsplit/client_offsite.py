@@ -12,7 +12,8 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedsplit.client_work import Desk, answer, check_rules, settings_of
-from fedsplit.emulators.files import load_emulator, load_tokenizer, receive
+from fedsplit.config import RunConfig
+from fedsplit.emulators.files import folder_digest, load_emulator, load_tokenizer, receive
 from fedsplit.errors import ConfigError, SessionError
 from fedsplit.owners.adapter_work import AdapterOwner, blocks_of
 from fedsplit.owners.outbox import Outbox, Trip
@@ -44,8 +45,8 @@ def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
     check_rules(policy, flat, offer, desk.node_config)
     trip = Trip(offer.run, offer.round, offer.mode, identity.name, offer.bottom, {})
     outbox = Outbox(desk.ledger, policy, trip, identity.secret)
-    folder = _emulator(config.session.deadline_s, offer, config, desk, outbox)
-    emulator = load_emulator(folder, expected_digest=offer.bottom)
+    folder = _emulator(offer, config, desk, outbox)
+    emulator = load_emulator(folder)  # its digest was verified on the way
     train, test = own_data(config.data, config.seed, False, desk.node_config)
     blocks = blocks_of(_tokenizer(folder), train.texts, test.texts, config.offsite.block)
     owner = AdapterOwner(emulator, blocks, config, identity.name)
@@ -73,17 +74,12 @@ def _tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _emulator(
-    deadline_s: float,
-    offer: SessionOffer,
-    config: Any,
-    desk: Desk,
-    outbox: Outbox,
-) -> Path:
+def _emulator(offer: SessionOffer, config: RunConfig, desk: Desk, outbox: Outbox) -> Path:
     """Return the emulator's folder; fetched over a session unless the owner has that digest."""
+    deadline_s = config.session.deadline_s
     cache = desk.home.root / "emulators"
     folder = cache / offer.bottom
-    if offer.bottom.isalnum() and folder.is_dir():
+    if offer.bottom.isalnum() and folder.is_dir() and folder_digest(folder) == offer.bottom:
         return folder
     link = open_stream(offer, config, desk.node_config)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 from rich.console import Console
@@ -9,70 +10,27 @@ from rich.console import Console
 from simulations.run_folder import RunFolder
 from simulations.settings import Experiment
 
-
-def _split(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.split_experiment import run
-
-    run(experiment, folder, console)
+Kind = Callable[[Experiment, RunFolder, Console], None]
 
 
-def _sweep(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.sweep import run
+def _kind(module: str) -> Kind:
+    """Return ``run`` of a module of this package, which is loaded when it is needed."""
 
-    run(experiment, folder, console)
+    def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+        importlib.import_module(f"simulations.{module}").run(experiment, folder, console)
 
-
-def _lineage_table(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.lineage_table_experiment import run
-
-    run(experiment, folder, console)
-
-
-def _lineage_evasion(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.lineage_evasion_experiment import run
-
-    run(experiment, folder, console)
-
-
-def _sap_depth(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.depth_experiment import run
-
-    run(experiment, folder, console)
-
-
-def _attributes(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.attributes_experiment import run
-
-    run(experiment, folder, console)
-
-
-def _lineage_gate(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.lineage_gate_experiment import run
-
-    run(experiment, folder, console)
-
-
-def _label_leakage(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.label_leakage_experiment import run
-
-    run(experiment, folder, console)
-
-
-def _offsite_table(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    from simulations.offsite_experiment import run
-
-    run(experiment, folder, console)
+    return run
 
 
 # kind -> function that carries out one experiment and records its results in the folder
-KINDS: dict[str, Callable[[Experiment, RunFolder, Console], None]] = {
-    "split": _split,
-    "sap-depth": _sap_depth,
-    "attributes": _attributes,
-    "label-leakage": _label_leakage,
-    "lineage-table": _lineage_table,
-    "lineage-evasion": _lineage_evasion,
-    "lineage-gate": _lineage_gate,
-    "offsite-table": _offsite_table,
-    "sweep": _sweep,
+KINDS: dict[str, Kind] = {
+    "split": _kind("split_experiment"),
+    "sap-depth": _kind("depth_experiment"),
+    "attributes": _kind("attributes_experiment"),
+    "label-leakage": _kind("label_leakage_experiment"),
+    "lineage-table": _kind("lineage_table_experiment"),
+    "lineage-evasion": _kind("lineage_evasion_experiment"),
+    "lineage-gate": _kind("lineage_gate_experiment"),
+    "offsite-table": _kind("offsite_experiment"),
+    "sweep": _kind("sweep"),
 }

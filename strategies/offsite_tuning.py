@@ -8,7 +8,6 @@ emulator crosses once, by digest, over a session.  The full model never leaves t
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from fedsplit.emulators import Emulator, plug_in
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.structure import Model
 from fedsplit.errors import LineageError, ModelError, RunError, WireError
-from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
 from strategies.averaging import remember
@@ -34,6 +32,7 @@ from strategies.lineage_setup import average_watched, tensors
 from strategies.lineage_watch import LineageWatch, stop_reason
 from strategies.recorder import Recorder
 from strategies.replies import average, check_weights, read_reply
+from strategies.roll import Roll
 from strategies.round import RoundReport, natural
 
 log = logging.getLogger(__name__)
@@ -86,7 +85,7 @@ class OffsiteTuning(Strategy):
         self.parts = parts
         self._first = first
         self._shapes = {n: tuple(p.shape) for n, p in parts.emulator.adapter_parameters().items()}
-        self._names: dict[int, str] = {}
+        self._roll = Roll(config, parts.watch)
         self._began = 0.0
 
     def summary(self) -> None:
@@ -116,7 +115,7 @@ class OffsiteTuning(Strategy):
         report, good, metrics = self._read("train", replies)
         lineage = watch.begin(number)
         arrays = average_watched(
-            watch, lineage, server_round, good, self._names, self.parts.averaging
+            watch, lineage, server_round, good, self._roll.names, self.parts.averaging
         )
         if arrays is None and not lineage.get("owners"):
             lost = "; ".join(f"{name}: {why}" for name, why in report.cohort.lost.items())
@@ -174,7 +173,7 @@ class OffsiteTuning(Strategy):
         self._began = time.perf_counter()
         number = server_round + self._first
         messages = []
-        for node in self._sample(grid, number):
+        for node in self._roll.sample(grid, number):
             offer = SessionOffer(
                 run=self.parts.door.run,
                 node=node,
@@ -190,27 +189,6 @@ class OffsiteTuning(Strategy):
             messages.append(Message(content, dst_node_id=node, message_type=message_type))
         return messages
 
-    def _sample(self, grid: Grid, number: int) -> list[int]:
-        train = self.config.train
-        waited = 0.0
-        while len(nodes := self._admitted(grid)) < train.min_owners:
-            if waited >= 600:
-                raise RunError(
-                    f"connected owners={len(nodes)}: must be >= {train.min_owners} "
-                    "(train.min-owners)"
-                )
-            time.sleep(1.0)
-            waited += 1.0
-        if train.fraction >= 1.0:
-            return nodes
-        count = max(train.min_owners, round(train.fraction * len(nodes)))
-        generator = random.Random(derive_seed(self.config.seed, "sample", number))
-        return sorted(generator.sample(nodes, min(count, len(nodes))))
-
-    def _admitted(self, grid: Grid) -> list[int]:
-        watch = self.parts.watch
-        return [n for n in sorted(grid.get_node_ids()) if not watch.barred(n, self._names.get(n))]
-
     def _read(
         self, mode: str, replies: Iterable[Message]
     ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
@@ -223,25 +201,25 @@ class OffsiteTuning(Strategy):
             if reply.has_error():
                 reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
                 log.warning("owner at node %d: %s", node, reason)
-                report.lose(node, self._names.get(node), reason)
+                report.lose(node, self._roll.names.get(node), reason)
                 continue
             try:
-                metrics, name = read_reply(reply.content, self._names.get(node), report)
-                if any(n == name and other != node for other, n in self._names.items()):
+                metrics, name = read_reply(reply.content, self._roll.names.get(node), report)
+                if any(n == name and other != node for other, n in self._roll.names.items()):
                     raise ModelError(f"owner's name {name!r}: another node has it already")
                 if mode == "train":
                     check_weights(reply.content, self._shapes)
             except (WireError, ModelError) as error:
                 log.warning("owner at node %d left out: %s", node, error)
-                report.lose(node, self._names.get(node), f"{type(error).__name__}: {error}")
+                report.lose(node, self._roll.names.get(node), f"{type(error).__name__}: {error}")
                 continue
-            self._names[node] = name
+            self._roll.names[node] = name
             report.finished.append(name)
             good.append(reply)
             rows[name] = metrics
-        report.call(self._names)
+        report.call(self._roll.names)
         report.finished.sort(key=natural)
-        good.sort(key=lambda m: natural(self._names[m.metadata.src_node_id]))
+        good.sort(key=lambda m: natural(self._roll.names[m.metadata.src_node_id]))
         report.cohort.steps = int(sum(r["steps"] for r in rows.values()))
         return report, good, average(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -111,7 +112,7 @@ class Announcer:
     Args:
         grid: Flower's grid.
         door: issues the tokens.
-        session: address, authority and bottom; run, node and token are filled in.
+        session: what every owner is told; the node is filled in.
         tokens: sessions per message.
         renew_s: seconds until an owner is sent new ones.
     """
@@ -156,18 +157,7 @@ class Announcer:
     def _offer(self, node: int) -> ServingOffer:
         run = self._door.run
         tokens = (self._door.tokens.issue(run, node, 0, MODE) for _ in range(self._tokens))
-        s = self._session
-        session = SessionOffer(
-            run=run,
-            node=node,
-            round=0,
-            mode=MODE,
-            transport="stream",
-            token="",
-            address=s.address,
-            ca=s.ca,
-            bottom=s.bottom,
-        )
+        session = replace(self._session, node=node)
         return ServingOffer(session, tuple(tokens))
 
 

@@ -10,7 +10,6 @@ is Flower's own: sessions open in ``configure_*`` and close in ``aggregate_*``, 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -26,13 +25,14 @@ from fedsplit.errors import LineageError, ModelError, RunError, SessionError, Wi
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Hello
 from fedsplit.wire.link import Link
-from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, WHO_TYPE, SessionOffer
+from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
 from strategies.cohort import Cohort
 from strategies.hub import MessageHub
 from strategies.lineage_setup import average_watched
 from strategies.lineage_watch import stop_reason
 from strategies.member import Member, welcome_header
 from strategies.replies import average, check_weights, read_reply
+from strategies.roll import Roll
 from strategies.round import Round, RoundReport, natural
 from strategies.server_parts import ServerParts
 from strategies.store import RepresentationStore
@@ -67,7 +67,7 @@ class SplitTuning(Strategy):
         self._early: list[Message] = []
         self._began = 0.0
         self._messages = 0
-        self._names: dict[int, str] = {}
+        self._roll = Roll(config, parts.watch)
         self._good: dict[str, Tensor] | None = None
         self._lineage: dict[str, Any] = {}
         self._cohort = Cohort(
@@ -110,7 +110,12 @@ class SplitTuning(Strategy):
         if self._shapes:
             good = [m for m in good if self._weights_ok(m, report)]
             arrays = average_watched(
-                self.parts.watch, self._lineage, server_round, good, self._names, self.averaging
+                self.parts.watch,
+                self._lineage,
+                server_round,
+                good,
+                self._roll.names,
+                self.averaging,
             )
         lineage = self._check_lineage(server_round)
         row = {"round": server_round, "train": self._row(report, metrics), "lineage": lineage}
@@ -158,7 +163,7 @@ class SplitTuning(Strategy):
         self, number: int, mode: str, arrays: ArrayRecord, grid: Grid, message_type: str
     ) -> list[Message]:
         self._began = time.perf_counter()
-        nodes = self._admitted(self._sample(grid, number))
+        nodes = self._roll.sample(grid, number)
         self._asked = set(nodes)
         session = self.config.session
         rounds = self.config.train.rounds
@@ -213,12 +218,12 @@ class SplitTuning(Strategy):
         size = self.config.session.wave
         if not size or len(nodes) <= size:
             return [nodes]
-        self._learn_names(grid, nodes)
-        nodes = sorted(nodes, key=lambda n: natural(self._names.get(n, "")))
+        self._roll.learn(grid, nodes)
+        nodes = sorted(nodes, key=lambda n: natural(self._roll.names.get(n, "")))
         return [nodes[at : at + size] for at in range(0, len(nodes), size)]
 
     def _called(self, nodes: list[int]) -> str:
-        return ", ".join(self._names.get(n, str(n)) for n in nodes)
+        return ", ".join(self._roll.names.get(n, str(n)) for n in nodes)
 
     def _message_hub(self, grid: Grid, content: Callable[[int, int], RecordDict]) -> MessageHub:
         session = self.config.session
@@ -254,52 +259,13 @@ class SplitTuning(Strategy):
             record[WEIGHTS] = arrays
         return record
 
-    def _sample(self, grid: Grid, number: int) -> list[int]:
-        """Return the sampled nodes, in the order of their owners' names.
-
-        Node ids are random in every run; names are not, so the same seed samples the same owners.
-        """
-        need = self.config.train.min_owners
-        waited = 0.0
-        while len(nodes := sorted(grid.get_node_ids())) < need:
-            if waited >= 600:
-                raise RunError(
-                    f"connected owners={len(nodes)}: must be >= {need} (train.min-owners)"
-                )
-            log.info("waiting for owners: %d of %d connected", len(nodes), need)
-            time.sleep(1.0)
-            waited += 1.0
-        fraction = self.config.train.fraction
-        if fraction >= 1.0:
-            return nodes
-        self._learn_names(grid, nodes)
-        known = sorted(
-            (n for n in nodes if n in self._names), key=lambda n: natural(self._names[n])
-        )
-        count = max(need, round(fraction * len(known)))
-        generator = random.Random(derive_seed(self.config.seed, "sample", number))
-        return sorted(generator.sample(known, min(count, len(known))), key=known.index)
-
-    def _learn_names(self, grid: Grid, nodes: list[int]) -> None:
-        unknown = [n for n in nodes if n not in self._names]
-        if not unknown:
-            return
-        asked = [Message(RecordDict(), dst_node_id=n, message_type=WHO_TYPE) for n in unknown]
-        for reply in grid.send_and_receive(asked, timeout=self.config.session.deadline_s):
-            if reply.has_error():
-                continue
-            who = reply.content.config_records.get(WHO)
-            name = None if who is None else who.get("owner")
-            if isinstance(name, str) and name not in {self._names.get(n) for n in nodes}:
-                self._names[reply.metadata.src_node_id] = name
-
     def _member(self, link: Link, hello: Hello) -> Member:
         session = self.config.session
         with self._naming:
-            others = {self._names.get(n) for n in self._asked if n != hello.node}
+            others = {self._roll.names.get(n) for n in self._asked if n != hello.node}
             if hello.owner in others:  # two owners of one name would share what is kept by name
                 raise SessionError(f"owner's name {hello.owner!r}: another node has it already")
-            self._names[hello.node] = hello.owner
+            self._roll.names[hello.node] = hello.owner
         return Member(
             link,
             hello,
@@ -331,18 +297,18 @@ class SplitTuning(Strategy):
             if reply.has_error():
                 reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
                 log.warning("owner at node %d: %s", node, reason)
-                report.lose(node, self._names.get(node), reason)
+                report.lose(node, self._roll.names.get(node), reason)
                 continue
             try:
-                metrics, name = read_reply(reply.content, self._names.get(node), report)
+                metrics, name = read_reply(reply.content, self._roll.names.get(node), report)
             except WireError as error:
-                report.lose(node, self._names.get(node), f"{type(error).__name__}: {error}")
+                report.lose(node, self._roll.names.get(node), f"{type(error).__name__}: {error}")
                 continue
-            if name in report.finished and self._names.get(node) == name:
+            if name in report.finished and self._roll.names.get(node) == name:
                 good.append(reply)
                 rows[name] = metrics
-        report.call(self._names)
-        good.sort(key=lambda m: natural(self._names[m.metadata.src_node_id]))
+        report.call(self._roll.names)
+        good.sort(key=lambda m: natural(self._roll.names[m.metadata.src_node_id]))
         return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +322,7 @@ class SplitTuning(Strategy):
 
     def _weights_ok(self, message: Message, report: RoundReport) -> bool:
         """Refuse NaN and foreign tensors from one owner; the others' work is kept."""
-        name = self._names[message.metadata.src_node_id]
+        name = self._roll.names[message.metadata.src_node_id]
         try:
             check_weights(message.content, self._shapes)
         except ModelError as error:
@@ -374,19 +340,6 @@ class SplitTuning(Strategy):
         if row.get("rejected") and self._good is not None:
             self.parts.trainable.load(self._good)
         return row
-
-    def _admitted(self, nodes: list[int]) -> list[int]:
-        """Leave out the nodes of quarantined owners.
-
-        Raises:
-            RunError: if nobody is left.
-        """
-        watch = self.parts.watch
-        left = [n for n in nodes if not watch.barred(n, self._names.get(n))]
-        if not left:
-            reasons = "; ".join(f"{o}: {why}" for o, why in watch.quarantined.items())
-            raise RunError(f"owners left=0: must be >= 1; quarantined: {reasons[:2000]}")
-        return left
 
     # ---- telling ----------------------------------------------------------------------------
 

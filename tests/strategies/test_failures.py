@@ -466,7 +466,7 @@ def test_a_wave_that_stays_smaller_than_expected(
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
-        strategy._names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
+        strategy._roll.names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
 
     config = make_config(data__owners=4, session__wave=2, **QUICK)
     train = run_locally(config, prepare=prepare, slots=2).server["rounds"][0]["train"]
@@ -560,7 +560,7 @@ def test_two_owners_of_one_name(make_config: Any, run_locally: Any) -> None:
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.node_configs[VICTIM] = {"owner": "owner-0"}
-        strategy._names = {grid_node(grid, 0): "owner-0"}
+        strategy._roll.names = {grid_node(grid, 0): "owner-0"}
 
     run = run_locally(make_config(**QUICK), prepare=prepare)
     assert_only_the_victim_is_lost(run, "another node has it already", name="node 1034")

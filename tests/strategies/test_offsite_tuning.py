@@ -17,12 +17,15 @@ from fedsplit.emulators import adapter_state, load_adapters, plug_in
 from fedsplit.emulators.files import load_emulator
 from fedsplit.emulators.lm import lm_loss, logits_of, mean_loss
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.owners.adapter_work import blocks_of
+from fedsplit.owners.adapter_work import AdapterOwner, blocks_of
 from fedsplit.owners.plan import train_steps
 from fedsplit.owners.share import simulated_shares
 from simulations.federated import read_server
 from simulations.local_run import run_in_process
+from strategies.lineage_watch import LineageWatch
+from strategies.roll import Roll
 from strategies.split_tuning_run import load_base
+from tests.strategies.local_grid import LocalGrid
 
 
 @pytest.fixture
@@ -138,6 +141,40 @@ def test_an_interrupted_run_goes_on_where_it_was(
         assert torch.equal(value, again[name]), name
 
 
+def test_the_same_seed_samples_the_same_owners(offsite: Any, tmp_path: Path) -> None:
+    config = offsite(data__owners=4, train__fraction=0.5, train__min_owners=1, train__rounds=4)
+    sampled = []
+    for first in (1000, 77_000):  # node ids are random in every run, owners' names are not
+        folder = replace(config, output=replace(config.output, dir=str(tmp_path / str(first))))
+        grid = LocalGrid(folder, 4, first=first)
+        nodes = dict(sorted(grid.nodes.items(), reverse=first > 1000))
+        grid.nodes = {first + i: owner for i, owner in enumerate(nodes.values())}
+        roll = Roll(folder, LineageWatch(folder.lineage, None))
+        rounds = [roll.sample(grid, number) for number in range(1, 5)]
+        sampled.append([[grid.nodes[node] for node in nodes] for nodes in rounds])
+    assert sampled[0] == sampled[1]
+    assert all(len(owners) == 2 for owners in sampled[0])
+
+
+def test_a_damaged_emulator_is_fetched_again(
+    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, damaged = AdapterOwner.evaluate, []
+
+    def evaluate(self: AdapterOwner) -> Any:
+        if not damaged and self.name == "owner-0":
+            (weights,) = (tmp_path / "run").glob("homes/owner-0/emulators/*/*.safetensors")
+            weights.write_bytes(weights.read_bytes()[:-1])
+            damaged.append(weights)
+        return honest(self)
+
+    monkeypatch.setattr(AdapterOwner, "evaluate", evaluate)
+    _, server, _ = run(offsite(train__rounds=2), tmp_path / "run")
+    assert damaged
+    assert [row["train"]["emulators_sent"] for row in server["rounds"]] == [2, 3]
+    assert not server["rounds"][1]["train"]["lost"]
+
+
 @pytest.mark.parametrize("averaging", ["fedadam", "fedmedian", "fedtrimmedavg", "krum"])
 def test_any_flower_averaging_works(offsite: Any, tmp_path: Path, averaging: str) -> None:
     config = offsite(offsite__averaging=averaging, train__rounds=2, data__owners=3)
@@ -161,8 +198,6 @@ def test_proximal_keeps_adapters_near(offsite: Any, tmp_path: Path) -> None:
 def test_nan_from_one_owner_costs_that_owner(
     offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsplit.owners.adapter_work import AdapterOwner
-
     honest = AdapterOwner.weights
 
     def weights(self: AdapterOwner) -> dict[str, torch.Tensor]:
