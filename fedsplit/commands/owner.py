@@ -1,0 +1,111 @@
+"""``fedsplit owner``: a data owner's machine, which runs only the app that its owner reviewed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedsplit.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from fedsplit.deploy.checks import Check
+
+console = Console()
+owner_app = typer.Typer(no_args_is_help=True, help="A data owner's machine.")
+
+Node = Annotated[Path, typer.Option(help="the machine's file")]
+Rules = Annotated[Path, typer.Option("--policy", help="the owner's policy")]
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group of commands to ``app``."""
+    app.add_typer(owner_app, name="owner")
+
+
+@owner_app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="file to write")] = Path("node.toml"),
+) -> None:
+    """Write a commented node.toml, to be read and changed."""
+    import os
+
+    from fedsplit.deploy.templates import NODE
+
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(f"node file {path}: must be a new file: {error}") from None
+    with os.fdopen(fd, "w") as file:
+        file.write(NODE)
+    console.print(f"wrote {path}; when it is filled in: fedsplit owner check", highlight=False)
+
+
+@owner_app.command()
+def digest(
+    app_path: Annotated[
+        Path,
+        typer.Argument(metavar="APP_DIR|FAB", help="a bundle (.fab), or an app's folder"),
+    ],
+    explain: Annotated[bool, typer.Option(help="also say what the app brings")] = False,
+) -> None:
+    """Print the digest of a Flower app, for app.digest in a policy; a source folder is bundled."""
+    from fedsplit.deploy.review import bundle_of, facts_of
+    from fedsplit.owners.app_digest import digest_of_bundle
+
+    bundle = bundle_of(app_path)
+    if explain:
+        for line in facts_of(bundle):
+            console.print(line, highlight=False)
+    print(digest_of_bundle(bundle, str(app_path)))
+
+
+@owner_app.command()
+def check(
+    node: Node = Path("node.toml"),
+    policy: Rules = Path("owner.toml"),
+    offline: Annotated[bool, typer.Option(help="do not connect to the server")] = False,
+) -> None:
+    """Say whether this machine is ready: policy, authority, keys, disk, data, the way there."""
+    from fedsplit.deploy.checks import FAIL, check_machine
+    from fedsplit.deploy.node import NodeFile
+
+    found = check_machine(NodeFile.load(node), policy, network=not offline)
+    _show(found)
+    if any(x.state == FAIL for x in found):
+        raise typer.Exit(1)
+
+
+@owner_app.command()
+def start(
+    node: Node = Path("node.toml"),
+    policy: Rules = Path("owner.toml"),
+) -> None:
+    """Run the SuperNode; an app whose digest is not the policy's never runs, and is told so."""
+    from fedsplit.deploy.checks import FAIL, check_machine, reachable_or_refused
+    from fedsplit.deploy.node import NodeFile
+    from fedsplit.deploy.start import start as run
+
+    file = NodeFile.load(node)
+    found = check_machine(file, policy, network=False)
+    bad = [x for x in found if x.state == FAIL]
+    answer = None if bad else reachable_or_refused(file)
+    if answer is not None and answer.state == FAIL:  # an unreachable server may come; this one not
+        bad.append(answer)
+    if bad:
+        _show(bad)
+        raise RunError(f"{file.owner}: not started: {bad[0].name}: {bad[0].text}")
+    if answer is not None:
+        console.print(f"{file.owner}: {answer.text}", highlight=False)
+    raise typer.Exit(run(file, policy))
+
+
+def _show(found: list[Check]) -> None:
+    table = Table("what", "state", "found")
+    for x in found:
+        table.add_row(x.name, f"[{COLOURS[x.state]}]{x.state}[/{COLOURS[x.state]}]", x.text)
+    console.print(table)

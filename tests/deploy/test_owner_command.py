@@ -1,0 +1,223 @@
+"""An owner's machine file, its checks, and what a review says."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedsplit.cli import app_cli
+from fedsplit.deploy.checks import FAIL, OK, WARN, Check, check_machine
+from fedsplit.deploy.keys import make_keys
+from fedsplit.deploy.node import NodeFile, node_config_text
+from fedsplit.deploy.review import bundle_of, facts_of
+from fedsplit.deploy.start import pinned_digest, sole, start
+from fedsplit.errors import ConfigError
+from fedsplit.owners.app_digest import digest_of_bundle
+from tests.deploy.runbook import ROOT
+
+FILE = """
+superlink = "localhost:{port}"
+ca = "keys/owners/bank/ca.pem"
+key = "keys/owners/bank/node.key"
+home = "home"
+[node]
+owner = "bank"
+data-path = "data.jsonl"
+"""
+POLICY = '[app]\ndigest = "' + "a" * 64 + '"\n[noise]\nmin_ratio = 2.0\n'
+
+
+@pytest.fixture
+def etc(tmp_path: Path) -> Path:
+    make_keys(tmp_path / "keys", ["localhost"], ["bank"])
+    (tmp_path / "node.toml").write_text(FILE.format(port=1))
+    (tmp_path / "owner.toml").write_text(POLICY)
+    (tmp_path / "owner.toml").chmod(0o600)
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "label": 0}\n')
+    return tmp_path
+
+
+def found(etc: Path, *, network: bool = False) -> dict[str, Check]:
+    node = NodeFile.load(etc / "node.toml")
+    checks = check_machine(node, etc / "owner.toml", network=network)
+    worst = sorted(checks, key=lambda x: (OK, WARN, FAIL).index(x.state))
+    return {x.name: x for x in worst}
+
+
+def failed(etc: Path) -> list[str]:
+    return [x.name for x in found(etc).values() if x.state == FAIL]
+
+
+@pytest.fixture
+def server(etc: Path) -> Iterator[int]:
+    """A TLS server with the federation's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(etc / "keys/server/server.pem", etc / "keys/server/server.key")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+
+        def serve() -> None:
+            while True:
+                try:
+                    raw, _ = listening.accept()
+                    context.wrap_socket(raw, server_side=True).close()
+                except ssl.SSLError:
+                    continue
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield port
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def test_a_ready_machine_is_ready(etc: Path, server: int) -> None:
+    (etc / "node.toml").write_text(FILE.format(port=server))
+    checks = found(etc, network=True)
+    assert {n for n, x in checks.items() if x.state == FAIL} == set()
+    assert checks["superlink"].state == OK
+    assert "certificate and name verified" in checks["superlink"].text
+
+
+def test_another_authority_fails_and_silence_warns(etc: Path, server: int) -> None:
+    assert found(etc, network=True)["superlink"].state == WARN  # nobody listens on port 1
+    (etc / "node.toml").write_text(FILE.format(port=server))
+    other = make_keys(etc / "other", ["localhost"])
+    shutil.copy(other / "ca.pem", etc / "keys/owners/bank/ca.pem")
+    checks = found(etc, network=True)
+    assert checks["superlink"].state == FAIL
+    assert "is not one that" in checks["superlink"].text
+
+
+def test_a_certificate_for_another_name_fails(etc: Path, server: int) -> None:
+    text = FILE.format(port=server).replace("localhost", "ip6-localhost")
+    (etc / "node.toml").write_text(text.replace("ip6-localhost", "127.0.0.2"))
+    checks = found(etc, network=True)
+    assert checks["superlink"].state in (FAIL, WARN)  # WARN where 127.0.0.2 is not answered
+    assert "verified" not in checks["superlink"].text
+
+
+def test_each_fault_is_found(etc: Path) -> None:
+    assert failed(etc) == []
+    key = etc / "keys/owners/bank/node.key"
+    key.chmod(0o640)
+    assert failed(etc) == ["node key"]
+    key.chmod(0o600)
+    (etc / "data.jsonl").unlink()
+    assert failed(etc) == ["data"]
+    (etc / "data.jsonl").write_text("")
+    (etc / "owner.toml").write_text("[noise]\nmin_ratio = 2.0\n")
+    assert failed(etc) == ["app digest"]
+    (etc / "owner.toml").chmod(0o666)
+    assert failed(etc) == ["policy"]
+    (etc / "owner.toml").chmod(0o600)
+    (etc / "owner.toml").write_text(POLICY)
+    (etc / "home").mkdir(mode=0o700)
+    (etc / "home/noise.secret").write_bytes(bytes(32))
+    (etc / "home/noise.secret").chmod(0o644)
+    assert failed(etc) == ["noise secret"]
+    (etc / "home/noise.secret").chmod(0o600)
+    (etc / "home/ledger.jsonl").write_text("not a ledger\n")
+    assert failed(etc) == ["ledger"]
+
+
+def test_the_check_command_says_it_and_exits(etc: Path) -> None:
+    files = ["--node", str(etc / "node.toml"), "--policy", str(etc / "owner.toml"), "--offline"]
+    run = CliRunner()
+    assert run.invoke(app_cli, ["owner", "check", *files]).exit_code == 0
+    (etc / "data.jsonl").unlink()
+    told = run.invoke(app_cli, ["owner", "check", *files])
+    assert told.exit_code == 1
+    assert "is not there" in " ".join(told.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("superlink = 'nowhere'", "superlink='nowhere': must be host:port"),
+        ("superlink = 'h:70000'", "superlink='h:70000'"),
+        ("unknown = 1", "unknown=1: must be one of"),
+        ("port = -1", "port=-1"),
+        ("client-key = 'x'", "client-certificate=None"),
+        ("node = 3", "node=3: must be a table"),
+        ("node = {owner = 'bank', state-dir = '/x'}", "state-dir='/x': must be left out, home"),
+        ("node = {owner = 'bank', session-ca = '/x'}", "session-ca='/x': must be left out, ca"),
+        ("node = {owner = 'a b'}", "owner='a b'"),
+        ("node = {owner = 'a', x = [1]}", r"x=\[1\]: must be a bool"),
+        ('node = {owner = "a", x = "it\'s"}', "without '"),
+    ],
+)
+def test_a_node_file_that_is_none_is_refused_by_name(line: str, named: str, tmp_path: Path) -> None:
+    name = line.partition(" ")[0]
+    head, _, table = FILE.format(port=1).partition("[node]")
+    kept = [x for x in head.splitlines() if not x.startswith(f"{name} ")]
+    rest = "" if name == "node" else f"[node]{table}"
+    path = tmp_path / "node.toml"
+    path.write_text("\n".join([*kept, line, rest]))
+    with pytest.raises(ConfigError, match=named):
+        NodeFile.load(path)
+
+
+def test_node_config_survives_flowers_parser(etc: Path) -> None:
+    from flwr.common.config import parse_config_args
+
+    config = {"owner": "bank", "data-path": "/a b/c=d.jsonl", "n": 3, "x": 0.5, "yes": True}
+    assert parse_config_args([node_config_text(config)]) == config
+    whole = NodeFile.load(etc / "node.toml").node_config(etc / "owner.toml")
+    assert parse_config_args([node_config_text(whole)]) == whole
+    assert whole["data-path"] == str(etc / "data.jsonl")
+
+
+def test_nothing_starts_without_a_pinned_digest_or_beside_another(etc: Path) -> None:
+    node = NodeFile.load(etc / "node.toml")
+    assert pinned_digest(etc / "owner.toml") == "a" * 64
+    with sole(node.home), pytest.raises(ConfigError, match="runs on it already"):
+        start(node, etc / "owner.toml")
+    (etc / "owner.toml").write_text("")
+    with pytest.raises(ConfigError, match=r"\[app\] digest: must be set"):
+        start(node, etc / "owner.toml")
+
+
+def test_init_writes_a_file_once(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    run = CliRunner()
+    assert run.invoke(app_cli, ["owner", "init", str(path)]).exit_code == 0
+    assert NodeFile.load(path).owner == "hospital"
+    assert isinstance(run.invoke(app_cli, ["owner", "init", str(path)]).exception, ConfigError)
+
+
+def test_a_review_of_this_projects_app(tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    shutil.copytree(
+        ROOT / "strategies", app / "strategies", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(ROOT / "pyproject.toml", app)
+    bundle = bundle_of(app)
+    assert digest_of_bundle(bundle) == digest_of_bundle(bundle_of(app))
+    facts = " ".join(facts_of(bundle))
+    assert "the copy that you installed" in facts
+    assert "hides" not in facts
+    (app / "strategies" / "torch.py").write_text("")
+    text = (app / "pyproject.toml").read_text()
+    text = text.replace('["strategies/**"]', '["strategies/**", "torch/**"]')
+    text = text.replace("fedsplit.client_app:app", "strategies.mine:app")
+    (app / "pyproject.toml").write_text(text)
+    (app / "strategies" / "mine.py").write_text("app = 1\n")
+    (app / "torch").mkdir()
+    (app / "torch" / "__init__.py").write_text("")
+    changed = bundle_of(app)
+    assert digest_of_bundle(changed) != digest_of_bundle(bundle)
+    facts = " ".join(facts_of(changed))
+    assert "NOT the copy" in facts
+    assert "hides installed packages of yours: torch" in facts
+    with pytest.raises(ConfigError, match="Flower cannot bundle it"):
+        bundle_of(tmp_path / "app" / "strategies")
