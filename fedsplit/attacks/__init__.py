@@ -13,6 +13,7 @@ from typing import Any
 from fedsplit.attacks.attribute import AttributeInference
 from fedsplit.attacks.averaging import AveragingInversion
 from fedsplit.attacks.contextual import ContextualInversion
+from fedsplit.attacks.extraction import Extraction
 from fedsplit.attacks.gradient_inversion import GradientInversion
 from fedsplit.attacks.label_leakage import LabelLeakage
 from fedsplit.attacks.learned import LearnedInversion
@@ -29,6 +30,7 @@ ATTACKS: dict[str, type[Any]] = {
     "averaging": AveragingInversion,
     "contextual": ContextualInversion,
     "exact_search": ExactSearch,
+    "extraction": Extraction,
     "gradient": GradientInversion,
     "label_leakage": LabelLeakage,
     "learned": LearnedInversion,
@@ -45,6 +47,7 @@ __all__ = [
     "AveragingInversion",
     "ContextualInversion",
     "ExactSearch",
+    "Extraction",
     "GradientInversion",
     "Inversion",
     "LabelLeakage",
