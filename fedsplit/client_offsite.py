@@ -49,7 +49,7 @@ def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
     emulator = load_emulator(folder)  # its digest was verified on the way
     train, test = own_data(config.data, config.seed, False, desk.node_config)
     blocks = blocks_of(_tokenizer(folder), train.texts, test.texts, config.offsite.block)
-    owner = AdapterOwner(emulator, blocks, config, identity.name)
+    owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret)
     arrays = message.content.array_records.get(WEIGHTS)
     if arrays:
         owner.load({n: torch.from_numpy(a.numpy().copy()) for n, a in arrays.items()})

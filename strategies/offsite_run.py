@@ -2,7 +2,7 @@
 
 ``output.dir`` gets ``emulator/`` (what owners were sent), ``importance/`` (reused when it is of the
 same base), ``adapters.safetensors`` after every round (an interrupted run goes on from there) and,
-at the end, ``model/``: the plugged-in model as an ordinary Hugging Face folder.
+at the end, ``adapter/`` and ``model/`` (see :mod:`strategies.offsite_export`).
 """
 
 from __future__ import annotations
@@ -19,24 +19,16 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsplit.config import OffsiteConfig, RunConfig
-from fedsplit.emulators import (
-    Emulator,
-    Material,
-    adapter_state,
-    load_adapters,
-    make_compressor,
-    plug_in,
-)
+from fedsplit.emulators import Emulator, Material, make_compressor
+from fedsplit.emulators.build import method_settings, tune_in_full
 from fedsplit.emulators.files import folder_digest, save_emulator
 from fedsplit.emulators.importance import LayerReplace
 from fedsplit.emulators.importance_files import Importance, ImportanceSettings
 from fedsplit.emulators.lm import mean_loss, pack
-from fedsplit.errors import ConfigError, ModelError, RunError
+from fedsplit.errors import ConfigError
 from fedsplit.models.loading import LoadedModel
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
@@ -47,14 +39,13 @@ from strategies.averaging import make_averaging
 from strategies.file_desk import FileDesk
 from strategies.hub import StreamHub
 from strategies.lineage_setup import build_watch
+from strategies.offsite_export import export, keep_adapters, kept_adapters
 from strategies.offsite_tuning import OffsiteParts, OffsiteTuning
 from strategies.recorder import Recorder
 from strategies.split_tuning import LONG_S
 from strategies.split_tuning_run import load_base, server_tls
 
 log = logging.getLogger(__name__)
-
-ADAPTERS = "adapters.safetensors"
 
 
 def public_blocks(config: RunConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -136,7 +127,7 @@ def make_emulator(
         "importance_s": scored - began,
         "build_s": time.perf_counter() - scored,
         "emulator_parameters": emulator.parameter_count(),
-        "trained_parameters": emulator.trainable_count(),
+        "adapter_parameters": emulator.trainable_count(),
         "adapters": list(emulator.plan.adapters),
         "roles": list(emulator.plan.roles),
         "scores": list(importance.scores) if importance is not None else None,
@@ -147,53 +138,6 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def keep_adapters(folder: Path, number: int, state: dict[str, Tensor], digest: str) -> None:
-    """Write the averaged adapters after a round, whole or not at all.
-
-    Raises:
-        RunError: they cannot be written.
-    """
-    draft = folder / f"{ADAPTERS}.draft"
-    metadata = {"round": str(number), "emulator": digest}
-    try:
-        save_file({n: t.contiguous() for n, t in state.items()}, draft, metadata=metadata)
-        draft.replace(folder / ADAPTERS)
-    except OSError as error:
-        raise RunError(f"cannot write {folder / ADAPTERS}: {error}") from None
-
-
-def kept_adapters(folder: Path, digest: str) -> tuple[int, dict[str, Tensor]] | None:
-    """Return (rounds done, adapters) of an interrupted run with the same emulator, or None.
-
-    Raises:
-        ModelError: the file is damaged.
-    """
-    path = folder / ADAPTERS
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("emulator") != digest:
-                return None
-            return int(metadata["round"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ModelError(f"{path}: no readable adapters: {error}") from None
-
-
-def export_model(folder: Path, loaded: LoadedModel) -> None:
-    """Write the plugged-in model as a Hugging Face folder.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-    except OSError as error:
-        raise RunError(f"cannot write {folder}: {error}") from None
-
-
 def run(grid: Grid, context: Context, config: RunConfig) -> None:
     """Carry out the whole run (a row of ``strategies.STRATEGIES``)."""
     if config.model.task != "causal-lm" or config.session.transport != "stream":
@@ -202,7 +146,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
             "must be causal-lm and stream for offsite tuning"
         )
     folder = Path(config.output.dir) if config.output.dir else None
-    recorder = Recorder(folder)
+    recorder = Recorder.of(config, context.run_id)
     began = time.perf_counter()
     if config.output.threads:
         torch.set_num_threads(config.output.threads)
@@ -212,7 +156,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         recorder.write(status="running", setup_s=time.perf_counter() - began)
         try:
             strategy = OffsiteTuning(config, parts, first)
-            state = adapter_state(parts.emulator)
+            state = parts.tuning.state()
             initial: ArrayRecord = weights_record(
                 {n: np.asarray(t.float().numpy()) for n, t in state.items()}
             )
@@ -220,7 +164,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
             if left > 0:
                 strategy.start(grid, initial, num_rounds=left, timeout=LONG_S)
             if folder is not None and config.output.save:
-                export_model(folder / "model", loaded)
+                recorder.write(exported=export(folder, loaded, parts.tuning))
             recorder.write(status="completed", run_s=time.perf_counter() - began)
         except BaseException as error:
             recorder.content["status"] = "failed"
@@ -242,18 +186,29 @@ def _parts(
     shutil.rmtree(shipped, ignore_errors=True)
     saved = save_emulator(emulator, shipped, tokenizer=loaded.tokenizer)
     digest = folder_digest(shipped)
+    facts |= {
+        "digest": digest,
+        "bytes": saved.bytes,
+        "method": config.offsite.method,
+        "full_parameters": sum(p.numel() for p in loaded.model.parameters()),
+    }
     recorder.write(
         base_digest=loaded.digest,
-        emulator={**facts, "digest": digest, "bytes": saved.bytes},
+        emulator=facts,
         full_zero_shot_loss=mean_loss(loaded.model, public),
         emulator_zero_shot_loss=mean_loss(emulator.model, public),
         config=json.loads(json.dumps(config.to_flat())),
     )
+    watch = build_watch(config.lineage, folder, owners=loaded.model)  # before modules are added
+    settings = method_settings(config.offsite, config.seed)
+    tuning = tune_in_full(loaded.model, emulator.plan, settings)
+    facts["trained_parameters"] = tuning.count()
+    facts["trained_share"] = tuning.count() / facts["full_parameters"]
+    recorder.write(emulator=facts)
     first = 0
-    if (kept := kept_adapters(folder, digest)) is not None:
+    if (kept := kept_adapters(folder, digest, settings)) is not None:
         first, state = kept
-        plug_in(loaded.model, state, emulator.plan)
-        load_adapters(emulator, state)
+        tuning.load(state)
         log.info("going on after round %d of an interrupted run", first)
     door = Door(TokenBook(), context.run_id)
     tls, ca = server_tls()
@@ -265,24 +220,26 @@ def _parts(
         tls=tls,
         max_frame_bytes=config.session.max_frame_mb << 20,
         on_bytes=None,
+        on_session=recorder.joined,
     )
     hub.begin(desk)
 
     def keep(number: int, state: dict[str, Tensor]) -> None:
-        keep_adapters(folder, number, state, digest)
+        keep_adapters(folder, number, state, digest, settings)
 
     return (
         OffsiteParts(
             model=loaded.model,
             emulator=emulator,
+            tuning=tuning,
             digest=digest,
             public=public,
             door=door,
             hub=hub,
             desk=desk,
-            watch=build_watch(config.lineage, folder, owners=loaded.model),
+            watch=watch,
             recorder=recorder,
-            averaging=make_averaging(config.offsite.averaging),
+            averaging=make_averaging(config.offsite),
             keep=keep,
             ca=ca,
         ),

@@ -19,10 +19,12 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsplit.config import RunConfig
-from fedsplit.emulators import Emulator, plug_in
+from fedsplit.emulators import Emulator
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.structure import Model
 from fedsplit.errors import LineageError, ModelError, RunError, WireError
+from fedsplit.models.adapter_methods import BlockTuning
+from fedsplit.privacy.accounting import spent_epsilon
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
 from strategies.averaging import remember
@@ -45,6 +47,7 @@ class OffsiteParts:
     Attributes:
         model: the full model; adapters are plugged into it after every round.
         emulator: what owners train.
+        tuning: what is trained, in A of the full model.
         digest: of the emulator's files.
         public: held-out public blocks (N, T) that the plugged-in model is evaluated on.
         door: issues and redeems session tokens.
@@ -59,6 +62,7 @@ class OffsiteParts:
 
     model: Model
     emulator: Emulator
+    tuning: BlockTuning
     digest: str
     public: Tensor
     door: Door
@@ -84,7 +88,7 @@ class OffsiteTuning(Strategy):
         self.config = config
         self.parts = parts
         self._first = first
-        self._shapes = {n: tuple(p.shape) for n, p in parts.emulator.adapter_parameters().items()}
+        self._shapes = {n: tuple(p.shape) for n, p in parts.tuning.named_parameters().items()}
         self._roll = Roll(config, parts.watch)
         self._began = 0.0
 
@@ -92,11 +96,12 @@ class OffsiteTuning(Strategy):
         """Log what is about to happen."""
         o = self.config.offsite
         log.info(
-            "offsite tuning of %s: %s, A = blocks %s, emulator of %d parameters, %s",
+            "offsite tuning of %s: %s, A = blocks %s, %s with %d trained parameters, %s",
             self.config.model.name,
             o.compressor,
             list(self.parts.emulator.plan.adapters),
-            self.parts.emulator.parameter_count(),
+            o.method,
+            self.parts.tuning.count(),
             o.averaging,
         )
 
@@ -115,7 +120,13 @@ class OffsiteTuning(Strategy):
         report, good, metrics = self._read("train", replies)
         lineage = watch.begin(number)
         arrays = average_watched(
-            watch, lineage, server_round, good, self._roll.names, self.parts.averaging
+            watch,
+            lineage,
+            server_round,
+            good,
+            self._roll.names,
+            self.parts.averaging,
+            self.parts.tuning.dense,
         )
         if arrays is None and not lineage.get("owners"):
             lost = "; ".join(f"{name}: {why}" for name, why in report.cohort.lost.items())
@@ -123,11 +134,12 @@ class OffsiteTuning(Strategy):
         watch.close(lineage)
         row: dict[str, Any] = {"round": number, "train": self._row(report, metrics)}
         row["lineage"] = lineage
+        row |= self._central_dp(number) | _owners_dp(metrics)
         if lineage.get("rejected") or stop_reason(lineage) or arrays is None:
             arrays = None
         else:
             state = tensors(arrays)
-            plug_in(self.parts.model, state, self.parts.emulator.plan)
+            self.parts.tuning.load(state)
             row["plug_in_loss"] = mean_loss(self.parts.model, self.parts.public)
             self.parts.keep(number, state)
         self.parts.recorder.round(row)
@@ -173,7 +185,9 @@ class OffsiteTuning(Strategy):
         self._began = time.perf_counter()
         number = server_round + self._first
         messages = []
-        for node in self._roll.sample(grid, number):
+        nodes = self._roll.sample(grid, number)
+        self.parts.recorder.begin(number, mode, len(nodes))
+        for node in nodes:
             offer = SessionOffer(
                 run=self.parts.door.run,
                 node=node,
@@ -224,7 +238,7 @@ class OffsiteTuning(Strategy):
         return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
-        size = 4 * sum(p.numel() for p in self.parts.emulator.adapter_parameters().values())
+        size = 4 * self.parts.tuning.count()
         return {
             **report.to_dict(),
             "metrics": metrics,
@@ -233,6 +247,14 @@ class OffsiteTuning(Strategy):
             "emulator_bytes": self.parts.desk.bytes_down,
             "emulators_sent": self.parts.desk.sent,
         }
+
+    def _central_dp(self, number: int) -> dict[str, Any]:
+        """What the noise on the averages has cost after that round; empty without it."""
+        noise, dp = self.config.offsite.central_dp_noise, self.config.dp
+        if not noise:
+            return {}
+        spent = spent_epsilon(noise, 1.0, number, dp.delta, dp.accountant)
+        return {"central_dp": {"epsilon": spent, "delta": dp.delta, "unit": "owner"}}
 
     def _say(
         self, number: int, mode: str, metrics: dict[str, Any], lineage: dict[str, Any]
@@ -247,3 +269,13 @@ class OffsiteTuning(Strategy):
             accuracy=None,
             verdict=lineage.get("verdict"),
         )
+
+
+def _owners_dp(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The largest epsilon that an owner says its DP-SGD has cost; empty without any."""
+    rows = [row for row in metrics["owners"].values() if "dp-epsilon" in row]
+    if not rows:
+        return {}
+    worst = max(rows, key=lambda row: float(row["dp-epsilon"]))
+    spent = {"epsilon": worst["dp-epsilon"], "delta": worst.get("dp-delta")}
+    return {"owners_dp": {**spent, "unit": "block"}}

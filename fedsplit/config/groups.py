@@ -90,6 +90,9 @@ class TrainConfig:
         clip: bound on the gradient's L2 norm; 0 = none.
         fraction: share of the connected owners sampled per round.
         min_owners: fewest owners a round starts with.
+        bench_after: an owner that failed in this many rounds in a row is not asked for a while;
+            0 = always asked.
+        bench_rounds: for how many rounds.
     """
 
     rounds: int = 3
@@ -107,11 +110,15 @@ class TrainConfig:
     clip: float = 1.0
     fraction: float = 1.0
     min_owners: int = 1
+    bench_after: int = 3
+    bench_rounds: int = 5
 
     def __post_init__(self) -> None:
         for name, low in (("rounds", 1), ("epochs", 1), ("batch_size", 1), ("min_owners", 1)):
             value = getattr(self, name)
             check(value >= low, f"train.{name.replace('_', '-')}", value, f">= {low}")
+        check(self.bench_after >= 0, "train.bench-after", self.bench_after, ">= 0 (0 = never)")
+        check(self.bench_rounds >= 1, "train.bench-rounds", self.bench_rounds, ">= 1")
         check(self.max_steps >= 0, "train.max-steps", self.max_steps, ">= 0 (0 = no bound)")
         one_of("train.method", self.method, ("all", "head", "lora", "bitfit", "ia3", "adapter"))
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
@@ -141,6 +148,7 @@ class SessionConfig:
         wave_wait_s: how long a wave waits for its members before it starts with those connected.
         deadline_s: longest wait for one frame from a connected owner.
         idle_s: longest silence an owner accepts from the server.
+        reconnect_s: how long a session waits for a broken stream to be opened again; 0 = not.
         window: batches an owner may send ahead of the server's step.
         max_frame_mb: bound on one frame (MiB).
         host: address the server listens on and announces.
@@ -155,6 +163,7 @@ class SessionConfig:
     wave_wait_s: float = 120.0
     deadline_s: float = 120.0
     idle_s: float = 600.0
+    reconnect_s: float = 45.0
     window: int = 4
     max_frame_mb: int = 64
     host: str = "127.0.0.1"
@@ -171,6 +180,12 @@ class SessionConfig:
             check(
                 0 < value <= 86_400, f"session.{name.replace('_', '-')}", value, "in (0, 86400] s"
             )
+        check(
+            0 <= self.reconnect_s <= 3600,
+            "session.reconnect-s",
+            self.reconnect_s,
+            "in [0, 3600] s (0 = never)",
+        )
         check(1 <= self.window <= 1024, "session.window", self.window, "in [1, 1024]")
         check(
             1 <= self.max_frame_mb <= 1024,
@@ -256,6 +271,11 @@ class OutputConfig:
         evaluate_every: rounds between evaluations on the owners' held-out samples; 0 = never.
         threads: CPU threads of the server's compute; 0 = all cores.
         owner_threads: CPU threads of one owner's compute.
+        checkpoint_steps: steps between states from which an interrupted run goes on, beside the one
+            after every round (split tuning); 0 = rounds only, -1 = no states at all.
+        log_json: also write the server's log as JSON lines, ``log.jsonl`` in ``dir``.
+        tensorboard: also write losses, verdicts, bytes and speed as TensorBoard event files.
+        metrics_port: answer ``GET /metrics`` (OpenMetrics) on this port of 127.0.0.1; 0 = off.
     """
 
     dir: str = ""
@@ -265,8 +285,24 @@ class OutputConfig:
     evaluate_every: int = 1
     threads: int = 0
     owner_threads: int = 1
+    checkpoint_steps: int = 0
+    log_json: bool = False
+    tensorboard: bool = False
+    metrics_port: int = 0
 
     def __post_init__(self) -> None:
         check(self.evaluate_every >= 0, "output.evaluate-every", self.evaluate_every, ">= 0")
         check(0 <= self.threads <= 1024, "output.threads", self.threads, "in [0, 1024]")
         check(1 <= self.owner_threads <= 1024, "output.owner-threads", self.owner_threads, ">= 1")
+        check(
+            self.checkpoint_steps >= -1,
+            "output.checkpoint-steps",
+            self.checkpoint_steps,
+            ">= -1 (0 = after rounds only, -1 = never)",
+        )
+        check(
+            0 <= self.metrics_port <= 65_535,
+            "output.metrics-port",
+            self.metrics_port,
+            "in [0, 65535]; 0 = off",
+        )

@@ -9,6 +9,15 @@ from fedsplit.errors import ConfigError, check
 
 AVERAGINGS = ("fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum")
 
+METHODS = ("full", "lora", "bottleneck", "bitfit", "prefix")
+"""The rows of ``fedsplit.models.adapter_methods.METHODS``, which this layer cannot import."""
+
+NO_SECURE_AGGREGATION = (
+    "false: Flower's SecAgg+ works inside its legacy workflow (LegacyContext, fit messages), which "
+    "strategies on messages cannot run in, and a masked update cannot be checked for its lineage; "
+    "use dp.* at the owners, or central-dp-*"
+)
+
 
 @dataclass(frozen=True)
 class OffsiteConfig:
@@ -28,6 +37,23 @@ class OffsiteConfig:
         block: tokens of one training block.
         averaging: Flower strategy that averages the owners' adapters.
         proximal: FedProx: weight of the squared distance to the round's start (0 = off).
+        method: what is trained inside A's blocks: ``full`` (the blocks), ``lora``, ``bottleneck``,
+            ``bitfit`` (biases and the norms' weights) or ``prefix``.
+        rank: of LoRA's updates.
+        lora_alpha: LoRA's updates are scaled by ``lora_alpha / rank``.
+        width: of the bottlenecks.
+        prefix: trained positions of each attention.
+        micro_batch: blocks of one forward and backward; a step sums them up to ``train.batch-size``
+            (0 = all at once).  With ``dp.*`` it is always one.
+        bf16: owners compute in bfloat16 (autocast); weights stay float32.
+        checkpointing: owners keep no activations inside blocks and compute them again.
+        server_lr: FedAdam: how far the server's step moves a weight; 0 = as far as the first
+            round's plain average did (root mean square over weights).
+        central_dp_clip: bound on the norm of one owner's update of a round, kept by the owner and
+            again by the server (0 = off).
+        central_dp_noise: standard deviation of the noise on the sum of the owners' updates, in
+            units of the bound (0 = off); updates then weigh the same.
+        secure_aggregation: must be false; the error says why.
     """
 
     compressor: str = "scaleot"
@@ -42,6 +68,18 @@ class OffsiteConfig:
     block: int = 128
     averaging: str = "fedavg"
     proximal: float = 0.0
+    method: str = "full"
+    rank: int = 8
+    lora_alpha: float = 16.0
+    width: int = 32
+    prefix: int = 8
+    micro_batch: int = 0
+    bf16: bool = False
+    checkpointing: bool = False
+    server_lr: float = 0.0
+    central_dp_clip: float = 0.0
+    central_dp_noise: float = 0.0
+    secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
         check(bool(self.compressor), "offsite.compressor", self.compressor, "a compressor's name")
@@ -56,6 +94,33 @@ class OffsiteConfig:
             check(0 <= value <= 1, f"offsite.{name}", value, "in [0, 1]")
         check(2 <= self.block <= 131_072, "offsite.block", self.block, "in [2, 131072] tokens")
         check(0 <= self.proximal <= 1e6, "offsite.proximal", self.proximal, "in [0, 1e6]; 0 = off")
+        one_of("offsite.method", self.method, METHODS)
+        for name in ("rank", "width", "prefix"):
+            value = getattr(self, name)
+            check(1 <= value <= 65_536, f"offsite.{name}", value, "in [1, 65536]")
+        check(0 < self.lora_alpha <= 1e6, "offsite.lora-alpha", self.lora_alpha, "in (0, 1e6]")
+        check(self.micro_batch >= 0, "offsite.micro-batch", self.micro_batch, ">= 0 (0 = all)")
+        check(0 <= self.server_lr < 10, "offsite.server-lr", self.server_lr, "in [0, 10)")
+        self._check_central_dp()
+
+    def _check_central_dp(self) -> None:
+        clip, noise = self.central_dp_clip, self.central_dp_noise
+        check(0 <= clip <= 1e6, "offsite.central-dp-clip", clip, "in [0, 1e6]; 0 = off")
+        check(0 <= noise <= 1e6, "offsite.central-dp-noise", noise, "in [0, 1e6]; 0 = off")
+        if noise:
+            check(clip > 0, "offsite.central-dp-noise", noise, "0 where central-dp-clip is 0")
+            check(
+                self.averaging == "fedavg",
+                "offsite.averaging",
+                self.averaging,
+                "fedavg where central-dp-noise is set: the noise is cut to a plain mean",
+            )
+        check(
+            not self.secure_aggregation,
+            "offsite.secure-aggregation",
+            self.secure_aggregation,
+            NO_SECURE_AGGREGATION,
+        )
 
     @property
     def chosen(self) -> tuple[int, ...]:

@@ -53,7 +53,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
-        check_together(self.labels, self.dp, self.model, self.split, self.train)
+        # Owners of offsite tuning train their adapters themselves, whatever the split says.
+        dp = DpConfig() if self.strategy == "offsite-tuning" else self.dp
+        check_together(self.labels, dp, self.model, self.split, self.train)
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:
@@ -118,6 +120,8 @@ def _known(cls: type) -> str:
 def _coerce(name: str, value: object, kind: type) -> Any:
     """Return ``value`` as ``kind``; an int is accepted for a float, nothing else is converted."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > 2**64:
+            raise ConfigError(f"{name}: an integer of {value.bit_length()} bits: must fit a float")
         return float(value)
     if type(value) is not kind:
         raise ConfigError(f"{name}={value!r}: must be of type {kind.__name__}")

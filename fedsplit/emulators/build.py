@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.plan import COMPRESS, HARMONIZER, SHARE, EmulatorPlan
 from fedsplit.emulators.structure import Model, OwnStorage, configs_outside, with_blocks
-from fedsplit.errors import ConfigError, ModelError
+from fedsplit.errors import ConfigError
+from fedsplit.models.adapter_methods import BlockTuning, MethodSettings, load_named
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import weights_digest
 from fedsplit.models.projections import tensors_of
@@ -95,10 +96,7 @@ def build_emulator(
         UnsupportedModelError: if the model's blocks cannot be told.
     """
     anatomy = probe(model)
-    if plan.num_layers != anatomy.num_layers:
-        raise ConfigError(
-            f"plan: {plan.num_layers} blocks: must be the model's {anatomy.num_layers}"
-        )
+    _check_layers(model, plan)
     ready = harmonizers or {}
     missing = [i for i in plan.having(HARMONIZER) if i not in ready]
     if missing:
@@ -161,7 +159,7 @@ def load_adapters(emulator: Emulator, state: Mapping[str, Tensor]) -> None:
         ModelError: if a name is missing or unknown, or a tensor has another shape, is not floating
             point or not finite.
     """
-    _set(emulator.adapter_parameters(), state)
+    load_named(emulator.adapter_parameters(), state)
 
 
 def plug_in(model: Model, state: Mapping[str, Tensor], plan: EmulatorPlan) -> dict[str, Tensor]:
@@ -182,14 +180,53 @@ def plug_in(model: Model, state: Mapping[str, Tensor], plan: EmulatorPlan) -> di
         ModelError: if a name is missing or unknown, or a tensor has another shape, is not floating
             point or not finite in the model's dtype.
     """
-    if plan.num_layers != probe(model).num_layers:
-        raise ConfigError(
-            f"plan: {plan.num_layers} blocks: must be the model's {probe(model).num_layers}"
-        )
+    _check_layers(model, plan)
     named = _named(model, plan, full=True)
     before = {n: p.detach().to("cpu", copy=True) for n, p in named.items()}
-    _set(named, state)
+    load_named(named, state)
     return before
+
+
+def method_settings(offsite: OffsiteConfig, seed: int) -> MethodSettings:
+    """Return what a run's settings say about what is trained inside A."""
+    return MethodSettings(
+        method=offsite.method,
+        rank=offsite.rank,
+        lora_alpha=offsite.lora_alpha,
+        width=offsite.width,
+        prefix=offsite.prefix,
+        seed=seed,
+    )
+
+
+def tune_inside(emulator: Emulator, settings: MethodSettings) -> BlockTuning:
+    """Let only what a method trains be trained in an emulator's A; adds the method's modules.
+
+    Raises:
+        ConfigError: if the method finds nothing to train.
+        UnsupportedModelError: if the method cannot be used in this family.
+    """
+    blocks = _blocks_of(emulator.model, emulator.plan, full=False)
+    return BlockTuning(emulator.model, blocks, settings)
+
+
+def tune_in_full(model: Model, plan: EmulatorPlan, settings: MethodSettings) -> BlockTuning:
+    """Put a method's modules into A of the full model, where trained states are plugged in by key.
+
+    The names are those of :func:`tune_inside` of an emulator with that plan.
+
+    Raises:
+        ConfigError: if the plan is for another number of blocks, or there is nothing to train.
+        UnsupportedModelError: if the method cannot be used in this family.
+    """
+    _check_layers(model, plan)
+    return BlockTuning(model, _blocks_of(model, plan, full=True), settings)
+
+
+def _check_layers(model: Model, plan: EmulatorPlan) -> None:
+    layers = probe(model).num_layers
+    if plan.num_layers != layers:
+        raise ConfigError(f"plan: {plan.num_layers} blocks: must be the model's {layers}")
 
 
 def _blocks_of(model: Model, plan: EmulatorPlan, full: bool) -> dict[str, nn.Module]:
@@ -213,26 +250,3 @@ def _merged(model: Model, plan: EmulatorPlan) -> dict[str, Tensor]:
         for prefix, block in _blocks_of(model, plan, full=False).items()
         for name, tensor in tensors_of(block).items()
     }
-
-
-def _set(named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(named.keys() - state.keys()), sorted(state.keys() - named.keys())
-    if missing or unknown:
-        raise ModelError(
-            f"adapter state: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} "
-            f"({len(unknown)}): must be the {len(named)} names of the plan's adapter blocks"
-        )
-    for name, parameter in named.items():
-        tensor = state[name]
-        if tensor.shape != parameter.shape:
-            raise ModelError(
-                f"{name}: shape {tuple(tensor.shape)}: must be {tuple(parameter.shape)}"
-            )
-        if tensor.is_floating_point() != parameter.is_floating_point():
-            raise ModelError(f"{name}: dtype {tensor.dtype}: must be like {parameter.dtype}")
-        # After the cast: a finite float32 can be infinite in float16.
-        if not bool(tensor.to(parameter.dtype).isfinite().all()):
-            raise ModelError(f"{name}: must be finite in {parameter.dtype}")
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(state[name])

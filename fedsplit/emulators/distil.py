@@ -1,23 +1,32 @@
-"""Distilling the full model into an emulator's middle (Offsite-Tuning, 2302.04870, section 4.2)."""
+"""Distilling the full model into an emulator's middle (Offsite-Tuning, 2302.04870, section 4.2).
+
+With its defaults this is Offsite-Tuning's: the last middle output and the language-model loss.
+ScaleOT's harmonizers are settled with the losses that decide what plugs in (ours): the hidden states
+that enter each run of A's blocks, and the full model's own next-token distribution.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
 from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
-from fedsplit.emulators.plan import ADAPTER, HARMONIZER, KEEP, ROLES
+from fedsplit.emulators.plan import ADAPTER, HARMONIZER, KEEP, ROLES, EmulatorPlan
 from fedsplit.emulators.structure import Model, evaluating, first, frozen
 from fedsplit.emulators.supernet import relative_mismatch
 from fedsplit.errors import ConfigError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.seeding import derive_seed
+
+PLACES = ("last", "inputs")
 
 
 @dataclass(frozen=True)
@@ -28,9 +37,13 @@ class Distil:
         steps: of Adam.
         batch_size: token blocks in a step.
         lr: falling linearly to a tenth.
-        hidden_weight: of mean(((T - S) / rms(T))^2) on the last middle output.
+        hidden_weight: of mean(((T - S) / rms(T))^2), the mean over the places of ``hidden_at``.
         lm_weight: of the language-model loss.
+        logit_weight: of KL(teacher || student) over the next token, in nats a token.
+        hidden_at: "last": the last middle output; "inputs": what enters each run of A's blocks,
+            and the last middle output.
         roles: whose blocks learn; A never does.
+        bf16: autocast to bfloat16 (weights stay as they are).
         seed: of the order of the batches.
     """
 
@@ -39,16 +52,21 @@ class Distil:
     lr: float = 3e-4
     hidden_weight: float = 1.0
     lm_weight: float = 1.0
+    logit_weight: float = 0.0
+    hidden_at: str = "last"
     roles: tuple[str, ...] = (KEEP, HARMONIZER)
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, "steps", self.steps, ">= 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1 (blocks)")
         check(self.lr > 0, "lr", self.lr, "> 0")
-        for name in ("hidden_weight", "lm_weight"):
-            check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        check(self.hidden_weight + self.lm_weight > 0, "weights", (0, 0), "not both 0")
+        weights = (self.hidden_weight, self.lm_weight, self.logit_weight)
+        for name, value in zip(("hidden", "lm", "logit"), weights, strict=True):
+            check(value >= 0, f"{name}_weight", value, ">= 0")
+        check(sum(weights) > 0, "weights", weights, "not all 0")
+        check(self.hidden_at in PLACES, "hidden_at", self.hidden_at, f"one of {', '.join(PLACES)}")
         for role in self.roles:
             check(role in ROLES and role != ADAPTER, "roles", role, "roles outside A")
 
@@ -85,7 +103,7 @@ def distil(
     if not learning:
         raise ConfigError(f"roles={settings.roles}: must be those of some block of {plan.roles}")
     inside, above = probe(emulator.model).blocks, probe(teacher).blocks
-    middle = [i for i, p in enumerate(plan.positions) if plan.roles[p] != ADAPTER][-1]
+    places = _places(plan, settings.hidden_at) if settings.hidden_weight > 0 else []
     device = next(emulator.model.parameters()).device
     size = min(settings.batch_size, len(tokens))
     per_epoch, losses = len(tokens) // size, []
@@ -96,16 +114,21 @@ def distil(
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.Adam(parameters, lr=settings.lr)
-        with (
-            frozen(teacher),
-            evaluating(emulator.model),
-            _Last(inside[middle]) as mine,
-            _Last(above[plan.positions[middle]]) as theirs,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(frozen(teacher))
+            stack.enter_context(evaluating(emulator.model))
+            pairs = [
+                (
+                    stack.enter_context(_Last(above[plan.positions[i]])),
+                    stack.enter_context(_Last(inside[i])),
+                )
+                for i in places
+            ]
             for step in range(settings.steps):
                 order = epoch_batches(len(tokens), size, seed, step // per_epoch)
                 ids = tokens[torch.from_numpy(order[step % per_epoch])].to(device)
-                loss = _loss(emulator.model, teacher, ids, mine, theirs, settings)
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                    loss = _loss(emulator.model, teacher, ids, pairs, settings)
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * (1 - 0.9 * step / settings.steps)
                 optimizer.zero_grad(set_to_none=True)
@@ -122,15 +145,45 @@ def distil(
 
 
 def _loss(
-    student: Model, teacher: Model, ids: Tensor, mine: _Last, theirs: _Last, settings: Distil
+    student: Model,
+    teacher: Model,
+    ids: Tensor,
+    pairs: Sequence[tuple[_Last, _Last]],
+    settings: Distil,
 ) -> Tensor:
-    logits = logits_of(student, ids)
-    loss = settings.lm_weight * lm_loss(logits, ids)
-    if settings.hidden_weight > 0:
-        with torch.no_grad():
+    target = None
+    with torch.no_grad():
+        if settings.logit_weight > 0:
+            target = logits_of(teacher, ids)  # (B, T, V)
+        elif pairs:
             teacher.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        loss = loss + settings.hidden_weight * relative_mismatch(theirs.hidden(), mine.hidden())
+    logits = logits_of(student, ids)
+    loss = logits.new_zeros((), dtype=torch.float32)
+    if settings.lm_weight > 0:
+        loss = loss + settings.lm_weight * lm_loss(logits, ids)
+    if target is not None:
+        loss = loss + settings.logit_weight * divergence(target, logits)
+    if pairs:
+        apart = [relative_mismatch(theirs.hidden(), mine.hidden()) for theirs, mine in pairs]
+        loss = loss + settings.hidden_weight * torch.stack(apart).mean()
     return loss
+
+
+def divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean KL(target || logits) over the next tokens, in nats: both (B, T, V)."""
+    theirs = F.log_softmax(target.float(), -1).flatten(0, 1)  # (B T, V)
+    mine = F.log_softmax(logits.float(), -1).flatten(0, 1)
+    return F.kl_div(mine, theirs, log_target=True, reduction="batchmean")
+
+
+def _places(plan: EmulatorPlan, hidden_at: str) -> list[int]:
+    """Return the indices of the emulator's blocks outside A whose outputs are matched."""
+    roles = [plan.roles[p] for p in plan.positions]
+    outside = [i for i, role in enumerate(roles) if role != ADAPTER]
+    if hidden_at == "last":
+        return outside[-1:]
+    enter = [i for i in outside if i + 1 < len(roles) and roles[i + 1] == ADAPTER]
+    return sorted({*enter, outside[-1]})
 
 
 def _floats(blocks: list[nn.Module]) -> list[nn.Parameter]:

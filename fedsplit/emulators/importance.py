@@ -15,6 +15,7 @@ blocks, one draw for a whole batch, and all defaults are ours.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,13 +169,17 @@ class LayerReplace:
         rows = tokens[torch.from_numpy(order[number % per_epoch])]
         return rows.to(next(self.model.parameters()).device)
 
+    def _precision(self, ids: Tensor) -> AbstractContextManager[Any]:
+        return torch.autocast(ids.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
     def _gradient_step(self, net: Net) -> float:
         settings = self.settings
         generator = torch_generator(settings.seed, "layer-replace", "train", self.step)
         net.keep(draw_kept(self.scores, settings.group, settings.replace, generator))
         ids = self._batch(self.train, "train", self.step)
-        loss = lm_loss(logits_of(net.model, ids), ids)
-        total = loss + settings.hidden_weight * net.mismatch()
+        with self._precision(ids):
+            loss = lm_loss(logits_of(net.model, ids), ids)
+            total = loss + settings.hidden_weight * net.mismatch()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * (1 - 0.9 * self.step / settings.steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -192,7 +197,8 @@ class LayerReplace:
             generator = torch_generator(settings.seed, "layer-replace", "score", number, k)
             subsets.append(draw_kept(self.scores, settings.group, settings.replace, generator))
             net.keep(subsets[-1])
-            losses.append(float(lm_loss(logits_of(net.model, ids), ids)))
+            with self._precision(ids):
+                losses.append(float(lm_loss(logits_of(net.model, ids), ids)))
         self.scores = updated_scores(self.scores, subsets, losses, settings.rl_lr, settings.reward)
 
     def _moments(self) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ class ImportanceSettings:
             the order of exp(loss)), or "standardised": (-loss_k - mean) / std, whose size does not.
         hidden_weight: weight of matching each harmonizer's output to its block's on the same
             input, mean(((T - S) / rms(T))^2); 0: off, and the blocks need not run.
+        bf16: autocast to bfloat16 (the frozen model and the harmonizers stay as they are).
         seed: of draws, batches and harmonizers.
     """
 
@@ -53,6 +54,7 @@ class ImportanceSettings:
     rl_lr: float = 1.0
     reward: str = "standardised"
     hidden_weight: float = 0.0
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compressor import Forecast, Material, Sizes, adapters_in, plain_forecast
 from fedsplit.emulators.distil import Distil, distil
 from fedsplit.emulators.harmonizer import default_width
-from fedsplit.emulators.plan import COMPRESS, HARMONIZER, EmulatorPlan, check_fraction
+from fedsplit.emulators.plan import COMPRESS, HARMONIZER, KEEP, EmulatorPlan, check_fraction
 from fedsplit.emulators.src import compress_block, compressed_numel
 from fedsplit.emulators.structure import Model
 from fedsplit.errors import ConfigError, ModelError, check
@@ -33,8 +33,11 @@ class ScaleOT:
         attention: compress Q, K, V, O (the method's choice).
         ffn: compress the FFN too (to reproduce why not).
         settle_steps: steps in which the chosen harmonizers are trained together, in the place they
-            now have, before they are shipped (ours, not the paper's; 0: off; needs tokens).
+            now have, before blocks are compressed and shipped: towards the full model's hidden
+            states where they enter A, and its next-token distribution (ours, not the paper's; 0:
+            off; needs tokens).
         settle_lr: of those steps.
+        bf16: autocast while settling.
         seed: of a randomised SVD and of settling.
     """
 
@@ -45,7 +48,8 @@ class ScaleOT:
     attention: bool = True
     ffn: bool = False
     settle_steps: int = 0
-    settle_lr: float = 1e-3
+    settle_lr: float = 2e-3
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -135,7 +139,11 @@ class ScaleOT:
                 seed=self.seed,
             )
 
-        emulator = build_emulator(
+        if self.settle_steps and plan.having(HARMONIZER):
+            harmonizers, details["distil"] = self._settled(
+                model, plan, harmonizers, digest, material
+            )
+        return build_emulator(
             model,
             plan,
             harmonizers=harmonizers,
@@ -144,13 +152,35 @@ class ScaleOT:
             base_digest=digest,
             details=details,
         )
-        if self.settle_steps and plan.having(HARMONIZER):
-            settings = Distil(
-                steps=self.settle_steps,
-                batch_size=material.batch_size,
-                lr=self.settle_lr,
-                roles=(HARMONIZER,),
-                seed=self.seed,
-            )
-            distil(emulator, model, material.needed_tokens("scaleot settle_steps"), settings)
-        return emulator
+
+    def _settled(
+        self,
+        model: Model,
+        plan: EmulatorPlan,
+        harmonizers: dict[int, nn.Module],
+        digest: str,
+        material: Material,
+    ) -> tuple[dict[int, nn.Module], Any]:
+        """Return the plan's harmonizers, trained together in their places, and what was done.
+
+        The other blocks are whole meanwhile: harmonizers that made up for SRC would undo it, and
+        these serve emulators of every beta.
+        """
+        roles = tuple(KEEP if role == COMPRESS else role for role in plan.roles)
+        whole = build_emulator(
+            model, EmulatorPlan(roles), harmonizers=harmonizers, base_digest=digest
+        )
+        settings = Distil(
+            steps=self.settle_steps,
+            batch_size=material.batch_size,
+            lr=self.settle_lr,
+            lm_weight=0.0,
+            logit_weight=1.0,
+            hidden_at="inputs",
+            roles=(HARMONIZER,),
+            bf16=self.bf16,
+            seed=self.seed,
+        )
+        distil(whole, model, material.needed_tokens("scaleot settle_steps"), settings)
+        trained = dict(zip(plan.positions, probe(whole.model).blocks, strict=True))
+        return {i: trained[i] for i in plan.having(HARMONIZER)}, whole.details["distil"]

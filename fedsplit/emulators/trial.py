@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -134,8 +133,7 @@ def tune(
         for step in range(settings.steps):
             order = epoch_batches(len(tokens), size, seed, step // per_epoch)
             ids = tokens[torch.from_numpy(order[step % per_epoch])].to(device)
-            half = torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext()
-            with half:
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                 loss = lm_loss(logits_of(model, ids), ids)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

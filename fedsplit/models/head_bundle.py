@@ -119,7 +119,7 @@ def _lay_out_head(bundle: Bundle, about: Mapping[str, Any]) -> PreTrainedModel:
     bottom = parse_json("fedsplit.json", bundle.files["fedsplit.json"])
     _check_about(bottom)
     config = parse_json("config.json", bundle.files["config.json"])
-    changes = {} if about["labels"] is None else {"num_labels": about["labels"]}
+    changes = {} if about.get("labels") is None else {"num_labels": about["labels"]}
     whole = lay_out_whole(config, bottom, AUTO[about["task"]], **changes)
     last = probe(whole).blocks[-1]
     model = cut(whole, [Pass(last, about["tuple_length"])], slice(-1, None))
@@ -127,14 +127,15 @@ def _lay_out_head(bundle: Bundle, about: Mapping[str, Any]) -> PreTrainedModel:
     assert isinstance(embedding, torch.nn.Embedding), "verified by probe"
     model.set_input_embeddings(ZeroEmbedding(embedding))
     names = {name for name, _ in model.named_modules()}
-    if about["source"] is not None and about["source"] not in names:
-        raise ModelError(f"head.json: source={about['source']!r}: must be a module of this family")
+    source = about.get("source")
+    if source is not None and source not in names:
+        raise ModelError(f"head.json: source={source!r}: must be a module of this family")
     return model
 
 
 def _attach(model: PreTrainedModel, about: Mapping[str, Any]) -> Head:
     slot = Slot()
-    source = about["source"]
+    source = about.get("source")
     if source is None:
         probe(model).blocks[0].register_forward_pre_hook(slot.before, with_kwargs=True)
     else:
@@ -143,7 +144,7 @@ def _attach(model: PreTrainedModel, about: Mapping[str, Any]) -> Head:
     head.hidden_size, head.source = about["width"], source
     head.tuple_length = about["tuple_length"]
     head.learn_outputs()
-    if head.num_labels != about["labels"] or head.task != about["task"]:
+    if head.num_labels != about.get("labels") or head.task != about["task"]:
         raise ModelError(f"{head.num_labels} classes: must be the announced {about['labels']}")
     return head.eval()
 
@@ -156,7 +157,7 @@ def _check_head(about: Mapping[str, Any]) -> None:
 
     if about.get("format") != FORMAT:
         raise ModelError(f"head.json: format={about.get('format')!r}: must be {FORMAT}")
-    if about.get("task") not in AUTO:
+    if not isinstance(about.get("task"), str) or about["task"] not in AUTO:
         raise ModelError(f"head.json: task={about.get('task')!r}: must be one of {', '.join(AUTO)}")
     number("tuple_length", 0, 8)
     number("width", 1, MAX_WIDTH)

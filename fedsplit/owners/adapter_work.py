@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsplit.config import RunConfig, TrainConfig
+from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
-from fedsplit.emulators.build import Emulator, adapter_state, load_adapters
-from fedsplit.emulators.lm import lm_loss, logits_of, mean_loss, pack
-from fedsplit.errors import DataError, ModelError
+from fedsplit.emulators.build import Emulator, method_settings, tune_inside
+from fedsplit.emulators.lm import mean_loss, pack
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.owners.adapter_steps import AdapterSteps, bounded
 from fedsplit.owners.plan import train_steps
+from fedsplit.owners.training import DpSettings
+from fedsplit.privacy.secret import OwnerSecret
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,39 @@ def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length:
 
 
 class AdapterOwner:
-    """Trains an emulator's adapters on one owner's blocks.
+    """Trains what the run's method trains inside an emulator's A on one owner's blocks.
 
     Args:
-        emulator: as loaded; its adapters require gradients.
+        emulator: as loaded; the method's modules are added to its adapter blocks.
         blocks: the owner's.
         config: the run's settings.
         name: the owner's public name, which orders its batches.
+        secret: the owner's, for the noise of DP-SGD (``dp.*``).
+
+    Raises:
+        ConfigError: the method finds nothing to train, or DP-SGD has no secret.
+        UnsupportedModelError: the method cannot be used in this family.
     """
 
-    def __init__(self, emulator: Emulator, blocks: Blocks, config: RunConfig, name: str) -> None:
+    def __init__(
+        self,
+        emulator: Emulator,
+        blocks: Blocks,
+        config: RunConfig,
+        name: str,
+        secret: OwnerSecret | None = None,
+    ) -> None:
+        if config.dp.noise_multiplier and secret is None:
+            raise ConfigError(
+                f"dp.noise-multiplier={config.dp.noise_multiplier}: needs the owner's secret"
+            )
         self.emulator = emulator
         self.blocks = blocks
         self.config = config
         self.name = name
+        self._secret = secret
+        self.tuning = tune_inside(emulator, method_settings(config.offsite, config.seed))
+        self._received = self.tuning.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Start from the round's average.
@@ -79,45 +101,36 @@ class AdapterOwner:
         Raises:
             ModelError: a missing, foreign, misshapen or non-finite tensor.
         """
-        load_adapters(self.emulator, state)
+        self.tuning.load(state)
+        self._received = self.tuning.state()
 
     def train(self, round_: int) -> dict[str, float | int]:
         """Take the round's local steps and return its averages.
 
+        With DP-SGD what it has cost by now is among them (``dp-epsilon``, ``dp-delta``,
+        ``dp-steps``); the averages themselves are exact, and no part of that guarantee.
+
         Raises:
             ModelError: the loss is not finite; nothing leaves then.
         """
-        train, offsite = self.config.train, self.config.offsite
+        train = self.config.train
         began = time.perf_counter()
         batches, _ = train_steps(len(self.blocks.train), train, self.config.seed, self.name, round_)
-        named = self.emulator.adapter_parameters()
-        parameters = [p for p in named.values() if p.requires_grad]
-        start = [p.detach().clone() for p in parameters]
-        optimizer = _optimizer(parameters, train)
         model = self.emulator.model.train()
+        if self.config.offsite.checkpointing:
+            # Nothing before A needs gradients: the re-entrant kind would find none at all.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps = AdapterSteps(
+            model, self.tuning.parameters(), self.config, self._dp(round_, len(batches))
+        )
         loss_sum, tokens = 0.0, 0
         try:
             for step, batch in enumerate(batches):
                 ids = self.blocks.train[torch.as_tensor(batch)]  # (B, T)
-                loss = lm_loss(logits_of(model, ids), ids)
-                if not bool(torch.isfinite(loss)):
-                    raise ModelError(f"local loss {float(loss)} at step {step}: must be finite")
-                whole = loss
-                if offsite.proximal:
-                    distance = sum(
-                        (p - s).pow(2).sum() for p, s in zip(parameters, start, strict=True)
-                    )
-                    whole = loss + 0.5 * offsite.proximal * distance
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward([whole])
-                if train.clip:
-                    nn.utils.clip_grad_norm_(parameters, train.clip)
                 done = (round_ - 1 + step / len(batches)) / train.rounds
-                for group in optimizer.param_groups:
-                    group["lr"] = train.lr * rate_factor(train, done)
-                optimizer.step()
+                loss = steps.step(ids, train.lr * rate_factor(train, done))
                 count = ids.shape[0] * (ids.shape[1] - 1)
-                loss_sum += float(loss.detach()) * count
+                loss_sum += loss * count
                 tokens += count
         finally:
             model.eval()
@@ -129,6 +142,7 @@ class AdapterOwner:
             "accuracy": 0.0,
             "share-touched": 0.0,
             "train-seconds": time.perf_counter() - began,
+            **steps.spent(),
         }
 
     def evaluate(self) -> dict[str, float | int]:
@@ -144,13 +158,26 @@ class AdapterOwner:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the adapters by their names in the full model, float32."""
-        return {name: t.float() for name, t in adapter_state(self.emulator).items()}
+        """Return what is trained by its names in the full model, float32.
 
+        With ``offsite.central-dp-clip`` the round's change is bounded before it leaves.
+        """
+        found = {name: t.float() for name, t in self.tuning.state().items()}
+        if self.config.offsite.central_dp_clip:
+            start = {name: t.float() for name, t in self._received.items()}
+            found = bounded(found, start, self.config.offsite.central_dp_clip)
+        return found
 
-def _optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    if not parameters:
-        raise ModelError("emulator has 0 trainable parameters: must be >= 1")
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=train.lr, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    def _dp(self, round_: int, steps: int) -> DpSettings | None:
+        dp = self.config.dp
+        if not dp.noise_multiplier or self._secret is None:
+            return None
+        return DpSettings(
+            dp.noise_multiplier,
+            dp.clip,
+            dp.delta,
+            dp.accountant,
+            sample_rate=min(1.0, self.config.train.batch_size / len(self.blocks.train)),
+            earlier_steps=(round_ - 1) * steps,
+            secret=self._secret,
+        )

@@ -210,12 +210,8 @@ def test_nan_from_one_owner_costs_that_owner(
     adapters, server, _ = run(offsite(data__owners=3), tmp_path / "run")
     assert all(bool(t.isfinite().all()) for t in adapters.values())
     for row in server["rounds"]:
-        assert (
-            "finite"
-            in row["train"]["lost"][
-                "owner-1" if row["round"] > 9 else next(iter(row["train"]["lost"]))
-            ]
-        )
+        (reason,) = row["train"]["lost"].values()
+        assert "finite" in reason
         assert row["train"]["finished"] == ["owner-0", "owner-2"]
 
 

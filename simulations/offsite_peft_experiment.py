@@ -1,0 +1,188 @@
+"""The kind ``offsite-peft``: what is trained inside A, against the whole of A, on one emulator.
+
+One emulator a seed (the recipe of ``offsite-table``), the same batches for every method, each with
+a rate of its own.  Centralised, for the reason that :mod:`simulations.offsite_experiment` gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedsplit.emulators import Emulator, Material
+from fedsplit.emulators.build import tune_in_full, tune_inside
+from fedsplit.emulators.lm import mean_loss
+from fedsplit.emulators.trial import tune
+from fedsplit.errors import ConfigError
+from fedsplit.models.adapter_methods import METHODS, MethodSettings
+from fedsplit.registry import pick
+from simulations import offsite_experiment
+from simulations.cells import Cells, Row
+from simulations.offsite_experiment import World
+from simulations.progress import RunProgress
+from simulations.run_folder import RunFolder
+from simulations.settings import Experiment
+
+# Beside those of ``offsite-table``, whose emulators are built here.
+OPTIONS: dict[str, Any] = {
+    "methods": ["full", "lora", "bottleneck", "bitfit", "prefix"],
+    "emulator": "scaleot",
+    "rank": 16,
+    "lora-alpha": 16.0,
+    "width": 64,
+    "prefix": 16,
+    "lr-full": 3e-4,
+    "lr-lora": 2e-3,
+    "lr-bottleneck": 2e-3,
+    "lr-bitfit": 1e-2,
+    "lr-prefix": 1e-2,
+}
+BASE = "full"  # whose gain the others' is a share of
+
+
+def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    """Carry out the experiment; finished cells are kept if it is killed.
+
+    Raises:
+        FedsplitError: whatever failed, named.
+    """
+    known = {**offsite_experiment.OPTIONS, **OPTIONS}
+    unknown = sorted(experiment.options.keys() - known.keys())
+    if unknown:
+        raise ConfigError(f"options.{unknown[0]}: must be one of {', '.join(known)}")
+    options = {**known, **experiment.options}
+    for method in options["methods"]:
+        pick(METHODS, method, "method")
+    pick(offsite_experiment.METHODS, options["emulator"], "emulator")
+    config = experiment.config
+    flat = config.to_flat()
+    folder.write_config({**flat, "options": options})
+    settings = {**flat, **options}
+    del settings["methods"], settings["seeds"]  # more of either leaves finished cells as they are
+    cells = Cells(folder.path / "cells.jsonl", settings)
+    bench = Bench(World(config, options), options)
+    rows: list[Row] = []
+    done, whole = 0, len(options["methods"]) * int(options["seeds"])
+    with RunProgress(console) as progress:
+        progress.stage("methods")
+        for seed in range(int(options["seeds"])):
+            for method in options["methods"]:
+                identity = {"method": method, "seed": seed}
+                rows += cells.rows(identity, partial(bench.cell, method, seed))
+                folder.record(about=experiment.about, rows=compared(rows))
+                done += 1
+                progress.update(done / whole, f"{method}, seed {seed}")
+    console.print(table(compared(rows)))
+
+
+class Bench:
+    """One emulator a seed, and what each method makes of it.
+
+    Args:
+        world: model, texts, importance.
+        options: of the experiment.
+    """
+
+    def __init__(self, world: World, options: dict[str, Any]) -> None:
+        self.world = world
+        self.options = options
+        self._built: tuple[int, Emulator, float] | None = None
+        self._zero_shot: float | None = None
+
+    def emulator(self, seed: int) -> tuple[Emulator, float]:
+        """Return the seed's emulator and its held-out loss before tuning; the last one is kept."""
+        if self._built is None or self._built[0] != seed:
+            _, held_out, public = self.world.tokens
+            made, importance, _ = offsite_experiment.METHODS[self.options["emulator"]](
+                self.world, seed
+            )
+            loaded = self.world.loaded
+            material = Material(tokens=public, importance=importance, base_digest=loaded.digest)
+            emulator = made.build(loaded.model, material)
+            self._built = (seed, emulator, mean_loss(emulator.model, held_out))
+        return self._built[1], self._built[2]
+
+    def cell(self, method: str, seed: int) -> list[Row]:
+        """Return the row of one method and seed."""
+        train, held_out, _ = self.world.tokens
+        built, zero_shot = self.emulator(seed)
+        model = self.world.loaded.model
+        if self._zero_shot is None:
+            self._zero_shot = mean_loss(model, held_out)
+        o = self.options
+        settings = MethodSettings(
+            method, int(o["rank"]), float(o["lora-alpha"]), int(o["width"]), int(o["prefix"]), seed
+        )
+        rate = float(o[f"lr-{method}"])
+        tuning = replace(self.world.tuning(seed), lr=rate)
+        emulator = copy.deepcopy(built)
+        inside = tune_inside(emulator, settings)
+        began = time.perf_counter()
+        losses = tune(emulator.model, inside.parameters(), train, tuning)
+        train_s = time.perf_counter() - began
+        full = copy.deepcopy(model)
+        plugged = tune_in_full(full, built.plan, settings)
+        plugged.load(inside.state())
+        plug_in = mean_loss(full, held_out)
+        return [
+            {
+                "method": method,
+                "seed": seed,
+                "full_zero_shot": math.exp(self._zero_shot),
+                "emulator_zero_shot": math.exp(min(zero_shot, 50.0)),
+                "emulator_ft": math.exp(min(mean_loss(emulator.model, held_out), 50.0)),
+                "plug_in": math.exp(min(plug_in, 50.0)),
+                "gain_nats": self._zero_shot - plug_in,
+                "trained_params": inside.count(),
+                "trained_share": inside.count() / sum(p.numel() for p in model.parameters()),
+                "lr": rate,
+                "last_loss": sum(losses[-10:]) / len(losses[-10:]),
+                "train_s": train_s,
+                "adapters": ",".join(map(str, built.plan.adapters)),
+                "held_out_tokens": held_out.numel(),
+            }
+        ]
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """Return rows with each gain as a share of full adapters' gain of the same seed."""
+    base = {row["seed"]: row["gain_nats"] for row in rows if row["method"] == BASE}
+    return [
+        row | {"relative_gain": row["gain_nats"] / base[row["seed"]]}
+        if row["seed"] in base
+        else row
+        for row in rows
+    ]
+
+
+def table(rows: list[Row]) -> Table:
+    """Return means over seeds, and the worst seed's relative gain."""
+    shown = Table(title="trained inside A, means over seeds", title_justify="left")
+    shown.add_column("method")
+    for name in ("lr", "trained", "emulator ft", "plug in", "gain (nats)", "of full", "worst seed"):
+        shown.add_column(name, justify="right")
+    for method in dict.fromkeys(str(row["method"]) for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        share = [float(row.get("relative_gain", math.nan)) for row in mine]
+
+        def mean(name: str, mine: list[Row] = mine) -> float:
+            return sum(float(row[name]) for row in mine) / len(mine)
+
+        shown.add_row(
+            method,
+            f"{mean('lr'):.0e}",
+            f"{100 * mean('trained_share'):.2f} %",
+            f"{mean('emulator_ft'):.2f}",
+            f"{mean('plug_in'):.2f}",
+            f"{mean('gain_nats'):.4f}",
+            f"{100 * sum(share) / len(share):.1f} %",
+            f"{100 * min(share):.1f} %",
+        )
+    return shown
