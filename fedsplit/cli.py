@@ -8,12 +8,16 @@ from rich.console import Console
 import fedsplit
 from fedsplit.commands import (
     attack,
+    attack_extraction,
     attack_lineage,
     compare,
+    evaluate,
     fingerprint,
     inspect,
+    keys,
     ledger,
     lineage,
+    owner,
     plan,
     policy,
     predict,
@@ -31,13 +35,17 @@ def version() -> None:
 
 
 inspect.register(app_cli)
+keys.register(app_cli)
 ledger.register(app_cli)
+owner.register(app_cli)
 plan.register(app_cli)
 policy.register(app_cli)
 predict.register(app_cli)
 attack.register(app_cli)
+attack_extraction.register(attack.attack_app)
 attack_lineage.register(attack.attack_app)
 compare.register(app_cli)
+evaluate.register(app_cli)
 fingerprint.register(app_cli)
 lineage.register(app_cli)
 

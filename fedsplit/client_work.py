@@ -9,6 +9,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedsplit.owners.home import OwnerHome, in_simulation
 from fedsplit.owners.ledger import Ledger
 from fedsplit.owners.message_session import MessageSession
 from fedsplit.owners.outbox import Outbox, Trip
+from fedsplit.owners.own_log import own_log
 from fedsplit.owners.policy import Asked, Policy, refuse
 from fedsplit.owners.prepare import OwnerIdentity, load_joint_state, prepare, save_joint_state
 from fedsplit.owners.refusals import tellable
@@ -33,6 +35,7 @@ from fedsplit.owners.split_owner import SplitOwner
 from fedsplit.wire.logs import join_flower_log
 from fedsplit.wire.messages import (
     FRAMES,
+    OFFER,
     WEIGHTS,
     WHO,
     SessionOffer,
@@ -91,6 +94,18 @@ class Desk:
         digest = hashlib.sha256(data).hexdigest()
         line = {"kind": kind, "bytes": len(data), "digest": digest}
         self.ledger.append(lambda totals: {**line, "run": self._run, "owner": self.name})
+
+    def log(self, message: Message, context: Context) -> AbstractContextManager[None]:
+        """Let log lines say whose they are, and keep them where the owner wants them."""
+        offer = message.content.config_records.get(OFFER) or {}
+        return own_log(
+            self.home.root,
+            self.node_config,
+            run=str(context.run_id),
+            node=str(context.node_id),
+            owner=self.name,
+            **{k: v for k, v in offer.items() if k in ("round", "mode") and type(v) in (int, str)},
+        )
 
     def close(self) -> None:
         """Let the ledger's files go."""
@@ -185,13 +200,21 @@ class _Work:
         if self._averaged.exists():
             owner.load_weights(load_file(self._averaged))
         if self.offer.round > 1:
-            load_joint_state(owner, self.folder)
+            load_joint_state(owner, self.job_folder, self.offer.round)
+        owner.begin_at(self.offer.first)
         return owner
 
     @property
     def folder(self) -> Path:
         """The run's folder on the owner's disk."""
         return self.identity.home.run_dir(self.offer.run, self.offer.node)
+
+    @property
+    def job_folder(self) -> Path:
+        """The folder of what outlives a restart of the server, which comes with a new run id."""
+        if not self.offer.job:
+            return self.folder
+        return self.identity.home.job_dir(self.offer.job, self.identity.name)
 
     @property
     def _averaged(self) -> Path:
@@ -214,7 +237,11 @@ def answer(
     desk = None
     try:
         desk = Desk(context)
-        return Message(work(message, context, desk), reply_to=message)
+        with desk.log(message, context):
+            try:
+                return Message(work(message, context, desk), reply_to=message)
+            except Exception as error:  # here, so that the owner's own log has it
+                return _refusal(message, error, desk)
     except Exception as error:  # Flower itself would tell the server all of its message
         return _refusal(message, error, desk)
     finally:
@@ -237,7 +264,7 @@ def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
         metrics = owner.metrics()
         if owner.optimizer is not None:
             weights = owner.weights()
-            save_joint_state(owner, work.folder)
+            save_joint_state(owner, work.job_folder, work.offer.round)
     content = report(metrics, work.identity.name)
     work.outbox.report(metrics, weights)
     if weights:
@@ -247,7 +274,14 @@ def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
 
 
 def _message_session(work: _Work) -> MessageSession:
-    return MessageSession(work.offer, work.config, work.outbox, work.identity.home, work.prepare)
+    return MessageSession(
+        work.offer,
+        work.config,
+        work.outbox,
+        work.identity.home,
+        work.prepare,
+        work.job_folder,
+    )
 
 
 def step(message: Message, context: Context) -> Message:

@@ -70,6 +70,18 @@ def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> No
 
 
 @app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="a run's folder, or a server's output.dir")],
+    once: Annotated[bool, typer.Option("--once", help="print one view and end")] = False,
+    every: Annotated[float, typer.Option(help="seconds between two looks", min=0.1)] = 1.0,
+) -> None:
+    """Show how a run stands: rounds, owners, speed, bytes, privacy, verdicts; from its files."""
+    from simulations.watch import watch as show
+
+    show(folder, console, once=once, every_s=every)
+
+
+@app.command()
 def sweep(
     experiment: Annotated[str, typer.Argument(help="any experiment of kind split or sweep")],
     axis: Annotated[
@@ -154,6 +166,40 @@ def bench_inversion(
     from simulations.bench_inversion import run as run_bench
 
     run_bench(console, json_, model=model, tokens=tokens, repeats=repeats, threads=threads)
+
+
+@bench.command("service")
+def bench_service(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures here")
+    ] = None,
+    owners: Annotated[int, typer.Option(help="connected at once")] = 50,
+    steps: Annotated[int, typer.Option(help="texts that each owner asks in one repeat")] = 20,
+    repeats: Annotated[int, typer.Option(help="of each way of serving, by turns")] = 3,
+    training: Annotated[int, typer.Option(help="steps of a training cohort; 0 = none")] = 8,
+) -> None:
+    """One session server and many owners: steps per second, latency, memory, batching."""
+    from simulations.bench_service import run as run_bench
+
+    run_bench(console, json_, owners=owners, steps=steps, repeats=repeats, training=training)
+
+
+@bench.command("fuzz")
+def bench_fuzz(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures here")
+    ] = None,
+    cases: Annotated[int, typer.Option(help="of all parsers together")] = 100_000,
+    seed: Annotated[int, typer.Option(help="the same one draws the same cases")] = 0,
+    parser: Annotated[str, typer.Option(help="only this one")] = "",
+    case: Annotated[
+        int | None, typer.Option(help="only this case of --parser, with its traceback")
+    ] = None,
+) -> None:
+    """Throw damaged input at every parser; none may crash, hang, or take memory without bound."""
+    from simulations.bench_fuzz import run as run_bench
+
+    run_bench(console, json_, cases=cases, seed=seed, parser=parser, case=case)
 
 
 def main() -> None:

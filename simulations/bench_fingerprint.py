@@ -180,7 +180,11 @@ def corrected(folder: Path, tokens: int, *, bf16: bool = True) -> float:
 def published(folder: Path, tokens: int, *, dtype: torch.dtype = torch.float32) -> float:
     """As the public script does: the whole model in memory, then six dense K x K matrices."""
     model = TASKS["causal-lm"].from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+        folder,
+        dtype=dtype,
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
     )
     weights = dict(model.named_parameters())
     layers = model.config.num_hidden_layers

@@ -29,7 +29,8 @@ def simulation_config(config: RunConfig, concurrency: int, folder: Path) -> RunC
         config,
         session=replace(config.session, wave=wave),
         train=replace(config.train, min_owners=max(config.train.min_owners, 1)),
-        output=replace(config.output, dir=str(folder)),
+        # Nobody takes up a run whose folder is removed at its start.
+        output=replace(config.output, dir=str(folder), checkpoint_steps=-1),
     )
 
 
@@ -94,7 +95,7 @@ def deploy(
     config = replace(
         config,
         train=replace(config.train, min_owners=owners),
-        output=replace(config.output, dir=str(server)),
+        output=replace(config.output, dir=str(server), checkpoint_steps=-1),
     )
     return config, _run(deployment, config, server, homes, on_line)
 

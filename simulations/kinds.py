@@ -31,6 +31,8 @@ KINDS: dict[str, Kind] = {
     "lineage-table": _kind("lineage_table_experiment"),
     "lineage-evasion": _kind("lineage_evasion_experiment"),
     "lineage-gate": _kind("lineage_gate_experiment"),
+    "offsite-extraction": _kind("extraction_experiment"),
     "offsite-table": _kind("offsite_experiment"),
+    "offsite-peft": _kind("offsite_peft_experiment"),
     "sweep": _kind("sweep"),
 }

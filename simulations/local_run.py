@@ -42,7 +42,8 @@ def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str
     config = replace(
         config,
         train=replace(config.train, min_owners=config.data.owners),
-        output=replace(config.output, dir=str(server)),
+        # Nobody takes up a run whose folder is removed at its start.
+        output=replace(config.output, dir=str(server), checkpoint_steps=-1),
     )
     with _environment(owner_environment(homes)):
         torch.manual_seed(config.seed)

@@ -146,7 +146,7 @@ def run_cells(
     except Exception as error:  # Ray raises many kinds
         raise RunError(f"Ray cannot be started: {type(error).__name__}: {error}") from None
     try:
-        remote = ray.remote(num_cpus=1, max_retries=1)(run_cell)
+        remote = ray.remote(num_cpus=1, max_retries=1, max_calls=1)(run_cell)
         waiting = list(cells)
         running: dict[Any, Cell] = {}
         while waiting or running:

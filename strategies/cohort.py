@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedsplit.errors import FedsplitError
 from fedsplit.models.halves import Top
 from fedsplit.models.heads import select_positions
+from fedsplit.observe import bound
 from strategies.denoising import CohortDenoiser
 from strategies.length_buckets import LengthBuckets
 from strategies.member import Batch, Member
@@ -27,6 +28,27 @@ from strategies.optimisation import Optimisation
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a round is: so many steps of this group of this wave have been taken.
+
+    Attributes:
+        wave: index of the wave.
+        waves: of the round.
+        group: index of the owners that step together.
+        groups: of the wave (one where the schedule is parallel).
+        step: steps taken.
+        steps: of the group.
+    """
+
+    wave: int = 0
+    waves: int = 1
+    group: int = 0
+    groups: int = 1
+    step: int = 0
+    steps: int = 0
 
 
 @dataclass
@@ -78,6 +100,9 @@ class Cohort:
         self._window = window
         self._on_step = on_step
         self._denoise = denoise
+        self.place = Place()
+        self.live: list[str] = []  # who will take the next step
+        self.waiting: list[str] = []  # whose turn comes later in this wave
 
     def train(
         self,
@@ -85,6 +110,7 @@ class Cohort:
         schedule: str,
         progress: Callable[[float], float],
         report: CohortReport,
+        begin: Place | None = None,
     ) -> None:
         """Train with ``members``, in their order.
 
@@ -93,21 +119,32 @@ class Cohort:
             schedule: ``parallel`` or ``sequential``.
             progress: share of this wave that is done -> share of the run that is done.
             report: is added to.
+            begin: where an interrupted run had come to in this wave.
         """
         groups = [list(members)] if schedule == "parallel" else [[m] for m in members]
+        count = max(len(groups), begin.groups if begin else 0)
         began = time.perf_counter()
         self._top.train()
-        for index, group in enumerate(groups):
-            shared = partial(_progress, progress, index, len(groups))
-            self._train_group(group, shared, report)
+        self.waiting = [m.name for m in members]
+        for index, group in enumerate(groups, start=count - len(groups)):
+            shared = partial(_progress, progress, index, count)
+            self.waiting = self.waiting[len(group) :]
+            self.place = Place(group=index, groups=count)
+            self._train_group(group, shared, report, begin)
         report.seconds += time.perf_counter() - began
 
     def _train_group(
-        self, members: list[Member], progress: Callable[[float], float], report: CohortReport
+        self,
+        members: list[Member],
+        progress: Callable[[float], float],
+        report: CohortReport,
+        begin: Place | None = None,
     ) -> None:
         live = self._each(members, lambda m: m.start(1 if self._joint else self._window), report)
         steps = max((m.steps for m, _ in live), default=0)
-        step = 0
+        step = max((m.first for m, _ in live), default=0)
+        if begin is not None and step:  # whoever had the most steps may be gone
+            steps = max(steps, begin.steps)
         while live:
             waited = time.perf_counter()
             batches = self._each([m for m, _ in live], lambda m: m.batch(), report)
@@ -120,6 +157,8 @@ class Cohort:
             self._each(ended, lambda m: m.finish(), report)
             live = [(m, None) for m, batch in survivors if not batch.last]
             step += 1
+            self.live = [m.name for m, _ in live]
+            self.place = replace(self.place, step=step, steps=steps)
             self._on_step(step, steps)
 
     def _step(
@@ -239,7 +278,8 @@ class Cohort:
             except FedsplitError as error:
                 reason = member.last_word() or f"{type(error).__name__}: {error}"
                 report.lost[member.name] = reason
-                log.warning("owner %s left out: %s", member.name, report.lost[member.name])
+                with bound(owner=member.name, node=str(member.hello.node)):
+                    log.warning("owner %s left out: %s", member.name, report.lost[member.name])
                 member.link.fail(error)
         return done
 

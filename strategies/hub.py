@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -10,7 +12,8 @@ from typing import Protocol
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsplit.errors import FedsplitError, SessionError, WireError
+from fedsplit.errors import ConfigError, FedsplitError, SessionError, WireError
+from fedsplit.observe import bound
 from fedsplit.wire.door import Door, Hello
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link
@@ -19,6 +22,30 @@ from fedsplit.wire.stream import ServerTls, SessionServer
 from strategies.round import Round
 
 log = logging.getLogger(__name__)
+
+# Where owners reach the session server, if not where it listens: behind a proxy, or on 0.0.0.0.
+ADDRESS_VARIABLE = "FEDSPLIT_SESSION_ADDRESS"
+
+
+def announced(host: str, port: int) -> str:
+    """Return the ``host:port`` that owners are told.
+
+    Raises:
+        ConfigError: it listens on every interface and nothing says which name owners reach it by.
+    """
+    given = os.environ.get(ADDRESS_VARIABLE, "")
+    if given:
+        return given
+    try:
+        everywhere = ipaddress.ip_address(host.strip("[]")).is_unspecified
+    except ValueError:
+        everywhere = False
+    if everywhere:
+        raise ConfigError(
+            f"session.host={host!r}: {ADDRESS_VARIABLE} must say what owners reach it by, such as "
+            "fed.example.org:9093"
+        )
+    return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Receiver(Protocol):
@@ -41,6 +68,11 @@ class StreamHub:
         tls: certificate and key; None on loopback only.
         max_frame_bytes: bound on one frame.
         on_bytes: see :class:`~fedsplit.wire.stream.SessionServer`.
+        on_session: called with (owner, node, link) for every session that was admitted.
+        reconnect_s: see :class:`~fedsplit.wire.stream.SessionServer`.
+
+    Raises:
+        ConfigError, SessionError: see :func:`announced`, SessionServer.
     """
 
     def __init__(
@@ -52,9 +84,13 @@ class StreamHub:
         tls: ServerTls | None,
         max_frame_bytes: int,
         on_bytes: Callable[[int, str, bytes], None] | None,
+        on_session: Callable[[str, int, Link], None] | None = None,
+        reconnect_s: float = 0.0,
     ) -> None:
         self._receiver: Receiver | None = None
+        self._on_session = on_session
         self._lock = threading.Lock()
+        announced(host, port)  # before the port is taken
         self.server = SessionServer(
             door,
             self._admit,
@@ -63,9 +99,9 @@ class StreamHub:
             tls=tls,
             max_frame_bytes=max_frame_bytes,
             on_bytes=on_bytes,
+            reconnect_s=reconnect_s,
         )
-        name = f"[{host}]" if ":" in host else host
-        self.address = f"{name}:{self.server.port}"
+        self.address = announced(host, self.server.port)
 
     def begin(self, receiver: Receiver) -> None:
         """Make ``receiver`` the one that sessions go to, and start it."""
@@ -76,13 +112,17 @@ class StreamHub:
     def _admit(self, link: Link, hello: Hello) -> None:
         with self._lock:
             current = self._receiver
-        try:
-            if current is None:
-                raise SessionError("no round is under way")
-            current.admit(link, hello)
-        except FedsplitError as error:
-            log.warning("session of %s refused: %s", hello.owner, error)
-            link.fail(error)
+        with bound(owner=hello.owner, node=str(hello.node)):
+            try:
+                if current is None:
+                    raise SessionError("no round is under way")
+                current.admit(link, hello)
+            except FedsplitError as error:
+                log.warning("session of %s refused: %s", hello.owner, error)
+                link.fail(error)
+                return
+            if self._on_session is not None:
+                self._on_session(hello.owner, hello.node, link)
 
     def stop(self) -> None:
         """Close all sessions and the port."""

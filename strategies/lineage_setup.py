@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedsplit.config import LineageConfig
-from fedsplit.errors import ModelError
+from fedsplit.errors import LineageError, ModelError
 from fedsplit.fingerprints.evidence import Chain
 from fedsplit.fingerprints.gate import GateConfig, LineageGate
 from fedsplit.fingerprints.keys import load_key, load_or_create
 from fedsplit.fingerprints.owner_updates import MatrixGate
 from fedsplit.wire.messages import WEIGHTS
 from strategies.lineage_watch import LineageWatch
+
+log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "FEDSPLIT_LINEAGE_KEY"
 KEY_FILE = "lineage-key.pem"
@@ -64,7 +67,33 @@ def open_chain(folder: Path | None, config: LineageConfig) -> Chain | None:
     folder.mkdir(parents=True, exist_ok=True)
     named = os.environ.get(KEY_VARIABLE, "")
     key = load_key(named) if named else load_or_create(folder / KEY_FILE)
+    mend_tail(folder / CHAIN_FILE)
     return Chain(folder / CHAIN_FILE, key)
+
+
+def mend_tail(path: Path) -> None:
+    """Move a last line that a crash cut off to ``lineage.torn``: no record was ever complete there.
+
+    Raises:
+        LineageError: it cannot be moved.
+    """
+    try:
+        with path.open("r+b") as file:
+            whole = file.read()
+            end = whole.rfind(b"\n") + 1
+            if end == len(whole):
+                return
+            with path.with_suffix(".torn").open("ab") as torn:
+                torn.write(whole[end:])
+                torn.flush()
+                os.fsync(torn.fileno())
+            file.truncate(end)
+            os.fsync(file.fileno())
+        log.warning("%s: its last %d bytes were cut off by a crash", path, len(whole) - end)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LineageError(f"{path}: cannot be mended: {error}") from None
 
 
 def build_watch(
@@ -102,6 +131,7 @@ def average_watched(
     replies: Sequence[Message],
     names: Mapping[int, str],
     averaging: Strategy,
+    as_base: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> ArrayRecord | None:
     """Average the replies' weights, each owner's judged before and their average after.
 
@@ -112,13 +142,17 @@ def average_watched(
         replies: with checked weights, see :func:`strategies.replies.check_weights`.
         names: node -> owner.
         averaging: Flower strategy whose ``aggregate_train`` averages.
+        as_base: what weights make of the base's own tensors (LoRA's factors, say); the same by
+            default.
     """
     replies = list(replies)
     if watch.owners is None:
         return averaging.aggregate_train(number, replies)[0] if replies else None
     nodes = {names[m.metadata.src_node_id]: m.metadata.src_node_id for m in replies}
     by_name = {names[m.metadata.src_node_id]: m for m in replies}
-    updates = {name: tensors(m.content.array_records[WEIGHTS]) for name, m in by_name.items()}
+    updates = {
+        name: as_base(tensors(m.content.array_records[WEIGHTS])) for name, m in by_name.items()
+    }
     kept = watch.screen(row, updates, nodes)
     if not kept:
         return None
@@ -126,7 +160,7 @@ def average_watched(
     if arrays is not None:
         weights = {name: _weight(by_name[name]) for name in kept}
         mine = {name: updates[name] for name in kept}
-        watch.check_average(row, tensors(arrays), mine, weights, nodes)
+        watch.check_average(row, as_base(tensors(arrays)), mine, weights, nodes)
     return arrays
 
 

@@ -92,6 +92,7 @@ class LineageWatch:
         self._report: LineageReport | None = None
         self._portraits: dict[str, Any] = {}
         self._base_portrait = ""
+        self._resumed: dict[str, int] | None = None
         self._drawer = self._make_drawer() if chain is not None else None
 
     # ---- a round ----------------------------------------------------------------------------
@@ -255,6 +256,44 @@ class LineageWatch:
         """Whether a node, or the owner that it says it is, is quarantined."""
         return node in self.quarantined_nodes or owner in self.quarantined
 
+    # ---- over restarts ----------------------------------------------------------------------
+
+    def memory(self) -> dict[str, Any]:
+        """What a restarted run must know: who is quarantined, and where the evidence ends."""
+        chain = self.chain
+        return {
+            "quarantined": dict(self.quarantined),
+            "nodes": sorted(self.quarantined_nodes),
+            "chain": None if chain is None else {"count": chain.count, "head": chain.head},
+        }
+
+    def recall(self, memory: Mapping[str, Any], owners: Update) -> None:
+        """Go on from :meth:`memory`; the next record says that the run was interrupted.
+
+        Args:
+            memory: of the state that the run goes on from.
+            owners: what owners train, as it was then.
+
+        Raises:
+            LineageError: the evidence ends before that state: lines are missing.
+        """
+        self.quarantined.update(memory["quarantined"])
+        self.quarantined_nodes.update(int(node) for node in memory["nodes"])
+        known = memory["chain"]
+        if self.chain is not None and known is not None:
+            if self.chain.count < known["count"]:
+                raise LineageError(
+                    f"{self.chain.path}: {self.chain.count} records: must be {known['count']} or "
+                    "more, as the state of the interrupted run says"
+                )
+            again = self.chain.count - known["count"]
+            self._resumed = {"known": known["count"], "repeated": again}
+            if known["count"]:
+                self._base_portrait = ""  # it is in the first record already
+        covered = self._covered(owners)
+        if self.owners is not None and covered:
+            self._move({**self._state, **covered}, list(covered))
+
     # ---- the parts --------------------------------------------------------------------------
 
     def _covered(self, update: Update) -> dict[str, Tensor]:
@@ -338,6 +377,8 @@ class LineageWatch:
         assert self.chain is not None
         kept = ("owners", "average", "leave_one_out", "named", "quarantined", "note", "error")
         details: dict[str, Any] = {name: row[name] for name in kept if row.get(name)}
+        if self._resumed is not None:
+            details["resumed"], self._resumed = self._resumed, None
         if self._base_portrait:  # once, in the run's first record
             self._portraits["base"], self._base_portrait = self._base_portrait, ""
         if self._portraits:

@@ -60,6 +60,7 @@ class Member:
         codec: wire form of the gradients of representations.
         logits_codec: wire form of logits.
         deadline_s: longest wait for one frame.
+        first: step that this session begins with; those before were taken in an earlier one.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Member:
         codec: str,
         logits_codec: str,
         deadline_s: float,
+        first: int = 0,
     ) -> None:
         self.link = link
         self.hello = hello
@@ -91,7 +93,8 @@ class Member:
         self._logits_codec = logits_codec
         self._deadline = deadline_s
         self._ahead: deque[Batch] = deque()
-        self._received = 0
+        self.first = first
+        self._received = first
         self._window = 1
 
     @property
@@ -129,6 +132,8 @@ class Member:
                 f"READY with {self.steps} batches of {self.samples} samples: must be >= 1 each, "
                 f"samples <= {MAX_SLOTS}"
             )
+        if self.steps <= self.first:
+            raise FrameError(f"READY with {self.steps} batches: {self.first} were taken already")
 
     def start(self, window: int) -> None:
         """Give credit for ``window`` batches and say which samples are already here."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsplit.config import TrainConfig
 from fedsplit.config.schedule import rate_factor
@@ -66,3 +67,34 @@ class Optimisation:
             group["lr"] = peak * factor
         self.optimizer.step()
         return norm
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Return (tensors, numbers) of the optimizer's memory, by parameter's index and key."""
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, float] = {}
+        for index, memory in self.optimizer.state_dict()["state"].items():
+            for key, value in memory.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{key}"] = value
+                elif value is not None:
+                    numbers[f"{index}.{key}"] = float(value)
+        return tensors, numbers
+
+    def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        """Continue from :meth:`state` of an equal optimizer.
+
+        Raises:
+            ModelError: it is of other parameters.
+        """
+        memory: dict[int, dict[str, Any]] = {}
+        for name, value in (*tensors.items(), *numbers.items()):
+            index, _, key = name.partition(".")
+            memory.setdefault(int(index), {})[key] = value
+        if memory.keys() - set(range(len(self.parameters))):
+            raise ModelError(
+                f"optimizer state of {max(memory) + 1} parameters: must be of at most "
+                f"{len(self.parameters)}"
+            )
+        whole = self.optimizer.state_dict()
+        whole["state"] = memory
+        self.optimizer.load_state_dict(whole)

@@ -1,4 +1,8 @@
-"""What the server writes down: one row per round, the transcript, progress lines."""
+"""What the server writes down: one row per round, the transcript, progress lines.
+
+Everything that happens in a run is told to the Recorder once; it keeps the files that results are
+made of, and passes the rest on to the run's observers (:mod:`strategies.observers`).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,12 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
+from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
+from fedsplit.wire.link import Link
+from strategies.observers import Observers
 from strategies.store import RepresentationStore
 
 log = logging.getLogger(__name__)
@@ -24,10 +31,14 @@ class Recorder:
     Args:
         folder: where to write; None = nowhere (progress is still logged).
         capture: also keep every byte received from owners in ``capture/<node>-<mode>.bin``.
+        observers: are told everything too; None = nobody watches.
     """
 
-    def __init__(self, folder: Path | None, *, capture: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, *, capture: bool = False, observers: Observers | None = None
+    ) -> None:
         self._folder = folder
+        self._observers = observers
         self._capture = capture and folder is not None
         self._files: dict[str, BinaryIO] = {}
         self._lock = threading.Lock()
@@ -36,6 +47,26 @@ class Recorder:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
+    @classmethod
+    def of(cls, config: RunConfig, run: int) -> Self:
+        """Return the recorder of one run, with the observers that its settings ask for.
+
+        Raises:
+            ConfigError, RunError: see :class:`~strategies.observers.Observers`.
+        """
+        folder = Path(config.output.dir) if config.output.dir else None
+        return cls(folder, capture=config.output.capture, observers=Observers(config, run))
+
+    def begin(self, number: int, mode: str, asked: int) -> None:
+        """Take note that the offers of round ``number`` go out to so many owners."""
+        if self._observers is not None:
+            self._observers.begin(number, mode, asked)
+
+    def joined(self, owner: str, node: int, link: Link) -> None:
+        """Take note that an owner's session was accepted."""
+        if self._observers is not None:
+            self._observers.joined(owner, node, link)
+
     def write(self, **values: Any) -> None:
         """Set top-level values and write the file (complete or not at all).
 
@@ -43,6 +74,8 @@ class Recorder:
             RunError: the disk is full or not writable; names the file.
         """
         self.content.update(values)
+        if self._observers is not None:
+            self._observers.told(self.content)
         if self._folder is None:
             return
         path = self._folder / "server.json"
@@ -63,10 +96,14 @@ class Recorder:
             rows[-1].update(row)
         else:
             rows.append(row)
+        if self._observers is not None:
+            self._observers.closed(row)
         self.write()
 
     def progress(self, **values: Any) -> None:
         """Log one machine-readable line, at most twice a second unless ``force`` is given."""
+        if self._observers is not None and "step" in values:
+            self._observers.stepped(values)
         now = time.monotonic()
         if not values.pop("force", False) and now - self._spoke < 0.5:
             return
@@ -99,7 +136,9 @@ class Recorder:
             raise RunError(f"cannot write the transcript in {self._folder}: {error}") from None
 
     def close(self) -> None:
-        """Close the capture's files."""
+        """Close the capture's files and let the observers go."""
+        if self._observers is not None:
+            self._observers.close()
         with self._lock:
             for file in self._files.values():
                 file.close()

@@ -12,16 +12,20 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fedsplit.errors import FedsplitError, SessionError
+from fedsplit.observe import carried
 from fedsplit.wire.door import Hello
 from fedsplit.wire.link import Link
 from strategies.cohort import Cohort, CohortReport
 from strategies.member import Member
+
+if TYPE_CHECKING:
+    from strategies.split_state import Begin
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +91,7 @@ class Round:
         progress: share of the round that is done -> share of the run.
         threads: CPU threads for the top's compute; 0 = leave.
         seed: seeds dropout for this round.
+        begin: where an interrupted run had come to in this round.
     """
 
     def __init__(
@@ -104,6 +109,7 @@ class Round:
         progress: Callable[[float], float],
         threads: int,
         seed: int,
+        begin: Begin | None = None,
     ) -> None:
         self.number = number
         self.mode = mode
@@ -120,6 +126,11 @@ class Round:
         self._progress = progress
         self._threads = threads
         self._seed = seed
+        self.begin = begin
+        self.wave = begin.place.wave if begin else 0
+        self.waves = begin.place.waves if begin else max(1, -(-self._total // self._wave))
+        if begin is not None:
+            self.report.cohort = replace(begin.report, lost=dict(begin.report.lost))
         self._ready: list[Member] = []
         self._change = threading.Condition()
         self._last_change = time.monotonic()
@@ -149,7 +160,7 @@ class Round:
                 )
             if hello.node not in self._expected:
                 raise SessionError("session of an owner that was not asked in this round")
-        threading.Thread(target=self.greet, args=(link, hello), daemon=True).start()
+        threading.Thread(target=carried(self.greet), args=(link, hello), daemon=True).start()
 
     def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
         """Welcome one owner and line it up; a failure is recorded and costs only that owner."""
@@ -193,15 +204,15 @@ class Round:
             if self._threads:
                 torch.set_num_threads(self._threads)
             torch.manual_seed(self._seed)
-            waves = -(-self._total // self._wave)
-            done = 0
+            if self.begin is not None:
+                torch.set_rng_state(self.begin.rng)
             while wave := self._next_wave():
                 names = [m.name for m in wave]
                 self.report.waves.append(names)
                 if self._total > self._wave:
-                    log.info("wave %d of %d: %s", done + 1, waves, ", ".join(names))
-                self._run_wave(wave, min(done, waves - 1), waves)
-                done += 1
+                    log.info("wave %d of %d: %s", self.wave + 1, self.waves, ", ".join(names))
+                self._run_wave(wave, min(self.wave, self.waves - 1), self.waves)
+                self.wave += 1
         except Exception as error:  # the main thread must hear of it, whatever it is
             log.exception("round %d failed", self.number)
             self.report.error = f"{type(error).__name__}: {error}"
@@ -222,6 +233,7 @@ class Round:
                     self._schedule,
                     lambda part: self._progress((index + part) / waves),
                     report.cohort,
+                    self.begin.place if self.begin and index == self.begin.place.wave else None,
                 )
             else:
                 self._cohort.evaluate(wave, report.cohort)

@@ -21,6 +21,7 @@ from fedsplit.errors import FedsplitError, FrameError, SessionError
 from fedsplit.models.halves import Top
 from fedsplit.models.heads import select_positions
 from fedsplit.models.stepping import TopStepper
+from fedsplit.observe import carried
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.door import Hello
 from fedsplit.wire.frames import Frame, Kind
@@ -110,7 +111,7 @@ class Desk:
             self._open[hello.node] += 1
             self.report.sessions += 1
             self.report.owners.add(hello.owner)
-        threading.Thread(target=self._serve, args=(link, hello), daemon=True).start()
+        threading.Thread(target=carried(self._serve), args=(link, hello), daemon=True).start()
 
     def _serve(self, link: Link, hello: Hello) -> None:
         try:

@@ -163,7 +163,7 @@ class Announcer:
 
 def run(grid: Grid, context: Context, config: RunConfig) -> None:
     """Serve until the time is up (a row of ``strategies.STRATEGIES``)."""
-    recorder = Recorder(Path(config.output.dir) if config.output.dir else None)
+    recorder = Recorder.of(config, context.run_id)
     desk = build_desk(config)
     door = Door(TokenBook(), context.run_id)
     tls, ca = server_tls()
@@ -174,6 +174,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         tls=tls,
         max_frame_bytes=config.session.max_frame_mb << 20,
         on_bytes=None,
+        on_session=recorder.joined,
     )
     hub.begin(desk)
     session = SessionOffer(
@@ -200,6 +201,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
     finally:
         hub.stop()
         desk.close()
+        recorder.close()
 
 
 def _told(desk: Desk, announcer: Announcer) -> dict[str, object]:

@@ -18,7 +18,6 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError, WireError
@@ -35,6 +34,8 @@ from strategies.replies import average, check_weights, read_reply
 from strategies.roll import Roll
 from strategies.round import Round, RoundReport, natural
 from strategies.server_parts import ServerParts
+from strategies.split_keeping import Keeping, first_step
+from strategies.split_state import Begin, SplitState
 from strategies.store import RepresentationStore
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class SplitTuning(Strategy):
         parts: top, optimizer, sessions and records.
         averaging: Flower strategy that averages what owners train, joint bottoms and heads (its
             ``aggregate_train``).
+
+    :meth:`resume` takes an interrupted run up; ``keeping.first`` rounds are then over.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SplitTuning(Strategy):
         self.config = config
         self.parts = parts
         self.store = RepresentationStore()
+        self._number = 0
         self.averaging = averaging or FedAvg(weighted_by_key="targets")
         self._joint = config.split.bottom == "joint"
         self._shapes: dict[str, tuple[int, ...]] = {}  # of what owners train
@@ -68,7 +72,6 @@ class SplitTuning(Strategy):
         self._began = 0.0
         self._messages = 0
         self._roll = Roll(config, parts.watch)
-        self._good: dict[str, Tensor] | None = None
         self._lineage: dict[str, Any] = {}
         self._cohort = Cohort(
             parts.top,
@@ -80,6 +83,16 @@ class SplitTuning(Strategy):
             on_step=self._on_step,
             denoise=parts.denoise,
         )
+        every = config.output.checkpoint_steps
+        self.keeping = Keeping(every, self._cohort, self._roll)
+
+    def resume(self, state: SplitState) -> None:
+        """Go on where the state's folder says, and keep states there from now on.
+
+        Raises:
+            RunError: the folder holds a run of other settings, or no sound state.
+        """
+        self.keeping.resume(state)
 
     # ---- Flower's hooks ---------------------------------------------------------------------
 
@@ -96,14 +109,23 @@ class SplitTuning(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open the round's sessions and return one message per sampled owner."""
-        self._good = self.parts.trainable.state() if self.config.lineage.gate == "reject" else None
+        number = server_round + self.keeping.first
         self._shapes = {name: tuple(array.shape) for name, array in arrays.items()}
-        return self._open(server_round, "train", arrays, grid, MessageType.TRAIN)
+        self.keeping.arrays = arrays
+        if self.keeping.trained and server_round == 1:
+            return []  # the interrupted run did it, and was killed before its evaluation
+        if self.keeping.begin is None:  # else it is what the interrupted run began the round with
+            reject = self.config.lineage.gate == "reject"
+            self.keeping.good = self.parts.trainable.state() if reject else None
+        return self._open(number, "train", arrays, grid, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Close the sessions, average what owners trained, check the lineage, record the round."""
+        if self._round is None:
+            return self.keeping.arrays, None
+        server_round += self.keeping.first
         report, good, metrics = self._close(replies)
         self._lineage = self.parts.watch.begin(server_round)
         arrays = None
@@ -128,6 +150,8 @@ class SplitTuning(Strategy):
             raise LineageError(f"round {server_round}: {reason}")
         if lineage.get("rejected"):
             arrays = None  # the bottoms go back with the top: Flower keeps the last ones
+        self.keeping.arrays = arrays or self.keeping.arrays
+        self.keeping.keep(server_round, "trained")
         record = MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
         for key in ("pcs", "ics", "score"):
             if isinstance(lineage.get(key), float):
@@ -140,10 +164,11 @@ class SplitTuning(Strategy):
     ) -> Iterable[Message]:
         """Open evaluation sessions on the owners' held-out samples, when they are due."""
         every = self.config.output.evaluate_every
-        last = server_round == self.config.train.rounds
-        if not every or (server_round % every and not last):
+        number = server_round + self.keeping.first
+        last = number == self.config.train.rounds
+        if not every or (number % every and not last):
             return []
-        return self._open(server_round, "evaluate", arrays, grid, MessageType.EVALUATE)
+        return self._open(number, "evaluate", arrays, grid, MessageType.EVALUATE)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -151,10 +176,12 @@ class SplitTuning(Strategy):
         """Average the owners' reports, weighted by their number of samples."""
         if self._round is None:
             return None
+        server_round += self.keeping.first
         report, _, metrics = self._close(replies)
         row = {"round": server_round, "evaluate": self._row(report, metrics)}
         self.parts.recorder.round(row)
         self._say(server_round, "evaluate", metrics, {})
+        self.keeping.keep(server_round, "evaluated")
         return MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
 
     # ---- opening ----------------------------------------------------------------------------
@@ -165,6 +192,10 @@ class SplitTuning(Strategy):
         self._began = time.perf_counter()
         nodes = self._roll.sample(grid, number)
         self._asked = set(nodes)
+        begin = self.keeping.open(nodes)
+        waves = self._waves(grid, nodes, begin)
+        nodes = [node for wave in waves for node in wave]
+        self.parts.recorder.begin(number, mode, len(nodes))
         session = self.config.session
         rounds = self.config.train.rounds
         self._round = Round(
@@ -180,11 +211,14 @@ class SplitTuning(Strategy):
             progress=lambda part: (number - 1 + part) / rounds,
             threads=self.config.output.threads,
             seed=derive_seed(self.config.seed, "dropout", mode, number),
+            begin=begin,
         )
         bring = arrays if len(arrays) else None
+        # Each that comes gives the others as much time again.
+        lifetime = session.wave_wait_s * (1 + max(map(len, waves), default=0))
 
         def content(node: int, exchange: int) -> RecordDict:
-            return self._content(number, mode, node, exchange, bring)
+            return self._content(number, mode, node, exchange, bring, lifetime)
 
         def messages(exchanges: dict[int, int]) -> list[Message]:
             return [
@@ -196,31 +230,41 @@ class SplitTuning(Strategy):
         self._early = []
         if self.parts.hub is None:
             hub = self._message_hub(grid, content)
-            self._round.ask(nodes)
+            self._ask(nodes)
             hub.run(self._round, nodes)
             self._messages += hub.messages
             return messages(hub.exchanges())
         self.parts.hub.begin(self._round)
-        waves = self._waves(grid, nodes)
         for wave in waves[:-1]:
             log.info("%d owners in waves of %d: %s", len(nodes), len(wave), self._called(wave))
-            self._round.ask(wave)
+            self._ask(wave)
             self._early += grid.send_and_receive(messages(dict.fromkeys(wave, 0)), timeout=LONG_S)
-        self._round.ask(waves[-1])
-        return messages(dict.fromkeys(waves[-1], 0))
+        last = waves[-1] if waves else []
+        self._ask(last)
+        return messages(dict.fromkeys(last, 0))
 
-    def _waves(self, grid: Grid, nodes: list[int]) -> list[list[int]]:
+    def _ask(self, wave: list[int]) -> None:
+        assert self._round is not None
+        self.keeping.ask(wave)
+        self._round.ask(wave)
+
+    def _waves(self, grid: Grid, nodes: list[int], begin: Begin | None) -> list[list[int]]:
         """Return who is asked together, in the order of their names.
 
         All waves but the last are sent from here: Flower hands messages to free slots in an order
         that no seed decides, and which owners share a cohort step must not depend on it.
         """
-        size = self.config.session.wave
-        if not size or len(nodes) <= size:
+        size = self.config.session.wave or len(nodes)
+        if len(nodes) <= size and begin is None:
             return [nodes]
         self._roll.learn(grid, nodes)
-        nodes = sorted(nodes, key=lambda n: natural(self._roll.names.get(n, "")))
-        return [nodes[at : at + size] for at in range(0, len(nodes), size)]
+        names = self._roll.names
+        nodes = sorted(nodes, key=lambda n: natural(names.get(n, "")))
+        waves = [nodes[at : at + size] for at in range(0, len(nodes), size)]
+        if begin is None:
+            return waves
+        left = [[n for n in wave if names.get(n) not in begin.out] for wave in waves]
+        return [wave for wave in left if wave]
 
     def _called(self, nodes: list[int]) -> str:
         return ", ".join(self._roll.names.get(n, str(n)) for n in nodes)
@@ -238,7 +282,13 @@ class SplitTuning(Strategy):
         )
 
     def _content(
-        self, number: int, mode: str, node: int, exchange: int, arrays: ArrayRecord | None
+        self,
+        number: int,
+        mode: str,
+        node: int,
+        exchange: int,
+        arrays: ArrayRecord | None,
+        lifetime_s: float,
     ) -> RecordDict:
         """Return a new RecordDict: one shared by all nodes would share their tokens too."""
         hub, door = self.parts.hub, self.parts.door
@@ -248,11 +298,13 @@ class SplitTuning(Strategy):
             round=number,
             mode=mode,
             transport=self.config.session.transport,
-            token=door.tokens.issue(door.run, node, number, mode),
+            token=door.tokens.issue(door.run, node, number, mode, lifetime_s),
             address=hub.address if hub is not None else "",
             ca=self.parts.ca,
             bottom=self.parts.bundle[1],
             exchange=exchange,
+            first=first_step(self._round, self._roll.names.get(node)),
+            job=self.keeping.job,
         )
         record = RecordDict({OFFER: offer.to_record()})
         if arrays is not None and exchange == 0:
@@ -266,6 +318,7 @@ class SplitTuning(Strategy):
             if hello.owner in others:  # two owners of one name would share what is kept by name
                 raise SessionError(f"owner's name {hello.owner!r}: another node has it already")
             self._roll.names[hello.node] = hello.owner
+        self.parts.recorder.joined(hello.owner, hello.node, link)
         return Member(
             link,
             hello,
@@ -276,6 +329,7 @@ class SplitTuning(Strategy):
             codec=session.codec,
             logits_codec=session.logits_codec,
             deadline_s=session.deadline_s,
+            first=first_step(self._round, hello.owner),
         )
 
     # ---- closing ----------------------------------------------------------------------------
@@ -286,6 +340,7 @@ class SplitTuning(Strategy):
         """Return (report, acceptable replies, their weighted averages)."""
         assert self._round is not None
         replies = [*self._early, *replies]
+        self._number = self._round.number
         report = self._round.join(LONG_S)
         self._round = None
         if report.error:
@@ -308,12 +363,17 @@ class SplitTuning(Strategy):
                 good.append(reply)
                 rows[name] = metrics
         report.call(self._roll.names)
+        if report.mode == "train":
+            self._roll.settle(self._number, rows, report.cohort.lost)
         good.sort(key=lambda m: natural(self._roll.names[m.metadata.src_node_id]))
         return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
         return {
             **report.to_dict(),
+            "asked": len(self._asked),
+            "partial": bool(report.cohort.lost) or bool(self._roll.sitting(self._number)),
+            "benched": self._roll.sitting(self._number),
             "metrics": metrics,
             "wall_s": time.perf_counter() - self._began,
             "messages": self._messages,
@@ -337,14 +397,15 @@ class SplitTuning(Strategy):
         changed = [name for name, _ in self.parts.trainable.named_parameters()]
         watch.check_model(row, self.parts.top.model, changed)
         watch.close(row)
-        if row.get("rejected") and self._good is not None:
-            self.parts.trainable.load(self._good)
+        if row.get("rejected") and self.keeping.good is not None:
+            self.parts.trainable.load(self.keeping.good)
         return row
 
     # ---- telling ----------------------------------------------------------------------------
 
     def _on_step(self, step: int, steps: int) -> None:
         if self._round is not None:
+            self.keeping.step(self._round, self._shapes)
             self.parts.recorder.progress(
                 round=self._round.number,
                 rounds=self.config.train.rounds,

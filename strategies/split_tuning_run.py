@@ -35,6 +35,7 @@ from strategies.lineage_setup import build_watch
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
 from strategies.server_parts import ServerParts
+from strategies.split_state import FOLDER, earlier_rounds, open_state
 from strategies.split_tuning import LONG_S, SplitTuning
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ def load_base(config: RunConfig) -> LoadedModel:
 def server_tls() -> tuple[ServerTls | None, bytes]:
     """Return the session server's TLS and the authority to announce, from the environment.
 
-    ``FEDSPLIT_TLS_CERT``, ``FEDSPLIT_TLS_KEY`` and ``FEDSPLIT_TLS_CA`` name PEM files.  They are
-    not run settings, because those travel to every owner.
+    ``FEDSPLIT_TLS_CERT``, ``FEDSPLIT_TLS_KEY`` and ``FEDSPLIT_TLS_CA`` name PEM files; with
+    ``FEDSPLIT_TLS_CLIENT_CA`` an owner must show a certificate of that authority as well.  They
+    are not run settings, because those travel to every owner.
 
     Raises:
         ConfigError: only some of them are set, or a file cannot be read.
@@ -78,9 +80,11 @@ def server_tls() -> tuple[ServerTls | None, bytes]:
         raise ConfigError(f"{missing[0]}: must be set when another of {names} is")
     try:
         certificate, key, ca = (Path(v).read_bytes() for v in values)
+        asked = os.environ.get("FEDSPLIT_TLS_CLIENT_CA", "")
+        client_ca = Path(asked).read_bytes() if asked else None
     except OSError as error:
         raise ConfigError(f"session certificate: must be readable: {error}") from None
-    return ServerTls(certificate, key), ca
+    return ServerTls(certificate, key, client_ca), ca
 
 
 def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[ServerParts, Bottom]:
@@ -128,6 +132,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
             tls=tls,
             max_frame_bytes=config.session.max_frame_mb << 20,
             on_bytes=recorder.on_bytes if config.output.capture else None,
+            reconnect_s=config.session.reconnect_s,
         )
     recorder.write(
         base_digest=loaded.digest,
@@ -193,29 +198,40 @@ def keep_trained(config: RunConfig, parts: ServerParts, arrays: ArrayRecord | No
 
 def run(grid: Grid, context: Context, config: RunConfig) -> None:
     """Carry out the whole run (a row of ``strategies.STRATEGIES``)."""
-    folder = Path(config.output.dir) if config.output.dir else None
-    recorder = Recorder(folder, capture=config.output.capture)
+    recorder = Recorder.of(config, context.run_id)
+    if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
+        recorder.content["rounds"] = earlier_rounds(Path(config.output.dir))
     began = time.perf_counter()
     if config.output.threads:
         torch.set_num_threads(config.output.threads)
     parts, bottom = build_parts(config, context.run_id, recorder)
-    strategy = SplitTuning(config, parts)
-    initial = initial_arrays(config, bottom, parts.head)
-    del bottom
-    recorder.write(setup_s=time.perf_counter() - began, status="running")
+    state = None
     try:
-        result = strategy.start(grid, initial, num_rounds=config.train.rounds, timeout=LONG_S)
-        keep_trained(config, parts, result.arrays)
+        strategy = SplitTuning(config, parts)
+        state = open_state(config, parts, strategy.store, strategy.averaging)
+        if state is not None:
+            strategy.resume(state)
+        initial = strategy.keeping.arrays or initial_arrays(config, bottom, parts.head)
+        del bottom
+        recorder.write(setup_s=time.perf_counter() - began, status="running")
+        left = config.train.rounds - strategy.keeping.first
+        if left > 0:
+            strategy.start(grid, initial, num_rounds=left, timeout=LONG_S)
+        keep_trained(config, parts, strategy.keeping.arrays)
         if config.output.transcript:
             recorder.transcript(strategy.store)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
         recorder.write(status="completed", run_s=time.perf_counter() - began, peak_rss_bytes=peak)
+        if state is not None:
+            state.folder.clear()  # there is nothing left to go on with
     except BaseException as error:
         recorder.content["status"] = "failed"
         recorder.content["error"] = f"{type(error).__name__}: {error}"
         recorder.write()
         raise
     finally:
+        if state is not None:
+            state.folder.close()
         if parts.hub is not None:
             parts.hub.stop()
         recorder.close()

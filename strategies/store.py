@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ class RepresentationStore:
 
     def __init__(self, max_bytes: int = 64 << 30) -> None:
         self._rows: dict[tuple[str, str], dict[int, Tensor]] = {}
+        self._unsaved: dict[tuple[str, str], list[int]] = {}
         self._max = max_bytes
         self.bytes = 0
 
@@ -49,6 +50,7 @@ class RepresentationStore:
                 f"representation store of {self.bytes + size} bytes: must be <= {self._max}"
             )
         held[slot] = kept
+        self._unsaved.setdefault((owner, split), []).append(slot)
         self.bytes += size
 
     def get(self, owner: str, split: str, slots: Sequence[int]) -> list[Tensor]:
@@ -77,14 +79,40 @@ class RepresentationStore:
 
         Keys ``owner/split/rows`` (N, d), ``.../slots`` (n,), ``.../lengths`` (n,).
         """
+        draft = path.with_suffix(".draft")
+        save_file(self.tensors(), draft)
+        draft.replace(path)
+
+    def tensors(self, *, unsaved: bool = False) -> dict[str, Tensor]:
+        """Return what is held, under the keys of :meth:`save`.
+
+        Args:
+            unsaved: only what came since :meth:`mark_saved`.
+        """
+        chosen = self._unsaved if unsaved else self._rows
         tensors: dict[str, Tensor] = {}
-        for (owner, split), held in sorted(self._rows.items()):
-            slots = sorted(held)
+        for (owner, split), found in sorted(chosen.items()):
+            held = self._rows[owner, split]
+            slots = sorted(found)
             prefix = f"{owner}/{split}"
             tensors[f"{prefix}/rows"] = torch.cat([held[s] for s in slots])
             tensors[f"{prefix}/slots"] = torch.tensor(slots, dtype=torch.int64)
             lengths = [held[s].shape[0] for s in slots]
             tensors[f"{prefix}/lengths"] = torch.tensor(lengths, dtype=torch.int64)
-        draft = path.with_suffix(".draft")
-        save_file(tensors, draft)
-        draft.replace(path)
+        return tensors
+
+    def mark_saved(self) -> None:
+        """Take note that everything held is on disk."""
+        self._unsaved.clear()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` returned; it counts as saved."""
+        for key in [k for k in tensors if k.endswith("/rows")]:
+            prefix = key.removesuffix("/rows")
+            owner, _, split = prefix.rpartition("/")
+            held = self._rows.setdefault((owner, split), {})
+            lengths = tensors[f"{prefix}/lengths"].tolist()
+            rows = torch.split(tensors[key], lengths)
+            for slot, row in zip(tensors[f"{prefix}/slots"].tolist(), rows, strict=True):
+                held[slot] = row.clone()
+                self.bytes += row.numel() * row.element_size()

@@ -97,6 +97,16 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "offsite.block": ([1, 131_073], [2, 131_072]),
     "offsite.averaging": (["mean", ""], ["fedavg", "fedadam", "krum"]),
     "offsite.proximal": ([-1.0, float("inf")], [0.0, 1e6]),
+    "offsite.method": (["ia3", ""], ["full", "lora", "bottleneck", "bitfit", "prefix"]),
+    "offsite.rank": ([0, 65_537], [1, 65_536]),
+    "offsite.lora-alpha": ([0.0, float("inf")], [1e-3]),
+    "offsite.width": ([0], [1]),
+    "offsite.prefix": ([0], [1]),
+    "offsite.micro-batch": ([-1], [0, 1]),
+    "offsite.server-lr": ([-1.0, 10.0], [0.0, 1e-3]),
+    "offsite.central-dp-clip": ([-1.0, float("inf")], [0.0, 1.0]),
+    "offsite.central-dp-noise": ([-1.0, 1.0], [0.0]),  # needs a bound, which the defaults lack
+    "offsite.secure-aggregation": ([True], [False]),
     "dp.clip": ([0.0], [1e-3]),
     "dp.delta": ([0.0, 1.0], [1e-9]),
     "dp.accountant": (["moments"], ["rdp", "prv"]),
@@ -110,6 +120,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "output.evaluate-every": ([-1], [0]),
     "output.threads": ([-1, 1025], [0, 1024]),
     "output.owner-threads": ([0, 1025], [1, 1024]),
+    "output.metrics-port": ([-1, 65_536], [0, 65_535]),
 }
 # Rows of tables that a later layer holds, names of columns, hosts, paths: any text.
 FREE_TEXT = {

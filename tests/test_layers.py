@@ -21,11 +21,13 @@ LAYERS = {
     "fedsplit.config": 0,
     "fedsplit.registry": 0,
     "fedsplit.seeding": 0,
+    "fedsplit.observe": 0,
     "fedsplit.models": 1,
     "fedsplit.data": 1,
     "fedsplit.wire": 1,
     "fedsplit.privacy": 2,
     "fedsplit.emulators": 2,
+    "fedsplit.evaluation": 2,
     "fedsplit.fingerprints": 2,
     "fedsplit.attacks": 3,
     "fedsplit.owners": 3,
@@ -33,6 +35,7 @@ LAYERS = {
     "fedsplit.client_work": 4,
     "fedsplit.client_serving": 4,
     "fedsplit.client_offsite": 4,
+    "fedsplit.deploy": 4,
     "fedsplit.commands": 4,
     "fedsplit.cli": 4,
     "strategies": 4,
@@ -48,6 +51,7 @@ TOGETHER = [
         "fedsplit.client_offsite",
     },
     {"fedsplit.cli", "fedsplit.commands"},
+    {"fedsplit.commands", "fedsplit.deploy"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
 NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client_work"}}
@@ -64,18 +68,39 @@ ONLY_IN = {
         "fedsplit.client_work",
         "fedsplit.client_serving",
         "fedsplit.client_offsite",
+        "fedsplit.deploy.guard",
         "strategies",
         "simulations",
     ),
     "ray": ("simulations",),
     "grpc": ("fedsplit.wire", "simulations"),
     "datasets": ("fedsplit.data",),
+    "lm_eval": ("fedsplit.evaluation",),
     "flwr_datasets": ("fedsplit.data",),
-    "onnx": ("fedsplit.fingerprints",),
+    "onnx": ("fedsplit.fingerprints", "simulations.fuzz_files"),
     "onnxruntime": ("fedsplit.fingerprints",),
 }
-UNSAFE_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
-UNSAFE_CALLS = {"torch.load", "eval", "exec", "yaml.load", "yaml.unsafe_load", "pandas.read_pickle"}
+# What turns foreign bytes into code, or unpacks foreign paths: neither called nor even named.
+UNSAFE_MODULES = {
+    *("pickle", "_pickle", "cPickle", "pickle5", "pickletools", "marshal", "shelve", "dill"),
+    *("cloudpickle", "joblib", "jsonpickle", "code", "codeop", "imp", "runpy"),
+}
+UNSAFE_CALLS = {
+    *("eval", "exec", "compile", "builtins.eval", "builtins.exec", "builtins.compile"),
+    *("torch.load", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter"),
+    *("torch.serialization.load", "torch.export.load", "pandas.read_pickle", "pandas.read_hdf"),
+    *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("shutil.unpack_archive", "tempfile.mktemp", "ssl._create_unverified_context"),
+    *("importlib.util.spec_from_file_location", "multiprocessing.connection.Client"),
+    *("multiprocessing.connection.Listener", "numpy.lib.format.read_array"),
+}
+UNSAFE_METHODS = {"extractall", "read_pickle", "to_pickle", "load_module"}
+# Keywords that have one safe value: it must be that one, written out.
+FIXED = {"trust_remote_code": False, "allow_pickle": False, "shell": False}
+# Whose from_pretrained reads no weights; PEFT's may, where the file is known to be safetensors.
+NO_WEIGHTS = {"AutoConfig", "AutoTokenizer"}
+CHECKED_WEIGHTS = {("fedsplit.models.peft_folder", "PeftModel")}
 
 
 def sources() -> list[Path]:
@@ -150,18 +175,54 @@ def external_faults(module: str, imported: str) -> str | None:
     return f"imports {top}, which only {', '.join(allowed)} may"
 
 
-def call_faults(tree: ast.AST) -> Iterator[tuple[str, int]]:
+def known_as(tree: ast.AST) -> dict[str, str]:
+    """Return what imported names stand for: ``np`` -> ``numpy``, ``load`` -> ``torch.load``."""
+    found = {}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def named(node: ast.AST, names: dict[str, str]) -> str:
+    """Return what an expression names, with what was imported under other names put in."""
+    if isinstance(node, ast.Call) and dotted(node.func) == "getattr" and len(node.args) >= 2:
+        leaf = node.args[1]
+        if isinstance(leaf, ast.Constant):
+            return f"{named(node.args[0], names)}.{leaf.value}"
+    if not isinstance(node, (ast.Attribute, ast.Name)):
+        return ""
+    first, _, rest = dotted(node).partition(".")
+    return f"{names.get(first, first)}.{rest}".rstrip(".")
+
+
+def call_faults(module: str, tree: ast.AST) -> Iterator[tuple[str, int]]:
+    names = known_as(tree)
+    for node in ast.walk(tree):
+        if (name := named(node, names)) in UNSAFE_CALLS:
+            yield f"names {name}", getattr(node, "lineno", 0)
+        if isinstance(node, ast.Attribute) and node.attr in UNSAFE_METHODS:
+            yield f"names .{node.attr}", node.lineno
         if not isinstance(node, ast.Call):
             continue
-        name = dotted(node.func)
-        if name in UNSAFE_CALLS:
-            yield f"calls {name}", node.lineno
         for keyword in node.keywords:
-            value = keyword.value
-            fixed = isinstance(value, ast.Constant) and value.value is False
-            if keyword.arg in ("trust_remote_code", "allow_pickle") and not fixed:
-                yield f"{keyword.arg} is not False", node.lineno
+            value, arg = keyword.value, keyword.arg
+            fixed = isinstance(value, ast.Constant) and value.value is FIXED.get(arg or "")
+            if arg in FIXED and not fixed:
+                yield f"{arg} is not {FIXED[arg]}", node.lineno
+        called = named(node.func, names)
+        if called == "numpy.load" and len(node.args) > 2:
+            yield "allow_pickle is not False", node.lineno
+        if called.endswith(".from_pretrained"):
+            whose = called.split(".")[-2]
+            safe = any(
+                k.arg == "use_safetensors" and getattr(k.value, "value", 0) is True
+                for k in node.keywords
+            )
+            if not safe and whose not in NO_WEIGHTS and (module, whose) not in CHECKED_WEIGHTS:
+                yield "from_pretrained without use_safetensors=True", node.lineno
 
 
 def faults(module: str, is_package: bool, text: str) -> list[str]:
@@ -171,7 +232,7 @@ def faults(module: str, is_package: bool, text: str) -> list[str]:
         for fault in (layer_faults(module, imported), external_faults(module, imported)):
             if fault:
                 found.append(f"{module}:{line}: {fault}")
-    found += [f"{module}:{line}: {fault}" for fault, line in call_faults(tree)]
+    found += [f"{module}:{line}: {fault}" for fault, line in call_faults(module, tree)]
     return found
 
 
@@ -217,6 +278,7 @@ def test_modules_stay_short() -> None:
         ("fedsplit.privacy.gaussian", "import opacus"),
         ("fedsplit.owners.x", "from flwr.app import Message"),
         ("strategies.x", "import ray"),
+        ("fedsplit.commands.x", "from lm_eval import evaluator"),
         ("fedsplit.data.x", "import importlib\nimportlib.import_module('ray')"),
         ("simulations.x", "import pickle"),
         ("fedsplit.models.x", "import torch\ntorch.load('x')"),
@@ -225,6 +287,20 @@ def test_modules_stay_short() -> None:
         ("fedsplit.models.x", "load('x', trust_remote_code=True)"),
         ("fedsplit.models.x", "load('x', trust_remote_code=given)"),
         ("fedsplit.models.x", "numpy.load('x', allow_pickle=True)"),
+        ("fedsplit.models.x", "import numpy as np\nnp.load('x', None, True)"),
+        ("fedsplit.models.x", "from torch import load as read\nread('x')"),
+        ("fedsplit.models.x", "import torch as t\nkept = map(t.load, paths)"),
+        ("fedsplit.models.x", "import torch\ngetattr(torch, 'load')('x')"),
+        ("fedsplit.models.x", "import torch\ntorch.jit.load('x')"),
+        ("fedsplit.models.x", "from yaml import full_load\nfull_load('x')"),
+        ("fedsplit.models.x", "compile('1', 'x', 'eval')"),
+        ("fedsplit.models.x", "AutoModel.from_pretrained('x')"),
+        ("fedsplit.models.x", "AutoModel.from_pretrained('x', use_safetensors=None)"),
+        ("fedsplit.models.x", "PeftModel.from_pretrained(model, 'x')"),
+        ("fedsplit.owners.x", "import subprocess\nsubprocess.run('x', shell=True)"),
+        ("fedsplit.owners.x", "import os\nos.system('x')"),
+        ("fedsplit.owners.x", "archive.extractall('x')"),
+        ("fedsplit.owners.x", "def f():\n    import runpy"),
     ],
 )
 def test_what_breaks_a_rule_is_found(module: str, text: str) -> None:
@@ -242,6 +318,12 @@ def test_what_breaks_a_rule_is_found(module: str, text: str) -> None:
         (
             "fedsplit.models.x",
             "import transformers\nmodel.eval()\nmake(1).eval()\nload(trust_remote_code=False)",
+        ),
+        (
+            "fedsplit.models.x",
+            "import re, subprocess\nimport numpy as np\nre.compile('x')\nnp.load('x')\n"
+            "from safetensors.torch import load\nload(b'')\nsubprocess.run(['x'])\n"
+            "auto.from_pretrained('x', use_safetensors=True)\nAutoConfig.from_pretrained('x')",
         ),
     ],
 )

@@ -39,14 +39,19 @@ def show(
     """Add up what left: by kind, and how many noises of each text."""
     from collections import deque
 
-    from fedsplit.owners.ledger import Totals, read_ledger
+    from fedsplit.errors import LedgerError
+    from fedsplit.owners.ledger import NO_LINE, Totals, read_ledger
 
     totals = Totals()
     last: deque[dict[str, Any]] = deque(maxlen=tail)
     for entry in read_ledger(_folder(home)):
         if run and str(entry.get("run", "")) != run:
             continue
-        totals.apply(entry)
+        try:
+            totals.apply(entry)
+        except NO_LINE as error:
+            what = f"{type(error).__name__} {error}"
+            raise LedgerError(f"line {entry['n'] + 1}: no ledger's values: {what}") from None
         last.append(entry)
     console.print(_kinds(totals, run))
     if totals.runs and not run:
@@ -66,7 +71,7 @@ def verify(home: Home = None) -> None:
     count, last = 0, ""
     for entry in read_ledger(_folder(home)):
         count += 1
-        last = str(entry["time"])
+        last = str(entry.get("time", "?"))
     head = _last_hash(_folder(home)) or GENESIS
     console.print(f"whole: {count} lines, the last of {last or 'never'}", highlight=False)
     console.print(f"hash after the last line: {head}", highlight=False)

@@ -125,7 +125,7 @@ def last_hash(path: Path) -> str:
         return START
     try:
         return str(json.loads(lines[-1])["hash"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LineageError(f"{path}: its last record is damaged: {error!r}") from error
 
 
@@ -251,7 +251,14 @@ def read(path: str | Path, *, signer: str | None = None) -> Iterator[Record]:
                 )
             except InvalidSignature as error:
                 raise LineageError(f"{where}: the signature does not fit") from error
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                OverflowError,
+                RecursionError,
+            ) as error:
                 raise LineageError(f"{where}: damaged record: {error!r}") from error
             previous = digest
             yield record

@@ -48,6 +48,7 @@ from fedsplit.seeding import torch_generator
 VERSION = 1
 KIND = "fedsplit-fingerprint"
 MAX_BYTES = 64 * 1024 * 1024
+MOST_TOKENS = 1 << 16  # comparing costs time and memory for each
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
             raise LineageError(f"{where}: {where.stat().st_size} bytes, must be <= {MAX_BYTES}")
         document = json.loads(where.read_text())
         kind, version = document["kind"], document["version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LineageError(f"{where}: not a fingerprint file: {error!r}") from error
     if kind != KIND or version != VERSION:
         raise LineageError(
@@ -288,12 +289,15 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
             raise LineageError(f"{where}: the checksum does not fit the contents")
         shape = (int(document["depth"]), len(KINDS), int(document["size"]), int(document["size"]))
         raw = bytearray(base64.b64decode(document["sketches"], validate=True))
+        tokens = tuple(int(i) for i in document["tokens"])
+        if len(tokens) > MOST_TOKENS or len(set(tokens)) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens: must be distinct, <= {MOST_TOKENS} of them")
         sketches = torch.frombuffer(raw, dtype=torch.float32).clone().view(shape)
         return PublicFingerprint(
             model=str(document["model"]),
             width=int(document["width"]),
             depth=shape[0],
-            tokens=tuple(int(i) for i in document["tokens"]),
+            tokens=tokens,
             size=shape[2],
             seed=int(document["seed"]),
             weights=str(document["weights"]),
@@ -303,5 +307,13 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
         )
     except InvalidSignature as error:
         raise LineageError(f"{where}: the signature does not fit the contents") from error
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, binascii.Error) as error:
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        OverflowError,
+        binascii.Error,
+    ) as error:
         raise LineageError(f"{where}: damaged fingerprint file: {error!r}") from error

@@ -146,10 +146,11 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index}: not a weight index: {error!r}") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        plain = isinstance(name, str) and Path(name).name == name and len(name) <= 200
+        if not plain or "\0" in name:
             raise ModelError(f"{index}: shard {name!r} must be a plain file name")
         if not (directory / name).is_file():
             raise ModelError(f"{index}: shard {name!r} is missing")

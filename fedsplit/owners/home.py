@@ -5,6 +5,7 @@
     HOME/noise.secret               32 bytes, mode 0600; one per owner, for all runs
     HOME/bottoms/<digest>/          bundle files received from a server, verified by digest
     HOME/runs/<run>-<node>/         state that must outlive a Flower message
+    HOME/runs/<job>-<owner>/        optimizers, which must outlive a restart of the server
     HOME/owner.toml                 the owner's policy, where nothing else names one
     HOME/ledger.*                   what has left (see :mod:`fedsplit.owners.ledger`)
 
@@ -101,6 +102,22 @@ class OwnerHome:
         if not digest.isalnum():
             raise ConfigError(f"bottom digest {digest[:80]!r}: must be hexadecimal")
         return self.root / "bottoms" / digest
+
+    def job_dir(self, job: str, owner: str) -> Path:
+        """Return the folder for what the owner trains, which outlives a restart of the server.
+
+        Args:
+            job: the run's name across its restarts, hexadecimal.
+            owner: the owner's public name.
+
+        Raises:
+            ConfigError: the name could not be a folder's.
+        """
+        if not job.isalnum() or not job.isascii():
+            raise ConfigError(f"job {job[:80]!r}: must be hexadecimal")
+        path = self.root / "runs" / f"{job}-{owner}"
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return path
 
     def run_dir(self, run: int, node: int) -> Path:
         """Return the folder for state of this run that outlives a message."""

@@ -53,6 +53,8 @@ _SAVE_AFTER = 256  # lines that the next process would have to read again
 _MAY_WAIT = {"slots", "logit-gradients", "hidden-gradients"}
 MOST_WAITING = 4096
 _CHUNK = 1 << 20
+# What adding up a line raises whose hash is right and whose values are no ledger's.
+NO_LINE = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 Entry = dict[str, Any]
 
 
@@ -153,7 +155,10 @@ class Cursor:
         digest = match[1].decode()
         if chained(self.hash, text) != digest:
             raise LedgerError("does not follow from the line before it: one of them was changed")
-        entry: Entry = json.loads(text)
+        try:
+            entry: Entry = json.loads(text)
+        except (ValueError, RecursionError):
+            raise LedgerError("is not a line of a ledger: it is not JSON") from None
         if entry.get("n") != self.n:
             raise LedgerError(f"has number {entry.get('n')!r}: must be {self.n}")
         self.n += 1
@@ -291,7 +296,7 @@ class Ledger:
                 number = self._at.n + 1
                 try:
                     self.totals.apply(self._at.read(line))
-                except LedgerError as error:
+                except (LedgerError, *NO_LINE) as error:
                     self._broken = f"{self.path}, line {number}: {error}"
                     raise LedgerError(self._broken) from None
         torn = self._folder / TORN

@@ -51,6 +51,7 @@ class MessageSession:
         outbox: checks and records every frame before it is sent.
         home: the owner's folder.
         prepare: digest -> ready owner.
+        job: folder of what outlives a restart of the server; None: the run's own.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MessageSession:
         outbox: Outbox,
         home: OwnerHome,
         prepare: Callable[[str], SplitOwner],
+        job: Path | None = None,
     ) -> None:
         self._offer = offer
         self._config = config
@@ -67,6 +69,7 @@ class MessageSession:
         self._home = home
         self._prepare = prepare
         self._folder = home.run_dir(offer.run, offer.node)
+        self._job = job or self._folder
         self._key = (offer.run, offer.node, offer.round, offer.mode)
 
     @property
@@ -131,7 +134,7 @@ class MessageSession:
             weights = self._folder / "joint.safetensors"
             if live.owner.optimizer is not None and stored["weights"]:
                 live.owner.load_weights(load_file(weights))
-                load_joint_state(live.owner, self._folder)
+                load_joint_state(live.owner, self._job, self._offer.round + 1)
             self._outbox.attach(live.owner)
         return live
 
@@ -157,7 +160,7 @@ class MessageSession:
             draft = self._folder / "joint.draft"
             save_file(live.owner.weights(), draft)
             os.replace(draft, self._folder / "joint.safetensors")
-            save_joint_state(live.owner, self._folder)
+            save_joint_state(live.owner, self._job, self._offer.round)
         sent, received = live.link.counters
         state = {
             "round": self._offer.round,

@@ -91,6 +91,7 @@ def _moment(end: bool) -> Parse:
     return parse
 
 
+STRATEGY_NAMES = ("split-tuning", "serving", "offsite-tuning")
 # Table and key of every rule, and what its value must be.  Nothing else may stand in the file.
 RULES: dict[str, Parse] = {
     "noise.mechanisms": _names(_NAME, "names of mechanisms"),
@@ -121,6 +122,7 @@ RULES: dict[str, Parse] = {
     "valid.not_before": _moment(False),
     "valid.not_after": _moment(True),
     "app.digest": _digest,
+    "app.strategies": _names(_NAME, ", ".join(STRATEGY_NAMES), STRATEGY_NAMES),
 }
 # The parameter that says how weak a mechanism's noise is, and the rule that bounds it.
 STRENGTH = {
@@ -240,7 +242,7 @@ class Policy:
         """
         try:
             tables = tomllib.loads(content.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"policy {source}: must be TOML: {error}") from None
         return cls(tables, source)
 
@@ -251,23 +253,18 @@ class Policy:
         flat = asked.flat
         found: list[Breach | None] = [
             self._moment(moment or datetime.now(UTC)),
+            self._among("app.strategies", flat.get("strategy", "split-tuning")),
             self._among("model.names", flat["model.name"]),
-            self._among("model.bottom", flat["split.bottom"]),
-            self._least("model.min_k", flat["split.k"]),
             self._most("model.max_tokens", flat["model.max-tokens"]),
-            *self._labels(flat),
             self._most("budget.rounds", asked.round),
             self._among("transport.allowed", flat["session.transport"]),
-            *self._noise(str(flat["privacy.mechanism"]), _parameters(flat)),
-            *self._cti_settings(flat),
         ]
+        if not self._adapters_only(flat):
+            found += self._representations(flat)
         if asked.transport and asked.transport != flat["session.transport"]:
             found.append(self._among("transport.allowed", asked.transport))
         if asked.bottom:
             found.append(self._among("model.bottoms", asked.bottom))
-        ratio = float(flat.get("privacy.noise-ratio", 0.0))
-        if ratio:
-            found.append(self._least("noise.min_ratio", ratio))
         if flat.get("strategy") != "serving":
             found += self._announced(flat)
         stream = (asked.transport or flat["session.transport"]) == "stream"
@@ -279,6 +276,27 @@ class Policy:
             shown = asked.app_digest or "an app whose files are not visible here"
             found.append(Breach("app.digest", shown, pinned))
         return [breach for breach in found if breach is not None]
+
+    def _adapters_only(self, flat: Mapping[str, Any]) -> bool:
+        """Whether trained adapters leave and no representation does, by the owner's own leave.
+
+        Rules about representations have nothing to bound there.  A policy that does not name the
+        strategy keeps them, and so refuses what it was not written for.
+        """
+        name = "offsite-tuning"
+        return flat.get("strategy") == name and name in self.rules.get("app.strategies", ())
+
+    def _representations(self, flat: Mapping[str, Any]) -> list[Breach | None]:
+        """Judge what leaves of texts and labels."""
+        found = [
+            self._among("model.bottom", flat["split.bottom"]),
+            self._least("model.min_k", flat["split.k"]),
+            *self._labels(flat),
+            *self._noise(str(flat["privacy.mechanism"]), _parameters(flat)),
+            *self._cti_settings(flat),
+        ]
+        ratio = float(flat.get("privacy.noise-ratio", 0.0))
+        return [*found, self._least("noise.min_ratio", ratio)] if ratio else found
 
     def _labels(self, flat: Mapping[str, Any]) -> list[Breach | None]:
         asked = str(flat.get("labels.protection", "none"))

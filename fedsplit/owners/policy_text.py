@@ -175,6 +175,13 @@ WORDS: dict[str, Words] = {
         lambda v: f"The server's app has the digest {v[:12]}...",
         "The server's app may change from run to run without anybody here reading it.",
     ),
+    "app.strategies": Words(
+        lambda v: (
+            f"Runs may be: {_list(v)}."
+            + (" Adapters trained on your text leave." if "offsite-tuning" in v else "")
+        ),
+        "A run may be of any strategy that the other rules let pass.",
+    ),
 }
 
 # What leaves in every run, whatever the rules say.
@@ -230,7 +237,8 @@ allowed = ["stream"]      # "messages" pass through the SuperLink, which reads t
 # not_after = 2026-12-31
 
 [app]
-# digest = "..."          # fedsplit policy digest app.fab
+strategies = ["split-tuning", "serving"]    # "offsite-tuning": adapters trained here leave as well
+# digest = "..."          # fedsplit owner digest app.fab
 """
 
 

@@ -305,8 +305,17 @@ def _tokenised(
     return cell[0]
 
 
-def save_joint_state(owner: SplitOwner, folder: Path) -> None:
-    """Keep the optimizer of what the owner trains for the next message (Flower has the weights)."""
+ROUNDS_KEPT = 3  # a server that was killed asks for its last round again
+
+
+def save_joint_state(owner: SplitOwner, folder: Path, round_: int) -> None:
+    """Keep the optimizer of what the owner trains for the next message (Flower has the weights).
+
+    Args:
+        owner: whose.
+        folder: of the run, the same for its restarts.
+        round_: that it has been stepped in.
+    """
     optimizer = owner.optimizer
     if optimizer is None:
         return
@@ -322,15 +331,28 @@ def save_joint_state(owner: SplitOwner, folder: Path) -> None:
                 scalars[f"{index}.{key}"] = float(value)
     draft = folder / "optimizer.draft"
     save_file(tensors, draft, metadata={"scalars": json.dumps(scalars)})
-    draft.replace(folder / "optimizer.safetensors")
+    draft.replace(folder / f"optimizer-{round_}.safetensors")
+    for old in sorted(_optimizers(folder))[:-ROUNDS_KEPT]:
+        (folder / f"optimizer-{old}.safetensors").unlink(missing_ok=True)
 
 
-def load_joint_state(owner: SplitOwner, folder: Path) -> None:
-    """Restore what :func:`save_joint_state` kept, if anything."""
-    path = folder / "optimizer.safetensors"
+def _optimizers(folder: Path) -> list[int]:
+    """Return the rounds whose optimizer is kept."""
+    names = [p.stem.partition("-")[2] for p in folder.glob("optimizer-*.safetensors")]
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def load_joint_state(owner: SplitOwner, folder: Path, before: int) -> None:
+    """Restore what :func:`save_joint_state` kept of the last round before ``before``, if anything.
+
+    A round that is asked for twice, because the server was killed in it, begins twice with the same
+    optimizer.
+    """
     optimizer = owner.optimizer
-    if optimizer is None or not path.exists():
+    rounds = [number for number in _optimizers(folder) if number < before]
+    if optimizer is None or not rounds:
         return
+    path = folder / f"optimizer-{max(rounds)}.safetensors"
     from safetensors import safe_open
 
     state: dict[int, dict[str, Any]] = {}

@@ -98,7 +98,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: no model serves this owner yet; its SuperNode must be connected to a run "
             "with strategy = serving"
         ) from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: must be a readable offer: {error}") from None
 
 

@@ -59,12 +59,29 @@ def open_stream(offer: SessionOffer, config: RunConfig, node_config: dict[str, o
                 f"session-ca={given!r}: must be a readable PEM file: {error}"
             ) from None
     name = str(node_config.get("session-server-name", "")) or offer.server_name
+    certificate, key = _client_certificate(node_config)
     return connect(
         offer.address,
         ca=ca,
         server_name=name,
+        certificate=certificate,
+        key=key,
         max_frame_bytes=config.session.max_frame_mb << 20,
+        reconnect_s=config.session.reconnect_s,
     )
+
+
+def _client_certificate(node_config: dict[str, object]) -> tuple[bytes | None, bytes | None]:
+    """Return (certificate, key) for mutual TLS, if the node config names them."""
+    names = ("session-certificate", "session-key")
+    given = [node_config.get(name) for name in names]
+    if not any(given):
+        return None, None
+    try:
+        certificate, key = (Path(str(value)).read_bytes() for value in given)
+    except OSError as error:
+        raise ConfigError(f"{' and '.join(names)}: must be readable PEM files: {error}") from None
+    return certificate, key
 
 
 def run_stream_session(

@@ -92,6 +92,7 @@ class SplitOwner:
         self.perturber = perturber
         self.settings = settings
         self.held: set[int] = set()  # slots whose representations the server has
+        self._first = 0  # step that this session began with
         self.sent = 0  # batches sent
         self.answered = 0  # logits answered
         self.finished = 0  # steps that are over
@@ -109,6 +110,18 @@ class SplitOwner:
         )
         if settings.joint and not self.training.bottom:
             raise ModelError("joint bottom has 0 trainable parameters: must be >= 1")
+
+    def begin_at(self, step: int) -> None:
+        """Begin with a later step: an interrupted session took those before.
+
+        Raises:
+            SessionError: the steps before changed what this owner trains, or there is no such step.
+        """
+        if step and (self.training.optimizer is not None or self.settings.mode != "train"):
+            raise SessionError(f"offer's first step {step}: must be 0, as this owner's part moves")
+        if step and step >= len(self.batches):
+            raise SessionError(f"offer's first step {step}: must be below {len(self.batches)}")
+        self._first = self.sent = self.answered = self.finished = step
 
     @property
     def _learns(self) -> bool:
@@ -132,7 +145,7 @@ class SplitOwner:
             FrameError: its step, shape or numbers are not acceptable.
         """
         if frame.kind is Kind.START:
-            if self.sent:
+            if self.sent > self._first:
                 raise SessionError("START frame: must come once, before any batch")
             self.held = _slots_held(frame.body, len(self.samples))
             # A joint bottom changes with every step: a batch sent ahead would be of an old one.
@@ -274,7 +287,7 @@ class SplitOwner:
         return {
             "num-examples": len(self.samples),
             "targets": self.weight_sum,
-            "steps": self.finished,
+            "steps": self.finished - self._first,
             "loss": self.loss_sum / weight,
             "accuracy": self.correct / weight,
             "share-touched": touched / max(1, tokens),
@@ -303,6 +316,7 @@ class SplitOwner:
         held[list(self.held)] = 1
         return {
             "held": base64.b64encode(np.packbits(held).tobytes()).decode(),
+            "first": self._first,
             "sent": self.sent,
             "answered": self.answered,
             "finished": self.finished,
@@ -315,6 +329,7 @@ class SplitOwner:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state` was taken."""
         self.held = _slots_held(base64.b64decode(state["held"]), len(self.samples))
+        self._first = int(state["first"])
         self.sent, self.answered = int(state["sent"]), int(state["answered"])
         self.finished, self.correct = int(state["finished"]), int(state["correct"])
         self.loss_sum, self.weight_sum = float(state["loss_sum"]), float(state["weight_sum"])

@@ -25,6 +25,7 @@ from fedsplit.errors import FrameError
 MAGIC = b"FSP1"
 _PREFIX = struct.Struct("<4sBIIQ")
 PREFIX_BYTES = _PREFIX.size
+KIND_AT = len(MAGIC)
 MAX_HEADER_BYTES = 1 << 20  # of a kind with lists; others have at most _SHORT_HEADER_BYTES
 _SHORT_HEADER_BYTES = 1 << 16  # a few strings, each character at most 12 bytes when escaped
 MAX_INTS = 1 << 17

@@ -1,4 +1,7 @@
-"""Throwing damaged frames at the parser: whatever comes, it is a sound frame or a FrameError."""
+"""Throwing damaged frames at the parser: whatever comes, it is a sound frame or a FrameError.
+
+``python -m simulations bench fuzz`` does the same to every other parser, by these values too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from fedsplit.wire.frames import PREFIX_BYTES, SCHEMA, Frame, Kind, decode, enco
 _LAYOUT = struct.Struct("<4sBIIQ")
 _LETTERS = 'abz\u00e9\u4e2d\U0001f600\n"\\ '
 # As text, because most of them are not values that a JSON writer would produce.
-_NASTY = (
+NASTY = (
     "null", "true", "false", "0", "-1", "1.0", "-0.0", "1e999", "-1e999", "NaN", "Infinity",
     "-Infinity", "1e30", "9007199254740992", "18446744073709551616", "9" * 4000, "9" * 6000,
     '""', '"\\ud800"', '"\\u0000"', '"x"', '"' + "x" * 3000 + '"', "[]", "{}", "[0]", "[-1]",
@@ -102,14 +105,14 @@ def _rewrite(header: Mapping[str, Any], rng: random.Random) -> str:
     key = list(header)[at]
     way = rng.randrange(6)
     if way < 3:
-        parts[at] = f'"{key}":{rng.choice(_NASTY)}'
+        parts[at] = f'"{key}":{rng.choice(NASTY)}'
     elif way == 3:
-        parts.append(parts[at] if rng.random() < 0.5 else f'"{key}":{rng.choice(_NASTY)}')
+        parts.append(parts[at] if rng.random() < 0.5 else f'"{key}":{rng.choice(NASTY)}')
     elif way == 4:
         del parts[at]
     else:
         parts.append(f'"{rng.choice(("x", "Step", "step ", "__class__", ""))}":0')
-    return rng.choice(_NASTY) if rng.random() < 0.05 else "{" + ",".join(parts) + "}"
+    return rng.choice(NASTY) if rng.random() < 0.05 else "{" + ",".join(parts) + "}"
 
 
 _DAMAGE = (_flip, _cut, _extend, _splice, _relabel)

@@ -44,6 +44,8 @@ class SessionOffer:
         server_name: name in the server's certificate, when it is not the address's host.
         bottom: digest of the bottom's bundle.
         exchange: counts the Flower messages of this session (messages transport), from 0.
+        first: step that the session begins with; an interrupted run took those before.
+        job: names the run across its restarts, each of which has a run id of its own.
     """
 
     run: int
@@ -57,6 +59,8 @@ class SessionOffer:
     server_name: str = ""
     bottom: str = ""
     exchange: int = 0
+    first: int = 0
+    job: str = ""
 
     def to_record(self) -> ConfigRecord:
         """Return the record for one message."""
@@ -73,6 +77,8 @@ class SessionOffer:
                 "server-name": self.server_name,
                 "bottom": self.bottom,
                 "exchange": self.exchange,
+                "first": self.first,
+                "job": self.job,
             }
         )
 
@@ -126,6 +132,8 @@ class SessionOffer:
             server_name=text("server-name", 300),
             bottom=text("bottom", 100),
             exchange=number("exchange"),
+            first=number("first"),
+            job=text("job", 64),
         )
 
 

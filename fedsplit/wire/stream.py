@@ -8,31 +8,31 @@ before anything else is read; until then it can make the server hold ``_HELLO_BY
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import logging
-import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import grpc
 
-from fedsplit.errors import ConfigError, FedsplitError, SessionError
+from fedsplit.errors import ConfigError, FedsplitError, SessionError, TokenError
+from fedsplit.wire.dial import GRACE_S, channel_options, is_loopback, read_all
+from fedsplit.wire.dial import METHOD as METHOD
+from fedsplit.wire.dial import connect as connect
 from fedsplit.wire.door import Door, Hello
 from fedsplit.wire.frames import Kind
+from fedsplit.wire.lanes import RECEIVED, TICKET, Lane, Seat
 from fedsplit.wire.link import Link
 
 log = logging.getLogger(__name__)
 
-METHOD = "/fedsplit.Session/Open"
 HELLO_DEADLINE_S = 30.0
-_GRACE_S = 2.0
 _HELLO_BYTES = 1 << 16
-# host:port or [IPv6]:port, so that what is judged here and what gRPC resolves are the same host.
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_SERVER_KEEPS = 3  # frames
+_LOOKS_CLOSED_S = 0.2
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,16 +45,6 @@ class ServerTls:
     certificate: bytes
     key: bytes
     client_ca: bytes | None = None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` names this machine's own loopback interface."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class _ThreadEach(Executor):
@@ -77,19 +67,6 @@ class _ThreadEach(Executor):
         return future
 
 
-def _options(max_frame_bytes: int) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.max_receive_message_length", max_frame_bytes),
-        ("grpc.max_send_message_length", max_frame_bytes),
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ("grpc.so_reuseport", 0),
-    ]
-
-
 class SessionServer:
     """Listens for owners and hands each accepted session to ``on_session``.
 
@@ -103,6 +80,9 @@ class SessionServer:
         max_sessions: sessions at once; further ones are refused at once.
         hello_deadline_s: longest wait for a new stream's HELLO.
         on_bytes: called with (node, mode, raw frame) for everything an owner sends.
+        reconnect_s: how long a session whose stream broke waits for a new one; 0 = not at all.
+        max_waiting: streams from one address that have not said HELLO yet; more are refused, so
+            that whoever opens streams and says nothing does not keep others out.
 
     Raises:
         ConfigError: no TLS on an interface others can reach.
@@ -121,6 +101,8 @@ class SessionServer:
         max_sessions: int = 256,
         hello_deadline_s: float = HELLO_DEADLINE_S,
         on_bytes: Callable[[int, str, bytes], None] | None = None,
+        reconnect_s: float = 0.0,
+        max_waiting: int = 64,
     ) -> None:
         if tls is None and not is_loopback(host):
             raise ConfigError(
@@ -131,13 +113,17 @@ class SessionServer:
         self._on_bytes = on_bytes
         self._max_frame = max_frame_bytes
         self._hello_deadline_s = hello_deadline_s
+        self._reconnect_s = reconnect_s
+        self._max_waiting = max_waiting
+        self._waiting: Counter[str] = Counter()
+        self._seats: dict[str, Seat] = {}
         self._links: set[Link] = set()
         self._lock = threading.Lock()
         # Each session holds one of these threads for its whole life, plus one reader thread.
         self._server = grpc.server(
             _ThreadEach(),
             options=[
-                *_options(max_frame_bytes),
+                *channel_options(max_frame_bytes),
                 ("grpc.max_concurrent_streams", max_sessions),
                 ("grpc.max_connection_idle_ms", 60_000),  # connections on which nobody calls
             ],
@@ -163,26 +149,121 @@ class SessionServer:
         self._server.start()
 
     def _open(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        given = {str(key): str(value) for key, value in context.invocation_metadata() or ()}
+        if TICKET in given:
+            yield from self._open_again(requests, context, given)
+            return
+        host = context.peer().rpartition(":")[0]
+        with self._lock:
+            self._waiting[host] += 1
+            crowd = self._waiting[host]
         link = _ServerLink(context)
+        seat = Seat(Lane(link, _SERVER_KEEPS))
+        stream, _ = seat.lane.attach(0)
         with self._lock:
             self._links.add(link)
-        context.add_callback(lambda: link.close("connection lost"))
-        threading.Thread(target=_pump, args=(requests, link), name="reader", daemon=True).start()
+        self._read(requests, context, seat, stream)
         try:
-            try:
-                hello = self._greet(link)
-            except FedsplitError as error:
-                log.warning("session refused (%s): %s", context.peer(), error)
-                link.fail(error)
-            else:
-                self._on_session(link, hello)
-            while (data := link.take()) is not None:
-                yield data
+            if crowd > self._max_waiting:
+                raise SessionError(
+                    f"{crowd} streams wait for HELLO: must be <= {self._max_waiting}"
+                )
+            hello = self._greet(link)
+        except FedsplitError as error:
+            log.warning("session refused (%s): %s", context.peer(), error)
+            link.fail(error)
+        else:
+            if self._reconnect_s:
+                with self._lock:
+                    self._seats[seat.name] = seat
+                context.send_initial_metadata(((TICKET, seat.ticket),))
+            self._on_session(link, hello)
         finally:
-            link.close("connection lost")
-            link.flushed()
             with self._lock:
-                self._links.discard(link)
+                self._waiting[host] -= 1
+                if not self._waiting[host]:
+                    del self._waiting[host]
+        yield from self._carry(seat, stream)
+
+    def _open_again(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, given: dict[str, str]
+    ) -> Iterator[bytes]:
+        """Go on with a session whose stream broke."""
+        with self._lock:
+            seat = self._seats.get(given[TICKET].partition(".")[0])
+        try:
+            if seat is None or seat.lane.link.closed:
+                raise SessionError("no such session, or it has ended")
+            ticket = seat.redeem(given[TICKET])
+            received = given.get(RECEIVED, "")
+            if not received.isdecimal() or len(received) > 18:
+                raise SessionError("frames received: must be a number")
+            link = seat.lane.link
+            assert isinstance(link, _ServerLink)
+            link.move(context)
+            stream, arrived = seat.lane.attach(int(received))
+        except (SessionError, TokenError) as error:
+            log.warning("session not taken up again (%s): %s", context.peer(), error)
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:300])
+        log.info("session of %s goes on after frame %d", context.peer(), arrived)
+        context.send_initial_metadata(((TICKET, ticket), (RECEIVED, str(arrived))))
+        self._read(requests, context, seat, stream)
+        yield from self._carry(seat, stream)
+
+    def _carry(self, seat: Seat, stream: int) -> Iterator[bytes]:
+        """Yield what goes out on a stream; at its end see what becomes of the session."""
+        try:
+            yield from seat.lane.outgoing(stream)
+        finally:
+            self._broken(seat, stream, "connection lost")
+
+    def _read(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext, seat: Seat, stream: int
+    ) -> None:
+        """Take in what a stream brings, in a thread of its own."""
+        link, over = seat.lane.link, threading.Event()
+
+        def read() -> None:
+            reason = read_all(requests, seat.lane, stream)
+            # A connection that breaks can look like an owner that closes, for a moment.
+            if reason is None and not seat.lane.said_last and over.wait(_LOOKS_CLOSED_S):
+                reason = "connection lost"
+            if reason is not None:
+                self._broken(seat, stream, reason)
+            elif seat.lane.current(stream):
+                link.close("peer closed the stream")
+
+        def ended() -> None:  # also of a stream that ends before anything was yielded or read
+            over.set()
+            self._broken(seat, stream, "connection lost")
+
+        context.add_callback(ended)
+        threading.Thread(target=read, name="reader", daemon=True).start()
+
+    def _broken(self, seat: Seat, stream: int, reason: str) -> None:
+        """A stream is over: end its session, or let it wait for the next stream."""
+        link = seat.lane.link
+        if not seat.lane.current(stream):
+            return
+        with self._lock:
+            known = seat.name in self._seats
+        if link.closed or not known:
+            self._leave(seat, reason)
+        else:
+            seat.wait(stream, self._reconnect_s, lambda: self._give_up(seat, stream, reason))
+
+    def _give_up(self, seat: Seat, stream: int, reason: str) -> None:
+        if seat.lane.current(stream):
+            self._leave(seat, f"{reason}; no new stream within {self._reconnect_s:g} s")
+
+    def _leave(self, seat: Seat, reason: str) -> None:
+        link = seat.lane.link
+        link.close(reason)
+        assert isinstance(link, _ServerLink)
+        link.flushed()
+        with self._lock:
+            self._links.discard(link)
+            self._seats.pop(seat.name, None)
 
     def _greet(self, link: Link) -> Hello:
         hello = self._door.admit(link.expect(Kind.HELLO, self._hello_deadline_s))
@@ -196,9 +277,12 @@ class SessionServer:
         """Close every session and the port."""
         with self._lock:
             links = list(self._links)
+            seats = list(self._seats.values())
         for link in links:
             link.close("server stopped")
-        self._server.stop(_GRACE_S).wait()
+        for seat in seats:
+            seat.stop()
+        self._server.stop(GRACE_S).wait()
 
 
 class _ServerLink(Link):
@@ -206,9 +290,14 @@ class _ServerLink(Link):
 
     def __init__(self, context: grpc.ServicerContext) -> None:
         super().__init__(_HELLO_BYTES, hold_bytes=_HELLO_BYTES)
+        self._context = context
         # gRPC's send waits for the peer without end, and would keep thread and frames.
-        self._cut = threading.Timer(_GRACE_S, context.cancel)
+        self._cut = threading.Timer(GRACE_S, lambda: self._context.cancel())
         self._cut.daemon = True
+
+    def move(self, context: grpc.ServicerContext) -> None:
+        """Tell that another stream carries it now."""
+        self._context = context
 
     def _ended(self) -> None:
         self._cut.start()
@@ -216,94 +305,3 @@ class _ServerLink(Link):
     def flushed(self) -> None:
         """Tell that the closed link's last frame has left."""
         self._cut.cancel()
-
-
-def _pump(messages: Iterator[bytes], link: Link) -> None:
-    """Move what the peer sends into the link's inbox until either side ends."""
-    reason = "peer closed the stream"
-    try:
-        for data in messages:
-            # Once the link is closed the rest is read and dropped: the stream's end is what tells
-            # a closing owner that the server has had its last frames.
-            with contextlib.suppress(SessionError):
-                link.put(link.inbox, data, None)
-    except grpc.RpcError as error:
-        code = getattr(error, "code", lambda: "?")()
-        details = getattr(error, "details", lambda: "")() or ""
-        reason = f"connection lost: {code} {details[:300]}"
-    except Exception as error:  # gRPC raises a bare Exception when cancelled
-        reason = f"connection lost: {error}"
-    link.close(reason)
-
-
-def connect(
-    address: str,
-    *,
-    ca: bytes | None,
-    server_name: str = "",
-    certificate: bytes | None = None,
-    key: bytes | None = None,
-    max_frame_bytes: int = 64 << 20,
-    timeout_s: float = 30.0,
-) -> Link:
-    """Open a session stream to ``address`` and return its link; the caller sends HELLO.
-
-    Args:
-        address: ``host:port`` as announced in the Flower message.
-        ca: PEM of the authority the owner trusts; None = plaintext, loopback only.
-        server_name: name the certificate must carry, when it is not the address's host.
-        certificate: PEM chain for mutual TLS, with ``key``.
-        key: PEM private key for mutual TLS.
-        max_frame_bytes: bound on one frame.
-        timeout_s: longest wait for the connection.
-
-    Raises:
-        ConfigError: plaintext asked for on an address that is not loopback, or not host:port.
-        SessionError: no connection within ``timeout_s`` (refused, wrong CA or name, unreachable).
-    """
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        raise ConfigError(f"session address {address[:100]!r}: must be host:port or [IPv6]:port")
-    # Sessions of one process must not share a connection: one that is lost is one owner's.
-    options = [*_options(max_frame_bytes), ("grpc.use_local_subchannel_pool", 1)]
-    if ca is None:
-        if not is_loopback(match[1]):
-            raise ConfigError(f"session address {address!r}: without TLS must be loopback")
-        # A proxy from the environment would carry plaintext off this machine.
-        options.append(("grpc.enable_http_proxy", 0))
-        channel = grpc.insecure_channel(address, options=options)
-    else:
-        if server_name:
-            options.append(("grpc.ssl_target_name_override", server_name))
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        channel = grpc.secure_channel(address, credentials, options=options)
-    try:
-        grpc.channel_ready_future(channel).result(timeout=timeout_s)
-        return _ClientLink(channel, max_frame_bytes)
-    except grpc.FutureTimeoutError:
-        channel.close()
-        raise SessionError(
-            f"no session with {address} within {timeout_s:g} s: unreachable, or its certificate "
-            "is not one this owner trusts"
-        ) from None
-    except BaseException:
-        channel.close()
-        raise
-
-
-class _ClientLink(Link):
-    """The owner's end of a stream; closing it closes the channel."""
-
-    def __init__(self, channel: grpc.Channel, max_frame_bytes: int) -> None:
-        super().__init__(max_frame_bytes, hold_bytes=max_frame_bytes)
-        self._channel = channel
-        call = channel.stream_stream(METHOD)(iter(self.take, None))
-        self._reader = threading.Thread(target=_pump, args=(call, self), name="reader", daemon=True)
-        self._reader.start()
-
-    def close(self, reason: str = "done") -> None:
-        super().close(reason)
-        if threading.current_thread() is not self._reader:
-            # Frames still queued (a final DONE or ERROR) go out before the channel goes.
-            self._reader.join(_GRACE_S)
-        self._channel.close()

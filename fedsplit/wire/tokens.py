@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import threading
@@ -25,25 +26,39 @@ class TokenBook:
     """Issues tokens and accepts each once.
 
     Args:
-        lifetime_s: seconds between issue and the latest start of the session.
-        clock: wall clock in seconds, for tests.
+        lifetime_s: seconds between issue and the latest start of the session, at most.
+        clock: seconds, for tests.  The book that issues a token also redeems it, so the clock need
+            not be the wall's, which may jump.
 
     Guarantee: a token is accepted at most once, only for the run, node, round and mode it was
     issued for, and only before its expiry.  What breaks it: a leaked run secret, or a reader of
     the Flower message (TLS is what protects that one).
     """
 
-    def __init__(self, lifetime_s: float = 3600.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, lifetime_s: float = 3600.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._secret = secrets.token_bytes(32)
         self._lifetime = lifetime_s
         self._clock = clock
         self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def issue(self, run: int, node: int, round_: int, mode: str) -> str:
-        """Return a new token for one session."""
+    def issue(
+        self, run: int, node: int, round_: int, mode: str, lifetime_s: float | None = None
+    ) -> str:
+        """Return a new token for one session.
+
+        Args:
+            run: Flower's run id.
+            node: Flower's node id.
+            round_: server round.
+            mode: one of :data:`MODES`.
+            lifetime_s: shorter than the book's; None = the book's.
+        """
         nonce = secrets.token_hex(16)
-        expiry = int(self._clock() + self._lifetime)
+        seconds = self._lifetime if lifetime_s is None else min(lifetime_s, self._lifetime)
+        expiry = math.ceil(self._clock() + seconds)
         return f"{nonce}.{expiry}.{self._mac(run, node, round_, mode, nonce, expiry)}"
 
     def redeem(self, token: str, run: int, node: int, round_: int, mode: str) -> None:

@@ -46,6 +46,7 @@ QUICK: dict[str, Any] = {
     "lineage__gate": "off",
     "session__wave_wait_s": 60.0,
     "session__deadline_s": 60.0,
+    "session__reconnect_s": 1.0,
 }
 
 

@@ -28,7 +28,7 @@ from fedsplit.owners.plan import slot_order
 from fedsplit.owners.share import simulated_shares
 from fedsplit.privacy import select_contributing_tokens
 from fedsplit.privacy.secret import OwnerSecret
-from fedsplit.wire import stream
+from fedsplit.wire import dial, lanes
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import SCHEMA, Kind
 from fedsplit.wire.messages import FRAMES, REPORT, WEIGHTS, WHO, unpack_frames
@@ -150,25 +150,20 @@ def record(run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(config: RunConfig) -> tuple[LocalRun, Sent]:
         per_link: dict[int, list[bytes]] = {}
-        take = stream.Link.take
+        outgoing = lanes.Lane.outgoing
+        kept: list[Any] = []  # so that no two lanes have one id
 
-        def taken(self: Any) -> bytes | None:
-            data = take(self)
-            if data is not None:
+        def went_out(self: Any, stream: int) -> Iterator[bytes]:
+            if not isinstance(self.link, dial._ClientLink):
+                yield from outgoing(self, stream)
+                return
+            kept.append(self)
+            for data in outgoing(self, stream):
                 per_link.setdefault(id(self), []).append(data)
-            return data
-
-        kept: list[Any] = []  # so that no two links have one id
+                yield data
 
         def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
-            init = stream._ClientLink.__init__
-
-            def created(self: Any, *args: Any) -> None:
-                kept.append(self)
-                init(self, *args)
-
-            monkeypatch.setattr(stream._ClientLink, "__init__", created)
-            monkeypatch.setattr(stream._ClientLink, "take", taken)
+            monkeypatch.setattr(lanes.Lane, "outgoing", went_out)
 
         with monkeypatch.context():
             finished = run_locally(config, prepare=prepare)
