@@ -26,7 +26,7 @@ from simulations.shares import OwnerShare
 from strategies.length_buckets import LengthBuckets
 from strategies.optimisation import Optimisation
 from strategies.round import natural
-from strategies.split_tuning_run import load_base
+from strategies.split_tuning_run import AUTOCASTS, load_base
 
 Step = list[tuple[Samples, list[int]]]
 
@@ -65,6 +65,7 @@ class CentralisedTwin:
         self.shares = {share.name: share for share in shares}
         loaded = load_base(config)
         self.bottom, self.top = split(loaded.model, config.split.k, verify=False)
+        self.top.autocast = AUTOCASTS[config.model.autocast]
         self._buckets = LengthBuckets(self.top)
         self.joint = config.split.bottom == "joint"
         self.bottom.eval().requires_grad_(self.joint)

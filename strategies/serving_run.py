@@ -32,7 +32,13 @@ from strategies.denoising import CohortDenoiser, build_denoiser
 from strategies.hub import StreamHub
 from strategies.recorder import Recorder
 from strategies.serving import Denoise, Desk, quiet
-from strategies.split_tuning_run import DTYPES, load_base, server_tls, trained_without_head
+from strategies.split_tuning_run import (
+    AUTOCASTS,
+    DTYPES,
+    load_base,
+    server_tls,
+    trained_without_head,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ def build_desk(config: RunConfig) -> Desk:
     mechanism = build_mechanism(config.privacy, bottom, bottom.vocab)
     denoiser = build_denoiser(config, bottom, loaded.tokenizer, mechanism)
     place(top, config.model.device, DTYPES[config.model.dtype])
+    top.autocast = AUTOCASTS[config.model.autocast]
     if config.model.task == "causal-lm":
         if head is not None or denoiser is not None:
             raise ConfigError(

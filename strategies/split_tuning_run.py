@@ -35,12 +35,13 @@ from strategies.lineage_setup import build_watch
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
 from strategies.server_parts import ServerParts
-from strategies.split_state import FOLDER, earlier_rounds, open_state
+from strategies.split_state import FOLDER, earlier_content, open_state
 from strategies.split_tuning import LONG_S, SplitTuning
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTOCASTS = {"off": None, "bfloat16": torch.bfloat16}
 
 
 def load_base(config: RunConfig) -> LoadedModel:
@@ -114,6 +115,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     if config.labels.client_head:
         trainable = trained_without_head(trainable)
     place(top, config.model.device, DTYPES[config.model.dtype])
+    top.autocast = AUTOCASTS[config.model.autocast]
     fresh = head_parameters(top) if config.model.task == "sequence-classification" else set()
     parameters = trainable.parameters()
     optimisation = Optimisation(
@@ -200,7 +202,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
     """Carry out the whole run (a row of ``strategies.STRATEGIES``)."""
     recorder = Recorder.of(config, context.run_id)
     if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
-        recorder.content["rounds"] = earlier_rounds(Path(config.output.dir))
+        recorder.content |= earlier_content(Path(config.output.dir))
     began = time.perf_counter()
     if config.output.threads:
         torch.set_num_threads(config.output.threads)

@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "model.max-tokens": ([0, 131_073], [1, 131_072]),
     "model.dropout": ([-0.5, 1.0], [-1.0, 0.0, 0.99]),
     "model.dtype": (["float16", ""], ["bfloat16"]),
+    "model.autocast": (["float16", "on"], ["bfloat16"]),
     "split.k": ([-1, 10_001], [0, 10_000]),
     "split.bottom": (["thawed", ""], ["joint"]),
     "train.rounds": ([0, -3], [1]),
@@ -44,6 +45,8 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "train.clip": ([-0.1, float("inf")], [0.0]),
     "train.fraction": ([0.0, 1.01], [1e-6, 1.0]),
     "train.min-owners": ([0], [1]),
+    "train.bench-after": ([-1], [0]),
+    "train.bench-rounds": ([0], [1]),
     "session.transport": (["smoke"], ["stream", "messages"]),
     "session.schedule": (["random"], ["parallel", "sequential"]),
     "session.codec": (["fp8", "pickle"], ["fp32", "bf16", "int8"]),
@@ -52,6 +55,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "session.wave-wait-s": ([0.0, 86_401.0], [0.1, 86_400.0]),
     "session.deadline-s": ([0.0, -1.0], [0.1]),
     "session.idle-s": ([0.0, float("inf")], [0.1]),
+    "session.reconnect-s": ([-0.1, 3601.0], [0.0, 3600.0]),
     "session.window": ([0, 1025], [1, 1024]),
     "session.max-frame-mb": ([0, 1025], [1, 1024]),
     "session.port": ([-1, 65_536], [0, 65_535]),
@@ -120,6 +124,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "output.evaluate-every": ([-1], [0]),
     "output.threads": ([-1, 1025], [0, 1024]),
     "output.owner-threads": ([0, 1025], [1, 1024]),
+    "output.checkpoint-steps": ([-2], [-1]),
     "output.metrics-port": ([-1, 65_536], [0, 65_535]),
 }
 # Rows of tables that a later layer holds, names of columns, hosts, paths: any text.

@@ -22,6 +22,8 @@ class ModelConfig:
         max_tokens: longer texts are cut to this many tokens.
         dropout: probability put into every dropout layer; -1 leaves the model's own.
         dtype: ``float32`` or ``bfloat16`` for the top's weights.
+        autocast: ``off``, or ``bfloat16``: the top's matrix products in bfloat16 while its weights
+            and the optimizer stay as ``dtype`` says.
         device: where the top runs: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (several devices).
     """
 
@@ -32,6 +34,7 @@ class ModelConfig:
     max_tokens: int = 64
     dropout: float = -1.0
     dtype: str = "float32"
+    autocast: str = "off"
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class ModelConfig:
             "-1 (leave) or in [0, 1)",
         )
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.autocast", self.autocast, ("off", "bfloat16"))
 
 
 @dataclass(frozen=True)

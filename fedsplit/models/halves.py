@@ -7,6 +7,8 @@ mode too where dropout is 0: the halves draw their dropout separately).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -77,6 +79,8 @@ class Upper(nn.Module):
         hidden_size: width d of what enters.
         num_labels: C of a classifier, else None.
         vocab: V of a language model, else None.
+        autocast: what matrix products are computed in while weights stay as they are; None = in
+            the weights' own dtype.
     """
 
     def __init__(self, model: PreTrainedModel, slot: Slot) -> None:
@@ -86,6 +90,7 @@ class Upper(nn.Module):
         self.hidden_size = probe(model).hidden_size
         self.num_labels: int | None = None
         self.vocab: int | None = None
+        self.autocast: torch.dtype | None = None
         pad = text_config(model).pad_token_id
         self._pad = 0 if pad is None else int(pad)
 
@@ -110,9 +115,15 @@ class Upper(nn.Module):
             ConfigError: if the shapes are not (B, T, d) and (B, T).
         """
         mask = self._mask(hidden, attention_mask)
-        with self.slot.holding(hidden):
+        with self.slot.holding(hidden), self._products(mask):
             logits: Tensor = self.model(input_ids=self._ids(mask), attention_mask=mask).logits
         return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+    def _products(self, at: Tensor) -> AbstractContextManager[None]:
+        if self.autocast is None:
+            return nullcontext()
+        context: AbstractContextManager[None] = torch.autocast(at.device.type, self.autocast)
+        return context
 
     def _mask(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
         if hidden.ndim != 3 or hidden.shape[-1] != self.hidden_size:
@@ -174,10 +185,10 @@ class Top(Upper):
         """
         mask = self._mask(hidden, attention_mask)
         # The base model alone: whatever follows it (a large vocabulary, say) is not computed.
-        with self.slot.holding(hidden):
+        with self.slot.holding(hidden), self._products(mask):
             output = self.model.base_model(input_ids=self._ids(mask), attention_mask=mask)
         last: Tensor = output.last_hidden_state
-        return last
+        return last if self.autocast is None else last.float()
 
 
 def split(
