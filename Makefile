@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-fast test-e2e lint format bench clean
+.PHONY: setup demo test test-fast test-e2e lint format bench audit fuzz clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,16 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m simulations bench split
+
+# Known vulnerabilities in the pinned set.  The tool has an environment of its own, so that it is
+# not part of what it audits; --strict fails where a package could not be looked up.
+audit: $(STAMP)
+	@test -x $(VENV)/audit/bin/pip-audit || $(PYTHON) -m venv $(VENV)/audit
+	@$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements/pinned.txt
+
+fuzz: $(STAMP)
+	$(BIN)/python -m simulations bench fuzz
 
 clean:
 	rm -rf $(VENV) dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 console = Console()
@@ -86,14 +87,16 @@ def renew(folder: Folder, days: Days = 365.0) -> None:
 @keys_app.command()
 def show(folder: Folder) -> None:
     """Explain every file of a key folder; exit code 1 if one is expired, readable or foreign."""
-    from fedsplit.deploy.keys import explain
+    from fedsplit.deploy.keys import explain, fingerprint
 
     found = explain(folder)
     table = Table("file", "what it is", "state", title=str(folder))
     for finding in found:
         colour = "red" if finding.grave else "yellow"
-        state = f"[{colour}]{finding.fault}[/{colour}]" if finding.fault else "[green]ok[/green]"
-        table.add_row(finding.path, finding.what, state)
+        fault = escape(finding.fault)
+        state = f"[{colour}]{fault}[/]" if fault else "[green]ok[/]"
+        table.add_row(escape(finding.path), escape(finding.what), state)
     console.print(table)
+    print(f"fingerprint of ca.pem (SHA-256): {fingerprint(folder)}")
     if any(finding.fault and finding.grave for finding in found):
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.errors import ConfigError, RunError
@@ -60,7 +61,7 @@ def digest(
     bundle = bundle_of(app_path)
     if explain:
         for line in facts_of(bundle):
-            console.print(line, highlight=False)
+            print(line)
     print(digest_of_bundle(bundle, str(app_path)))
 
 
@@ -100,12 +101,12 @@ def start(
         _show(bad)
         raise RunError(f"{file.owner}: not started: {bad[0].name}: {bad[0].text}")
     if answer is not None:
-        console.print(f"{file.owner}: {answer.text}", highlight=False)
+        print(f"{file.owner}: {answer.text}", flush=True)
     raise typer.Exit(run(file, policy))
 
 
 def _show(found: list[Check]) -> None:
     table = Table("what", "state", "found")
     for x in found:
-        table.add_row(x.name, f"[{COLOURS[x.state]}]{x.state}[/{COLOURS[x.state]}]", x.text)
+        table.add_row(x.name, f"[{COLOURS[x.state]}]{x.state}[/]", escape(x.text))
     console.print(table)

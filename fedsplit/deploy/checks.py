@@ -80,11 +80,11 @@ def _policy(path: Path) -> Iterator[Check]:
     if pinned:
         yield Check("app digest", OK, f"only {pinned} runs here")
     else:
-        yield Check("app digest", FAIL, "[app] digest is not set: fedsplit owner digest prints it")
+        yield Check("app digest", FAIL, "app.digest is not set: fedsplit owner digest prints it")
     if not {"noise.min_ratio", "noise.mechanisms"} & policy.rules.keys():
         yield Check("policy", WARN, "no rule bounds the noise: fedsplit policy check says more")
     if not policy.rules.get("transport.own_ca"):
-        text = "[transport] own_ca is not set; this machine pins its authority all the same"
+        text = "transport.own_ca is not set; this machine pins its authority all the same"
         yield Check("policy", OK, text)
 
 
@@ -153,7 +153,7 @@ def _data(node: NodeFile) -> Iterator[Check]:
     kind = str(node.node.get("data-kind", "file"))
     given = str(node.node.get("data-path", ""))
     if not given:
-        yield Check("data", FAIL, "[node] data-path: must name this owner's data")
+        yield Check("data", FAIL, "node.data-path: must name this owner's data")
     elif kind != "file":
         yield Check("data", OK, f"{kind}: {given}")
     elif not Path(given).exists():
@@ -161,7 +161,7 @@ def _data(node: NodeFile) -> Iterator[Check]:
     else:
         yield Check("data", OK, given)
     if "owner" not in node.node:
-        yield Check("owner", WARN, f"[node] owner is not set; the public name is {node.owner}")
+        yield Check("owner", WARN, f"node.owner is not set; the public name is {node.owner}")
 
 
 def _flower() -> Iterator[Check]:

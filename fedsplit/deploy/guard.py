@@ -15,7 +15,7 @@ that
 - only ClientApps run: a task of any other kind (an AgentApp, a ServerApp) is refused likewise;
 - no dependencies are installed at run time.
 
-What is replaced are three functions that ``run_clientapp`` looks up by name.  A version of Flower
+What is replaced are two functions that ``run_clientapp`` looks up by name.  A version of Flower
 that looks up others is refused before it fetches anything.
 """
 
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 CLIENT_APP = "flwr-clientapp"
 PATH_VARIABLE = "FEDSPLIT_OWNER_PATH"
 _MODULE = "flwr.supernode.runtime.run_clientapp"
+# The first is not replaced, but without it there would be no message to refuse with a reply.
 _SEAM = ("pull_task_input", "install_from_fab", "get_load_client_app_fn")
 _INSTALLS = "--allow-runtime-dependency-installation"
 

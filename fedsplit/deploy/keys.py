@@ -26,6 +26,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
 from fedsplit.deploy.certificates import (
     LOOPBACK,
     Issued,
@@ -256,6 +259,16 @@ def days_left(pem: bytes, what: str) -> tuple[float, datetime.datetime]:
     return (end - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1), end
 
 
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 fingerprint of a folder's authority, as ``openssl x509`` prints it.
+
+    Raises:
+        ConfigError: there is no ``ca.pem``, or it is no certificate.
+    """
+    path = folder / "ca.pem"
+    return load_certificate(_read(path), str(path)).fingerprint(hashes.SHA256()).hex(":").upper()
+
+
 def mode_fault(path: Path) -> str:
     """Return what is wrong with a private file's owner and mode; empty if nothing is."""
     try:
@@ -302,7 +315,7 @@ def _private(folder: Path, name: str, what: str) -> Finding:
     return Finding(name, what, mode_fault(folder / name))
 
 
-def _pair(folder: Path, stem: str, whose: str, authority: object) -> list[Finding]:
+def _pair(folder: Path, stem: str, whose: str, authority: x509.Certificate) -> list[Finding]:
     """Explain a certificate and its key, if they are there."""
     certificate, key = folder / f"{stem}.pem", folder / f"{stem}.key"
     if not certificate.exists() and not key.exists():
@@ -311,7 +324,7 @@ def _pair(folder: Path, stem: str, whose: str, authority: object) -> list[Findin
     left, end = days_left(pem, str(certificate))
     loaded = load_certificate(pem, str(certificate))
     fault, grave = _expiry(left, end), left <= 0
-    if not is_signed_by(loaded, authority):  # type: ignore[arg-type]
+    if not is_signed_by(loaded, authority):
         fault, grave = "not signed by ca.pem", True
     names = ", ".join(hosts_of(loaded))
     what = f"{whose} certificate for {names}, until {end:%Y-%m-%d}"
@@ -323,7 +336,7 @@ def _pair(folder: Path, stem: str, whose: str, authority: object) -> list[Findin
     return [Finding(f"{stem}.pem", what, fault, grave), secret]
 
 
-def _node(folder: Path, inner: str, authority: object) -> list[Finding]:
+def _node(folder: Path, inner: str, authority: x509.Certificate) -> list[Finding]:
     base = folder / inner
     prefix = "" if inner == "." else f"{inner}/"
     if not (base / "node.pub").exists() and not (base / "node.key").exists():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ConfigError, check
-from fedsplit.owners.share import owner_name
+from fedsplit.owners.naming import owner_name
 
 Scalar = bool | int | float | str
 
@@ -48,7 +48,7 @@ def node_config_text(config: Mapping[str, Scalar]) -> str:
     """
     words = []
     for key, value in config.items():
-        check(_KEY.fullmatch(key) is not None, "[node] key", key, "letters, digits, - and _")
+        check(_KEY.fullmatch(key) is not None, "node key", key, "letters, digits, - and _")
         check(type(value) in (bool, int, float, str), key, value, "a bool, int, float or str")
         if isinstance(value, bool):
             text = str(value).lower()
@@ -158,7 +158,7 @@ def _node(folder: Path, content: Any) -> dict[str, Scalar]:
     found: dict[str, Scalar] = {}
     for name, value in content.items():
         if name in _OURS:
-            raise ConfigError(f"[node] {name}={value!r}: must be left out, {_OURS[name]} gives it")
+            raise ConfigError(f"node.{name}={value!r}: must be left out, {_OURS[name]} gives it")
         is_path = name in _NODE_PATHS and content.get("data-kind", "file") == "file"
         found[name] = str(_path(folder, name, value)) if is_path else value
     owner_name(found)

@@ -33,7 +33,7 @@ from fedsplit.deploy.guard import CLIENT_APP, PATH_VARIABLE
 from fedsplit.deploy.keys import write_new
 from fedsplit.deploy.node import NodeFile, node_config_text
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.owners.home import HOME_VARIABLE, SIMULATION_VARIABLE
+from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
 from fedsplit.owners.policy import POLICY_VARIABLE, Policy
 
 # Every command that a SuperExec may start (flwr 1.41, 1.42); one that is not here is not found.
@@ -78,7 +78,7 @@ def pinned_digest(policy: Path) -> str:
     pinned = Policy.load(policy).rules.get("app.digest", "")
     if not pinned:
         raise ConfigError(
-            f"{policy}: [app] digest: must be set, or the server's app runs unreviewed "
+            f"{policy}: app.digest: must be set, or the server's app runs unreviewed "
             "(fedsplit owner digest prints it)"
         )
     return str(pinned)

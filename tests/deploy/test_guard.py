@@ -227,6 +227,52 @@ def test_the_installed_flower_has_the_seam() -> None:
     assert vars(real) == before  # a look changes nothing
 
 
+@pytest.mark.parametrize("reviewed", [True, False])
+def test_flowers_own_process_answers_for_the_guard(
+    machine: Machine, reviewed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of ``run_clientapp`` but its connection: what reaches the server is a reply."""
+    from flwr.app import Context, Message, RecordDict
+    from flwr.supercore.fab import Fab
+    from flwr.supercore.run import Run
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them with the task's input
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    bundle = machine.bundle
+    digest = digest_of_bundle(bundle)
+    machine.pin(digest if reviewed else "a" * 64)
+    real = importlib.import_module(MODULE)
+    message = Message(RecordDict(), dst_node_id=7, message_type="query")
+    context = Context(1, 7, {}, RecordDict(), {})
+    run = Run.create_empty(1)
+    run.fab_id, run.fab_version = "tests/tinyapp", "../../evil"
+    sent: list[Message] = []
+    played = {
+        "pull_task_input": lambda client: (message, context, run, Fab("0" * 64, bundle, {})),
+        "push_message": lambda client, reply, context: sent.append(reply),
+        "push_task_output": lambda **given: None,
+        "register_signal_handlers": lambda **given: None,
+        "event": lambda *given: None,
+        "HeartbeatSender": lambda function: types.SimpleNamespace(start=lambda: None),
+        "flwr_exit": lambda **given: None,
+        # Replaced by the guard; named here so that they are put back.
+        "install_from_fab": real.install_from_fab,
+        "get_load_client_app_fn": real.get_load_client_app_fn,
+    }
+    for name, value in played.items():
+        monkeypatch.setattr(real, name, value)
+    Guard(machine.policy).attach(real)
+
+    real.run_clientapp("127.0.0.1:1", "token", insecure=True)
+
+    (reply,) = sent
+    assert reply.has_error()  # the reviewed app has no handler of queries
+    assert machine.mark.exists() == reviewed
+    told = f"asked '{digest}', must be {'a' * 64}"
+    assert (told in reply.error.reason) != reviewed
+
+
 # ---- what a digest covers ----------------------------------------------------------------------
 
 NAMES = st.sampled_from(["a.py", "b/c.py", "b/__pycache__/c.cpython-311.pyc", "x/.info/y.py"])

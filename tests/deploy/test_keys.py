@@ -17,7 +17,14 @@ from typer.testing import CliRunner
 from fedsplit.cli import app_cli
 from fedsplit.deploy import keys
 from fedsplit.deploy.certificates import Issued, hosts_of, issue, load_certificate, make_authority
-from fedsplit.deploy.keys import add_owner, explain, make_keys, make_node, renew_server
+from fedsplit.deploy.keys import (
+    add_owner,
+    explain,
+    fingerprint,
+    make_keys,
+    make_node,
+    renew_server,
+)
 from fedsplit.errors import ConfigError
 
 
@@ -225,3 +232,7 @@ def test_the_commands(tmp_path: Path) -> None:
     told = run.invoke(app_cli, ["keys", "show", folder])
     assert told.exit_code == 0, told.stdout
     assert "owners/hospital/node.key" in told.stdout
+    handed = run.invoke(app_cli, ["keys", "show", str(tmp_path / "keys/owners/hospital")])
+    line = f"fingerprint of ca.pem (SHA-256): {fingerprint(tmp_path / 'keys')}"
+    assert line in told.stdout
+    assert line in handed.stdout  # what both read out to each other

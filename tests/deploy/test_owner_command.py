@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
+import stat
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,7 +188,7 @@ def test_nothing_starts_without_a_pinned_digest_or_beside_another(etc: Path) -> 
     with sole(node.home), pytest.raises(ConfigError, match="runs on it already"):
         start(node, etc / "owner.toml")
     (etc / "owner.toml").write_text("")
-    with pytest.raises(ConfigError, match=r"\[app\] digest: must be set"):
+    with pytest.raises(ConfigError, match=r"app\.digest: must be set"):
         start(node, etc / "owner.toml")
 
 
@@ -221,3 +226,90 @@ def test_a_review_of_this_projects_app(tmp_path: Path) -> None:
     assert "hides installed packages of yours: torch" in facts
     with pytest.raises(ConfigError, match="Flower cannot bundle it"):
         bundle_of(tmp_path / "app" / "strategies")
+
+
+# ---- the processes of a start, with stand-ins for Flower's two commands --------------------------
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from fedsplit.deploy import start
+from fedsplit.deploy.node import NodeFile
+
+etc = Path(sys.argv[1])
+start.find_command = lambda name: str(etc / name)
+sys.exit(start.start(NodeFile.load(etc / "node.toml"), etc / "owner.toml"))
+"""
+STAND_IN = """#!/bin/sh
+echo "$PATH" > {etc}/{name}.path
+echo "$FEDSPLIT_POLICY $FLWR_HOME $FEDSPLIT_OWNER_PATH" > {etc}/{name}.env
+echo "$@" > {etc}/{name}.draft
+/bin/mv {etc}/{name}.draft {etc}/{name}.args
+{then}
+"""
+
+
+def begin(etc: Path, then: str = "exec /bin/sleep 60") -> subprocess.Popen[bytes]:
+    for name in ("flower-supernode", "flower-superexec"):
+        command = then if name == "flower-supernode" else "exec /bin/sleep 60"
+        (etc / name).write_text(STAND_IN.format(etc=etc, name=name, then=command))
+        (etc / name).chmod(0o700)
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("FEDSPLIT_", "FLWR_"))}
+    env |= {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(etc)], env=env)
+    until = time.monotonic() + 30
+    while process.poll() is None and not (etc / "flower-superexec.args").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and sh")
+def test_a_start_told_to_end_ends_everything(etc: Path) -> None:
+    process = begin(etc)
+    runtime = etc / "home" / "flower" / "runtime"
+    arguments = (etc / "flower-supernode.args").read_text()
+    assert "--isolation process" in arguments
+    assert f"--root-certificates {etc / 'keys/owners/bank/ca.pem'}" in arguments
+    assert f"state-dir='{etc / 'home'}'" in arguments
+    assert "--host 127.0.0.1" in arguments
+    assert stat.S_IMODE((runtime / "superexec.secret").stat().st_mode) == 0o600
+    # SuperExec finds the guard and nothing else; what it starts gets the owner's PATH back.
+    assert (etc / "flower-superexec.path").read_text().strip() == str(runtime / "commands")
+    policy, flower, path = (etc / "flower-superexec.env").read_text().split()
+    assert (policy, flower) == (str(etc / "owner.toml"), str(etc / "home" / "flower"))
+    assert path == os.environ["PATH"]
+    process.terminate()
+    assert process.wait(20) == 0
+    assert not runtime.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and sh")
+@pytest.mark.parametrize(
+    ("then", "code"), [("/bin/sleep 1; exit 44", 44), ("/bin/sleep 1; exit 0", 1)]
+)
+def test_a_supernode_that_ends_ends_the_start_with_a_fault(etc: Path, then: str, code: int) -> None:
+    process = begin(etc, then)
+    assert process.wait(30) == code
+    assert not (etc / "home" / "flower" / "runtime").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children on Linux alone")
+def test_a_start_that_is_killed_leaves_no_supernode(etc: Path) -> None:
+    process = begin(etc, "exec /bin/sleep 61")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    process.kill()
+    process.wait(10)
+    until = time.monotonic() + 10
+    while any(_runs(pid) for pid in children):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        state = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

@@ -375,6 +375,13 @@ def test_a_node_that_is_not_registered_is_refused(
     assert "Failed to initialize the connection" in federation.log("stranger")
     assert "SuperNode ID:" not in federation.log("stranger")
 
+    bare = f"--superlink localhost:{federation.ports[0]} --root-certificates {ca}"
+    nameless = federation.stay(
+        "bank", f"exec flower-supernode {bare} --port {free_port()} --max-retries 2", "nameless"
+    )
+    assert wait_until(lambda: not nameless.alive, 90, 0.2), federation.log("nameless")[-3000:]
+    assert "SuperNode ID:" not in federation.log("nameless")
+
 
 def test_an_owner_refuses_a_server_that_its_authority_does_not_vouch_for(
     run_through: tuple[Federation, Any], tmp_path: Path
