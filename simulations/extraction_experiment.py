@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
     **TABLE_OPTIONS,
     "methods": ["ot", "scaleot", "scaleot-src"],
     "seeds": 1,
-    "attacks": ["lm", "queries", "queries-regrow"],
+    "attacks": ["control", "lm", "queries", "queries-regrow"],
     "budget": [0, 25, 50, 100, 200],
     "attack-batch": 8,
     "attack-lr": 3e-4,
@@ -48,8 +48,10 @@ OPTIONS: dict[str, Any] = {
     "attack-held-out": "",
     "windows": 128,
 }
+CONTROL = "control"  # the full model tuned on the same text: what is adaptation, not extraction
 # Attacker -> does the full model answer, does the emulator get its full size back.
 ATTACKERS: dict[str, tuple[bool, bool]] = {
+    CONTROL: (False, False),
     "lm": (False, False),
     "lm-regrow": (False, True),
     "queries": (True, False),
@@ -67,8 +69,10 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     config = experiment.config
     flat = config.to_flat()
     folder.write_config({**flat, "options": options})
-    cells = Cells(folder.path / "cells.jsonl", {**flat, **options})
-    world = Attacked(World(config, options), options)
+    # The choice of rows and the number of seeds change no row.
+    same = {k: v for k, v in options.items() if k not in ("methods", "attacks", "seeds", "full")}
+    cells = Cells(folder.path / "cells.jsonl", {**flat, **same})
+    world = Attacked(World(config, same, folder.path, cells), options)
     rows: list[Row] = []
     todo = [
         {"method": method, "seed": seed, "attack": attack}
@@ -173,6 +177,7 @@ class Attacked:
                 lr=float(self.options["attack-lr"]),
                 queries=queries,
                 regrow=regrow,
+                bf16=bool(self.options["bf16"]),
                 seed=derive_seed(seed, "extraction") % 2**31,
             ),
             emulator,
@@ -182,6 +187,7 @@ class Attacked:
             marks=budget,
             task=Task(tuned, work),
             window=self.world.config.offsite.block,
+            control=attack == CONTROL,
         )
         about: Row = {
             "method": method,

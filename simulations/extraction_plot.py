@@ -8,7 +8,13 @@ from typing import Any
 
 from fedsplit.errors import RunError
 
-LINES = {"lm": ":", "lm-regrow": "-.", "queries": "--", "queries-regrow": "-"}
+LINES: dict[str, Any] = {
+    "control": (0, (1, 5)),
+    "lm": ":",
+    "lm-regrow": "-.",
+    "queries": "--",
+    "queries-regrow": "-",
+}
 
 
 def closed_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -43,15 +49,8 @@ def closed_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
                 tokens, shares, low, high = (list(column) for column in zip(*points, strict=True))
                 colour = f"C{number}"
                 line = LINES.get(attack, "-")
-                axis.plot(
-                    tokens,
-                    shares,
-                    line,
-                    color=colour,
-                    marker="o",
-                    ms=3,
-                    label=f"{method}, {attack}",
-                )
+                style = {"linestyle": line, "color": colour, "marker": "o", "markersize": 3}
+                axis.plot(tokens, shares, label=f"{method}, {attack}", **style)
                 axis.fill_between(tokens, low, high, color=colour, alpha=0.08)
         axis.axhline(0, color="0.7", linewidth=0.8)
         axis.axhline(1, color="0.7", linewidth=0.8)
@@ -69,7 +68,7 @@ def closed_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _points(rows: Sequence[Mapping[str, Any]], gap: str) -> list[tuple[float, ...]]:
     """Return (tokens, mean share, low, high) where there is a share."""
-    found = []
+    found: list[tuple[float, ...]] = []
     for tokens in sorted({int(r["tokens"]) for r in rows}):
         here = [r for r in rows if r["tokens"] == tokens and r[f"{gap}_closed"] is not None]
         if here:

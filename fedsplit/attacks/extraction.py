@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -55,6 +56,7 @@ class Extraction:
         queries: whether each block is also sent to the full model, whose logits are then the only
             target.
         regrow: start from :func:`regrown`.
+        bf16: autocast to bfloat16 (weights stay as they are).
         seed: of the order of the blocks.
     """
 
@@ -63,6 +65,7 @@ class Extraction:
     lr: float = 3e-4
     queries: bool = False
     regrow: bool = False
+    bf16: bool = False
     seed: int = 0
 
     name: ClassVar[str] = "extraction"
@@ -125,7 +128,9 @@ class Extraction:
                 epoch, place = divmod(step - 1, per_epoch)
                 order = epoch_batches(len(public), size, seed, epoch)[place]
                 ids = public[torch.from_numpy(order)].to(device)
-                loss = self._loss(model, teacher, ids)
+                half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
+                with half:
+                    loss = self._loss(model, teacher, ids)
                 for group in optimizer.param_groups:
                     group["lr"] = self.lr * min(1.0, step / max(1.0, self.steps / 20))
                 optimizer.zero_grad(set_to_none=True)

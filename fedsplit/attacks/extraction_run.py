@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from fedsplit.attacks.extraction import Closed, Extraction, closed_share
-from fedsplit.emulators.build import Emulator, adapter_state, load_adapters, plug_in
+from fedsplit.emulators.build import (
+    Emulator,
+    adapter_state,
+    build_emulator,
+    load_adapters,
+    plug_in,
+)
 from fedsplit.emulators.lm import check_tokens
+from fedsplit.emulators.plan import EmulatorPlan
 from fedsplit.emulators.structure import Model
 from fedsplit.errors import AttackError
 from fedsplit.evaluation.perplexity import TextLoss, text_loss
@@ -80,6 +87,7 @@ def measure(
     marks: Sequence[int] = (),
     task: Task | None = None,
     window: int = 128,
+    control: bool = False,
     on_look: Callable[[Look], None] | None = None,
 ) -> list[Look]:
     """Run an attack and measure it at some steps and at its end.
@@ -94,6 +102,8 @@ def measure(
         marks: steps to look at, besides the last.
         task: what the owner tuned adapters for.
         window: of the losses, tokens; intervals are over half-windows.
+        control: train the full model's own blocks outside A instead of the emulator's.  What that
+            closes beyond 1 is adaptation to the public text, which needs no extraction.
         on_look: called with each look as it is made.
 
     Raises:
@@ -118,6 +128,10 @@ def measure(
             task_full = loss(base, task.tokens)
         finally:
             plug_in(base, before, emulator.plan)
+    victim = emulator
+    if control:
+        plan = EmulatorPlan.with_adapters(emulator.plan.num_layers, emulator.plan.adapters)
+        victim = build_emulator(base, plan, base_digest=emulator.base_digest)
     looks: list[Look] = []
 
     def look(step: int, model: Model, own: Emulator) -> None:
@@ -134,7 +148,7 @@ def measure(
             on_look(looks[-1])
 
     attack.run(
-        emulator,
+        victim,
         public,
         teacher=base if attack.queries else None,
         look=look,

@@ -167,7 +167,7 @@ def read_adapters(path: Path) -> tuple[dict[str, Any], Any]:
             about = json.loads((handle.metadata() or {}).get("method", "{}"))
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         settings = MethodSettings(**about)
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise ModelError(f"{file}: {error}") from None
         raise ModelError(f"{file}: no readable adapters: {error}") from None

@@ -124,7 +124,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 text = self.tokenizer.decode(made, skip_special_tokens=True)
                 if any(stop and stop in text for stop in stops):
                     break
-        text = self.tokenizer.decode(made, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(made, skip_special_tokens=True))
         for stop in stops:
             text = text.split(stop)[0] if stop else text
         return text

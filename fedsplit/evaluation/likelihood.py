@@ -26,6 +26,7 @@ Ids = tuple[int, ...]
 Progress = Callable[[int, int], None]
 # How far a cached log-likelihood may be from a plain one, relative to 1 + its size.
 TOLERANCE = 1e-3
+WASTE = 32  # padding tokens that cost about as much as one more forward pass
 
 
 class Score(NamedTuple):
@@ -94,8 +95,22 @@ class Likelihood:
         done: dict[tuple[Ids, Ids], Score] = {}
         total = sum(len(g.tails) for g in groups)
         with evaluating(self.model):
-            for batch in self._batches(groups):
-                for group, scores in zip(batch, self._run(batch), strict=True):
+            several = [g for g in groups if len(g.tails) > 1 and len(g.context) > 1]
+            if self.cached and not self._checked and several:
+                self._try_cache(several)
+            if not self.cached:
+                several = []
+            together = {g.context for g in several}
+            single = _singles([g for g in groups if g.context not in together])
+            behind = list(self._prefix_batches(several))
+            # Long continuations of many lengths can pad more than the prefix saves.
+            alone = list(self._single_batches(_singles(several)))
+            if sum(map(_single_cost, alone)) < sum(map(_prefix_cost, behind)):
+                single, behind = [*single, *_singles(several)], []
+            work = [(batch, self._with_prefix) for batch in behind]
+            work += [(batch, self._plain) for batch in self._single_batches(single)]
+            for batch, run in work:
+                for group, scores in zip(batch, run(batch), strict=True):
                     for tail, score in zip(group.tails, scores, strict=True):
                         done[group.context, tail] = score
                 if progress is not None:
@@ -115,50 +130,56 @@ class Likelihood:
             raise DataError(f"ids: up to {worst}: must be in 0..{rows - 1}")
         return context[-room:], tail
 
-    def _batches(self, groups: list[_Group]) -> Iterator[list[_Group]]:
-        """Yield batches within the token bound, longest first."""
-        for several in (True, False):
-            chosen = [g for g in groups if (len(g.tails) > 1) == several]
-            chosen.sort(key=lambda g: (-len(g.context), -max(map(len, g.tails))))
-            yield from self._cut_up(chosen, several)
-
-    def _cut_up(self, ordered: list[_Group], several: bool) -> Iterator[list[_Group]]:
+    def _single_batches(self, groups: list[_Group]) -> Iterator[list[_Group]]:
+        """Yield groups of one continuation each, longest first, within the token bound."""
+        groups.sort(key=lambda g: -len(g.context) - len(g.tails[0]))
         batch: list[_Group] = []
-        rows = width = 0
-        for group in ordered:
-            longest_row = len(group.context) + max(map(len, group.tails))
-            full = (rows + len(group.tails)) * max(width, longest_row) > self.batch_tokens
-            # Only cached prefixes must be of one length.
-            fits = not (several and self.cached) or not batch
-            if batch and (full or not (fits or len(group.context) == len(batch[0].context))):
+        for group in groups:
+            width = len((batch or [group])[0].context) + len((batch or [group])[0].tails[0])
+            if batch and (len(batch) + 1) * width > self.batch_tokens:
                 yield batch
-                batch, rows, width = [], 0, 0
+                batch = []
             batch.append(group)
-            rows, width = rows + len(group.tails), max(width, longest_row)
         if batch:
             yield batch
 
-    def _run(self, batch: list[_Group]) -> list[list[Score]]:
-        one_length = len({len(g.context) for g in batch}) == 1
-        pays = any(len(g.tails) > 1 for g in batch) and len(batch[0].context) > 1
-        if not (self.cached and one_length and pays):
-            return self._plain(batch)
-        if self._checked:
-            return self._with_prefix(batch)
-        plain = self._plain(batch)
+    def _prefix_batches(self, groups: list[_Group]) -> Iterator[list[_Group]]:
+        """Yield groups with contexts of one length, within the token bound."""
+        groups.sort(key=lambda g: (-len(g.context), -max(map(len, g.tails))))
+        batch: list[_Group] = []
+        rows = real = 0
+        for group in groups:
+            long = max(map(len, (batch or [group])[0].tails))
+            more, length = rows + len(group.tails), len(group.context)
+            own = sum(map(len, group.tails))
+            full = more * (length + long) > self.batch_tokens
+            # Short continuations do not wait for long ones: padding runs too.
+            wasted = more * long > 2 * (real + own) + WASTE
+            if batch and (full or wasted or length != len(batch[0].context)):
+                yield batch
+                batch, more, real = [], len(group.tails), 0
+            batch.append(group)
+            rows, real = more, real + own
+        if batch:
+            yield batch
+
+    def _try_cache(self, groups: list[_Group]) -> None:
+        """Find out whether the model's cache serves, on some of the longest contexts."""
         self._checked = True
+        length = max(len(g.context) for g in groups)
+        some = [g for g in groups if len(g.context) == length][:4]
+        plain = self._plain(some)
         try:
-            found = self._with_prefix(batch)
+            found = self._with_prefix(some)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             log.info("no prefix cache for this model: %s", error)
             self.cached = False
-            return plain
+            return
         for a, b in zip(chain(*plain), chain(*found), strict=True):
             if not abs(a.nats - b.nats) <= TOLERANCE * (1 + abs(a.nats)):
                 log.info("no prefix cache for this model: %.6g is %.6g with it", a.nats, b.nats)
                 self.cached = False
-                break
-        return plain
+                return
 
     def _plain(self, batch: list[_Group]) -> list[list[Score]]:
         """Run each context with each continuation, padded on the right (which is never seen)."""
@@ -204,6 +225,20 @@ class Likelihood:
         device = next(self.model.parameters()).device
         self.forwarded += sum(map(len, sequences))
         return torch.tensor([[*s, *([0] * (width - len(s)))] for s in sequences], device=device)
+
+
+def _singles(groups: list[_Group]) -> list[_Group]:
+    return [_Group(g.context, (tail,)) for g in groups for tail in g.tails]
+
+
+def _single_cost(batch: list[_Group]) -> int:
+    """Tokens run by a batch of single continuations, padding and the call itself counted."""
+    return WASTE + len(batch) * max(len(g.context) + len(g.tails[0]) for g in batch)
+
+
+def _prefix_cost(batch: list[_Group]) -> int:
+    tails = [tail for g in batch for tail in g.tails]
+    return 2 * WASTE + len(batch) * len(batch[0].context) + len(tails) * max(map(len, tails))
 
 
 def _score(logits: Tensor, tail: Ids) -> Score:

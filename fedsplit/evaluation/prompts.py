@@ -44,7 +44,7 @@ class Prompt:
             tree = env.parse(self.text)
         except (TemplateSyntaxError, RecursionError) as error:
             raise ConfigError(f"prompt: must be a template: {error}") from None
-        nodes = [tree]
+        nodes: list[Any] = [tree]
         while nodes:
             node = nodes.pop()
             kind = type(node).__name__

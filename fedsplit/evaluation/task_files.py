@@ -246,7 +246,7 @@ def _read_rows(file: Path, config: Mapping[str, Any], source: Path) -> tuple[Doc
             raise DataError(f"{source}: doc_to_{key}={name!r}: must be a field's name")
     docs = []
     for place, row in rows(file):
-        doc = {k: v for k, v in row.items() if isinstance(v, str | int | float)}
+        doc: Doc = {k: v for k, v in row.items() if isinstance(v, str | int | float)}
         doc["choices"], doc["answer"] = row.get(names["choice"]), row.get(names["target"])
         docs.append(_check_doc(doc, place))
     return tuple(docs)
@@ -360,7 +360,7 @@ def _question(row: Mapping[str, Any], place: str) -> Doc:
         for answer in sorted(answers):
             if not kept or not answer.startswith(kept[-1]):
                 kept.append(answer)
-        doc = {"question": question, "choices": kept, "answer": list(range(len(kept)))}
+        doc: Doc = {"question": question, "choices": kept, "answer": list(range(len(kept)))}
     else:
         doc = {"question": question, "choices": row.get("choices"), "answer": row.get("answer")}
     return _check_doc(doc, place)

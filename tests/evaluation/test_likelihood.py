@@ -72,14 +72,16 @@ def test_a_cached_prefix_changes_nothing_in_any_family(family: str) -> None:
 
 
 def test_a_cached_prefix_saves_what_choices_share(model: Model) -> None:
-    pairs = questions(12)
-    plain, cached = Likelihood(model, cache=False), Likelihood(model, batch_tokens=40)
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randint(3, VOCAB, (60, 24), generator=generator).tolist()
+    pairs = [(context, [3 + j, 4]) for context in contexts for j in range(4)]
+    plain, cached = Likelihood(model, cache=False), Likelihood(model)
 
     plain.score(pairs)
     cached.score(pairs)
 
     assert cached.cached
-    assert cached.forwarded < 0.8 * plain.forwarded
+    assert cached.forwarded < 0.5 * plain.forwarded
 
 
 def test_an_emulator_whose_blocks_keep_no_keys_is_run_without() -> None:
