@@ -1,7 +1,7 @@
 """The kind ``offsite-peft``: what is trained inside A, against the whole of A, on one emulator.
 
 One emulator a seed (the recipe of ``offsite-table``), the same batches for every method, each with
-a rate of its own.  Centralised, for the reason that :mod:`simulations.offsite_experiment` gives.
+a rate of its own.  Centralised, for the reason that :mod:`simulations.offsite_world` gives.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedsplit.emulators import Emulator, Material
+from fedsplit.emulators import Emulator
 from fedsplit.emulators.build import tune_in_full, tune_inside
-from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.trial import tune
-from fedsplit.errors import ConfigError
 from fedsplit.models.adapter_methods import METHODS, MethodSettings
 from fedsplit.registry import pick
 from simulations import offsite_experiment
 from simulations.cells import Cells, Row
-from simulations.offsite_experiment import World
+from simulations.offsite_world import World, options_of, perplexity_of
 from simulations.progress import RunProgress
 from simulations.run_folder import RunFolder
 from simulations.settings import Experiment
@@ -53,21 +51,17 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    known = {**offsite_experiment.OPTIONS, **OPTIONS}
-    unknown = sorted(experiment.options.keys() - known.keys())
-    if unknown:
-        raise ConfigError(f"options.{unknown[0]}: must be one of {', '.join(known)}")
-    options = {**known, **experiment.options}
+    options = options_of(experiment.options, {**offsite_experiment.OPTIONS, **OPTIONS})
     for method in options["methods"]:
         pick(METHODS, method, "method")
     pick(offsite_experiment.METHODS, options["emulator"], "emulator")
     config = experiment.config
     flat = config.to_flat()
     folder.write_config({**flat, "options": options})
-    settings = {**flat, **options}
-    del settings["methods"], settings["seeds"]  # more of either leaves finished cells as they are
-    cells = Cells(folder.path / "cells.jsonl", settings)
-    bench = Bench(World(config, options), options)
+    # More methods or seeds leave finished cells as they are.
+    same = {k: v for k, v in options.items() if k not in ("methods", "seeds", "full")}
+    cells = Cells(folder.path / "cells.jsonl", {**flat, **same})
+    bench = Bench(World(config, same, folder.path, cells))
     rows: list[Row] = []
     done, whole = 0, len(options["methods"]) * int(options["seeds"])
     with RunProgress(console) as progress:
@@ -86,37 +80,28 @@ class Bench:
     """One emulator a seed, and what each method makes of it.
 
     Args:
-        world: model, texts, importance.
-        options: of the experiment.
+        world: model, texts, importance, options.
     """
 
-    def __init__(self, world: World, options: dict[str, Any]) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
-        self.options = options
         self._built: tuple[int, Emulator, float] | None = None
-        self._zero_shot: float | None = None
 
     def emulator(self, seed: int) -> tuple[Emulator, float]:
         """Return the seed's emulator and its held-out loss before tuning; the last one is kept."""
         if self._built is None or self._built[0] != seed:
-            _, held_out, public = self.world.tokens
-            made, importance, _ = offsite_experiment.METHODS[self.options["emulator"]](
-                self.world, seed
-            )
-            loaded = self.world.loaded
-            material = Material(tokens=public, importance=importance, base_digest=loaded.digest)
-            emulator = made.build(loaded.model, material)
-            self._built = (seed, emulator, mean_loss(emulator.model, held_out))
+            name = str(self.world.options["emulator"])
+            made, importance, _ = offsite_experiment.METHODS[name](self.world, seed)
+            emulator = made.build(self.world.loaded.model, self.world.material(importance))
+            self._built = (seed, emulator, self.world.measured(emulator.model))
         return self._built[1], self._built[2]
 
     def cell(self, method: str, seed: int) -> list[Row]:
         """Return the row of one method and seed."""
+        built, before = self.emulator(seed)
+        model, o = self.world.loaded.model, self.world.options
         train, held_out, _ = self.world.tokens
-        built, zero_shot = self.emulator(seed)
-        model = self.world.loaded.model
-        if self._zero_shot is None:
-            self._zero_shot = mean_loss(model, held_out)
-        o = self.options
+        zero_shot = self.world.full_zero_shot()
         settings = MethodSettings(
             method, int(o["rank"]), float(o["lora-alpha"]), int(o["width"]), int(o["prefix"]), seed
         )
@@ -130,16 +115,16 @@ class Bench:
         full = copy.deepcopy(model)
         plugged = tune_in_full(full, built.plan, settings)
         plugged.load(inside.state())
-        plug_in = mean_loss(full, held_out)
+        plug_in = self.world.measured(full)
         return [
             {
                 "method": method,
                 "seed": seed,
-                "full_zero_shot": math.exp(self._zero_shot),
-                "emulator_zero_shot": math.exp(min(zero_shot, 50.0)),
-                "emulator_ft": math.exp(min(mean_loss(emulator.model, held_out), 50.0)),
-                "plug_in": math.exp(min(plug_in, 50.0)),
-                "gain_nats": self._zero_shot - plug_in,
+                "full_zero_shot": perplexity_of(zero_shot),
+                "emulator_zero_shot": perplexity_of(before),
+                "emulator_ft": perplexity_of(self.world.measured(emulator.model)),
+                "plug_in": perplexity_of(plug_in),
+                "gain_nats": zero_shot - plug_in,
                 "trained_params": inside.count(),
                 "trained_share": inside.count() / sum(p.numel() for p in model.parameters()),
                 "lr": rate,

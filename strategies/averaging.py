@@ -66,6 +66,7 @@ class MeasuredFedAdam(FedAdam):
     first average: ``tau`` is a tenth of the root mean square d of its changes (what the square root
     of the second moment starts with is a tenth of the change), and with ``eta`` the first step has
     root mean square ``server_lr``, or d.
+    A run that goes on after a crash measures anew, and its moments start empty.
 
     Args:
         server_lr: root mean square of the first step over all weights; 0: d.

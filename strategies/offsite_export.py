@@ -67,7 +67,7 @@ def kept_adapters(
             continue
         try:
             return _read(path, digest, settings)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
             log.warning("%s: no readable adapters: %s", path, error)
             faults.append(f"{path}: {error}")
     if faults:

@@ -118,6 +118,8 @@ class OffsiteTuning(Strategy):
         """Check, average, plug in, evaluate, fingerprint; a failed round changes nothing."""
         watch, number = self.parts.watch, server_round + self._first
         report, good, metrics = self._read("train", replies)
+        benched = self._roll.sitting(number)
+        self._roll.settle(number, report.finished, report.cohort.lost)
         lineage = watch.begin(number)
         arrays = average_watched(
             watch,
@@ -133,6 +135,7 @@ class OffsiteTuning(Strategy):
             raise RunError(f"round {number}: no owner's adapters could be used: {lost[:2000]}")
         watch.close(lineage)
         row: dict[str, Any] = {"round": number, "train": self._row(report, metrics)}
+        row["train"] |= {"partial": bool(report.cohort.lost or benched), "benched": benched}
         row["lineage"] = lineage
         row |= self._central_dp(number) | _owners_dp(metrics)
         if lineage.get("rejected") or stop_reason(lineage) or arrays is None:
@@ -221,13 +224,13 @@ class OffsiteTuning(Strategy):
                 metrics, name = read_reply(reply.content, self._roll.names.get(node), report)
                 if any(n == name and other != node for other, n in self._roll.names.items()):
                     raise ModelError(f"owner's name {name!r}: another node has it already")
+                self._roll.names[node] = name  # before the weights: whose they are is to be told
                 if mode == "train":
                     check_weights(reply.content, self._shapes)
             except (WireError, ModelError) as error:
                 log.warning("owner at node %d left out: %s", node, error)
                 report.lose(node, self._roll.names.get(node), f"{type(error).__name__}: {error}")
                 continue
-            self._roll.names[node] = name
             report.finished.append(name)
             good.append(reply)
             rows[name] = metrics

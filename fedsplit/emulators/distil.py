@@ -1,8 +1,8 @@
 """Distilling the full model into an emulator's middle (Offsite-Tuning, 2302.04870, section 4.2).
 
 With its defaults this is Offsite-Tuning's: the last middle output and the language-model loss.
-ScaleOT's harmonizers are settled with the losses that decide what plugs in (ours): the hidden states
-that enter each run of A's blocks, and the full model's own next-token distribution.
+ScaleOT's harmonizers are settled with other losses (ours): the hidden states that enter each run of
+A's blocks, and the full model's own next-token distribution.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Distil:
         steps: of Adam.
         batch_size: token blocks in a step.
         lr: falling linearly to a tenth.
+        warmup: first steps, in which it rises to that line.
         hidden_weight: of mean(((T - S) / rms(T))^2), the mean over the places of ``hidden_at``.
         lm_weight: of the language-model loss.
         logit_weight: of KL(teacher || student) over the next token, in nats a token.
@@ -50,6 +51,7 @@ class Distil:
     steps: int = 100
     batch_size: int = 8
     lr: float = 3e-4
+    warmup: int = 0
     hidden_weight: float = 1.0
     lm_weight: float = 1.0
     logit_weight: float = 0.0
@@ -62,6 +64,7 @@ class Distil:
         check(self.steps >= 1, "steps", self.steps, ">= 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1 (blocks)")
         check(self.lr > 0, "lr", self.lr, "> 0")
+        check(self.warmup >= 0, "warmup", self.warmup, ">= 0")
         weights = (self.hidden_weight, self.lm_weight, self.logit_weight)
         for name, value in zip(("hidden", "lm", "logit"), weights, strict=True):
             check(value >= 0, f"{name}_weight", value, ">= 0")
@@ -129,8 +132,11 @@ def distil(
                 ids = tokens[torch.from_numpy(order[step % per_epoch])].to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                     loss = _loss(emulator.model, teacher, ids, pairs, settings)
+                rate = settings.lr * (1 - 0.9 * step / settings.steps)
+                if step < settings.warmup:
+                    rate *= (step + 1) / (settings.warmup + 1)
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * (1 - 0.9 * step / settings.steps)
+                    group["lr"] = rate
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

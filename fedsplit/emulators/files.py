@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
 from fedsplit.emulators.linears import LowRankLinear
+from fedsplit.emulators.pair_files import check_disk
 from fedsplit.emulators.plan import EmulatorPlan
 from fedsplit.emulators.skeleton import FILE, describe, lay_out
 from fedsplit.emulators.structure import Model, tiny_logits
@@ -101,9 +102,7 @@ def save_emulator(
     tensors, ties = _unique(emulator.model)
     need = sum(t.numel() * t.element_size() for t in tensors.values()) + (1 << 22)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if need > free:
-        raise ModelError(f"{folder}: needs {need} bytes: must be <= {free}, what the disk has left")
+    check_disk(folder, need)
     raw = {k: v for k, v in emulator.base_config.items() if k not in UNSHIPPED}
     live = emulator.model.config
     about = {
@@ -142,13 +141,18 @@ def save_emulator(
 
 
 def load_emulator(
-    folder: str | Path, *, expected_digest: str | None = None, max_bytes: int | None = None
+    folder: str | Path,
+    *,
+    expected_digest: str | None = None,
+    expected_base: str | None = None,
+    max_bytes: int | None = None,
 ) -> Emulator:
     """Rebuild an emulator, without the base, on the CPU, in evaluation mode.
 
     Args:
         folder: of :func:`save_emulator`; may be hostile, everything is checked.
         expected_digest: refuse other content (what the message said would come).
+        expected_base: refuse an emulator of another base than the one with this weights' digest.
         max_bytes: bound on the weights.
 
     Raises:
@@ -160,6 +164,10 @@ def load_emulator(
         raise ModelError(f"{folder}: digest {folder_digest(folder)}: must be {expected_digest}")
     about = parse_json(FILE, (folder / FILE).read_bytes())
     plan = _check_about(about)
+    if expected_base is not None and about["base_digest"] != expected_base:
+        raise ModelError(
+            f"{FILE}: base_digest={about['base_digest']!r}: must be this base's {expected_base!r}"
+        )
     refuse_config_keys(
         "config.json", config := parse_json("config.json", (folder / "config.json").read_bytes())
     )
@@ -204,7 +212,8 @@ def receive(files: Mapping[str, bytes], cache: str | Path, digest: str) -> Path:
         digest: announced content digest.
 
     Raises:
-        ModelError: if a name or size is not allowed, or the content is not the announced one.
+        ModelError: if a name or size is not allowed, the content is not the announced one, or the
+            disk is too full.
     """
     if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
         raise ModelError(f"digest={digest!r}: must be 64 hexadecimal digits")
@@ -214,6 +223,8 @@ def receive(files: Mapping[str, bytes], cache: str | Path, digest: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     for name, content in files.items():
         _check_size(name, len(content), LIMITS)
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    check_disk(folder, sum(map(len, files.values())))
     part = folder.with_name(digest + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -312,7 +323,7 @@ def _fill(model: Model, path: Path, ties: Mapping[str, Any]) -> None:
                         f"{tuple(expected[name].shape)} by {FILE} and config.json"
                     )
             tensors = {name: handle.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise ModelError(f"{path.name}: not a readable safetensors file: {error}") from error
     for name, tensor in tensors.items():
         like = expected[name]

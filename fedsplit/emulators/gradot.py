@@ -54,17 +54,20 @@ class GradOT:
         attention: share of the attention projections' parameters to remove, in [0, 1].
         ffn: share of the FFN channels to remove, in [0, 1].
         damping: added to the eigenvalues of C and S, relative to their mean.
+        calibration: token blocks used at most, the first ones.
     """
 
     adapters: tuple[int, ...]
     attention: float = 0.0
     ffn: float = 0.0
     damping: float = 1e-2
+    calibration: int = 256
 
     def __post_init__(self) -> None:
         check_fraction("attention", self.attention)
         check_fraction("ffn", self.ffn)
         check(self.damping > 0, "damping", self.damping, "> 0")
+        check(self.calibration >= 1, "calibration", self.calibration, ">= 1 (blocks)")
 
     @classmethod
     def identity(cls, adapters: Sequence[int]) -> Self:
@@ -134,7 +137,7 @@ class GradOT:
         down = module_of(sites["down"])
         moments = collect(
             model,
-            material.needed_tokens("gradot"),
+            material.needed_tokens("gradot")[: self.calibration],
             [(i, n) for i in blocks for n in names],
             [(i, down) for i in blocks] if self.ffn else [],
             material.batch_size,

@@ -24,6 +24,7 @@ class LayerDrop:
         keep: n; None: all of them (no compression).
         distil_steps: distillation of the kept blocks against the full model; 0: none.
         distil_lr: its learning rate.
+        bf16: autocast while distilling.
         seed: of the distillation.
     """
 
@@ -31,6 +32,7 @@ class LayerDrop:
     keep: int | None = None
     distil_steps: int = 0
     distil_lr: float = 3e-4
+    bf16: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,7 @@ class LayerDrop:
                 steps=self.distil_steps,
                 batch_size=material.batch_size,
                 lr=self.distil_lr,
+                bf16=self.bf16,
                 seed=self.seed,
             )
             distil(emulator, model, material.needed_tokens("layerdrop distil_steps"), settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,35 @@ from fedsplit.models.bundle_json import dump_json, parse_json
 MAX_JSON = 1 << 24
 
 
+def check_disk(path: Path, need: int) -> None:
+    """Raise unless the disk that will hold ``path`` (its parent exists) has ``need`` bytes left.
+
+    Raises:
+        ModelError: names both numbers.
+    """
+    free = shutil.disk_usage(path.parent).free
+    if need > free:
+        raise ModelError(f"{path}: needs {need} bytes: must be <= {free}, what the disk has left")
+
+
 def write_pair(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Any) -> None:
     """Write ``name.safetensors`` and ``name.json`` so that a crash leaves the old pair readable.
 
     The JSON carries the step, and so does the tensor file's metadata: :func:`read_pair` refuses a
     pair whose halves differ.
+
+    Raises:
+        ModelError: if the disk is too full or the folder cannot be written.
     """
+    try:
+        _write(folder, name, tensors, about)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / name}: cannot be written: {error}") from error
+
+
+def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    check_disk(folder / name, sum(t.numel() * t.element_size() for t in tensors.values()))
     step = str(about["step"])
     weights = folder / f"{name}.{step}.safetensors"
     part = folder / f"{name}.part"
@@ -58,9 +81,11 @@ def read_pair(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any
             if (handle.metadata() or {}).get("step") != str(step):
                 raise ModelError(f"{weights}: metadata step: must be {step}")
             tensors = {key: handle.get_tensor(key) for key in list(handle.keys())}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise ModelError(f"{weights}: not a readable safetensors file: {error}") from error
     for key, tensor in tensors.items():
+        if tensor.ndim > 16:  # PyTorch reads more than 64 and then fails to compute with them
+            raise ModelError(f"{weights}: {key}: {tensor.ndim} axes: must be <= 16")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ModelError(f"{weights}: {key}: must be finite")
     return tensors, about

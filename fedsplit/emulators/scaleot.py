@@ -11,7 +11,8 @@ from torch import nn
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compressor import Forecast, Material, Sizes, adapters_in, plain_forecast
 from fedsplit.emulators.distil import Distil, distil
-from fedsplit.emulators.harmonizer import default_width
+from fedsplit.emulators.harmonizer import Harmonizer, default_width
+from fedsplit.emulators.importance_files import Importance
 from fedsplit.emulators.plan import COMPRESS, HARMONIZER, KEEP, EmulatorPlan, check_fraction
 from fedsplit.emulators.src import compress_block, compressed_numel
 from fedsplit.emulators.structure import Model
@@ -119,15 +120,12 @@ class ScaleOT:
         plan = self.plan(model, material)
         digest = material.base_digest or weights_digest(model)
         details: dict[str, Any] = {"settings": asdict(self), "ranks": {}}
-        harmonizers: dict[int, nn.Module] = {}
-        if material.importance is not None:
-            if material.importance.base_digest != digest:
-                raise ModelError(
-                    f"importance: base_digest={material.importance.base_digest!r}: must be this "
-                    f"model's {digest!r}"
-                )
-            harmonizers = dict(enumerate(material.importance.harmonizers))
-            details["scores"] = list(material.importance.scores)
+        importance = material.importance
+        if importance is not None:
+            _check_base(importance, digest)
+            details["scores"] = list(importance.scores)
+            if self.settle_steps:
+                importance = self.settled(model, material)
 
         def edit(position: int, block: nn.Module) -> None:
             details["ranks"][str(position)] = compress_block(
@@ -139,48 +137,63 @@ class ScaleOT:
                 seed=self.seed,
             )
 
-        if self.settle_steps and plan.having(HARMONIZER):
-            harmonizers, details["distil"] = self._settled(
-                model, plan, harmonizers, digest, material
-            )
         return build_emulator(
             model,
             plan,
-            harmonizers=harmonizers,
+            harmonizers=dict(enumerate(importance.harmonizers)) if importance else None,
             edit=edit if plan.having(COMPRESS) else None,
             method="scaleot",
             base_digest=digest,
             details=details,
         )
 
-    def _settled(
-        self,
-        model: Model,
-        plan: EmulatorPlan,
-        harmonizers: dict[int, nn.Module],
-        digest: str,
-        material: Material,
-    ) -> tuple[dict[int, nn.Module], Any]:
-        """Return the plan's harmonizers, trained together in their places, and what was done.
+    def settled(self, model: Model, material: Material) -> Importance:
+        """Return the importance run with this plan's harmonizers trained together in their places.
 
-        The other blocks are whole meanwhile: harmonizers that made up for SRC would undo it, and
-        these serve emulators of every beta.
+        The blocks between them are whole meanwhile: harmonizers that made up for SRC would undo it,
+        and these serve emulators of every beta (then with ``settle_steps=0``).
+
+        Raises:
+            ConfigError: see :meth:`build`.
+            ModelError: if the importance run is of another base.
         """
-        roles = tuple(KEEP if role == COMPRESS else role for role in plan.roles)
-        whole = build_emulator(
-            model, EmulatorPlan(roles), harmonizers=harmonizers, base_digest=digest
+        if material.importance is None:
+            raise ConfigError("scaleot: needs an importance run to settle harmonizers; found none")
+        plan = self.plan(model, material)
+        digest = material.base_digest or weights_digest(model)
+        _check_base(material.importance, digest)
+        harmonizers = list(material.importance.harmonizers)
+        if plan.having(HARMONIZER) and self.settle_steps:
+            roles = tuple(KEEP if role == COMPRESS else role for role in plan.roles)
+            whole = build_emulator(
+                model,
+                EmulatorPlan(roles),
+                harmonizers=dict(enumerate(harmonizers)),
+                base_digest=digest,
+            )
+            settings = Distil(
+                steps=self.settle_steps,
+                batch_size=material.batch_size,
+                lr=self.settle_lr,
+                warmup=min(10, self.settle_steps // 10),
+                lm_weight=0.0,
+                logit_weight=1.0,
+                hidden_at="inputs",
+                roles=(HARMONIZER,),
+                bf16=self.bf16,
+                seed=self.seed,
+            )
+            distil(whole, model, material.needed_tokens("scaleot settle_steps"), settings)
+            trained = dict(zip(plan.positions, probe(whole.model).blocks, strict=True))
+            for position in plan.having(HARMONIZER):
+                block = trained[position]
+                assert isinstance(block, Harmonizer)
+                harmonizers[position] = block
+        return replace(material.importance, harmonizers=harmonizers)
+
+
+def _check_base(importance: Importance, digest: str) -> None:
+    if importance.base_digest != digest:
+        raise ModelError(
+            f"importance: base_digest={importance.base_digest!r}: must be this model's {digest!r}"
         )
-        settings = Distil(
-            steps=self.settle_steps,
-            batch_size=material.batch_size,
-            lr=self.settle_lr,
-            lm_weight=0.0,
-            logit_weight=1.0,
-            hidden_at="inputs",
-            roles=(HARMONIZER,),
-            bf16=self.bf16,
-            seed=self.seed,
-        )
-        distil(whole, model, material.needed_tokens("scaleot settle_steps"), settings)
-        trained = dict(zip(plan.positions, probe(whole.model).blocks, strict=True))
-        return {i: trained[i] for i in plan.having(HARMONIZER)}, whole.details["distil"]

@@ -88,7 +88,10 @@ def attach_saved(model: Any, folder: str | Path) -> BlockTuning:
         settings = MethodSettings(**about)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError),
+        *(AttributeError, RuntimeError, SafetensorError),
+    ) as error:
         raise ModelError(f"{folder}: no readable adapter: {error}") from None
     anatomy = probe(model)
     odd = [i for i in blocks if not 0 <= i < anatomy.num_layers]

@@ -42,7 +42,7 @@ class GatedPrefix(nn.Module):
         """Map queries (..., H D) to what is added to the heads' outputs, (..., H D)."""
         layout = self._layout
         turn = list(layout.kv_of_head)
-        q = queries.unflatten(-1, (layout.heads, layout.head_dim))  # (..., H, D)
+        q = queries.reshape(*queries.shape[:-1], layout.heads, layout.head_dim)  # (..., H, D)
         scores = torch.einsum("...hd,hpd->...hp", q, self.keys[turn].to(q.dtype))
         weights = (scores.float() * layout.head_dim**-0.5).softmax(-1).to(q.dtype)
         found = torch.einsum("...hp,hpd->...hd", weights, self.values[turn].to(q.dtype))

@@ -40,14 +40,14 @@ def attach_peft(model: Any, folder: str | Path) -> Any:
             raise ModelError(f"{folder}: must hold {CONFIG} and {WEIGHTS}")
     settings = read_settings(folder / CONFIG)
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(str(folder / WEIGHTS), framework="pt") as handle:
             names = set(handle.keys())
         config = PEFT_TYPE_TO_CONFIG_MAPPING[settings["peft_type"]](**settings)
         made = PeftModel.from_pretrained(model, str(folder), config=config, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever PEFT's own checks raise of anybody's settings
         text = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(f"{folder}: no adapter for this model: {text}") from None
     # PEFT only warns of names that it does not find a place for.
@@ -69,7 +69,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: must be readable JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") not in KINDS:
         kind = config.get("peft_type") if isinstance(config, dict) else config

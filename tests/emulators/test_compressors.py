@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from emulator_families import FAMILIES, LAYERS, UNPROBED, storages, tiny, tokens
 
-from fedsplit.emulators import COMPRESSORS, Material, make_compressor
-from fedsplit.emulators.build import adapter_state, plug_in
+from fedsplit.emulators import COMPRESSORS, EmulatorPlan, Material, make_compressor
+from fedsplit.emulators.build import adapter_state, build_emulator, plug_in
 from fedsplit.emulators.crash import centre_of, cka_matrix, cluster, runs_between
-from fedsplit.emulators.distil import Distil, distil
+from fedsplit.emulators.distil import Distil, distil, divergence
 from fedsplit.emulators.gradot import allocate, best_channels, whiten
 from fedsplit.emulators.importance import LayerReplace
 from fedsplit.emulators.importance_files import Importance, ImportanceSettings
@@ -354,9 +355,46 @@ def test_settling_trains_the_chosen_harmonizers_only() -> None:
     plain = make_compressor("scaleot", **settings).build(model, material)
     settled = make_compressor("scaleot", **settings, settle_steps=8, settle_lr=1e-2)
     emulator = settled.build(model, material)
-    assert mean_loss(emulator.model, tokens()) < mean_loss(plain.model, tokens())
+    goal = logits_of(model, tokens())
+    apart = [divergence(goal, logits_of(e.model, tokens())) for e in (emulator, plain)]
+    assert apart[0] < 0.9 * apart[1]
     pairs = zip(importance.harmonizers, before, strict=True)
     assert all(torch.equal(h.bottleneck.up.weight, b) for h, b in pairs)
+
+
+def test_settled_harmonizers_serve_every_beta() -> None:
+    model = tiny()
+    material = Material(tokens=tokens(), importance=_importance(model), batch_size=4)
+    common: dict[str, Any] = {"adapters": A, "alpha": 0.5, "settle_lr": 1e-2}
+    whole = make_compressor("scaleot", **common, settle_steps=4).build(model, material)
+    again = make_compressor("scaleot", **common, settle_steps=4, beta=0.5)
+    cut = again.build(model, material)
+    # Settled beside whole blocks: what is compressed afterwards is not made up for.
+    for position in whole.plan.having("harmonizer"):
+        a, b = (probe(e.model).blocks[e.plan.positions.index(position)] for e in (whole, cut))
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    once = replace(material, importance=again.settled(model, material))
+    reused = make_compressor("scaleot", adapters=A, alpha=0.5, beta=0.5).build(model, once)
+    assert torch.equal(logits_of(reused.model, tokens()), logits_of(cut.model, tokens()))
+
+
+@pytest.mark.parametrize("change", [{"hidden_at": "x"}, {"logit_weight": -1.0}])
+def test_distillation_settings_out_of_range(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        Distil(**change)
+
+
+def test_matching_places_are_those_that_enter_adapters() -> None:
+    model = tiny()
+    plan = EmulatorPlan.with_adapters(LAYERS, (2, 3))
+    emulator = build_emulator(model, plan)
+    # Every block outside A is the base's own: hidden states and logits agree, nothing to learn.
+    both = Distil(steps=1, batch_size=6, lm_weight=0, logit_weight=1, hidden_at="inputs")
+    assert distil(emulator, model, tokens(), both)[0] == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        next(probe(emulator.model).blocks[1].parameters()).add_(1.0)
+    hidden = Distil(steps=1, batch_size=6, lm_weight=0, hidden_at="inputs")
+    assert distil(emulator, model, tokens(), hidden)[0] > 1e-4
 
 
 def test_scaleot_refuses_what_does_not_fit() -> None:

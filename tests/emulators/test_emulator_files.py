@@ -290,6 +290,17 @@ def test_too_large_or_too_little_disk(good: Path, tmp_path: Path, monkeypatch: A
     with pytest.raises(ModelError, match="must be <= 5, what the disk has left"):
         save_emulator(_mixed(tiny()), tmp_path / "e")
     assert not list(tmp_path.iterdir())
+    files = {p.name: p.read_bytes() for p in good.iterdir()}
+    with pytest.raises(ModelError, match="must be <= 5, what the disk has left"):
+        receive(files, tmp_path / "cache", folder_digest(good))
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_an_emulator_of_another_base_is_refused(good: Path) -> None:
+    made = load_emulator(good)
+    assert load_emulator(good, expected_base=made.base_digest).plan == made.plan
+    with pytest.raises(ModelError, match=r"base_digest='.*': must be this base's 'ab'"):
+        load_emulator(good, expected_base="ab")
 
 
 def test_layers_are_six() -> None:

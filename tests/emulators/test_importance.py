@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,28 @@ def test_a_run_of_another_base_or_a_damaged_one_is_refused(tmp_path: Path) -> No
     (tmp_path / "importance.json").write_text("[]")
     with pytest.raises(ModelError, match="must be a JSON object"):
         load_importance(tmp_path, model)
+
+
+def test_a_full_or_forbidden_disk_leaves_the_earlier_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny()
+    run = LayerReplace(model, tokens(), tokens(seed=2), SETTINGS)
+    run.run(2, checkpoint=tmp_path)
+    run.run(2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 5))
+    with pytest.raises(ModelError, match="must be <= 5, what the disk has left"):
+        run.save(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match="cannot be written"):
+        run.save(tmp_path / "importance.json" / "below a file")
+    assert load_importance(tmp_path, model).step == 2
+
+
+def test_half_precision_learns_the_same_order() -> None:
+    model = tiny()
+    exact = _run(model, SETTINGS)
+    half = _run(model, ImportanceSettings(**(vars(SETTINGS) | {"bf16": True})))
+    assert half.scores != exact.scores
+    assert half.scores == pytest.approx(exact.scores, abs=0.5)
+    assert all(p.dtype == torch.float32 for h in half.harmonizers for p in h.parameters())
