@@ -97,14 +97,19 @@ class Desk:
 
     def log(self, message: Message, context: Context) -> AbstractContextManager[None]:
         """Let log lines say whose they are, and keep them where the owner wants them."""
-        offer = message.content.config_records.get(OFFER) or {}
+        offer = message.content.config_records.get(OFFER)
+        told: dict[str, str | int] = {}
+        for key in ("round", "mode"):
+            value = offer.get(key) if offer is not None else None
+            if isinstance(value, (str, int)):
+                told[key] = value
         return own_log(
             self.home.root,
             self.node_config,
             run=str(context.run_id),
             node=str(context.node_id),
             owner=self.name,
-            **{k: v for k, v in offer.items() if k in ("round", "mode") and type(v) in (int, str)},
+            **told,
         )
 
     def close(self) -> None:

@@ -202,6 +202,27 @@ def bench_fuzz(
     run_bench(console, json_, cases=cases, seed=seed, parser=parser, case=case)
 
 
+@bench.command("emulator")
+def bench_emulator(
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="also write the figures here")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override offsite-table: key=value")
+    ] = None,
+    steps: Annotated[
+        str, typer.Option(help="of the distillations to try, rising; empty: the SVD alone")
+    ] = "100,200,400,800,1600",
+    width: Annotated[int, typer.Option(help="side of the matrix for the SVD; 0: none")] = 2048,
+    rank: Annotated[int, typer.Option(help="kept of it")] = 128,
+) -> None:
+    """Seconds to ScaleOT's emulator beside distillation, and of its truncated SVD."""
+    from simulations.bench_emulator import run as run_bench
+
+    tried = [int(x) for x in steps.split(",") if x.strip()]
+    run_bench(console, json_, set_ or [], steps=tried, width=width, rank=rank)
+
+
 def main() -> None:
     """Run the command line; errors made on purpose end with one line and exit code 1."""
     try:

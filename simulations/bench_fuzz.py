@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit.errors import FedsplitError, RunError, check
-from simulations import fuzz_files, fuzz_wire
+from simulations import fuzz_files, fuzz_lineage, fuzz_wire
 from simulations.fuzz_wire import Cases
 
 SLOWEST_S = 2.0
@@ -50,11 +50,13 @@ PARSERS: dict[str, tuple[Callable[[Path], Cases], int]] = {
     "head bundle": (fuzz_files.heads, 8),
     "emulator folder": (fuzz_files.emulators, 10),
     "checkpoint": (fuzz_files.checkpoints, 20),
-    "weights folder": (fuzz_files.weight_folders, 10),
-    "encoder file": (fuzz_files.encoders, 2),
-    "onnx generator": (fuzz_files.generators, 5),
-    "lineage evidence": (fuzz_files.evidences, 40),
-    "fingerprint file": (fuzz_files.fingerprints, 30),
+    "server state": (fuzz_files.states, 15),
+    "peft adapter": (fuzz_files.adapters, 5),
+    "weights folder": (fuzz_lineage.weight_folders, 10),
+    "encoder file": (fuzz_lineage.encoders, 2),
+    "onnx generator": (fuzz_lineage.generators, 5),
+    "lineage evidence": (fuzz_lineage.evidences, 40),
+    "fingerprint file": (fuzz_lineage.fingerprints, 30),
     "ledger": (fuzz_files.ledgers, 20),
     "owner.toml": (fuzz_files.policies, 40),
     "kept offer": (fuzz_files.leaves, 10),

@@ -13,6 +13,7 @@ The owners of the first part are threads of other processes and replay what a bo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -278,7 +279,13 @@ def train(config: RunConfig, schedule: str, steps: int, folder: Path) -> dict[st
         session=replace(config.session, schedule=schedule, wave_wait_s=WAIT_S),
         output=replace(config.output, save=False),
     )
-    _, server = run_in_process(one, folder)
+    flower = logging.getLogger("flwr")
+    level = flower.level
+    flower.setLevel(logging.WARNING)
+    try:
+        _, server = run_in_process(one, folder)
+    finally:
+        flower.setLevel(level)
     row = server["rounds"][0]["train"]
     page = json.loads((folder / "server" / "progress.json").read_text())
     return {

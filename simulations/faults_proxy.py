@@ -32,7 +32,7 @@ class Proxy:
         self._flowing = threading.Event()
         self._flowing.set()
         self._refuse_until = 0.0
-        self._flip = False
+        self._flip = ""
         self._cut_after: int | None = None
         self._bytes_per_s = 0.0
         self._closed = False
@@ -65,9 +65,9 @@ class Proxy:
         timer.daemon = True
         timer.start()
 
-    def flip(self) -> None:
-        """Turn over one bit of the next chunk that passes."""
-        self._flip = True
+    def flip(self, *, answer: bool = False) -> None:
+        """Turn over one bit of the next chunk that passes, or of the next answer."""
+        self._flip = "answer" if answer else "any"
 
     def truncate(self, after: int) -> None:
         """Pass ``after`` more bytes on, then reset the connection in the middle of a message."""
@@ -97,23 +97,24 @@ class Proxy:
             with self._lock:
                 self.connections += 1
                 self._open |= {client, server}
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._pass, args=(source, sink), daemon=True).start()
+            for pair in ((client, server, False), (server, client, True)):
+                threading.Thread(target=self._pass, args=pair, daemon=True).start()
 
-    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pass(self, source: socket.socket, sink: socket.socket, answer: bool) -> None:
         try:
             while data := source.recv(_CHUNK):
                 self._flowing.wait()
-                sink.sendall(self._treated(data, sink))
+                sink.sendall(self._treated(data, sink, answer))
                 self.passed += len(data)
             with contextlib.suppress(OSError):
                 sink.shutdown(socket.SHUT_WR)
         except OSError:
             self._drop(source, sink)
 
-    def _treated(self, data: bytes, sink: socket.socket) -> bytes:
-        if self._flip and len(data) > 64:  # of a message, not of an acknowledgement
-            self._flip = False
+    def _treated(self, data: bytes, sink: socket.socket, answer: bool) -> bytes:
+        wanted = self._flip == "any" or (self._flip == "answer" and answer)
+        if wanted and len(data) > 64:  # of a message, not of an acknowledgement
+            self._flip = ""
             middle = len(data) // 2
             data = data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
         if self._cut_after is not None:
@@ -144,6 +145,8 @@ class Proxy:
     def close(self) -> None:
         """Stop listening and reset every connection."""
         self._closed = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for connections
         self._listener.close()
         self._flowing.set()
         self._reset()

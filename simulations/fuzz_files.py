@@ -1,7 +1,8 @@
-"""Fuzz cases for files: bundles, emulators, checkpoints, evidence, ledgers, policies, runs."""
+"""Fuzz cases for files: bundles, emulators, checkpoints, ledgers, policies, apps, run folders."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -10,31 +11,28 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rich.console import Console
 from safetensors.torch import save
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedsplit.attacks.transcripts import read_transcript
+from fedsplit.deploy.review import facts_of
 from fedsplit.emulators import make_compressor
 from fedsplit.emulators.compressor import Material
 from fedsplit.emulators.files import load_emulator, load_tokenizer, save_emulator
-from fedsplit.fingerprints import evidence, public_file
-from fedsplit.fingerprints import onnx_generator as onnx_file
-from fedsplit.fingerprints.encoder import SHIPPED
-from fedsplit.fingerprints.encoder import load as load_encoder
-from fedsplit.fingerprints.weights_file import open_view
 from fedsplit.models import split
 from fedsplit.models.bundle import Bundle, pack_bottom, unpack_bottom
 from fedsplit.models.head_bundle import unpack_head, with_head
 from fedsplit.models.heads import detach_head
 from fedsplit.models.loading import load
+from fedsplit.models.peft_folder import attach_peft
 from fedsplit.owners.app_digest import digest_of_bundle
-from fedsplit.owners.ledger import GENESIS, Ledger, canonical, chained, read_ledger
+from fedsplit.owners.ledger import GENESIS, Ledger, Totals, canonical, chained, read_ledger
 from fedsplit.owners.policy import Policy
 from fedsplit.owners.policy_text import TEMPLATE
 from fedsplit.owners.serving_offer import FILE as LEAVE
@@ -44,6 +42,7 @@ from simulations.bench_fingerprint import write_checkpoint
 from simulations.fuzz_damage import damaged_json, damaged_safetensors, damaged_text, flipped
 from simulations.fuzz_wire import Case, Cases
 from strategies.checkpoint import load_trained, save_trained
+from strategies.state_folder import StateFolder
 
 SHAPE = {
     "hidden_size": 16,
@@ -62,7 +61,7 @@ def tiny_model(folder: Path) -> Path:
     write_checkpoint(folder, SHAPE)
     words = {f"w{i}": i for i in range(39)} | {"[UNK]": 39}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
     about |= {"pad_token": "w0", "eos_token": "w1"}
@@ -79,7 +78,7 @@ def damaged_file(name: str, content: bytes, rng: random.Random) -> bytes:
     return flipped(content, rng)
 
 
-def _one_damaged(files: Mapping[str, bytes], rng: random.Random) -> dict[str, bytes]:
+def one_damaged(files: Mapping[str, bytes], rng: random.Random) -> dict[str, bytes]:
     found = dict(files)
     name = rng.choice(sorted(found))
     if rng.random() < 0.05:
@@ -95,7 +94,7 @@ def bottoms(scratch: Path) -> Cases:
     bundle = pack_bottom(split(loaded.model, 1)[0], loaded.tokenizer)
 
     def draw(rng: random.Random) -> Case:
-        files = _one_damaged(bundle.files, rng)
+        files = one_damaged(bundle.files, rng)
         return lambda: unpack_bottom(Bundle(files))
 
     return draw
@@ -111,7 +110,7 @@ def heads(scratch: Path) -> Cases:
     own = {n: c for n, c in bundle.files.items() if n.startswith("head")}
 
     def draw(rng: random.Random) -> Case:
-        files = {**bundle.files, **_one_damaged(own, rng)}
+        files = {**bundle.files, **one_damaged(own, rng)}
         return lambda: unpack_head(Bundle(files))
 
     return draw
@@ -130,7 +129,7 @@ def emulators(scratch: Path) -> Cases:
     folder = scratch / "case"
 
     def draw(rng: random.Random) -> Case:
-        _fill(folder, _one_damaged(files, rng))
+        fill(folder, one_damaged(files, rng))
 
         def case() -> None:
             load_emulator(folder)
@@ -154,127 +153,73 @@ def checkpoints(scratch: Path) -> Cases:
     return draw
 
 
-def weight_folders(scratch: Path) -> Cases:
-    """A suspect's checkpoint, viewed without loading it."""
-    folder = tiny_model(scratch / "model")
-    files = {p.name: p.read_bytes() for p in folder.iterdir() if "tokenizer" not in p.name}
-    target = scratch / "case"
+def states(scratch: Path) -> Cases:
+    """What an interrupted server goes on from, with digests that fit."""
+    folder = scratch / "state"
+    kept = StateFolder(folder, {"model": "x"})
+    kept.save({"round": 1, "done": [1, "a"]}, {"a": torch.ones(3)}, {"a/train/rows": torch.ones(2)})
+    kept.close()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    name = next(each for each in files if each.startswith("state-"))
+    body = {k: v for k, v in json.loads(files[name]).items() if k != "sha256"}
+
+    def sealed(found: Any) -> Any:
+        text = json.dumps(found, sort_keys=True, allow_nan=False).encode()
+        return found | {"sha256": hashlib.sha256(text).hexdigest()}
 
     def draw(rng: random.Random) -> Case:
-        _fill(target, _one_damaged(files, rng))
+        found = dict(files)
+        if rng.random() < 0.6:
+            found[name] = resealed(body, rng, sealed)
+        else:
+            which = rng.choice(sorted(n for n in files if n.endswith(".safetensors")))
+            found[which] = damaged_safetensors(files[which], rng)
+            changed = json.loads(json.dumps(body))
+            for entry in (changed["tensors"], *changed["store"]):
+                if entry["name"] == which:
+                    entry["bytes"] = len(found[which])
+                    entry["sha256"] = hashlib.sha256(found[which]).hexdigest()
+            found[name] = json.dumps(sealed(changed)).encode()
+        fill(folder, found)
 
         def case() -> None:
-            view = open_view(target)
-            view.embeddings([0, 1])
-
-        return case
-
-    return draw
-
-
-def encoders(scratch: Path) -> Cases:
-    """Encoder weights."""
-    sound, path = Path(SHIPPED).read_bytes(), scratch / "encoder.safetensors"
-
-    def draw(rng: random.Random) -> Case:
-        path.write_bytes(damaged_safetensors(sound, rng))
-        return lambda: load_encoder(path)
-
-    return draw
-
-
-def generators(scratch: Path) -> Cases:
-    """ONNX generators."""
-    import numpy as np
-    import onnx
-
-    helper = onnx.helper
-    weights = onnx.numpy_helper.from_array(np.ones((512, 12), dtype=np.float32), "w")
-    shape = onnx.numpy_helper.from_array(np.array([1, 3, 2, 2]), "s")
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["z", "w"], ["flat"]),
-            helper.make_node("Reshape", ["flat", "s"], ["image"]),
-        ],
-        "generator",
-        [helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1, 512])],
-        [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 3, 2, 2])],
-        [weights, shape],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    sound = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    path = scratch / "generator.onnx"
-
-    def draw(rng: random.Random) -> Case:
-        data = flipped(sound, rng)
-        if rng.random() < 0.5:  # in the program, not in the weights
-            cut = data.find(b"generator")
-            data = flipped(sound[: max(200, cut)], rng) + sound[max(200, cut) :]
-        path.write_bytes(data)
-        return lambda: onnx_file.OnnxGenerator(path)
-
-    return draw
-
-
-def evidences(scratch: Path) -> Cases:
-    """Lineage evidence, with a hostile signer's own good signatures."""
-    key, path = Ed25519PrivateKey.generate(), scratch / "lineage.jsonl"
-    body: dict[str, Any] = {
-        "version": 1,
-        "round": 1,
-        "subject": "aggregate",
-        "action": "accept",
-        "weights": "ab",
-        "previous": "0" * 64,
-        "signer": key.public_key().public_bytes_raw().hex(),
-        "report": {"verdict": "in_lineage", "score": 0.9},
-        "details": {"x": [1, "y"]},
-    }
-
-    def signed(found: Any) -> Any:
-        digest = hashlib.sha256(public_file.canonical_json(found)).hexdigest()
-        return found | {"hash": digest, "signature": key.sign(bytes.fromhex(digest)).hex()}
-
-    sound = json.dumps(signed(dict(body))).encode() + b"\n"
-
-    def draw(rng: random.Random) -> Case:
-        data = _resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng)
-        path.write_bytes(data + rng.choice((b"\n", b"", sound, b"\0")))
-
-        def case() -> None:
+            reader = StateFolder(folder, {"model": "x"})
             try:
-                evidence.verify(path)
+                reader.load()
             finally:
-                evidence.last_hash(path)
+                reader.close()
 
         return case
 
     return draw
 
 
-def fingerprints(scratch: Path) -> Cases:
-    """Published fingerprint files, signed by whoever made them."""
-    key, path = Ed25519PrivateKey.generate(), scratch / "fingerprint.json"
-    view = open_view(tiny_model(scratch / "model"))
-    public_file.write(public_file.make(view, "m", size=4), path, key)
-    sound = path.read_bytes()
-    body = {k: v for k, v in json.loads(sound).items() if k != "signature"}
-
-    def signed(found: Any) -> Any:
-        return found | {"signature": key.sign(public_file.canonical_json(found)).hex()}
+def adapters(scratch: Path) -> Cases:
+    """PEFT adapter folders, put on a model."""
+    model = load(str(tiny_model(scratch / "model")), "causal-lm").model
+    at = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    size = SHAPE["hidden_size"]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+    settings |= {"target_modules": ["layers.0.self_attn.q_proj"], "bias": "none"}
+    files = {
+        "adapter_config.json": json.dumps(settings).encode(),
+        "adapter_model.safetensors": save(
+            {f"{at}A.weight": torch.ones(2, size), f"{at}B.weight": torch.ones(size, 2)}
+        ),
+    }
+    folder = scratch / "case"
+    fill(folder, files)
+    attach_peft(copy.deepcopy(model), folder)
 
     def draw(rng: random.Random) -> Case:
-        path.write_bytes(
-            _resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng)
-        )
-
-        def case() -> None:
-            found = public_file.read(path)
-            public_file.compare_public(found, view)
-
-        return case
+        fill(folder, one_damaged(files, rng))
+        return lambda: attach_peft(copy.deepcopy(model), folder)
 
     return draw
+
+
+def _entry(entry: dict[str, Any], _: Totals) -> dict[str, Any]:
+    return entry
 
 
 def ledgers(scratch: Path) -> Cases:
@@ -283,9 +228,8 @@ def ledgers(scratch: Path) -> Cases:
     folder.mkdir(exist_ok=True)
     with Ledger(folder) as ledger:
         for kind in ("hello", "ready", "slots"):
-            ledger.append(
-                lambda totals, kind=kind: {"kind": kind, "bytes": 3, "run": "7", "owner": "a"}
-            )
+            entry = {"kind": kind, "bytes": 3, "run": "7", "owner": "a"}
+            ledger.append(partial(_entry, entry))
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     first = json.loads(files["ledger.jsonl"].splitlines()[0])
     body = {k: v for k, v in first.items() if k != "hash"}
@@ -299,12 +243,12 @@ def ledgers(scratch: Path) -> Cases:
         if way == 0:
             found["ledger.jsonl"] = flipped(found["ledger.jsonl"], rng)
         elif way == 1:
-            line = _resealed(body, rng, hashed, compact=True)
+            line = resealed(body, rng, hashed, compact=True)
             found = {"ledger.jsonl": line + b"\n"}
         else:
             name = rng.choice(sorted(found))
             found[name] = flipped(found[name], rng)
-        _fill(folder, found)
+        fill(folder, found)
 
         def case() -> None:
             try:
@@ -354,16 +298,31 @@ def leaves(scratch: Path) -> Cases:
 
 
 def apps(_: Path) -> Cases:
-    """App bundles, whose digest an owner compares."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("pyproject.toml", "[project]\n" * 20)
-        archive.writestr("strategies/x.py", "x = 1\n" * 50)
-    sound = packed.getvalue()
+    """App bundles, whose digest an owner compares and whose facts a reviewer reads."""
+    project = """[project]
+name = "x"
+[tool.flwr.app.components]
+clientapp = "fedsplit.client_app:app"
+"""
+
+    def packed(text: str) -> bytes:
+        found = io.BytesIO()
+        with zipfile.ZipFile(found, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("pyproject.toml", text.encode("utf-8", "surrogatepass"))
+            archive.writestr("strategies/x.py", "x = 1\n" * 50)
+        return found.getvalue()
+
+    sound = packed(project)
 
     def draw(rng: random.Random) -> Case:
-        data = flipped(sound, rng)
-        return lambda: digest_of_bundle(data)
+        inside = rng.random() < 0.4
+        data = packed(damaged_text(project, rng)) if inside else flipped(sound, rng)
+
+        def case() -> None:
+            digest_of_bundle(data)
+            facts_of(data)
+
+        return case
 
     return draw
 
@@ -427,7 +386,7 @@ def run_folders(scratch: Path) -> Cases:
     return draw
 
 
-def _resealed(
+def resealed(
     body: Any, rng: random.Random, seal: Callable[[Any], Any], *, compact: bool = False
 ) -> bytes:
     """Return damaged JSON that carries the seal of its own damaged content, where it can."""
@@ -442,7 +401,7 @@ def _resealed(
     return canonical(plain)[:-1] + f',"hash":"{sealed["hash"]}"}}'.encode()
 
 
-def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
+def fill(folder: Path, files: Mapping[str, bytes]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, content in files.items():

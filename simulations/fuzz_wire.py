@@ -193,7 +193,16 @@ def replies(_: Path) -> Cases:
         numbers: dict[str, Any] = dict(metrics)
         for _ in range(rng.randrange(3)):
             names = (*numbers, "", "x" * 9999, "\u202e")
-            odd = (0, 2**63 - 1, float("nan"), float("inf"), -1.0, [1.0] * 50, [], 1e300)
+            odd: tuple[Any, ...] = (
+                0,
+                2**63 - 1,
+                float("nan"),
+                float("inf"),
+                -1.0,
+                [1.0] * 50,
+                [],
+                1e300,
+            )
             numbers[rng.choice(names)] = rng.choice(odd)
         with contextlib.suppress(TypeError, ValueError):
             content[REPORT] = MetricRecord(numbers)
@@ -261,7 +270,15 @@ def members(_: Path) -> Cases:
             key = rng.choice(list(header))
             value = header[key]
             if isinstance(value, list):
-                odd = ([], value * 2, value[::-1], [2**52], value * 1000, [0, 0], value[:1])
+                odd: tuple[Any, ...] = (
+                    [],
+                    value * 2,
+                    value[::-1],
+                    [2**52],
+                    value * 1000,
+                    [0, 0],
+                    value[:1],
+                )
                 header[key] = rng.choice(odd)
             elif isinstance(value, str):
                 header[key] = rng.choice(("bf16", "int8", "zip", ""))

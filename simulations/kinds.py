@@ -32,7 +32,9 @@ KINDS: dict[str, Kind] = {
     "lineage-evasion": _kind("lineage_evasion_experiment"),
     "lineage-gate": _kind("lineage_gate_experiment"),
     "offsite-extraction": _kind("extraction_experiment"),
+    "offsite-sweep": _kind("offsite_sweep_experiment"),
     "offsite-table": _kind("offsite_experiment"),
     "offsite-peft": _kind("offsite_peft_experiment"),
+    "faults": _kind("faults_experiment"),
     "sweep": _kind("sweep"),
 }

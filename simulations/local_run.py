@@ -45,7 +45,7 @@ def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str
         # Nobody takes up a run whose folder is removed at its start.
         output=replace(config.output, dir=str(server), checkpoint_steps=-1),
     )
-    with _environment(owner_environment(homes)):
+    with environment(owner_environment(homes)):
         torch.manual_seed(config.seed)
         grid = LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID)
         context = Context(
@@ -66,7 +66,8 @@ LOCAL_RUN_ID = 1
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process while the context lasts."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -36,6 +36,7 @@ _STYLES = {
     "in_lineage": "green",
     "failed": "red",
     "lost": "red",
+    "benched": "yellow",
     "quarantined": "red",
     "independent": "red",
     "not_shown": "yellow",
@@ -256,7 +257,7 @@ def _rounds(rounds: list[dict[str, Any]]) -> Table | None:
             _cell(lineage.get("score")),
             _cell(train.get("steps")),
             _size(train.get("bytes_up")),
-            _cell(len(_dict(train.get("lost")))),
+            _cell(len(_dict(train.get("lost")))) + (" partial" if train.get("partial") else ""),
         )
     return table
 
@@ -281,7 +282,7 @@ def _list(value: object) -> list[Any]:
 
 def _number(value: object) -> float | None:
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if known and abs(value) < 1e18 else None  # type: ignore[operator,arg-type]
+    return float(value) if known and abs(value) < 1e18 else None  # type: ignore[arg-type]
 
 
 def _cell(value: object) -> str:

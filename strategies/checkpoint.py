@@ -22,6 +22,7 @@ from fedsplit.errors import ModelError, RunError
 
 FILE = "top.safetensors"
 FORMAT = "fedsplit-top-1"
+MOST_AXES = 16  # PyTorch reads tensors of more than 64, and then fails to compute with them
 OWNERS = "owners."
 # Settings without which the tensors mean something else.
 BELONGS = (
@@ -89,9 +90,9 @@ def load_trained(path: Path, belongs: Mapping[str, str]) -> Trained:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ModelError(f"{path}: format {metadata.get('format')!r}: must be {FORMAT}")
-            found = json.loads(metadata.get("belongs", "{}"))
+            found = dict(json.loads(metadata.get("belongs", "{}")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path}: no readable checkpoint: {error}") from None
     for key, expected in belongs.items():
         if found.get(key) != expected:
@@ -99,8 +100,8 @@ def load_trained(path: Path, belongs: Mapping[str, str]) -> Trained:
                 f"{path}: {key}={found.get(key)!r}: must be {expected!r} as in this run"
             )
     for name, value in tensors.items():
-        if not bool(torch.isfinite(value).all()):
-            raise ModelError(f"{path}: {name}: must be finite")
+        if value.ndim > MOST_AXES or not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{path}: {name}: must be finite, with <= {MOST_AXES} axes")
     top = {n: t for n, t in tensors.items() if not n.startswith(OWNERS)}
     owners = {n.removeprefix(OWNERS): t for n, t in tensors.items() if n.startswith(OWNERS)}
     return Trained(top, owners)

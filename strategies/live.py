@@ -26,7 +26,7 @@ SCHEMA = 1
 MOST_OWNERS = 1000  # on one page; the counts by state are of all
 # Upper bounds in seconds; a step is one forward and backward for a whole cohort.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-STATES = ("connected", "closed", "finished", "lost", "quarantined")
+STATES = ("connected", "closed", "finished", "lost", "benched", "quarantined")
 _RECENT = 256
 
 
@@ -169,8 +169,9 @@ class Live:
             self._set(name, "finished")
         lost = dict(part.get("lost") or {})
         facts["lost"] += len(lost)
-        for name, reason in lost.items():
-            self._set(name, "lost", str(reason))
+        for state, owners in (("lost", lost), ("benched", dict(part.get("benched") or {}))):
+            for name, reason in owners.items():
+                self._set(name, state, str(reason))
 
     def _set(self, name: str, state: str, reason: str = "") -> None:
         owner = self._owners.setdefault(name, _Owner(0))

@@ -18,7 +18,7 @@ from typing import Any
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
-from fedsplit.observe import JsonLines, bound, writing
+from fedsplit.observe import JsonLines, bound, context, writing
 from fedsplit.wire.link import Link
 from strategies.event_files import EventFile, scalars_of
 from strategies.live import Live
@@ -31,7 +31,8 @@ PAGE = "progress.json"
 LOG = "log.jsonl"
 EVENTS = "tensorboard"
 EVERY_S = 1.0
-# An owner's own words stay out of the server's log, also where both run in one process.
+# An owner's own words stay out of the server's log, also where both run in one process, and also
+# from threads that its handlers started.
 OWNERS_SIDE = ("fedsplit.owners", "fedsplit.client_")
 
 
@@ -80,7 +81,7 @@ class Observers:
         handler = JsonLines(
             path,
             where=lambda: self.live.where,
-            keep=lambda record: not record.name.startswith(OWNERS_SIDE),
+            keep=_servers,
         )
         return writing(handler, ("fedsplit", "strategies", "flwr"))
 
@@ -145,3 +146,8 @@ class Observers:
         self.show(force=True)
         self._stack.close()
         self._events = self._log = None
+
+
+def _servers(record: logging.LogRecord) -> bool:
+    """Whether a record is the server's own (a simulation runs both sides in one process)."""
+    return context().get("side") != "owner" and not record.name.startswith(OWNERS_SIDE)

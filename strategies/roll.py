@@ -30,10 +30,12 @@ class Bench:
 
     Attributes:
         reason: what it did.
+        since: the round that it failed in last.
         until: the last round that it sits out.
     """
 
     reason: str
+    since: int
     until: int
 
 
@@ -88,7 +90,7 @@ class Roll:
             if train.bench_after and failures >= train.bench_after:
                 until = number + train.bench_rounds
                 told = f"failed in {failures} rounds in a row, last in {number}: {reason[:500]}"
-                self.benched[name] = Bench(told, until)
+                self.benched[name] = Bench(told, number, until)
                 log.warning(
                     "owner %s is not asked again before round %d: %s", name, until + 1, told
                 )
@@ -98,7 +100,7 @@ class Roll:
         return {
             name: f"{bench.reason}; until round {bench.until}"
             for name, bench in self.benched.items()
-            if bench.until >= number
+            if bench.since < number <= bench.until
         }
 
     def memory(self) -> dict[str, Any]:

@@ -106,13 +106,14 @@ def belongings(config: RunConfig, base_digest: str, bottom_digest: str) -> dict[
     return {**flat, "base": base_digest, "bottom": bottom_digest}
 
 
-def earlier_rounds(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of the rounds in a folder's ``server.json``, none if it cannot be read."""
+def earlier_content(folder: Path) -> dict[str, Any]:
+    """Return what stands of an interrupted run's ``server.json``; nothing if it cannot be read."""
     try:
-        rows = json.loads((folder / "server.json").read_bytes())["rounds"]
-        return [dict(row) for row in rows]
+        content = json.loads((folder / "server.json").read_bytes())
+        rows = [dict(row) for row in content["rounds"]]
+        return {"rounds": rows, "resumed": [dict(row) for row in content.get("resumed", [])]}
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return {}
 
 
 class SplitState:

@@ -139,6 +139,8 @@ class SplitTuning(Strategy):
                 self._roll.names,
                 self.averaging,
             )
+        worked = [self._roll.names[m.metadata.src_node_id] for m in good]
+        self._roll.settle(server_round, worked, report.cohort.lost)
         lineage = self._check_lineage(server_round)
         row = {"round": server_round, "train": self._row(report, metrics), "lineage": lineage}
         self.parts.recorder.round(row)
@@ -363,17 +365,16 @@ class SplitTuning(Strategy):
                 good.append(reply)
                 rows[name] = metrics
         report.call(self._roll.names)
-        if report.mode == "train":
-            self._roll.settle(self._number, rows, report.cohort.lost)
         good.sort(key=lambda m: natural(self._roll.names[m.metadata.src_node_id]))
         return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:
+        benched = self._roll.sitting(self._number)
         return {
             **report.to_dict(),
             "asked": len(self._asked),
-            "partial": bool(report.cohort.lost) or bool(self._roll.sitting(self._number)),
-            "benched": self._roll.sitting(self._number),
+            "partial": bool(report.cohort.lost or benched),
+            "benched": benched,
             "metrics": metrics,
             "wall_s": time.perf_counter() - self._began,
             "messages": self._messages,

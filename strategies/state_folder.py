@@ -39,6 +39,11 @@ log = logging.getLogger(__name__)
 FORMAT = "fedsplit-state-1"
 KEPT = 2
 MOST_SEGMENTS = 64
+# What reading raises of a state that is damaged, whatever its digest says.
+_UNSOUND = (
+    *(OSError, ValueError, KeyError, TypeError),
+    *(AttributeError, OverflowError, RuntimeError),
+)
 _NUMBER = re.compile(r"-(\d{6,})\.")
 
 
@@ -129,7 +134,7 @@ class StateFolder:
         for path in found:
             try:
                 return self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (*_UNSOUND, SafetensorError) as error:
                 self.skipped.append(f"{path.name}: {error}")
                 log.warning("state %s cannot be used, the one before it is: %s", path, error)
         if found:

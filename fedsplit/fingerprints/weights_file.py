@@ -7,6 +7,7 @@ by row.  Corrected ICS of a model therefore touches two blocks and K rows, whate
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fedsplit.errors import ModelError
 from fedsplit.fingerprints.view import WeightView
+from fedsplit.models.layout_model import probed_size
 from fedsplit.models.projections import layout_of, read_config
 
 INDEX = "model.safetensors.index.json"
@@ -48,7 +50,7 @@ class TensorFiles:
         with _opened(self.where[name]) as handle:
             try:
                 tensor: Tensor = handle.get_tensor(name)
-            except SafetensorError as error:
+            except (SafetensorError, RuntimeError) as error:
                 raise ModelError(f"{self.where[name]}: tensor {name!r}: {error}") from error
         return tensor
 
@@ -59,6 +61,7 @@ class TensorFiles:
             return torch.cat([part[i : i + 1] for i in index])
 
 
+_PLAY = 1 << 22  # position tables and other parts that a checkpoint may leave out
 _EXPERT = re.compile(
     r"(?P<block>.*)\.(?:mlp|block_sparse_moe)\.experts\.(?P<index>\d+)\.(?P<role>\w+)\.weight"
 )
@@ -165,7 +168,13 @@ def open_view(directory: str | Path) -> WeightView:
         UnsupportedModelError: for architectures that cannot be probed.
     """
     path = Path(directory)
-    layout = layout_of(read_config(path))
+    config, names = read_config(path), weight_files(path)
+    # One block is made to look at: a small file that tells of a huge one must not get the memory.
+    held = sum(math.prod(shape) for shape in TensorFiles(names).shapes.values())
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if (told := probed_size(text)) > 2 * held + _PLAY:
+        raise ModelError(f"{path}: config.json tells of {told} parameters, the files hold {held}")
+    layout = layout_of(config)
     stacked = len(layout.shapes[layout.down.weight]) == 3
-    files = (ExpertFiles if stacked else TensorFiles)(weight_files(path))
+    files = (ExpertFiles if stacked else TensorFiles)(names)
     return WeightView(layout, files.shapes, files.get, get_rows=files.rows)

@@ -20,13 +20,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedsplit.errors import ConfigError, PolicyError
+from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
 from fedsplit.owners.policy import POLICY_FILE, POLICY_VARIABLE, Policy
 from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)
-
-HOME_VARIABLE = "FEDSPLIT_HOME"
-SIMULATION_VARIABLE = "FEDSPLIT_SIMULATION"
 
 
 def in_simulation() -> bool:

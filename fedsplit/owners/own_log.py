@@ -38,7 +38,7 @@ def own_log(
     asked = node_config.get(SETTING, False)
     if not isinstance(asked, bool):
         raise ConfigError(f"{SETTING}={asked!r}: must be true or false")
-    with bound(owner=owner, **place):
+    with bound(side="owner", owner=owner, **place):
         if not asked:
             yield
             return

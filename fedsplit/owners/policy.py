@@ -38,7 +38,7 @@ def _number(low: float, high: float = math.inf, *, strict: bool = False) -> Pars
 
     def parse(name: str, value: object) -> float:
         ok = isinstance(value, int | float) and not isinstance(value, bool)
-        check(ok, name, value, bound)
+        check(ok and abs(value) < 1e300, name, value, bound)  # type: ignore[arg-type]
         number = float(value)  # type: ignore[arg-type]
         within = (low < number if strict else low <= number) and number <= high
         check(math.isfinite(number) and within, name, value, bound)

@@ -80,7 +80,9 @@ def take_leave(root: Path) -> Leave:
     with _locked(root):
         content = _read(path)
         leave = _leave(content)
-        tokens = list(content["tokens"])
+        tokens = content.get("tokens")
+        if not isinstance(tokens, list):
+            raise ConfigError(f"{FILE}: damaged: tokens must be a list")
         if not tokens:
             raise SessionError(
                 f"{path}: all tokens are used; the server sends new ones every "

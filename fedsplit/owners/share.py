@@ -9,7 +9,10 @@ from fedsplit.config import DataConfig
 from fedsplit.data import TextDataset, load_splits, partition, train_test_split
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.home import in_simulation
+from fedsplit.owners.naming import owner_name
 from fedsplit.seeding import derive_seed
+
+__all__ = ["own_data", "owner_name", "simulated_shares"]
 
 
 @lru_cache(maxsize=2)
@@ -90,19 +93,3 @@ def own_data(
         range(len(train)), train.labels, config.test_share, derive_seed(seed, "test")
     )
     return train.select(keep), train.select(held_out)
-
-
-def owner_name(node_config: Mapping[str, object]) -> str:
-    """Return the owner's public name: ``owner`` in its node config, else its partition.
-
-    Raises:
-        ConfigError: if there is neither, or the name is not plain.
-    """
-    name = node_config.get("owner")
-    if name is None and "partition-id" in node_config:
-        name = f"owner-{node_config['partition-id']}"
-    if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError(f"node config owner={name!r}: must be letters, digits, '-' and '_'")
-    if len(name) > 64:
-        raise ConfigError(f"node config owner={name!r}: must be at most 64 characters")
-    return name

@@ -26,6 +26,8 @@ METHOD = "/fedsplit.Session/Open"
 GRACE_S = 2.0
 _OWNER_KEEPS = 16  # frames; an owner may send a window of batches ahead
 _AGAIN_S = 1.0
+# What gRPC calls a connection that is gone; UNKNOWN where TLS found that bytes were changed.
+_CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 # host:port or [IPv6]:port, so that what is judged here and what gRPC resolves are the same host.
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
@@ -224,4 +226,4 @@ def _metadata(call: Any) -> dict[str, str]:
 
 def _is_cut(call: Any) -> bool:
     """Whether a stream that is over was ended by the network, not by either side."""
-    return call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL)
+    return call.code() in _CUT

@@ -25,7 +25,7 @@ from fedsplit.wire.link import Link
 TICKET = "fedsplit-ticket"
 RECEIVED = "fedsplit-received"
 KEEP_BYTES = 8 << 20
-_POLL_S = 0.2
+_POLL_S = 0.5
 _LAST = {bytes([Kind.BYE]), bytes([Kind.ERROR])}
 
 

@@ -205,6 +205,7 @@ class SessionServer:
         except (SessionError, TokenError) as error:
             log.warning("session not taken up again (%s): %s", context.peer(), error)
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:300])
+            return  # abort has raised
         log.info("session of %s goes on after frame %d", context.peer(), arrived)
         context.send_initial_metadata(((TICKET, ticket), (RECEIVED, str(arrived))))
         self._read(requests, context, seat, stream)

@@ -119,6 +119,7 @@ def test_an_owner_writes_only_what_it_asked_for(tmp_path: Path) -> None:
             log.warning("of another owner in the same process")
     (row,) = rows(tmp_path / "log.jsonl")
     assert (row["message"], row["owner"], row["run"], row["round"]) == ("mine", "a", "7", 3)
+    assert row["side"] == "owner"
     assert (tmp_path / "log.jsonl").stat().st_mode & 0o777 == 0o600
 
 

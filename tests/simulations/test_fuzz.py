@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.errors import DataError
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError, DataError, LedgerError, LineageError, ModelError
+from fedsplit.fingerprints import evidence, public_file
+from fedsplit.fingerprints.weights_file import INDEX, open_view, weight_files
+from fedsplit.owners.ledger import GENESIS, Ledger, canonical, chained
+from fedsplit.owners.policy import Policy
 from simulations.bench_fuzz import PARSERS, Outcome, fuzz_all, fuzz_parser
 from simulations.fuzz_damage import damaged_json, damaged_safetensors, damaged_text, flipped
+from simulations.fuzz_files import tiny_model
+from strategies.checkpoint import load_trained
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +117,68 @@ def test_damage_reaches_every_part_of_a_file() -> None:
     headers = [f for f in found if f[:8] != sound[:8] and f.endswith(sound[8 + length :])]
     assert len({f[8:] for f in headers}) > 20
     assert any(f[: 8 + length] == sound[: 8 + length] and f != sound for f in found)
+
+
+# ---- what it found, each once more by itself ----------------------------------------------------
+
+DEEP = "[" * 3000
+
+
+def test_deep_nesting_is_refused_everywhere(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text(DEEP + "\n")
+    with pytest.raises(LineageError):
+        evidence.verify(path)
+    with pytest.raises(LineageError):
+        evidence.last_hash(path)
+    with pytest.raises(LineageError):
+        public_file.read(path)
+    with pytest.raises(ConfigError):
+        Policy.parse(f"x = {DEEP}".encode())
+    (tmp_path / INDEX).write_text(DEEP)
+    with pytest.raises(ModelError):
+        weight_files(tmp_path)
+
+
+def test_a_number_of_many_digits_is_no_float() -> None:
+    with pytest.raises(ConfigError, match=r"train\.lr: an integer of \d+ bits: must fit a float"):
+        RunConfig.from_flat({"train.lr": 10**400})
+    with pytest.raises(ConfigError, match=r"noise\.max_eta"):
+        Policy.parse(b"[noise]\nmax_eta = " + b"9" * 400)
+
+
+def test_a_small_file_does_not_get_the_memory_of_a_large_model(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    open_view(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 1 << 14}))
+    with pytest.raises(ModelError, match=r"tells of \d+ parameters, the files hold \d+"):
+        open_view(folder)
+
+
+def test_tokens_of_a_fingerprint_file_are_distinct(tmp_path: Path) -> None:
+    made = public_file.make(open_view(tiny_model(tmp_path)), "m", size=4)
+    public_file.write(replace(made, tokens=made.tokens * 2), tmp_path / "f.json", None)
+    with pytest.raises(LineageError, match="80 tokens: must be distinct"):
+        public_file.read(tmp_path / "f.json")
+
+
+def test_a_ledgers_line_with_a_good_hash_and_no_ledgers_values(tmp_path: Path) -> None:
+    text = canonical({"kind": "hello", "bytes": "many", "n": 0})
+    line = text[:-1] + f',"hash":"{chained(GENESIS, text)}"}}\n'.encode()
+    (tmp_path / "ledger.jsonl").write_bytes(line)
+    with pytest.raises(LedgerError, match="line 1"):
+        Ledger(tmp_path)
+
+
+def test_tensors_of_more_axes_than_can_be_computed_with(tmp_path: Path) -> None:
+    header = json.dumps(
+        {
+            "__metadata__": {"format": "fedsplit-top-1", "belongs": "{}"},
+            "a": {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]},
+        }
+    ).encode()
+    path = tmp_path / "top.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ModelError):
+        load_trained(path, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 import struct
 import threading
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError
+from fedsplit.owners.own_log import own_log
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link, loopback
 from strategies.event_files import EventFile, crc32c, record
@@ -88,6 +90,18 @@ def test_nobody_is_told_anything_by_default(make_config: Any, run_locally: Any) 
     assert not {"log.jsonl", "tensorboard"} & {p.name for p in run.folder.iterdir()}
 
 
+def test_what_an_owner_says_is_not_in_the_servers_log(tmp_path: Path) -> None:
+    flat = {"output.dir": str(tmp_path / "server"), "output.log-json": True}
+    observers = Observers(RunConfig.from_flat(flat), 1)
+    (tmp_path / "home").mkdir()
+    with own_log(tmp_path / "home", {}, owner="a"):
+        logging.getLogger("fedsplit.privacy.cti").warning("words that carry the label: ...")
+    logging.getLogger("fedsplit.privacy.cti").warning("at the server")
+    observers.close()
+    said = [row["message"] for row in lines(tmp_path / "server" / "log.jsonl")]
+    assert said == ["run", "at the server"]
+
+
 def test_a_log_needs_a_folder() -> None:
     with pytest.raises(ConfigError, match=r"output\.dir='': must name a folder"):
         Observers(RunConfig.from_flat({"output.log-json": True}), 1)
@@ -118,6 +132,8 @@ def test_an_owner_left_out_is_shown_with_its_reason_until_it_is_back() -> None:
     live.closed({"round": 1, "train": {"lost": {"a": "DeadlineError: slow"}, "metrics": {}}})
     assert live.page()["owners"][0]["reason"] == "DeadlineError: slow"
     assert live.page()["lost"] == 1
+    live.closed({"round": 2, "train": {"benched": {"a": "failed twice"}, "metrics": {}}})
+    assert live.page()["states"]["benched"] == 1
     live.joined("a", 5, loopback(1 << 16)[0])
     assert live.page()["owners"][0]["state"] == "connected"
     assert "reason" not in live.page()["owners"][0]
@@ -240,8 +256,6 @@ def test_what_was_opened_is_closed_when_the_next_cannot_be(
     flat = {"output.dir": str(tmp_path), "output.log-json": True, "output.metrics-port": port.port}
     with pytest.raises(RunError):
         Observers(RunConfig.from_flat(flat), 1)
-    import logging
-
     assert not [h for h in logging.getLogger("strategies").handlers if hasattr(h, "dropped")]
 
 

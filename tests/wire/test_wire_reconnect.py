@@ -83,8 +83,8 @@ def test_a_flipped_bit_never_passes_under_tls() -> None:
     with Proxy(echo.server.port) as proxy:
         link = through(echo, proxy)
         exchange(link, 0)
-        for step in range(1, 4):
-            proxy.flip()
+        for step in range(1, 5):
+            proxy.flip(answer=step % 2 == 0)  # TLS tells the two ends with different codes
             exchange(link, step)
         assert proxy.connections > 1, "TLS should have ended the connection"
         link.close()
@@ -199,3 +199,22 @@ def test_a_peer_that_lacks_what_is_no_longer_kept_is_told() -> None:
     for received in (0, 5):
         with pytest.raises(SessionError, match="cannot go on"):
             lane.attach(received)
+
+
+def test_streams_that_say_nothing_keep_no_more_than_their_share() -> None:
+    echo = Echo(max_waiting=1)
+    silent, gone = grpc.insecure_channel(echo.address), threading.Event()
+    call = silent.stream_stream(METHOD)(iter(lambda: gone.wait() and b"", b""))
+    assert eventually(lambda: sum(echo.server._waiting.values()) == 1)
+    refused = echo.open()
+    with pytest.raises(SessionError, match="wait for HELLO: must be <= 1"):
+        refused.recv(10.0)
+    refused.close()
+    call.cancel()
+    gone.set()
+    silent.close()
+    assert eventually(lambda: not echo.server._waiting)
+    link = echo.open()
+    exchange(link, 0)
+    link.close()
+    echo.server.stop()
