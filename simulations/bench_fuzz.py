@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit.errors import FedsplitError, RunError, check
-from simulations import fuzz_files, fuzz_lineage, fuzz_wire
+from simulations import fuzz_files, fuzz_lineage, fuzz_owner, fuzz_wire
 from simulations.fuzz_wire import Cases
 
 SLOWEST_S = 2.0
@@ -40,6 +40,7 @@ PARSERS: dict[str, tuple[Callable[[Path], Cases], int]] = {
     "tensor bodies": (fuzz_wire.codecs, 90),
     "files in slices": (fuzz_wire.transfers, 40),
     "hello and tokens": (fuzz_wire.hellos, 80),
+    "session tickets": (fuzz_wire.tickets, 15),
     "session offers": (fuzz_wire.offers, 80),
     "serving offers": (fuzz_wire.serving_offers, 40),
     "owners' replies": (fuzz_wire.replies, 80),
@@ -57,10 +58,10 @@ PARSERS: dict[str, tuple[Callable[[Path], Cases], int]] = {
     "onnx generator": (fuzz_lineage.generators, 5),
     "lineage evidence": (fuzz_lineage.evidences, 40),
     "fingerprint file": (fuzz_lineage.fingerprints, 30),
-    "ledger": (fuzz_files.ledgers, 20),
-    "owner.toml": (fuzz_files.policies, 40),
-    "kept offer": (fuzz_files.leaves, 10),
-    "app bundle": (fuzz_files.apps, 15),
+    "ledger": (fuzz_owner.ledgers, 20),
+    "owner.toml": (fuzz_owner.policies, 40),
+    "kept offer": (fuzz_owner.leaves, 10),
+    "app bundle": (fuzz_owner.apps, 15),
     "transcript": (fuzz_files.transcripts, 10),
     "run folder (watch)": (fuzz_files.run_folders, 20),
 }

@@ -203,7 +203,8 @@ def table(rows: list[Row]) -> Table:
     shown = Table(title="share of the gap closed with the whole budget", title_justify="left")
     for name in ("method", "attack"):
         shown.add_column(name)
-    for name in ("tokens", "gap, nats", "closed", "95 % interval", "task gap", "task closed"):
+    numbers = ("tokens", "gap, nats", "closed", "95 % interval", "of control")
+    for name in (*numbers, "task gap", "task closed"):
         shown.add_column(name, justify="right")
     for method, attack in dict.fromkeys((r["method"], r["attack"]) for r in rows):
         mine = [r for r in rows if (r["method"], r["attack"]) == (method, attack)]
@@ -215,6 +216,7 @@ def table(rows: list[Row]) -> Table:
             f"{_mean(last, 'public_emulator') - _mean(last, 'public_full'):.3f}",
             _share(last, "public_closed"),
             " ".join(_interval(r) for r in last),
+            of_control(last, rows),
             f"{_mean(last, 'task_emulator') - _mean(last, 'task_full'):.3f}",
             _share(last, "task_closed"),
         )
@@ -228,6 +230,23 @@ def _mean(rows: list[Row], key: str) -> float:
 def _share(rows: list[Row], key: str) -> str:
     values = [float(r[key]) for r in rows if r[key] is not None]
     return f"{100 * sum(values) / len(values):.0f} %" if values else "no gap"
+
+
+def of_control(mine: list[Row], rows: list[Row]) -> str:
+    """Return what the attack gained over what the full model gained by the same training.
+
+    Both from the emulator's loss on public text: adaptation is in both, so a share below 1 is what
+    the emulator still withholds.
+    """
+    key = ("method", "seed", "steps")
+    control = {tuple(r[k] for k in key): r for r in rows if r["attack"] == CONTROL}
+    shares = []
+    for row in mine:
+        twin = control.get(tuple(row[k] for k in key))
+        if twin is not None and row["attack"] != CONTROL:
+            best = row["public_emulator"] - twin["public_attacked"]
+            shares.append((row["public_emulator"] - row["public_attacked"]) / best)
+    return f"{100 * sum(shares) / len(shares):.0f} %" if shares else ""
 
 
 def _interval(row: Row) -> str:

@@ -52,6 +52,9 @@ def closed_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
                 style = {"linestyle": line, "color": colour, "marker": "o", "markersize": 3}
                 axis.plot(tokens, shares, label=f"{method}, {attack}", **style)
                 axis.fill_between(tokens, low, high, color=colour, alpha=0.08)
+        if not axis.lines:
+            where = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+            axis.text(0.5, 0.5, "no gap: nothing to close", color="0.4", **where)
         axis.axhline(0, color="0.7", linewidth=0.8)
         axis.axhline(1, color="0.7", linewidth=0.8)
         axis.set_title(title)

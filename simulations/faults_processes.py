@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -180,6 +181,7 @@ def cases(config: RunConfig, options: Mapping[str, Any], folder: Path) -> Iterat
         output=replace(config.output, checkpoint_steps=5),
     )
     homes = folder / "homes"  # owners have the bottom after the first run
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same --out
     tls = make_certificates(folder / "tls")
     reference = _one(config, folder / "reference", homes, tls, None, "")
     if reference[0]:

@@ -92,6 +92,7 @@ class Bench:
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
         self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same --out
         self.tls = make_certificates(folder / "tls")
         self._runs = 0
         self.start("reference")  # owners have the bottom afterwards, so that steps are what passes
@@ -314,7 +315,7 @@ def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
     try:
         yield lambda larger: mount("-o", f"remount,size={larger}")
     finally:
-        subprocess.run(["umount", str(path)], capture_output=True, check=False)
+        subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False)
 
 
 # ---- the cases ------------------------------------------------------------------------------
@@ -388,16 +389,19 @@ def clock(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
 def full_disk(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
     """The server's disk is too small; later there is room and the run is started again."""
     need = sum(p.stat().st_size for p in (bench.folder / "reference").rglob("*") if p.is_file())
+    kept = bench.reference.server["state"]
+    room = need + int(3.2 * kept["bytes"] / kept["saves"])  # for two states, not for three
     path = bench.folder / "disk"
     try:
-        with small_disk(path, f"{need + need // 4}") as resize:
+        with small_disk(path, str(room)) as resize:
             start = bench.start(case, out=path / "server")
             began = time.monotonic()
             first = bench.lost(start)
-            resize(f"{20 * need}")
+            resize(str(20 * room))
             again = bench.start(case, out=path / "server")
-            resumed = again.server.get("resumed", [{}])[-1].get("after_round")
-            note = f"first start: {first}; started again with room, after round {resumed}"
+            told = again.server.get("resumed") or [{"after_round": 0, "step": 0}]
+            where = f"after round {told[-1]['after_round']}, step {told[-1]['step']}"
+            note = f"first start: {first}; started again with room, it went on {where}"
             yield _row(case, "in a state", bench.lost(again), time.monotonic() - began, note)
     except SessionError as error:
         yield _row(case, "in a state", f"not run: {error}", None)

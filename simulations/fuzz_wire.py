@@ -19,6 +19,7 @@ from fedsplit.wire.codecs import CODECS, decode_rows, encode_rows
 from fedsplit.wire.door import Door, Hello
 from fedsplit.wire.frames import PROTOCOL, Frame, Kind, decode, encode
 from fedsplit.wire.fuzz import damaged, sample_frames, sample_header
+from fedsplit.wire.lanes import Lane, Seat
 from fedsplit.wire.link import loopback
 from fedsplit.wire.messages import (
     FRAMES,
@@ -34,7 +35,7 @@ from fedsplit.wire.messages import (
 from fedsplit.wire.serving import SERVING, ServingOffer
 from fedsplit.wire.tokens import TokenBook
 from fedsplit.wire.transfer import receive_files
-from simulations.fuzz_damage import damaged_value, flipped
+from simulations.fuzz_damage import damaged_text, damaged_value, flipped
 from strategies.member import Member
 from strategies.store import RepresentationStore
 
@@ -148,6 +149,31 @@ def hellos(_: Path) -> Cases:
             admitted = door.admit(frame)
             if admitted.run != 7 or frame["token"] != token or admitted.node != 5:
                 raise AssertionError("admitted what was never issued")
+
+        return case
+
+    return draw
+
+
+def tickets(_: Path) -> Cases:
+    """Tickets by which a cut session goes on, and what the peer says has reached it."""
+
+    def draw(rng: random.Random) -> Case:
+        left, right = loopback(BOUND)
+        seat = Seat(Lane(left, 3))
+        for step in range(4):
+            left.send(Kind.DONE, {"samples": step, "steps": step})
+        sound = seat.ticket
+        ticket = rng.choice((sound, "", damaged_text(sound, rng), sound[:-1], "x" * 9999))
+        received = rng.choice((0, 1, 4, 5, -1, 2**63, 10**17))
+
+        def case() -> None:
+            seat.redeem(ticket)
+            # What stands before the point only finds the seat.
+            if ticket.partition(".")[2] != sound.partition(".")[2]:
+                raise AssertionError("took a ticket that was never given")
+            seat.lane.attach(received)
+            right.close()
 
         return case
 

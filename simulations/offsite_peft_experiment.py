@@ -28,16 +28,17 @@ from simulations.progress import RunProgress
 from simulations.run_folder import RunFolder
 from simulations.settings import Experiment
 
-# Beside those of ``offsite-table``, whose emulators are built here.
+# Beside those of ``offsite-table``, whose emulators are built here.  Rates of the small methods are
+# customary ones (about ten times full adapters' for LoRA), not searched for on this text.
 OPTIONS: dict[str, Any] = {
     "methods": ["full", "lora", "bottleneck", "bitfit", "prefix"],
     "emulator": "scaleot",
     "rank": 16,
-    "lora-alpha": 16.0,
-    "width": 64,
+    "lora-alpha": 32.0,
+    "width": 128,
     "prefix": 16,
     "lr-full": 3e-4,
-    "lr-lora": 2e-3,
+    "lr-lora": 3e-3,
     "lr-bottleneck": 2e-3,
     "lr-bitfit": 1e-2,
     "lr-prefix": 1e-2,

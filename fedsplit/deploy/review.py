@@ -56,7 +56,7 @@ def facts_of(bundle: bytes) -> list[str]:
     try:
         project = tomllib.loads(files["pyproject.toml"].decode())
         named = str(project["tool"]["flwr"]["app"]["components"]["clientapp"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"app: must name its ClientApp in pyproject.toml: {error!r}") from None
     code = sum(name.endswith(".py") for name in files)
     size = sum(map(len, files.values()))

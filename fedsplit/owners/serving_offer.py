@@ -110,7 +110,9 @@ def _leave(content: Mapping[str, Any]) -> Leave:
         session["ca"] = str(session["ca"]).encode()
         config = RunConfig.from_flat(content["flat"])
         return Leave(SessionOffer(**session), config, dict(content["node-config"]))
-    except (KeyError, TypeError, AttributeError) as error:
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{FILE}: damaged: {type(error).__name__} {error}") from None
 
 

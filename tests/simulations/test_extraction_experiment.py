@@ -18,7 +18,7 @@ from fedsplit.emulators import Material, adapter_state, make_compressor
 from fedsplit.emulators.files import save_emulator
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models import load
-from simulations.extraction_experiment import ATTACKERS, checked_options, run
+from simulations.extraction_experiment import ATTACKERS, checked_options, of_control, run
 from simulations.run_folder import RunFolder, read_results
 from simulations.settings import Experiment, load_experiment
 from tests.tiny_models import WORDS, save_tiny_llama
@@ -93,6 +93,18 @@ def test_rows_follow_the_budget_and_finished_cells_are_kept(
                 assert row[f"{gap}_attacked"] == pytest.approx(row[f"{gap}_{begin}"], abs=1e-4)
     # The same emulators and the same full model in front of every attacker.
     assert len({(r["public_full"], r["public_emulator"], r["task_full"]) for r in rows}) == 1
+
+
+def test_gains_are_compared_with_the_full_models_own() -> None:
+    def row(attack: str, steps: int, attacked: float) -> dict[str, Any]:
+        about = {"method": "ot", "seed": 0, "attack": attack, "steps": steps}
+        return {**about, "public_full": 4.0, "public_emulator": 5.0, "public_attacked": attacked}
+
+    rows = [row("control", 10, 3.0), row("control", 5, 3.5), row("lm", 10, 4.0)]
+
+    assert of_control([rows[2]], rows) == "50 %"
+    assert of_control([rows[2]], rows[1:]) == ""
+    assert of_control([rows[0]], rows) == ""
 
 
 @pytest.mark.parametrize(
