@@ -176,7 +176,7 @@ def bench_service(
     owners: Annotated[int, typer.Option(help="connected at once")] = 50,
     steps: Annotated[int, typer.Option(help="texts that each owner asks in one repeat")] = 20,
     repeats: Annotated[int, typer.Option(help="of each way of serving, by turns")] = 3,
-    training: Annotated[int, typer.Option(help="steps of a training cohort; 0 = none")] = 8,
+    training: Annotated[int, typer.Option(help="steps of a training cohort; 0 = none")] = 0,
 ) -> None:
     """One session server and many owners: steps per second, latency, memory, batching."""
     from simulations.bench_service import run as run_bench

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from fedsplit.registry import pick
 from simulations.federated import ROOT, owner_environment
 from simulations.runtime.certificates import Certificates, make_certificates
 from simulations.runtime.children import Child, wait_until
-from simulations.runtime.deployment import Deployment
+from simulations.runtime.deployment import Deployment, is_settled
 from simulations.runtime.submission import app_processes, end_tree
 
 Row = dict[str, Any]
 TIMEOUT_S = 600.0
+COMES_BACK_S = 180.0
+RESTART_S = 10.0  # as a systemd unit with Restart=always does
 STATE = re.compile(r"state-(\d+)\.json")
 
 
@@ -82,10 +85,19 @@ class FragileDeployment(Deployment):
                 process.kill()
 
     def kill_supernode(self) -> None:
-        """Kill the first SuperNode with its ClientApp, and start it again."""
+        """Kill the first SuperNode with its ClientApp, and start it until it stays.
+
+        The SuperLink refuses a key that it believes online: a service manager must try again.
+        """
         end_tree(psutil.Process(self._nodes[0].process.pid))
         self._nodes[0].process.wait()
-        self._nodes[0] = self._start_supernode(0)
+        until = time.monotonic() + COMES_BACK_S
+        while time.monotonic() < until:
+            self._nodes[0] = node = self._start_supernode(0)
+            wait_until(partial(is_settled, node), COMES_BACK_S)
+            if node.alive:
+                return
+            time.sleep(RESTART_S)
 
 
 KILLS: dict[str, Callable[[FragileDeployment], None]] = {

@@ -190,7 +190,7 @@ def unpack_bottom(source: Bundle | str | Path) -> tuple[Bottom, Tokenizer | None
             raise ModelError(f"bottom.safetensors: {name}: must be finite")
     _fill(model, tensors)
     bottom = Bottom(model, int(about["k"]))
-    bottom.task = about["task"]
+    bottom.task = about.get("task")
     tokenizer = bundle_tokenizer.unpack(bundle.files)
     if tokenizer is not None and len(tokenizer) > bottom.vocab:
         raise ModelError(

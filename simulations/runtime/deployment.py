@@ -155,11 +155,11 @@ class Deployment(Federation):
 
     def _wait_for_nodes(self) -> None:
         for attempt in range(START_ATTEMPTS):
-            wait_until(lambda: all(map(_is_settled, self._nodes)), START_TIMEOUT_S)
+            wait_until(lambda: all(map(is_settled, self._nodes)), START_TIMEOUT_S)
             for index, child in enumerate(self._nodes):
                 if attempt < START_ATTEMPTS - 1 and is_port_taken(child):
                     self._nodes[index] = self._start_supernode(index)
-            if all(map(_is_settled, self._nodes)):
+            if all(map(is_settled, self._nodes)):
                 break
         for child in self._nodes:
             node_id = _node_id(child)
@@ -180,7 +180,8 @@ def _node_id(child: Child) -> int | None:
     return next((int(match.group(1)) for match in found if match), None)
 
 
-def _is_settled(child: Child) -> bool:
+def is_settled(child: Child) -> bool:
+    """Whether a SuperNode has its number from the SuperLink, or has ended."""
     if not child.alive:
         child.finish_log(0.5)
     return _node_id(child) is not None or not child.alive

@@ -21,6 +21,7 @@ from fedsplit.emulators.layerdrop import LayerDrop, uniform_indices
 from fedsplit.emulators.linears import QuantisedLinear, _pack, _unpack
 from fedsplit.emulators.lm import lm_loss, logits_of, mean_loss
 from fedsplit.emulators.magnitude import pruned
+from fedsplit.emulators.scaleot import ScaleOT
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.anatomy import probe
 
@@ -367,7 +368,7 @@ def test_settled_harmonizers_serve_every_beta() -> None:
     material = Material(tokens=tokens(), importance=_importance(model), batch_size=4)
     common: dict[str, Any] = {"adapters": A, "alpha": 0.5, "settle_lr": 1e-2}
     whole = make_compressor("scaleot", **common, settle_steps=4).build(model, material)
-    again = make_compressor("scaleot", **common, settle_steps=4, beta=0.5)
+    again = ScaleOT(**common, settle_steps=4, beta=0.5)
     cut = again.build(model, material)
     # Settled beside whole blocks: what is compressed afterwards is not made up for.
     for position in whole.plan.having("harmonizer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -187,3 +188,16 @@ def test_door_is_for_one_run_even_with_a_good_token():
 
     with pytest.raises(TokenError):
         Door(book, 8).admit(hello(book.issue(*WHO)))
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_jump_of_the_wall_clock_neither_kills_nor_revives_a_token(
+    monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    book = TokenBook()
+    live, dead = book.issue(*WHO), book.issue(*WHO, -5.0)
+    wall = time.time
+    monkeypatch.setattr("time.time", lambda: wall() + jump)
+    book.redeem(live, *WHO)
+    with pytest.raises(TokenError, match="expired"):
+        book.redeem(dead, *WHO)
