@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import fedsplit
 from fedsplit.commands import (
@@ -55,5 +56,6 @@ def app() -> None:
     try:
         app_cli()
     except FedsplitError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+        text = escape(str(error))  # "[app]" in a message is text, not markup
+        console.print(f"[red]{type(error).__name__}[/red]: {text}", highlight=False)
         raise SystemExit(1) from None

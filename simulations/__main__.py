@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.errors import FedsplitError, RunError
@@ -228,7 +229,7 @@ def main() -> None:
     try:
         app()
     except FedsplitError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False, markup=True)
+        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False)
         raise SystemExit(1) from None
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.errors import ConfigError
@@ -43,7 +44,7 @@ def check(
     asked = Asked(flat, own_ca=True)
     breaches = policy.settings_breaches(asked)
     for breach in breaches:
-        console.print(f"[red]refused[/red] {breach}", highlight=False)
+        console.print(f"[red]refused[/red] {escape(str(breach))}", highlight=False)
     late = undecided(policy, flat)
     late += [rule for rule in ("transport.own_ca", "app.digest") if rule in policy]
     if "model.bottoms" in policy:
