@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,8 +119,9 @@ class CentralDp(DifferentialPrivacyClientSideFixedClipping):
         (epsilon, delta)-DP of the sequence of averages for adding or removing one owner's updates,
         with epsilon from :func:`fedsplit.privacy.accounting.spent_epsilon` at sample rate 1, the
         number of owners that answer taken as known.  The server itself sees every clipped update;
-        owners' reported averages are not covered.  Noise is NumPy's, seeded by the operating system
-        unless someone seeds ``numpy.random``.
+        owners' reported averages are not covered.  Flower draws the noise from NumPy's global
+        generator, which is seeded anew by the operating system for each draw: whoever calls
+        ``numpy.random.seed`` elsewhere does not decide it.
 
     Args:
         offsite: of the run; its bound and noise.
@@ -144,7 +147,18 @@ class CentralDp(DifferentialPrivacyClientSideFixedClipping):
             for metrics in reply.content.metric_records.values():
                 metrics[EQUAL] = 1.0
         self.num_sampled_clients = max(1, len(found))
-        return super().aggregate_train(server_round, found)
+        with _numpy_seeded_by_the_system():
+            return super().aggregate_train(server_round, found)
+
+
+@contextmanager
+def _numpy_seeded_by_the_system() -> Iterator[None]:
+    before = np.random.get_state()
+    np.random.seed(np.frombuffer(os.urandom(4 * 624), dtype=np.uint32))
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
 
 
 def _clipped(

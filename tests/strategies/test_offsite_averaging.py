@@ -118,3 +118,13 @@ def test_a_bound_alone_adds_no_noise() -> None:
     offsite = OffsiteConfig(central_dp_clip=0.5, averaging="fedmedian")
     assert averaged(offsite, [reply(START)])["a"] == pytest.approx(START["a"])
     assert norm(averaged(offsite, [reply(moved(1.0))])) == pytest.approx(0.5, rel=1e-3)
+
+
+def test_an_experiments_seed_does_not_decide_central_noise() -> None:
+    offsite = OffsiteConfig(central_dp_clip=2.0, central_dp_noise=3.0)
+    np.random.seed(0)
+    after = np.random.RandomState(0).random(3)
+    first = averaged(offsite, [reply(START)])
+    assert np.random.random(3) == pytest.approx(after), "others' draws are left as they were"
+    np.random.seed(0)
+    assert norm(averaged(offsite, [reply(START)]), first) > 1.0
