@@ -39,12 +39,20 @@ def plan(
     batch_size: Annotated[int, typer.Option(help="token blocks in an owner's step")] = 8,
     length: Annotated[int, typer.Option(help="tokens of a block")] = 128,
     width: Annotated[int, typer.Option(help="bytes of a parameter: 4 or 2")] = 4,
+    method: Annotated[
+        str, typer.Option(help="trained in A: full, lora, bottleneck, bitfit or prefix")
+    ] = "full",
+    rank: Annotated[int, typer.Option(help="of LoRA's updates")] = 8,
+    bottleneck: Annotated[int, typer.Option(help="width of bottleneck adapters")] = 32,
+    prefix: Annotated[int, typer.Option(help="trained positions of each attention")] = 8,
     json_: Annotated[Path | None, typer.Option("--json", help="also write the rows here")] = None,
 ) -> None:
     """Emulator size, owner memory, bytes per round, step cost and share of the base revealed."""
     from fedsplit.emulators.planner import describe_base, plan_grid
+    from fedsplit.models.adapter_methods import MethodSettings
 
-    base = describe_base(model, width)
+    inside = MethodSettings(method=method, rank=rank, width=bottleneck, prefix=prefix)
+    base = describe_base(model, width, inside)
     layers = base.sizes.layers
     # The counts that ask for nothing impossible: a block must be left outside A.
     counts = adapters or [n for n in (2, 4, 8) if n < layers] or [1]
@@ -52,7 +60,7 @@ def plan(
     rows = plan_grid(base, grid, batch_size=batch_size, length=length)
     console.print(
         f"{model}: {layers} blocks, {base.total / 1e6:,.1f} M parameters; steps of {batch_size} "
-        f"blocks of {length} tokens"
+        f"blocks of {length} tokens; {method} trains {base.trained:,} parameters in a block of A"
     )
     console.print(_table(rows))
     console.print(

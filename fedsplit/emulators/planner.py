@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedsplit.emulators.compressor import Compressor, Sizes
 from fedsplit.emulators.linears import is_linear, matrix_of
 from fedsplit.emulators.src import ATTENTION, FFN
 from fedsplit.errors import ConfigError, FedsplitError, UnsupportedModelError, check
+from fedsplit.models.adapter_methods import BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import TASKS
 from fedsplit.models.projections import BlockLayout, Site, dense_layout_of, read_config
@@ -29,6 +31,8 @@ class Base:
         head: parameters applied to each token after the blocks (a tied head's too).
         vocab: V.
         heads: attention heads.
+        trained: parameters that the planned method trains in one block of A.
+        added: those of them that are no weights of the base.
     """
 
     sizes: Sizes
@@ -37,6 +41,8 @@ class Base:
     head: int
     vocab: int
     heads: int
+    trained: int
+    added: int
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,10 @@ class PlanRow:
         name: as given.
         emulator_params: stored in the emulator.
         emulator_bytes: sent once.
-        trained_params: in A.
-        round_bytes: adapters, each way, each round and owner, uncompressed.
-        owner_bytes: memory of a full-adapter step with Adam, an estimate: weights, gradients and
-            two float32 moments of A, activations, logits.
+        trained_params: in A, by the planned method.
+        round_bytes: what is trained, each way, each round and owner, uncompressed.
+        owner_bytes: memory of a step with Adam, an estimate: weights, gradients and two float32
+            moments of what is trained, activations, logits.
         step_flops: of one step, forward and back.
         step_share: of what full fine-tuning of the base would take.
         revealed: share of the base's weights that the owner gets bit for bit: embeddings, head, A
@@ -69,7 +75,7 @@ class PlanRow:
     revealed: float
 
 
-def describe_base(source: Any, width: int = 4) -> Base:
+def describe_base(source: Any, width: int = 4, method: MethodSettings | None = None) -> Base:
     """Measure a causal language model from its configuration alone.
 
     Laid out without memory, but for one block of full width in float32, which the layout probe
@@ -78,9 +84,10 @@ def describe_base(source: Any, width: int = 4) -> Base:
     Args:
         source: a model folder, a configuration, or a model.
         width: bytes of a parameter (4: float32, 2: bfloat16).
+        method: what is trained in A's blocks; None = the whole blocks.
 
     Raises:
-        ConfigError: if width is not 1, 2, 4 or 8.
+        ConfigError: if width is not 1, 2, 4 or 8, or the method finds nothing to train.
         ModelError: if the folder has no usable config.json.
         UnsupportedModelError: if the anatomy does not know the family.
     """
@@ -113,16 +120,30 @@ def describe_base(source: Any, width: int = 4) -> Base:
         layout=layout,
         width=width,
     )
+    method = method or MethodSettings()
     head = anatomy.output_embeddings
     text = config.get_text_config()
+    outside_blocks = 0 if head is None else sum(p.numel() for p in head.parameters())
+    trained = _trained(model, anatomy.blocks[0], layout, method)  # changes the block: comes last
     return Base(
         sizes=sizes,
         total=total,
         outside=total - inside,
-        head=0 if head is None else sum(p.numel() for p in head.parameters()),
+        head=outside_blocks,
         vocab=int(text.vocab_size),
         heads=int(getattr(text, "num_attention_heads", 1)),
+        trained=trained,
+        added=0 if method.method in ("full", "bitfit") else trained,
     )
+
+
+def _trained(model: Any, block: nn.Module, layout: BlockLayout | None, m: MethodSettings) -> int:
+    if m.method == "prefix":  # attached by running the block, which has no memory here
+        if layout is None:
+            raise UnsupportedModelError("method='prefix': this family's projections cannot be told")
+        return 2 * layout.kv_heads * m.prefix * layout.head_dim + layout.heads
+    with torch.device("meta"):
+        return BlockTuning(model, {"block.": block}, m).count()
 
 
 def _numel(layout: BlockLayout | None, roles: Sequence[str]) -> int:
@@ -171,22 +192,24 @@ def _row(base: Base, name: str, compressor: Compressor, batch: int, length: int)
         seen = compressor.forecast(sizes)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    trained = seen.adapters * sizes.block
-    stored = base.outside * sizes.width + trained * sizes.width + seen.frozen_bytes
+    inside_a = seen.adapters * sizes.block
+    trained, added = seen.adapters * base.trained, seen.adapters * base.added
+    stored = base.outside * sizes.width + inside_a * sizes.width + seen.frozen_bytes
     tokens = batch * length
     activations = tokens * sizes.hidden * (34 + 5 * base.heads * length / sizes.hidden)
     owner = (
         stored
+        + added * sizes.width
         + trained * (sizes.width + 8)
         + int(activations * seen.depth * sizes.width / 2)
         + 3 * tokens * base.vocab * 4
     )
-    step = _flops(base, trained + seen.run, trained, seen.depth, batch, length)
+    step = _flops(base, inside_a + added + seen.run, trained, seen.depth, batch, length)
     inside = sizes.block * sizes.layers
     full = _flops(base, inside, inside + base.outside, sizes.layers, batch, length)
     return PlanRow(
         name=name,
-        emulator_params=base.outside + trained + seen.frozen,
+        emulator_params=base.outside + inside_a + seen.frozen,
         emulator_bytes=stored,
         trained_params=trained,
         round_bytes=trained * sizes.width,

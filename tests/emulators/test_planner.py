@@ -8,10 +8,12 @@ import pytest
 from emulator_families import LAYERS, shared, tiny, tokens
 
 from fedsplit.emulators import COMPRESSORS, Material, make_compressor
+from fedsplit.emulators.build import tune_inside
 from fedsplit.emulators.importance import LayerReplace
 from fedsplit.emulators.importance_files import ImportanceSettings
 from fedsplit.emulators.planner import PlanRow, describe_base, plan_grid
 from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
+from fedsplit.models.adapter_methods import METHODS, MethodSettings
 from fedsplit.models.anatomy import probe
 
 A = (0, 3)
@@ -140,3 +142,20 @@ def test_the_real_model() -> None:
     base = describe_base(shared("models", "gutenberg_llama_seed0"))
     assert base.total == pytest.approx(9.75e6, rel=0.01)
     assert base.sizes.layers == 12
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_what_a_method_trains_is_forecast(family: str, method: str) -> None:
+    model = tiny(family)
+    settings = MethodSettings(method=method, rank=3, width=5, prefix=4)
+    base = describe_base(model, method=settings)
+    whole = describe_base(model)
+    grid = {"x": make_compressor("layerdrop", adapters=A, keep=2)}
+    row, full = plan_grid(base, grid)[0], plan_grid(whole, grid)[0]
+    emulator = make_compressor("layerdrop", adapters=A, keep=2).build(model, Material())
+    assert row.trained_params == tune_inside(emulator, settings).count()
+    assert row.round_bytes == 4 * row.trained_params
+    assert row.emulator_bytes == full.emulator_bytes
+    assert row.owner_bytes <= full.owner_bytes
+    assert row.revealed == full.revealed
