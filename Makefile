@@ -15,8 +15,9 @@ $(STAMP): requirements/pinned.txt pyproject.toml
 	  || { echo "fedsplit needs Python 3.11 or newer; $(PYTHON) is older. Set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/pinned.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/pinned.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip --disable-pip-version-check check --quiet || { echo "the pinned set is not whole"; exit 1; }
 	@touch $@
 
 demo: $(STAMP)
