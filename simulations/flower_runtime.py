@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from .runtime.certificates import Certificates, NodeKey, make_certificates, make_node_key
 from .runtime.children import LogLine, free_port
-from .runtime.deployment import Deployment, node_config_text
+from .runtime.deployment import Deployment
 from .runtime.federation import Federation
 from .runtime.machine import machine_cores
 from .runtime.simulation import Simulation
@@ -40,5 +40,4 @@ __all__ = [
     "machine_cores",
     "make_certificates",
     "make_node_key",
-    "node_config_text",
 ]

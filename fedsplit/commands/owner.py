@@ -33,16 +33,13 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("node.toml"),
 ) -> None:
     """Write a commented node.toml, to be read and changed."""
-    import os
-
+    from fedsplit.deploy.keys import write_new
     from fedsplit.deploy.templates import NODE
 
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_new(path, NODE.encode(), 0o600)
     except OSError as error:
         raise ConfigError(f"node file {path}: must be a new file: {error}") from None
-    with os.fdopen(fd, "w") as file:
-        file.write(NODE)
     console.print(f"wrote {path}; when it is filled in: fedsplit owner check", highlight=False)
 
 

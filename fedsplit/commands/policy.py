@@ -62,16 +62,13 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("owner.toml"),
 ) -> None:
     """Write a commented policy with strict values, to be read and changed."""
-    import os
-
+    from fedsplit.deploy.keys import write_new
     from fedsplit.owners.policy_text import TEMPLATE
 
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_new(path, TEMPLATE.encode(), 0o600)
     except OSError as error:
         raise ConfigError(f"policy {path}: must be a new file: {error}") from None
-    with os.fdopen(fd, "w") as file:
-        file.write(TEMPLATE)
     console.print(f"wrote {path}; what it means: fedsplit policy check {path}", highlight=False)
 
 

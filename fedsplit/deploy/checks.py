@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.deploy.certificates import load_private_key
+from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.guard import check_flower
 from fedsplit.deploy.keys import WARN_DAYS, days_left, mode_fault
 from fedsplit.deploy.node import NodeFile, split_address
-from fedsplit.deploy.start import COMMANDS, find_command
+from fedsplit.deploy.start import COMMANDS
 from fedsplit.errors import ConfigError, FedsplitError, LedgerError
 from fedsplit.owners.policy import Policy
 

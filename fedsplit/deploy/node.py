@@ -48,7 +48,8 @@ def node_config_text(config: Mapping[str, Scalar]) -> str:
     """
     words = []
     for key, value in config.items():
-        check(_KEY.fullmatch(key) is not None, "node key", key, "letters, digits, - and _")
+        good = _KEY.fullmatch(key) is not None
+        check(good, "node config key", key, "up to 64 letters, digits, - and _")
         check(type(value) in (bool, int, float, str), key, value, "a bool, int, float or str")
         if isinstance(value, bool):
             text = str(value).lower()

@@ -9,7 +9,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from fedsplit.deploy.start import find_command
+from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import ConfigError
 from fedsplit.owners.app_digest import files_of_bundle
 

@@ -22,17 +22,17 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.guard import CLIENT_APP, PATH_VARIABLE
 from fedsplit.deploy.keys import write_new
 from fedsplit.deploy.node import NodeFile, node_config_text
-from fedsplit.errors import ConfigError, RunError
+from fedsplit.errors import ConfigError
 from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
 from fedsplit.owners.policy import POLICY_VARIABLE, Policy
 
@@ -54,19 +54,6 @@ _QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-
-
-def find_command(name: str) -> str:
-    """Return the path of one of Flower's commands, that beside this interpreter first.
-
-    Raises:
-        RunError: it is not installed.
-    """
-    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    path = shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
-    if path is None:
-        raise RunError(f"{name}: not found beside {sys.executable} or on PATH; install flwr")
-    return path
 
 
 def pinned_digest(policy: Path) -> str:

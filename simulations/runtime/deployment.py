@@ -6,44 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedsplit.errors import ConfigError, check
+from fedsplit.deploy.flower_commands import find_command
+from fedsplit.deploy.node import node_config_text
+from fedsplit.errors import check
 
 from .certificates import NodeKey, make_node_key
 from .children import Child, free_port, is_port_taken, wait_until
-from .environment import find_command, thread_environment
+from .environment import thread_environment
 from .federation import CONNECTION, START_ATTEMPTS, START_TIMEOUT_S, Federation
 from .submission import Scalar
 
 CONNECTED = re.compile(r"SuperNode ID: (\d+)")
-
-
-def node_config_text(config: Mapping[str, Scalar]) -> str:
-    """Return ``config`` as the argument of ``flower-supernode --node-config``.
-
-    Raises:
-        ConfigError: for a value that Flower's parser cannot express: both kinds of quotes, a line
-            break, or a type other than bool, int, float and str.
-    """
-    words = []
-    for key, value in config.items():
-        check(
-            re.fullmatch(r"[A-Za-z0-9_-]+", key) is not None,
-            "node config key",
-            key,
-            "letters, digits, - and _",
-        )
-        check(type(value) in (bool, int, float, str), key, value, "a bool, int, float or str")
-        if isinstance(value, bool):
-            text = str(value).lower()
-        elif isinstance(value, str):
-            # A TOML literal string ('...') takes all but ' and line breaks, without escapes.
-            if "'" in value or any(ord(char) < 32 or ord(char) == 127 for char in value):
-                raise ConfigError(f"{key}={value!r}: must hold no ' and no control characters")
-            text = f"'{value}'"
-        else:
-            text = repr(value)
-        words.append(f"{key}={text}")
-    return " ".join(words)
 
 
 class Deployment(Federation):

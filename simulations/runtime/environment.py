@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
-import sysconfig
 from collections.abc import Mapping
-from pathlib import Path
 
-from fedsplit.errors import RunError, check
+from fedsplit.deploy.flower_commands import scripts_path
+from fedsplit.errors import check
 
 from .watchdog import MARK_VARIABLE
 
@@ -44,28 +41,6 @@ RAY = {
     "RAY_prestart_worker_first_driver": "0",
 }
 LOCAL_HOSTS = "127.0.0.1,localhost,::1"
-
-
-def scripts_path() -> str:
-    """Return PATH with this interpreter's scripts first, so that Flower's commands are found.
-
-    The SuperLink starts ``flower-superexec`` by name, and that starts the apps by name; without
-    this an interpreter called by its path, outside an activated environment, would run others.
-    """
-    folders = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    return os.pathsep.join([*dict.fromkeys(folders), os.environ.get("PATH", os.defpath)])
-
-
-def find_command(name: str) -> str:
-    """Return the path of one of Flower's commands.
-
-    Raises:
-        RunError: if it is not installed beside this interpreter.
-    """
-    path = shutil.which(name, path=scripts_path())
-    if path is None:
-        raise RunError(f"{name}: not found beside {sys.executable} or on PATH; install flwr")
-    return path
 
 
 def thread_environment(threads: int | None, *, patient: bool = True) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, Self
 import psutil
 
 import fedsplit
+from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import RunError, check
 
 from .certificates import Certificates, make_certificates
@@ -31,7 +32,7 @@ from .children import (
     tail_text,
     wait_until,
 )
-from .environment import base_environment, find_command
+from .environment import base_environment
 from .submission import (
     FlowerRun,
     Scalar,

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 
+from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import ConfigError, RunError, check
 
 from .children import LogLine, tail_text
-from .environment import find_command
 
 Scalar = bool | int | float | str
 

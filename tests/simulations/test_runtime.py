@@ -27,6 +27,8 @@ from flwr.common.config import parse_config_args
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsplit.deploy.flower_commands import find_command
+from fedsplit.deploy.node import node_config_text
 from fedsplit.errors import ConfigError, RunError
 from simulations.flower_runtime import (
     Deployment,
@@ -36,7 +38,6 @@ from simulations.flower_runtime import (
     machine_cores,
     make_certificates,
     make_node_key,
-    node_config_text,
 )
 from simulations.runtime.children import (
     MAX_SOCKET_LENGTH,
@@ -48,7 +49,6 @@ from simulations.runtime.children import (
 from simulations.runtime.environment import (
     THREAD_VARIABLES,
     base_environment,
-    find_command,
     thread_environment,
 )
 from simulations.runtime.hooks import CLIENT_ENVIRONMENT_VARIABLE, FOLDER, RAY_HOOK
