@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from fedsplit.config import RunConfig
+from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import RunError
 from fedsplit.owners.app_digest import digest_of_app
 from fedsplit.owners.ledger import read_ledger
 from simulations import federated
 from simulations.federated import deploy
-from simulations.runtime.environment import find_command
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e
