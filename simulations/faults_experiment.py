@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {
     "sessions": [],
     "session-moments": [0.1, 0.3, 0.5, 0.7, 0.9],
     "processes": [],
-    "process-moments": ["training", "between rounds"],
+    "process-moments": ["training"],
     "supernodes": 3,
 }
 Row = dict[str, Any]
@@ -55,7 +55,8 @@ def _all(experiment: Experiment, options: dict[str, Any], folder: RunFolder) -> 
         train=replace(experiment.config.train, min_owners=experiment.config.data.owners),
     )
     if options["sessions"]:
-        from simulations.faults_sessions import CASES, Bench
+        from simulations.faults_bench import Bench
+        from simulations.faults_sessions import CASES
 
         moments = [float(m) for m in options["session-moments"]]
         for name in options["sessions"]:

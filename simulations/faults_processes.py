@@ -79,10 +79,23 @@ class FragileDeployment(Deployment):
             end_tree(process)
 
     def kill_clientapp(self) -> None:
-        """Kill the ClientApp of the first SuperNode, if one is at work."""
-        for process in psutil.Process(self._nodes[0].process.pid).children(recursive=True):
-            if any("flwr-clientapp" in part for part in process.cmdline()[:3]):
-                process.kill()
+        """Kill the first SuperNode's ClientApp: the one at work, or else the next one.
+
+        Raises:
+            RunError: none came.
+        """
+        node = psutil.Process(self._nodes[0].process.pid)
+        until = time.monotonic() + COMES_BACK_S
+        while time.monotonic() < until:
+            for process in node.children(recursive=True):
+                try:
+                    if any("flwr-clientapp" in part for part in process.cmdline()[:3]):
+                        process.kill()
+                        return
+                except psutil.NoSuchProcess:  # it ended by itself meanwhile
+                    continue
+            time.sleep(0.02)
+        raise RunError(f"no ClientApp to kill came within {COMES_BACK_S:g} s")
 
     def kill_supernode(self) -> None:
         """Kill the first SuperNode with its ClientApp, and start it until it stays.
@@ -132,6 +145,7 @@ class Watch:
         self._over = threading.Event()
         self.killed = 0.0
         self.again = 0.0
+        self.why = ""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -159,7 +173,11 @@ class Watch:
         newest = self._newest()
         number = newest[0] if newest else 0
         self.killed = time.monotonic()
-        self._act()
+        try:
+            self._act()
+        except FedsplitError as error:
+            self.killed, self.why = 0.0, str(error)
+            return
         while not self._over.wait(0.05):
             newest = self._newest()
             if newest is not None and newest[0] > number:
@@ -207,7 +225,11 @@ def cases(config: RunConfig, options: Mapping[str, Any], folder: Path) -> Iterat
             )
             case = f"kill -9 {process}"
             if watch is None or not watch.killed:
-                why = error or "the run was over before the moment came"
+                why = (
+                    error
+                    or (watch.why if watch else "")
+                    or "the run was over before the moment came"
+                )
                 yield _row(case, moment, f"not run: {why[:200]}", None, note)
                 continue
             yield _row(case, moment, _lost(error, found, model, server), watch, note)

@@ -41,6 +41,7 @@ from strategies.split_tuning import LONG_S, SplitTuning
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLAIN_TOKENS = 512
 AUTOCASTS = {"off": None, "bfloat16": torch.bfloat16}
 
 
@@ -51,9 +52,12 @@ def load_base(config: RunConfig) -> LoadedModel:
         ModelError, UnsupportedModelError, ConfigError: see :func:`fedsplit.models.loading.load`.
     """
     m = config.model
+    # The fused kernel's backward is slow in bfloat16 on a CPU; plain attention of T x T is not.
+    plain = m.autocast == "bfloat16" and m.device == "cpu" and m.max_tokens <= PLAIN_TOKENS
     return load(
         m.name,
         m.task,
+        attn="eager" if plain else None,
         num_labels=m.labels if m.task == "sequence-classification" else None,
         dtype=DTYPES[m.dtype],
         seed=derive_seed(config.seed, "head"),
