@@ -190,9 +190,10 @@ class Bench:
             for part in ("train", "evaluate")
             for name, why in row.get(part, {}).get("lost", {}).items()
         ]
+        same = self.same(start)
         if found:
-            return "; ".join(found)
-        return "nothing" if self.same(start) else "bits: the model differs"
+            return "; ".join([*found, "the model is the same, bit for bit"] if same else found)
+        return "nothing" if same else "bits: the model differs"
 
 
 def row_of(case: str, moment: str, lost: str, recovered: float | None, note: str = "") -> Row:

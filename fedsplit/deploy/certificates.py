@@ -16,7 +16,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsplit.errors import ConfigError, check
 
-CLOCK_SKEW = datetime.timedelta(minutes=10)
+# How far a machine's clock may be behind (a wrong time zone, a clock that jumps back) before it
+# takes a new certificate for one that is not valid yet.
+CLOCK_SKEW = datetime.timedelta(days=1)
 # A SuperLink's own SuperExec reaches it over the loopback interface and checks the certificate.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _DNS = re.compile(r"(\*\.)?([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?)+")
