@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
-from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
+from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of
 from fedsplit.emulators.plan import ADAPTER, HARMONIZER, KEEP, ROLES, EmulatorPlan
 from fedsplit.emulators.structure import Model, evaluating, first, frozen
 from fedsplit.emulators.supernet import relative_mismatch
@@ -173,13 +172,6 @@ def _loss(
         apart = [relative_mismatch(theirs.hidden(), mine.hidden()) for theirs, mine in pairs]
         loss = loss + settings.hidden_weight * torch.stack(apart).mean()
     return loss
-
-
-def divergence(target: Tensor, logits: Tensor) -> Tensor:
-    """Return the mean KL(target || logits) over the next tokens, in nats: both (B, T, V)."""
-    theirs = F.log_softmax(target.float(), -1).flatten(0, 1)  # (B T, V)
-    mine = F.log_softmax(logits.float(), -1).flatten(0, 1)
-    return F.kl_div(mine, theirs, log_target=True, reduction="batchmean")
 
 
 def _places(plan: EmulatorPlan, hidden_at: str) -> list[int]:

@@ -34,7 +34,7 @@ from fedsplit.emulators.importance_files import (
     save_importance,
     settings_of,
 )
-from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
+from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of
 from fedsplit.emulators.pair_files import read_pair
 from fedsplit.emulators.replace_policy import draw_kept, updated_scores
 from fedsplit.emulators.structure import Model, frozen
@@ -172,13 +172,27 @@ class LayerReplace:
     def _precision(self, ids: Tensor) -> AbstractContextManager[Any]:
         return torch.autocast(ids.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
+    def _target(self, net: Net, ids: Tensor) -> Tensor | None:
+        """Return the full model's logits (B, T, V), None where the objective needs none."""
+        if self.settings.objective == "loss":
+            return None
+        net.keep(range(len(self.scores)))
+        with torch.no_grad(), self._precision(ids):
+            return logits_of(net.model, ids)
+
+    def _objective(self, net: Net, ids: Tensor, target: Tensor | None) -> Tensor:
+        logits = logits_of(net.model, ids)
+        return lm_loss(logits, ids) if target is None else divergence(target, logits)
+
     def _gradient_step(self, net: Net) -> float:
         settings = self.settings
         generator = torch_generator(settings.seed, "layer-replace", "train", self.step)
-        net.keep(draw_kept(self.scores, settings.group, settings.replace, generator))
+        kept = draw_kept(self.scores, settings.group, settings.replace, generator)
         ids = self._batch(self.train, "train", self.step)
+        target = self._target(net, ids)
+        net.keep(kept)
         with self._precision(ids):
-            loss = lm_loss(logits_of(net.model, ids), ids)
+            loss = self._objective(net, ids, target)
             total = loss + settings.hidden_weight * net.mismatch()
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * (1 - 0.9 * self.step / settings.steps)
@@ -192,13 +206,14 @@ class LayerReplace:
         settings = self.settings
         number = self.step // settings.rl_every - 1
         ids = self._batch(self.valid, "valid", number)
+        target = self._target(net, ids)
         subsets, losses = [], []
         for k in range(settings.rl_draws):
             generator = torch_generator(settings.seed, "layer-replace", "score", number, k)
             subsets.append(draw_kept(self.scores, settings.group, settings.replace, generator))
             net.keep(subsets[-1])
             with self._precision(ids):
-                losses.append(float(lm_loss(logits_of(net.model, ids), ids)))
+                losses.append(float(self._objective(net, ids, target)))
         self.scores = updated_scores(self.scores, subsets, losses, settings.rl_lr, settings.reward)
 
     def _moments(self) -> dict[str, Tensor]:

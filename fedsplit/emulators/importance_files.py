@@ -19,6 +19,7 @@ from fedsplit.errors import ConfigError, ModelError, check
 from fedsplit.models.loading import weights_digest
 
 NAME = "importance"
+OBJECTIVES = ("fidelity", "loss")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class ImportanceSettings:
         rl_every: gradient steps between score updates.
         rl_draws: subsets K compared in one update, on one batch of D^V.
         rl_lr: step of the scores.
+        objective: what harmonizers learn and draws are judged by: "fidelity", KL(full || replaced)
+            over the next token, or "loss", the language-model loss as ScaleOT has it.  Harmonizers
+            that may lower the loss learn D^T's domain, most of all next to the head, and the
+            scores then call those blocks unimportant whose harmonizers learned most of it.
         reward: "exp", exp(-loss) as IST has it, whose size depends on the loss (use an rl_lr of
             the order of exp(loss)), or "standardised": (-loss_k - mean) / std, whose size does not.
         hidden_weight: weight of matching each harmonizer's output to its block's on the same
@@ -52,6 +57,7 @@ class ImportanceSettings:
     rl_every: int = 10
     rl_draws: int = 3
     rl_lr: float = 1.0
+    objective: str = "fidelity"
     reward: str = "standardised"
     hidden_weight: float = 0.0
     bf16: bool = False
@@ -73,6 +79,8 @@ class ImportanceSettings:
         check(self.lr > 0, "lr", self.lr, "> 0")
         check(self.rl_lr > 0, "rl_lr", self.rl_lr, "> 0")
         check(self.hidden_weight >= 0, "hidden_weight", self.hidden_weight, ">= 0")
+        known = ", ".join(OBJECTIVES)
+        check(self.objective in OBJECTIVES, "objective", self.objective, f"one of {known}")
         check(self.reward in REWARDS, "reward", self.reward, f"one of {', '.join(REWARDS)}")
 
 

@@ -53,6 +53,13 @@ def lm_loss(logits: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
     return F.cross_entropy(flat, ids[:, 1:].flatten(), reduction=reduction)
 
 
+def divergence(target: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean KL(target || logits) over the next tokens, in nats: both (B, T, V)."""
+    theirs = F.log_softmax(target.float(), -1).flatten(0, 1)  # (B T, V)
+    mine = F.log_softmax(logits.float(), -1).flatten(0, 1)
+    return F.kl_div(mine, theirs, log_target=True, reduction="batchmean")
+
+
 @torch.no_grad()
 def mean_loss(model: Model, tokens: Tensor, batch_size: int = 16) -> float:
     """Return the mean next-token loss in nats over blocks (N, T); its exp is the perplexity.

@@ -13,13 +13,13 @@ from emulator_families import FAMILIES, LAYERS, UNPROBED, storages, tiny, tokens
 from fedsplit.emulators import COMPRESSORS, EmulatorPlan, Material, make_compressor
 from fedsplit.emulators.build import adapter_state, build_emulator, plug_in
 from fedsplit.emulators.crash import centre_of, cka_matrix, cluster, runs_between
-from fedsplit.emulators.distil import Distil, distil, divergence
+from fedsplit.emulators.distil import Distil, distil
 from fedsplit.emulators.gradot import allocate, best_channels, whiten
 from fedsplit.emulators.importance import LayerReplace
 from fedsplit.emulators.importance_files import Importance, ImportanceSettings
 from fedsplit.emulators.layerdrop import LayerDrop, uniform_indices
 from fedsplit.emulators.linears import QuantisedLinear, _pack, _unpack
-from fedsplit.emulators.lm import lm_loss, logits_of, mean_loss
+from fedsplit.emulators.lm import divergence, lm_loss, logits_of, mean_loss
 from fedsplit.emulators.magnitude import pruned
 from fedsplit.emulators.scaleot import ScaleOT
 from fedsplit.errors import ConfigError, ModelError
