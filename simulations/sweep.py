@@ -22,6 +22,7 @@ from fedsplit.errors import ConfigError, RunError, check
 from simulations.frontier import frontier_table, plot_frontier, summarise
 from simulations.progress import RunProgress
 from simulations.run_folder import RunFolder, strict, write_atomically
+from simulations.runtime.environment import ray_credentials
 from simulations.settings import Experiment
 from simulations.sweep_cell import run_cell
 from simulations.sweep_cells import Cell, cells_of
@@ -135,6 +136,8 @@ def run_cells(
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" not in os.environ:  # a cluster of this sweep alone
+        os.environ.update(ray_credentials())
     try:
         ray.init(
             num_cpus=workers,

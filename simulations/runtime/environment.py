@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Mapping
 
 from fedsplit.deploy.flower_commands import scripts_path
@@ -40,7 +41,14 @@ RAY = {
     # Ray would start a set of workers without the job's environment first, and throw them away.
     "RAY_prestart_worker_first_driver": "0",
 }
+# Ray's processes listen on every interface, and run what a peer sends them unless it shows a token.
+RAY_AUTH_MODE, RAY_AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
 LOCAL_HOSTS = "127.0.0.1,localhost,::1"
+
+
+def ray_credentials() -> dict[str, str]:
+    """Return variables by which one Ray cluster talks to nobody else: a token of its own."""
+    return {RAY_AUTH_MODE: "token", RAY_AUTH_TOKEN: secrets.token_hex(32)}
 
 
 def thread_environment(threads: int | None, *, patient: bool = True) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from fedsplit.errors import check
 
 from . import hooks
-from .environment import RAY, thread_environment
+from .environment import RAY, ray_credentials, thread_environment
 from .federation import Federation
 from .machine import machine_cores
 
@@ -116,7 +116,11 @@ class Simulation(Federation):
         self._object_store_bytes = object_store_bytes
 
     def _start(self) -> None:
-        more = {**RAY, **thread_environment(self.server_threads, patient=False)}
+        more = {
+            **RAY,
+            **ray_credentials(),
+            **thread_environment(self.server_threads, patient=False),
+        }
         if self._object_store_bytes is not None:
             more["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(self._object_store_bytes)
         client = {**thread_environment(self.client_threads), **self._client_env}
