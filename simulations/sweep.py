@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,6 +127,9 @@ def run_cells(
     """
     if not cells:
         return
+    # A cluster of this sweep alone; Ray reads this once, when it is imported.
+    if "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ:
+        os.environ.update({**ray_credentials(), **os.environ})
     import ray
 
     root = str(Path(__file__).resolve().parent.parent)
@@ -136,8 +140,6 @@ def run_cells(
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_ADDRESS" not in os.environ:  # a cluster of this sweep alone
-        os.environ.update(ray_credentials())
     try:
         ray.init(
             num_cpus=workers,
