@@ -88,7 +88,9 @@ def against_distillation(
     world = World(experiment.config, options_of(experiment.options, OPTIONS))
     o, seed = world.options, 0
     _ = world.tokens, world.full_zero_shot()  # read and warm before anything is timed
-    asked = ScaleOT(n_adapters=int(o["adapters"]), alpha=float(o["alpha"]))
+    asked = ScaleOT(
+        n_adapters=int(o["adapters"]), alpha=float(o["alpha"]), rank_by=str(o["rank-by"])
+    )
     importance_s = world.importance(seed)[1]
     made, importance, seconds = world.settled(seed, asked)
     ours = _measured(world, made, importance, seconds)

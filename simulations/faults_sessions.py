@@ -25,7 +25,7 @@ from simulations.runtime.certificates import make_certificates
 DAY_S = 86_400.0
 SLOW_S = 6.0
 EXPIRES_S = 2.0
-MARGIN = 1.5  # a certificate that expires during a run lives so many undisturbed runs
+MARGIN = 4.0  # a certificate that expires during a run lives so many undisturbed runs
 
 
 # ---- the faults -----------------------------------------------------------------------------

@@ -178,7 +178,10 @@ def _gradot(world: World, seed: int) -> Made:
 def _scaleot(world: World, seed: int, alpha: float = -1.0, beta: float = 0.0) -> Made:
     o = world.options
     made = ScaleOT(
-        n_adapters=int(o["adapters"]), alpha=float(o["alpha"]) if alpha < 0 else alpha, beta=beta
+        n_adapters=int(o["adapters"]),
+        alpha=float(o["alpha"]) if alpha < 0 else alpha,
+        beta=beta,
+        rank_by=str(o["rank-by"]),
     )
     return world.settled(seed, made)
 

@@ -87,6 +87,7 @@ def cell(world: World, knob: str, target: str, value: float, seed: int) -> list[
         beta=beta,
         attention=attention,
         ffn=ffn,
+        rank_by=str(world.options["rank-by"]),
     )
     made, importance, _ = world.settled(seed, asked)
     train, held_out, _ = world.tokens

@@ -106,6 +106,7 @@ class LayerReplace:
         self.scores = torch.zeros(layers, dtype=torch.float64)
         self.step = 0
         self.history: list[tuple[int, float]] = []
+        self.costs: tuple[float, ...] = ()
         if saved is not None:
             self._restore(*saved)
 
@@ -142,6 +143,8 @@ class LayerReplace:
                     progress(told)
                 if checkpoint is not None and self.step % every == 0 and self.step < last:
                     self.save(checkpoint)
+            if self.step == settings.steps and settings.cost_batches and not self.costs:
+                self.costs = self._measured_costs(net)
         if checkpoint is not None:
             self.save(checkpoint)
         return self.result()
@@ -155,6 +158,7 @@ class LayerReplace:
             self.base_digest,
             self.step,
             list(self.history),
+            self.costs,
         )
 
     def save(self, folder: str | Path) -> None:
@@ -216,6 +220,20 @@ class LayerReplace:
                 losses.append(float(self._objective(net, ids, target)))
         self.scores = updated_scores(self.scores, subsets, losses, settings.rl_lr, settings.reward)
 
+    @torch.no_grad()
+    def _measured_costs(self, net: Net) -> tuple[float, ...]:
+        settings, layers = self.settings, range(len(self.scores))
+        totals = [0.0] * len(layers)
+        for number in range(settings.cost_batches):
+            ids = self._batch(self.valid, "costs", number)
+            with self._precision(ids):
+                net.keep(layers)
+                full = logits_of(net.model, ids)
+                for i in layers:
+                    net.keep([j for j in layers if j != i])
+                    totals[i] += float(divergence(full, logits_of(net.model, ids)))
+        return tuple(total / settings.cost_batches for total in totals)
+
     def _moments(self) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, parameter in self._named.items():
@@ -226,7 +244,7 @@ class LayerReplace:
     def _restore(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         saved = importance_of(tensors, about, self.harmonizers, self.base_digest)
         self.scores = torch.tensor(saved.scores, dtype=torch.float64)
-        self.step, self.history = saved.step, saved.history
+        self.step, self.history, self.costs = saved.step, saved.history, saved.costs
         for name, parameter in self._named.items():
             parts = {
                 key: tensors[f"adam.{key}.{name}"]

@@ -44,6 +44,7 @@ class ImportanceSettings:
             the order of exp(loss)), or "standardised": (-loss_k - mean) / std, whose size does not.
         hidden_weight: weight of matching each harmonizer's output to its block's on the same
             input, mean(((T - S) / rms(T))^2); 0: off, and the blocks need not run.
+        cost_batches: batches of D^V on which each block's cost is measured at the end; 0: none.
         bf16: autocast to bfloat16 (the frozen model and the harmonizers stay as they are).
         seed: of draws, batches and harmonizers.
     """
@@ -60,6 +61,7 @@ class ImportanceSettings:
     objective: str = "fidelity"
     reward: str = "standardised"
     hidden_weight: float = 0.0
+    cost_batches: int = 4
     bf16: bool = False
     seed: int = 0
 
@@ -71,6 +73,7 @@ class ImportanceSettings:
             ("width", 0),
             ("rl_every", 1),
             ("rl_draws", 2),
+            ("cost_batches", 0),
         ):
             value = getattr(self, name)
             check(type(value) is int and value >= least, name, value, f"an integer >= {least}")
@@ -95,6 +98,9 @@ class Importance:
         base_digest: of the model it was made with.
         step: gradient steps done; ``settings.steps`` when finished.
         history: (step, training loss) every ``rl_every`` steps.
+        costs: (L,) KL(full || the model with this block alone replaced), in nats a token of D^V
+            with the trained harmonizers; empty before the run's end.  What scores estimate from
+            rewards of draws, measured (ours): no noise of draws, and comparable between groups.
     """
 
     scores: tuple[float, ...]
@@ -103,6 +109,7 @@ class Importance:
     base_digest: str
     step: int
     history: list[tuple[int, float]]
+    costs: tuple[float, ...] = ()
 
 
 def named_harmonizers(harmonizers: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
@@ -141,6 +148,7 @@ def save_importance(
         "settings": asdict(importance.settings),
         "base_digest": importance.base_digest,
         "history": [list(x) for x in importance.history[-4096:]],
+        "costs": list(importance.costs),
     }
     write_pair(Path(folder), NAME, {**tensors, **(extra or {})}, about)
 
@@ -190,6 +198,9 @@ def importance_of(
                 )
             parameter.copy_(tensor)
     history = [(int(a), float(b)) for a, b in about.get("history", [])]
+    costs = tuple(float(x) for x in about.get("costs", []))
+    if len(costs) not in (0, len(harmonizers)):
+        raise ModelError(f"{NAME}.json: costs: {len(costs)}: must be {len(harmonizers)} or none")
     return Importance(
         tuple(scores.tolist()),
         harmonizers,
@@ -197,4 +208,5 @@ def importance_of(
         base_digest,
         int(about["step"]),
         history,
+        costs,
     )

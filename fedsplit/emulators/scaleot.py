@@ -21,6 +21,8 @@ from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import weights_digest
 from fedsplit.models.projections import dense_layout_of
 
+RANKS = ("scores", "costs")
+
 
 @dataclass(frozen=True)
 class ScaleOT:
@@ -31,6 +33,7 @@ class ScaleOT:
         adapters: A's positions instead of the scores' choice.
         alpha: share of the other blocks, least important first, replaced by harmonizers.
         beta: rank reduction of what then remains; 0: kept as it is.
+        rank_by: "scores", the importance run's, or "costs", what it measured of each block (ours).
         attention: compress Q, K, V, O (the method's choice).
         ffn: compress the FFN too (to reproduce why not).
         settle_steps: steps in which the chosen harmonizers are trained together, in the place they
@@ -46,6 +49,7 @@ class ScaleOT:
     adapters: tuple[int, ...] = ()
     alpha: float = 0.0
     beta: float = 0.0
+    rank_by: str = "scores"
     attention: bool = True
     ffn: bool = False
     settle_steps: int = 0
@@ -58,6 +62,7 @@ class ScaleOT:
         check_fraction("beta", self.beta)
         one = (self.n_adapters > 0) != bool(self.adapters)
         check(one, "n_adapters, adapters", (self.n_adapters, self.adapters), "one of the two")
+        check(self.rank_by in RANKS, "rank_by", self.rank_by, f"one of {', '.join(RANKS)}")
         check(self.settle_steps >= 0, "settle_steps", self.settle_steps, ">= 0")
 
     @classmethod
@@ -74,7 +79,9 @@ class ScaleOT:
         layers = probe(model).num_layers
         scores = [0.0] * layers
         if material.importance is not None:
-            scores = list(material.importance.scores)
+            scores = list(getattr(material.importance, self.rank_by))
+            if not scores:
+                raise ConfigError("rank_by='costs': the importance run must be finished with them")
         elif self.alpha > 0 or not self.adapters:
             raise ConfigError("scaleot: needs an importance run unless alpha=0 and adapters given")
         check(len(scores) == layers, "scores", len(scores), f"one for each of {layers} blocks")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from emulator_families import LAYERS, tiny, tokens
 
+from fedsplit.emulators import Material
 from fedsplit.emulators.importance import LayerReplace
 from fedsplit.emulators.importance_files import (
     Importance,
@@ -20,6 +21,7 @@ from fedsplit.emulators.importance_files import (
     named_harmonizers,
 )
 from fedsplit.emulators.replace_policy import draw_kept, groups_of, updated_scores
+from fedsplit.emulators.scaleot import ScaleOT
 from fedsplit.errors import ConfigError, DataError, ModelError
 
 SETTINGS = ImportanceSettings(steps=8, batch_size=4, group=3, rl_every=2, lr=0.01)
@@ -145,10 +147,51 @@ def test_a_useless_block_scores_below_a_vital_one() -> None:
     assert sum(useless) / 2 < sum(vital) / 4
 
 
-def _pattern(seed: int) -> torch.Tensor:
+def test_a_block_that_changes_nothing_costs_nothing() -> None:
+    """Harmonizers that learn nothing are the identity, which blocks 1 and 4 are too."""
+    settings = ImportanceSettings(steps=1, batch_size=8, group=3, lr=1e-12)
+    costs = LayerReplace(_trained(), _pattern(1), _pattern(2), settings).run().costs
+    assert costs[1] == pytest.approx(0.0, abs=1e-6)
+    assert costs[4] == pytest.approx(0.0, abs=1e-6)
+    assert min(costs[i] for i in (0, 2, 3, 5)) > 1e-3
+
+
+def test_fidelity_does_not_learn_the_public_texts_domain() -> None:
+    """On text the model does not know, a lower loss is another model; fidelity stays with it."""
+    model, settings = _trained(), {"steps": 60, "batch_size": 16, "group": 3, "lr": 1e-2}
+    costs = {}
+    for objective in ("fidelity", "loss"):
+        asked = ImportanceSettings(objective=objective, **settings)
+        run = LayerReplace(model, _pattern(1, first=5), _pattern(2, first=5), asked)
+        found = run.run().costs
+        costs[objective] = found[1] + found[4]  # blocks that could be replaced at no cost at all
+    assert costs["fidelity"] < 0.75 * costs["loss"]
+
+
+def test_costs_are_kept_with_a_finished_run(tmp_path: Path) -> None:
+    model = tiny()
+    run = LayerReplace(model, tokens(), tokens(seed=2), SETTINGS)
+    assert run.run(4, checkpoint=tmp_path).costs == ()
+    with pytest.raises(ConfigError, match="must be finished"):
+        ScaleOT(n_adapters=2, alpha=0.5, rank_by="costs").plan(
+            model, Material(None, load_importance(tmp_path, model))
+        )
+    resumed = LayerReplace(model, tokens(), tokens(seed=2), resume=tmp_path)
+    costs = resumed.run(checkpoint=tmp_path).costs
+    assert costs == _run(model).costs
+    assert load_importance(tmp_path, model).costs == costs
+    plan = ScaleOT(n_adapters=2, alpha=0.5, rank_by="costs").plan(
+        model, Material(None, load_importance(tmp_path, model))
+    )
+    order = sorted(range(LAYERS), key=lambda i: costs[i])
+    assert plan.adapters == tuple(sorted(order[-2:]))
+    assert plan.having("harmonizer") == tuple(sorted(order[:2]))
+
+
+def _pattern(seed: int, first: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(3, 40, (64, 1), generator=generator)
-    step = torch.randint(1, 3, (64, 1), generator=generator)
+    step = torch.randint(first, first + 2, (64, 1), generator=generator)
     return (start + step * torch.arange(10)) % 50 + 3
 
 
@@ -178,6 +221,8 @@ def _trained() -> Any:
         ({"lr": 0.0}, "lr="),
         ({"rl_draws": 1}, "rl_draws=1: must be an integer >= 2"),
         ({"reward": "best"}, "reward='best': must be one of exp, standardised"),
+        ({"objective": "beauty"}, "objective='beauty': must be one of fidelity, loss"),
+        ({"cost_batches": -1}, "cost_batches"),
         ({"hidden_weight": -1.0}, "hidden_weight"),
     ],
 )
