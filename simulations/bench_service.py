@@ -298,12 +298,12 @@ def train(config: RunConfig, schedule: str, steps: int, folder: Path) -> dict[st
 def table(figures: dict[str, Any]) -> Table:
     """Return the figures as a table."""
     title = f"{figures['owners']} owners, {figures['texts']['mean_tokens']:.0f} tokens a text"
-    found = Table("", "texts/s", "p50 ms", "p99 ms", "texts per forward", "MiB/owner", title=title)
+    found = Table("", "a second", "p50 ms", "p99 ms", "texts per forward", "MiB/owner", title=title)
     for way, row in figures["serving"].items():
         idle, busy = (row[key] / 2**20 for key in ("bytes_per_owner", "busy_bytes_per_owner"))
         found.add_row(
             f"serving, {way}",
-            f"{row['steps_per_s']:.1f}",
+            f"{row['steps_per_s']:.1f} texts",
             f"{1000 * row['p50_s']:.0f}",
             f"{1000 * row['p99_s']:.0f}",
             f"{row['texts_per_forward']:.1f}",
@@ -312,7 +312,7 @@ def table(figures: dict[str, Any]) -> Table:
     for schedule, row in figures.get("training", {}).items():
         found.add_row(
             f"training, {schedule}",
-            f"{row['owner_steps_per_s']:.1f}",
+            f"{row['owner_steps_per_s']:.1f} owners' steps",
             *(f"{1000 * row[key]:.0f}" if row[key] else "" for key in ("p50_s", "p99_s")),
             "",
             "",
