@@ -1,0 +1,167 @@
+"""Reports and weights in replies that must not be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Message
+
+from fedsplit.wire.messages import REPORT, WEIGHTS
+from tests.strategies.failing import OTHERS, QUICK, VICTIM, warm
+from tests.strategies.local_grid import HANDLERS
+
+__all__ = ["warm"]  # a fixture that runs by itself
+
+
+def replies_of(
+    monkeypatch: pytest.MonkeyPatch, owner: int, change: Callable[[Message], None]
+) -> None:
+    """Let ``change`` alter what one owner replies to its train message."""
+    honest = HANDLERS["train"]
+
+    def handler(message: Message, context: Any) -> Message:
+        reply = honest(message, context)
+        if context.node_config["partition-id"] == owner and not reply.has_error():
+            change(reply)
+        return reply
+
+    monkeypatch.setitem(HANDLERS, "train", handler)
+
+
+def _without_report(reply: Message) -> None:
+    del reply.content[REPORT]
+
+
+def _without_targets(reply: Message) -> None:
+    del reply.content[REPORT]["targets"]
+
+
+def _nan_loss(reply: Message) -> None:
+    reply.content[REPORT]["loss"] = float("nan")
+
+
+def _boast(reply: Message) -> None:
+    reply.content[REPORT]["targets"] = 1e12
+
+
+def _nothing_learned(reply: Message) -> None:
+    reply.content[REPORT]["num-examples"] = 0
+
+
+def _another_name(reply: Message) -> None:
+    reply.content["fedsplit.who"]["owner"] = "owner-0"
+
+
+BAD_REPORTS: dict[str, tuple[Callable[[Message], None], str]] = {
+    "no report": (_without_report, "no report"),
+    "a number is missing": (_without_targets, "must have 'targets'"),
+    "a number is NaN": (_nan_loss, "must be one finite number"),
+    "more weight than it trained on": (_boast, "must be 8.0, as in its steps"),
+    "no examples": (_nothing_learned, "num-examples=0.0: must be > 0"),
+    "another owner's name": (_another_name, "must be 'owner-1'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REPORTS)
+def test_a_bad_report_is_left_out(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    change, reason = BAD_REPORTS[case]
+    replies_of(monkeypatch, VICTIM, change)
+    run = run_locally(make_config(**QUICK))
+    train = run.server["rounds"][0]["train"]
+    assert list(train["lost"]) == ["owner-1"]
+    assert reason in train["lost"]["owner-1"]
+    assert sorted(train["metrics"]["owners"]) == OTHERS
+
+
+def _first(reply: Message) -> tuple[ArrayRecord, str, np.ndarray]:
+    record = reply.content.array_records[WEIGHTS]
+    name = next(iter(record))
+    return record, name, record[name].numpy().copy()
+
+
+def _nan_weight(reply: Message) -> None:
+    record, name, value = _first(reply)
+    value.flat[0] = np.nan
+    record[name] = Array(value)
+
+
+def _infinite_weight(reply: Message) -> None:
+    record, name, value = _first(reply)
+    value.flat[0] = np.inf
+    record[name] = Array(value)
+
+
+def _other_shape(reply: Message) -> None:
+    record, name, value = _first(reply)
+    record[name] = Array(value.reshape(-1))
+
+
+def _other_numbers(reply: Message) -> None:
+    record, name, value = _first(reply)
+    record[name] = Array(value.astype(np.float64))
+
+
+def _missing_weight(reply: Message) -> None:
+    record, name, _ = _first(reply)
+    del record[name]
+
+
+def _foreign_weight(reply: Message) -> None:
+    record, _, value = _first(reply)
+    record["head.weight"] = Array(value)
+
+
+def _truncated_weight(reply: Message) -> None:
+    record, name, _ = _first(reply)
+    honest = record[name]
+    record[name] = Array(
+        dtype=honest.dtype, shape=honest.shape, stype=honest.stype, data=honest.data[:-4]
+    )
+
+
+def _no_weights(reply: Message) -> None:
+    del reply.content[WEIGHTS]
+
+
+BAD_WEIGHTS: dict[str, tuple[Callable[[Message], None], str]] = {
+    "NaN": (_nan_weight, "must be finite"),
+    "infinite": (_infinite_weight, "must be finite"),
+    "another shape": (_other_shape, "must be float32 ("),
+    "another dtype": (_other_numbers, "must be float32 ("),
+    "missing": (_missing_weight, "missing or foreign names"),
+    "foreign": (_foreign_weight, "missing or foreign names"),
+    "truncated": (_truncated_weight, "bottom weight"),
+    "none at all": (_no_weights, "must be ['arrays']"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WEIGHTS)
+def test_bad_weights_in_one_reply_are_refused_and_the_others_averaged(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    kept: dict[int, dict[str, np.ndarray]] = {}
+    honest = HANDLERS["train"]
+
+    def keep(message: Message, context: Any) -> Message:
+        reply = honest(message, context)
+        arrays = reply.content.array_records[WEIGHTS]
+        kept[context.node_config["partition-id"]] = {n: a.numpy() for n, a in arrays.items()}
+        return reply
+
+    monkeypatch.setitem(HANDLERS, "train", keep)
+    change, reason = BAD_WEIGHTS[case]
+    replies_of(monkeypatch, VICTIM, change)
+    run = run_locally(make_config(split__bottom="joint", train__bottom_lr=1e-2, **QUICK))
+    lost = run.server["rounds"][0]["train"]["lost"]
+    assert list(lost) == ["owner-1"]
+    assert "update refused" in lost["owner-1"]
+    assert reason in lost["owner-1"]
+    assert len(run.result.arrays) > 0
+    for name, array in run.result.arrays.items():
+        mean = (kept[0][name] + kept[2][name]) / 2  # both trained on as many samples
+        np.testing.assert_allclose(array.numpy(), mean, atol=1e-7)
