@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
+# Relative paths mean the caller's folder; Flower's and Ray's processes run elsewhere.
+PATHS = ("data.path", "model.name", "privacy.public-text", "offsite.public")
 ALIASES = {"model": "model.name", "models": "options.models"}
 
 
@@ -103,13 +106,19 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
     experiment = Experiment(
         path.stem, str(content.get("kind", "")), str(content.get("about", "")), run, options
     )
-    # Relative paths mean the caller's folder; Flower's processes run elsewhere.
-    for key in ("data.path", "model.name"):
-        value = experiment.run.get(key)
-        if isinstance(value, str) and value and Path(value).exists():
-            run[key] = str(Path(value).resolve())
+    for key in PATHS:
+        if key in run:
+            run[key] = resolved(run[key])
     _ = experiment.config  # refuse what is wrong before anything starts
     return experiment
+
+
+def resolved(value: Any) -> Any:
+    """Return a path, or several separated as in PATH, from the root; anything else as it is."""
+    if not isinstance(value, str) or not value:
+        return value
+    parts = value.split(os.pathsep)
+    return os.pathsep.join(str(Path(p).resolve()) if p and Path(p).exists() else p for p in parts)
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError, check
-from simulations.settings import Experiment
+from simulations.settings import PATHS, Experiment, resolved
 
 # Settings that say where a run writes or how fast it computes, not what comes out of it.
 IRRELEVANT = ("output.dir", "output.threads", "output.owner-threads", "output.save", "session.port")
@@ -95,7 +95,8 @@ def cells_of(
             variant = str(group.get("variant", ""))
             axes = {k: v for k, v in group.items() if k != "variant"}
             for values in _product(axes):
-                flat = {**run, **values, "seed": seed}
+                paths = {k: resolved(v) for k, v in values.items() if k in PATHS}
+                flat = {**run, **values, **paths, "seed": seed}
                 cell = Cell(variant or _name(values), RunConfig.from_flat(flat))
                 if cell.key in known:
                     raise ConfigError(f"cell {cell.columns()}: occurs twice in the sweep")

@@ -49,8 +49,9 @@ class PrivacyConfig:
             ``unigram`` or ``contextual`` (the same, and posterior means over the public vocabulary
             with that prior), all for embeddings-only frozen bottoms; or ``learned`` (a small
             network taught on public text; any frozen bottom).  Post-processing: costs no privacy.
-        public_text: the server's own public text for priors and teaching: a file with one text per
-            line, or empty for the interpreter's docstrings.  Owners never read it.
+        public_text: the server's own public text for priors and teaching: files with one text per
+            line, or folders of such ``.txt`` files, separated as in PATH; empty: the interpreter's
+            docstrings.  Owners never read it.
     """
 
     mechanism: str = "none"

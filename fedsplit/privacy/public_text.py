@@ -7,6 +7,7 @@ owners' domain is better: a server may name a file of its own.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,16 @@ def public_texts(path: str = "", *, docstrings: bool = True) -> list[str]:
     """Return public texts.
 
     Args:
-        path: a UTF-8 file with one text per line, or empty for what the interpreter ships.
+        path: UTF-8 files with one text per line, or folders whose ``*.txt`` are such files, several
+            of them separated as in PATH; empty: what the interpreter ships.
         docstrings: whether the docstrings count as public; they do not where they are the owners'
             own data (``data.kind = "docstrings"``).
 
     Raises:
-        ConfigError: if the file cannot be read, is larger than 64 MB or has no text.
+        ConfigError: if one cannot be read or has no text, or they are larger than 64 MB.
     """
     if path:
-        return _lines(Path(path))
+        return _of_files(path)
     from pydoc_data import topics
 
     texts = [topics.topics[name] for name in sorted(topics.topics)]
@@ -42,11 +44,28 @@ def public_texts(path: str = "", *, docstrings: bool = True) -> list[str]:
     return found
 
 
-def _lines(path: Path) -> list[str]:
+def _of_files(paths: str) -> list[str]:
+    found: list[str] = []
+    left = MAX_BYTES
+    for part in paths.split(os.pathsep):
+        path = Path(part)
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise ConfigError(f"privacy.public-text={part!r}: must hold at least one .txt file")
+        for file in files:
+            lines, size = _lines(file, left)
+            found += lines
+            left -= size
+    return found
+
+
+def _lines(path: Path, most: int) -> tuple[list[str], int]:
     try:
         size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise ConfigError(f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes")
+        if size > most:
+            raise ConfigError(
+                f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes, all files together"
+            )
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -55,7 +74,7 @@ def _lines(path: Path) -> list[str]:
     found = [line for line in lines if line]
     if not found:
         raise ConfigError(f"privacy.public-text={str(path)!r}: must hold at least one line of text")
-    return found
+    return found, size
 
 
 def public_ids(tokenizer: Any, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
