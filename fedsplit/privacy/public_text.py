@@ -64,7 +64,7 @@ def _lines(path: Path, most: int) -> tuple[list[str], int]:
         size = path.stat().st_size
         if size > most:
             raise ConfigError(
-                f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes, all files together"
+                f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes with the others"
             )
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
