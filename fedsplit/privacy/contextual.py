@@ -230,7 +230,7 @@ def weighted_means(weights: Tensor, rows: Rows, candidates: Candidates) -> Tenso
     if isinstance(candidates, SummedCandidates):
         position = rows.positions()
         for first, stop, table in candidates.tables():
-            part = weights[:, first:stop] * candidates.gains(first, stop)[position]
+            part = weights[:, first:stop] * candidates.scales(first, stop)[0][position]
             gain += part.sum(1)
             mean.addmm_(part, table)
     else:
