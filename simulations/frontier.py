@@ -114,7 +114,7 @@ def plot_frontier(summary: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axis.set_xlabel("tokens not recovered (empirical privacy), %")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("held-out accuracy, %")
-    axes[0].legend(fontsize=8, loc="upper right")
+    axes[0].legend(fontsize=8)  # wherever it hides least
     figure.suptitle("Privacy and utility; labels are eta, bars 95 % intervals over seeds")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
