@@ -1,5 +1,6 @@
 """Sweeps: many cells on Ray, resumable; one table, one Parquet file, one frontier plot.
 
+``options.public-text`` is the prior's text of the cells that denoise.
 ``options.known`` names an earlier sweep's Parquet file, whose cells are taken as they are.
 A cell's row is written to ``cells/KEY.json`` as soon as it is known, under a digest of everything
 that decides it.  A sweep that was killed, or that is started again with more cells or seeds, runs
@@ -26,7 +27,7 @@ from simulations.run_folder import RunFolder, strict, write_atomically
 from simulations.runtime.environment import ray_credentials
 from simulations.settings import Experiment
 from simulations.sweep_cell import run_cell
-from simulations.sweep_cells import Cell, cells_of
+from simulations.sweep_cells import Cell, cells_of, with_public_text
 
 OPTIONS: dict[str, Any] = {
     "seeds": 1,
@@ -34,6 +35,7 @@ OPTIONS: dict[str, Any] = {
     "attack-samples": 400,
     "cells": [],
     "known": "",
+    "public-text": "",
 }
 
 
@@ -50,7 +52,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     options = {**OPTIONS, **experiment.options}
     fixed = {"output.threads": 1, "output.owner-threads": 1, "output.save": False}
     run_settings = {**experiment.run, **fixed}
-    cells = cells_of(run_settings, options["cells"], int(options["seeds"]))
+    groups = with_public_text(options["cells"], str(options["public-text"]))
+    cells = cells_of(run_settings, groups, int(options["seeds"]))
     workers = int(options["workers"]) or min(os.cpu_count() or 1, len(cells))
     check(1 <= workers <= 1024, "options.workers", workers, "in [1, 1024]")
     folder.write_config(experiment.config.to_flat())

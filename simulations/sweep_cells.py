@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedsplit.config import RunConfig, Scalar
@@ -103,6 +105,29 @@ def cells_of(
                 known.add(cell.key)
                 cells.append(cell)
     return cells
+
+
+def with_public_text(groups: Sequence[Mapping[str, Any]], paths: str) -> list[Mapping[str, Any]]:
+    """Return the groups, those that denoise with this public text for their prior.
+
+    Args:
+        groups: see :func:`cells_of`.
+        paths: as in ``privacy.public-text``; empty: the groups as they are.
+
+    Raises:
+        ConfigError: a file or folder is not there: told before the first cell, not in the ninth.
+    """
+    for part in filter(None, paths.split(os.pathsep)):
+        if not Path(part).exists():
+            raise ConfigError(
+                f"options.public-text={part!r}: must be a file or folder of text "
+                "(options.public-text='' takes what the interpreter ships)"
+            )
+    more = {"privacy.public-text": paths} if paths else {}
+    return [
+        {**group, **more} if group.get("privacy.denoise", "off") != "off" else group
+        for group in groups
+    ]
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:

@@ -19,7 +19,7 @@ from simulations import sweep
 from simulations.frontier import summarise
 from simulations.run_folder import RunFolder, read_results
 from simulations.settings import Experiment, load_experiment
-from simulations.sweep_cells import Cell, as_sweep, cells_of, parse_axis
+from simulations.sweep_cells import Cell, as_sweep, cells_of, parse_axis, with_public_text
 
 DCHI = {"privacy.mechanism": "dchi"}
 GROUPS = [
@@ -174,3 +174,13 @@ def test_real_cells_on_ray(make_config: Any, tmp_path: Path) -> None:
     assert (tmp_path / "s" / "frontier.png").stat().st_size > 10_000
     assert not list((tmp_path / "s" / "work").glob("*"))
     assert json.loads((tmp_path / "s" / "results.json").read_text())["broken"] == 1
+
+
+def test_public_text_is_for_the_cells_that_denoise(tmp_path: Path) -> None:
+    groups = [{"privacy.eta": 8.0}, {"privacy.denoise": "contextual"}]
+    assert with_public_text(groups, "") == groups
+    plain, denoising = with_public_text(groups, str(tmp_path))
+    assert plain == groups[0]
+    assert denoising == {"privacy.denoise": "contextual", "privacy.public-text": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"options\.public-text='.*nowhere': must be"):
+        with_public_text(groups, str(tmp_path / "nowhere"))
