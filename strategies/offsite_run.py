@@ -94,7 +94,13 @@ def compressor_settings(o: OffsiteConfig, layers: int) -> dict[str, Any]:
     """
     if o.compressor == "scaleot":
         where: dict[str, Any] = {"adapters": o.chosen} if o.chosen else {"n_adapters": o.adapters}
-        return {**where, "alpha": o.alpha, "beta": o.beta, "settle_steps": o.settle_steps}
+        return {
+            **where,
+            "alpha": o.alpha,
+            "beta": o.beta,
+            "rank_by": o.rank_by,
+            "settle_steps": o.settle_steps,
+        }
     chosen = o.chosen
     if not chosen:
         half = max(1, o.adapters // 2)

@@ -96,6 +96,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "offsite.alpha": ([-0.1, 1.1], [0.0, 1.0]),
     "offsite.beta": ([-0.1, 1.1], [0.0, 1.0]),
     "offsite.keep": ([0], [1]),
+    "offsite.rank-by": (["", "gradients"], ["costs", "scores"]),
     "offsite.settle-steps": ([-1], [0]),
     "offsite.importance-steps": ([0], [1]),
     "offsite.block": ([1, 131_073], [2, 131_072]),

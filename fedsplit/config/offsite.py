@@ -12,6 +12,8 @@ AVERAGINGS = ("fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum")
 METHODS = ("full", "lora", "bottleneck", "bitfit", "prefix")
 """The rows of ``fedsplit.models.adapter_methods.METHODS``, which this layer cannot import."""
 
+RANKS = ("costs", "scores")
+
 NO_SECURE_AGGREGATION = (
     "false: Flower's SecAgg+ works inside its legacy workflow (LegacyContext, fit messages), which "
     "strategies on messages cannot run in, and a masked update cannot be checked for its lineage; "
@@ -30,7 +32,10 @@ class OffsiteConfig:
         alpha: ScaleOT: share of the other blocks replaced by harmonizers.
         beta: ScaleOT: rank reduction of what remains; GradOT: of all.
         keep: LayerDrop, CRaSh: blocks kept (shared) outside A.
-        settle_steps: steps in which the chosen harmonizers are trained together before shipping.
+        rank_by: what ScaleOT chooses blocks by: ``costs``, the divergence that replacing a block alone
+            causes, or ``scores``, the importance run's policy (the paper's).
+        settle_steps: steps in which the chosen harmonizers are trained together before shipping; LayerDrop:
+            of distillation.  0 = off.
         importance_steps: gradient steps of the importance run, where one is needed.
         public: the server's file of public text, for importance, calibration and plug-in
             evaluation; empty = what the interpreter ships.
@@ -59,10 +64,11 @@ class OffsiteConfig:
     compressor: str = "scaleot"
     positions: str = ""
     adapters: int = 4
-    alpha: float = 0.5
+    alpha: float = 0.25
     beta: float = 0.0
     keep: int = 4
-    settle_steps: int = 0
+    rank_by: str = "costs"
+    settle_steps: int = 200
     importance_steps: int = 400
     public: str = ""
     block: int = 128
@@ -95,6 +101,7 @@ class OffsiteConfig:
         check(2 <= self.block <= 131_072, "offsite.block", self.block, "in [2, 131072] tokens")
         check(0 <= self.proximal <= 1e6, "offsite.proximal", self.proximal, "in [0, 1e6]; 0 = off")
         one_of("offsite.method", self.method, METHODS)
+        one_of("offsite.rank-by", self.rank_by, RANKS)
         for name in ("rank", "width", "prefix"):
             value = getattr(self, name)
             check(1 <= value <= 65_536, f"offsite.{name}", value, "in [1, 65536]")

@@ -33,6 +33,7 @@ SETTINGS = {
     "offsite__compressor": "layerdrop",
     "offsite__positions": "0,2",
     "offsite__keep": 1,
+    "offsite__settle_steps": 0,
     "offsite__block": 8,
     "offsite__rank": 2,
     "offsite__lora_alpha": 2.0,

@@ -23,6 +23,7 @@ from fedsplit.owners.share import simulated_shares
 from simulations.federated import read_server
 from simulations.local_run import run_in_process
 from strategies.lineage_watch import LineageWatch
+from strategies.offsite_run import importance_for, make_emulator, public_blocks
 from strategies.roll import Roll
 from strategies.split_tuning_run import load_base
 from tests.strategies.local_grid import LocalGrid
@@ -40,6 +41,7 @@ def offsite(make_config: Any, tiny_llama: Path) -> Any:
                 "offsite__compressor": "layerdrop",
                 "offsite__positions": "0,2",
                 "offsite__keep": 1,
+                "offsite__settle_steps": 0,
                 "offsite__block": 8,
                 "train__optimizer": "sgd",
                 "train__lr": 0.1,
@@ -229,6 +231,28 @@ def test_what_cannot_work_says_so(
 ) -> None:
     with pytest.raises((error, Exception), match=told):
         run(offsite(**overrides), tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank_by", ["costs", "scores"])
+def test_scaleot_adapts_the_blocks_it_ranks_highest(
+    offsite: Any, tmp_path: Path, rank_by: str
+) -> None:
+    config = offsite(
+        offsite__compressor="scaleot",
+        offsite__positions="",
+        offsite__adapters=1,
+        offsite__alpha=0.5,
+        offsite__rank_by=rank_by,
+        offsite__importance_steps=6,
+        offsite__settle_steps=1,
+    )
+    base = load_base(config)
+    tokens, _ = public_blocks(config, base.tokenizer)
+    importance = importance_for(config, base, tokens[:32], None)
+    assert importance is not None
+    ranks = getattr(importance, rank_by)
+    emulator, _ = make_emulator(config, base, tokens[:32], None)
+    assert emulator.plan.adapters == (max(range(len(ranks)), key=lambda i: ranks[i]),)
 
 
 def test_server_json_tells_what_was_built(offsite: Any, tmp_path: Path) -> None:
