@@ -32,10 +32,10 @@ class OffsiteConfig:
         alpha: ScaleOT: share of the other blocks replaced by harmonizers.
         beta: ScaleOT: rank reduction of what remains; GradOT: of all.
         keep: LayerDrop, CRaSh: blocks kept (shared) outside A.
-        rank_by: what ScaleOT chooses blocks by: ``costs``, the divergence that replacing a block alone
-            causes, or ``scores``, the importance run's policy (the paper's).
-        settle_steps: steps in which the chosen harmonizers are trained together before shipping; LayerDrop:
-            of distillation.  0 = off.
+        rank_by: what ScaleOT chooses blocks by: ``costs``, the divergence that replacing a block
+            alone causes, or ``scores``, the importance run's policy (the paper's).
+        settle_steps: steps in which the chosen harmonizers are trained together before shipping
+            (LayerDrop: of distillation); 0 = off.
         importance_steps: gradient steps of the importance run, where one is needed.
         public: the server's file of public text, for importance, calibration and plug-in
             evaluation; empty = what the interpreter ships.
