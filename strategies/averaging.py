@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,6 +57,32 @@ def remember(averaging: Strategy, arrays: ArrayRecord) -> None:
         averaging.current_arrays = {name: array.numpy() for name, array in arrays.items()}
 
 
+@dataclass(frozen=True)
+class AveragingState:
+    """What an averaging strategy carries from round to round.
+
+    Attributes:
+        arrays: moments by ``<moment>.<name of the weight>``.
+        facts: measured numbers.
+    """
+
+    arrays: dict[str, NDArray] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def state_of(averaging: Strategy) -> AveragingState:
+    """Return what the strategy needs to go on as if it had not been interrupted; often nothing."""
+    inner = averaging.strategy if isinstance(averaging, CentralDp) else averaging
+    return inner.state() if isinstance(inner, MeasuredFedAdam) else AveragingState()
+
+
+def restore(averaging: Strategy, state: AveragingState) -> None:
+    """Put back what :func:`state_of` returned."""
+    inner = averaging.strategy if isinstance(averaging, CentralDp) else averaging
+    if isinstance(inner, MeasuredFedAdam):
+        inner.restore(state)
+
+
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
 
 
@@ -68,7 +95,9 @@ class MeasuredFedAdam(FedAdam):
     first average: ``tau`` is a tenth of the root mean square d of its changes (what the square root
     of the second moment starts with is a tenth of the change), and with ``eta`` the first step has
     root mean square ``server_lr``, or d.
-    A run that goes on after a crash measures anew, and its moments start empty.
+    :meth:`state` is kept with every round, so that a run goes on after a crash with the same
+    moments and the same step.  Averages are float32, as what owners sent is: Flower's arithmetic
+    makes float64 of them, twice the bytes for no information.
 
     Args:
         server_lr: root mean square of the first step over all weights; 0: d.
@@ -86,7 +115,32 @@ class MeasuredFedAdam(FedAdam):
             mean = FedAvg.aggregate_train(self, server_round, replies)[0]
             if mean is not None and self.current_arrays is not None:
                 self._measure(mean, server_round)
-        return super().aggregate_train(server_round, replies)
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if arrays is not None:
+            arrays = weights_record({n: a.numpy().astype(np.float32) for n, a in arrays.items()})
+        return arrays, metrics
+
+    def state(self) -> AveragingState:
+        """Return moments, and the measured sizes once there are any."""
+        if not self._measured or self.m_t is None or self.v_t is None:
+            return AveragingState()
+        moments = {"m": self.m_t, "v": self.v_t}
+        return AveragingState(
+            {
+                f"{kind}.{name}": a
+                for kind, by_name in moments.items()
+                for name, a in by_name.items()
+            },
+            {"eta": float(self.eta), "tau": float(self.tau)},
+        )
+
+    def restore(self, state: AveragingState) -> None:
+        """Go on from there; an empty state: from the beginning."""
+        self._measured = bool(state.facts)
+        self.m_t = _moments(state.arrays, "m.")
+        self.v_t = _moments(state.arrays, "v.")
+        if self._measured:
+            self.eta, self.tau = state.facts["eta"], state.facts["tau"]
 
     def _measure(self, mean: ArrayRecord, server_round: int) -> None:
         assert self.current_arrays is not None
@@ -103,6 +157,11 @@ class MeasuredFedAdam(FedAdam):
         raw *= np.sqrt(1 - self.beta_2**ahead) / (1 - self.beta_1**ahead)
         self.eta = (self._server_lr or size) / float(np.sqrt(np.mean(raw**2)))
         self._measured = True
+
+
+def _moments(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray] | None:
+    found = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    return found or None
 
 
 class CentralDp(DifferentialPrivacyClientSideFixedClipping):

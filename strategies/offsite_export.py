@@ -1,7 +1,8 @@
 """What an offsite-tuning run leaves behind: round by round, and at its end.
 
 ``adapters.safetensors`` is written after every round, synced to the disk; the round before is kept
-as ``adapters.previous.safetensors``.  At the end: ``adapter/`` (for PEFT where it can express the
+as ``adapters.previous.safetensors``; where the averaging has a state (FedAdam's moments), likewise
+``averaging.safetensors``.  At the end: ``adapter/`` (for PEFT where it can express the
 method, see :mod:`fedsplit.models.adapter_files`) and ``model/``, the plugged-in model as an
 ordinary Hugging Face folder (not for methods whose modules no Hugging Face class has).
 """
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,11 +25,14 @@ from fedsplit.errors import ModelError, RunError, UnsupportedModelError
 from fedsplit.models.adapter_files import save_adapter
 from fedsplit.models.adapter_methods import BlockTuning, MethodSettings
 from fedsplit.models.loading import LoadedModel
+from strategies.averaging import AveragingState
 
 log = logging.getLogger(__name__)
 
 ADAPTERS = "adapters.safetensors"
 PREVIOUS = "adapters.previous.safetensors"
+AVERAGING = "averaging.safetensors"
+AVERAGING_PREVIOUS = "averaging.previous.safetensors"
 
 
 def keep_adapters(
@@ -38,15 +43,56 @@ def keep_adapters(
     Raises:
         RunError: they cannot be written.
     """
-    draft, path = folder / f"{ADAPTERS}.draft", folder / ADAPTERS
     metadata = {"round": str(number), "emulator": digest, "method": _identity(settings)}
+    _replace(folder / ADAPTERS, folder / PREVIOUS, state, metadata)
+
+
+def keep_averaging(folder: Path, number: int, state: AveragingState, digest: str) -> None:
+    """Write what the averaging carries, before the round's adapters: a crash between finds both.
+
+    Nothing is written where it carries nothing.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    if not state.arrays:
+        return
+    # As hexadecimal numbers: what is read back is the same float, bit for bit.
+    facts = json.dumps({name: value.hex() for name, value in state.facts.items()})
+    metadata = {"round": str(number), "emulator": digest, "facts": facts}
+    arrays = {n: torch.from_numpy(a) for n, a in state.arrays.items()}
+    _replace(folder / AVERAGING, folder / AVERAGING_PREVIOUS, arrays, metadata)
+
+
+def kept_averaging(folder: Path, number: int, digest: str) -> AveragingState:
+    """Return what the averaging carried after that round; empty, with a warning, if it is lost."""
+    for path in (folder / AVERAGING, folder / AVERAGING_PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                if (about.get("round"), about.get("emulator")) != (str(number), digest):
+                    continue
+                facts = {str(n): float.fromhex(v) for n, v in json.loads(about["facts"]).items()}
+                names = file.keys()
+                return AveragingState({n: file.get_tensor(n).numpy() for n in names}, facts)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s: no readable state of the averaging: %s", path, error)
+    return AveragingState()
+
+
+def _replace(
+    path: Path, previous: Path, state: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    draft = path.with_name(f"{path.name}.draft")
     try:
         save_file({n: t.contiguous() for n, t in state.items()}, draft, metadata=metadata)
         _sync(draft)
         if path.exists():
-            path.replace(folder / PREVIOUS)
+            path.replace(previous)
         draft.replace(path)
-        _sync(folder)
+        _sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}") from None
 

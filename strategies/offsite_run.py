@@ -35,11 +35,17 @@ from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import weights_record
 from fedsplit.wire.tokens import TokenBook
-from strategies.averaging import make_averaging
+from strategies.averaging import make_averaging, restore, state_of
 from strategies.file_desk import FileDesk
 from strategies.hub import StreamHub
 from strategies.lineage_setup import build_watch
-from strategies.offsite_export import export, keep_adapters, kept_adapters
+from strategies.offsite_export import (
+    export,
+    keep_adapters,
+    keep_averaging,
+    kept_adapters,
+    kept_averaging,
+)
 from strategies.offsite_tuning import OffsiteParts, OffsiteTuning
 from strategies.recorder import Recorder
 from strategies.split_tuning import LONG_S
@@ -211,10 +217,11 @@ def _parts(
     facts["trained_parameters"] = tuning.count()
     facts["trained_share"] = tuning.count() / facts["full_parameters"]
     recorder.write(emulator=facts)
-    first = 0
+    first, averaging = 0, make_averaging(config.offsite)
     if (kept := kept_adapters(folder, digest, settings)) is not None:
         first, state = kept
         tuning.load(state)
+        restore(averaging, kept_averaging(folder, first, digest))
         log.info("going on after round %d of an interrupted run", first)
     door = Door(TokenBook(), context.run_id)
     tls, ca = server_tls()
@@ -231,6 +238,7 @@ def _parts(
     hub.begin(desk)
 
     def keep(number: int, state: dict[str, Tensor]) -> None:
+        keep_averaging(folder, number, state_of(averaging), digest)
         keep_adapters(folder, number, state, digest, settings)
 
     return (
@@ -245,7 +253,7 @@ def _parts(
             desk=desk,
             watch=watch,
             recorder=recorder,
-            averaging=make_averaging(config.offsite),
+            averaging=averaging,
             keep=keep,
             ca=ca,
         ),

@@ -27,7 +27,7 @@ from fedsplit.models.adapter_methods import BlockTuning
 from fedsplit.privacy.accounting import spent_epsilon
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
-from strategies.averaging import remember
+from strategies.averaging import remember, restore, state_of
 from strategies.file_desk import FileDesk
 from strategies.hub import StreamHub
 from strategies.lineage_setup import average_watched, tensors
@@ -121,10 +121,11 @@ class OffsiteTuning(Strategy):
         benched = self._roll.sitting(number)
         self._roll.settle(number, report.finished, report.cohort.lost)
         lineage = watch.begin(number)
+        before = state_of(self.parts.averaging)
         arrays = average_watched(
             watch,
             lineage,
-            server_round,
+            number,
             good,
             self._roll.names,
             self.parts.averaging,
@@ -140,6 +141,7 @@ class OffsiteTuning(Strategy):
         row |= self._central_dp(number) | _owners_dp(metrics)
         if lineage.get("rejected") or stop_reason(lineage) or arrays is None:
             arrays = None
+            restore(self.parts.averaging, before)
         else:
             state = tensors(arrays)
             self.parts.tuning.load(state)

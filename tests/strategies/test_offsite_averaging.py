@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.wire.messages import WEIGHTS, weights_record
-from strategies.averaging import WEIGHT, make_averaging, remember
+from strategies.averaging import WEIGHT, make_averaging, remember, restore, state_of
 
 START = {
     "a": np.linspace(-1, 1, 4000, dtype=np.float32),
@@ -82,6 +82,32 @@ def test_fedadam_goes_down_a_bowl_of_any_scale(scale: float) -> None:
         sizes.append(size(now, zero))
     assert sizes[-1] < 0.25 * sizes[0]
     assert max(sizes) <= sizes[0] * 1.001
+
+
+@pytest.mark.parametrize("offsite", [{}, {"central_dp_clip": 1e3}])
+def test_a_round_that_is_undone_leaves_no_trace(offsite: dict[str, float]) -> None:
+    config = OffsiteConfig(averaging="fedadam", **offsite)  # type: ignore[arg-type]
+    rounds = [moved(0.1, 1), moved(5.0, 2), moved(0.1, 3)]
+
+    def after(kept: tuple[int, ...]) -> dict[str, np.ndarray]:
+        strategy = make_averaging(config)
+        now = dict(START)
+        for number, sent in enumerate(rounds):
+            remember(strategy, weights_record(now))
+            before = state_of(strategy)
+            record = strategy.aggregate_train(number if number < 2 else 1, [reply(sent)])[0]
+            assert record is not None
+            if number in kept:
+                now = {n: a.numpy() for n, a in record.items()}
+            else:
+                restore(strategy, before)
+        return now
+
+    found = after((0, 2))
+    rounds[1] = moved(1.0, 7)  # another bad round: it must not matter which
+    again = after((0, 2))
+    assert all(np.array_equal(found[n], again[n]) for n in START)
+    assert all(v.dtype == np.float32 for v in found.values())
 
 
 def test_nobody_changing_anything_is_no_step() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -23,7 +24,16 @@ from fedsplit.owners.adapter_work import AdapterOwner, blocks_of
 from fedsplit.owners.plan import train_steps
 from fedsplit.owners.share import simulated_shares
 from simulations.local_run import run_in_process
-from strategies.offsite_export import ADAPTERS, PREVIOUS, keep_adapters, kept_adapters
+from strategies.averaging import AveragingState
+from strategies.offsite_export import (
+    ADAPTERS,
+    AVERAGING,
+    PREVIOUS,
+    keep_adapters,
+    keep_averaging,
+    kept_adapters,
+    kept_averaging,
+)
 from strategies.split_tuning_run import load_base
 
 SETTINGS = {
@@ -245,6 +255,24 @@ def test_kept_adapters_are_the_same_runs_or_nobodys(tmp_path: Path) -> None:
     (tmp_path / PREVIOUS).write_bytes(b"x")
     with pytest.raises(ModelError, match="no readable adapters"):
         kept_adapters(tmp_path, "d", lora)
+
+
+def test_the_averagings_state_belongs_to_one_round_of_one_emulator(tmp_path: Path) -> None:
+    keep_averaging(tmp_path, 1, AveragingState(), "d")
+    assert not list(tmp_path.iterdir())  # nothing carried, nothing written
+    one = AveragingState({"m.x": np.array([0.1])}, {"eta": 0.1 + 0.2})
+    two = AveragingState({"m.x": np.array([0.7])}, {"eta": 1e-300})
+    keep_averaging(tmp_path, 1, one, "d")
+    keep_averaging(tmp_path, 2, two, "d")
+    for number, kept in ((1, one), (2, two)):  # adapters may be a round behind after a crash
+        found = kept_averaging(tmp_path, number, "d")
+        assert found.facts == kept.facts
+        assert found.arrays["m.x"].tolist() == kept.arrays["m.x"].tolist()
+    assert kept_averaging(tmp_path, 3, "d") == AveragingState()
+    assert kept_averaging(tmp_path, 2, "another emulator") == AveragingState()
+    (tmp_path / AVERAGING).write_bytes(b"x")
+    assert kept_averaging(tmp_path, 2, "d") == AveragingState()
+    assert kept_averaging(tmp_path, 1, "d").facts == one.facts
 
 
 def test_what_cannot_be_kept_is_refused_with_its_reason(offsite: Any) -> None:

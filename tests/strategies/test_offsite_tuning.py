@@ -122,12 +122,13 @@ def test_the_emulator_crosses_once(offsite: Any, tmp_path: Path) -> None:
     assert all(row["train"]["finished"] == ["owner-0", "owner-1"] for row in server["rounds"])
 
 
+@pytest.mark.parametrize("averaging", ["fedavg", "fedadam"])  # the second carries moments
 def test_an_interrupted_run_goes_on_where_it_was(
-    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averaging: str
 ) -> None:
-    whole, _, _ = run(offsite(), tmp_path / "whole")
+    whole, _, _ = run(offsite(offsite__averaging=averaging), tmp_path / "whole")
     folder = tmp_path / "parts"
-    first = offsite(train__rounds=2)
+    first = offsite(train__rounds=2, offsite__averaging=averaging)
     run(first, folder)
 
     real = shutil.rmtree
@@ -137,7 +138,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
             real(path, **options)
 
     monkeypatch.setattr("simulations.local_run.shutil.rmtree", spare)
-    again, server, _ = run(offsite(), folder)
+    again, server, _ = run(offsite(offsite__averaging=averaging), folder)
     assert [row["round"] for row in server["rounds"]] == [3]
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
