@@ -10,7 +10,7 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_wire_stream import Echo, eventually, grad, hello
+from stream_peers import Echo, eventually, grad, hello
 from wire_certificates import Authority
 
 from fedsplit.errors import SessionError, TokenError
