@@ -78,12 +78,13 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
                 made = cells.rows(identity, partial(cell, world, method, seed))
                 rows += [{**row, "full_ft": full} for row in made]
                 if method.startswith("scaleot"):
-                    scores[str(seed)] = list(world.importance(seed)[0].scores)
+                    importance = world.importance(seed)[0]
+                    scores[str(seed)] = list(getattr(importance, str(options["rank-by"])))
                 folder.record(about=experiment.about, rows=rows, importance=scores)
                 done += 1
                 progress.update(done / whole, f"{method}, seed {seed}")
     console.print(table(rows))
-    draw(folder, rows, scores, console)
+    draw(folder, rows, scores, console, str(options["rank-by"]))
 
 
 def cell(world: World, method: str, seed: int) -> list[Row]:
@@ -121,14 +122,18 @@ def cell(world: World, method: str, seed: int) -> list[Row]:
 
 
 def draw(
-    folder: RunFolder, rows: list[Row], scores: dict[str, list[float]], console: Console
+    folder: RunFolder,
+    rows: list[Row],
+    scores: dict[str, list[float]],
+    console: Console,
+    rank_by: str,
 ) -> None:
     """Leave the pictures in the run's folder, where matplotlib is installed."""
     from simulations.offsite_plots import drawn, importance_plot, table_plot
 
     drawn(console, lambda: table_plot(folder.path / PLOT, rows))
     if scores:
-        drawn(console, lambda: importance_plot(folder.path / SCORES_PLOT, scores))
+        drawn(console, lambda: importance_plot(folder.path / SCORES_PLOT, scores, rank_by))
 
 
 Made = tuple[Compressor, Importance | None, float]

@@ -29,7 +29,7 @@ from simulations.run_folder import RunFolder
 from simulations.settings import Experiment
 
 # Beside those of ``offsite-table``, whose emulators are built here.  Rates of the small methods are
-# customary ones (about ten times full adapters' for LoRA), not searched for on this text.
+# customary ones (about ten times full adapters' for LoRA), bottlenecks' of three tried on one seed.
 OPTIONS: dict[str, Any] = {
     "methods": ["full", "lora", "bottleneck", "bitfit", "prefix"],
     "emulator": "scaleot",
@@ -39,7 +39,7 @@ OPTIONS: dict[str, Any] = {
     "prefix": 16,
     "lr-full": 3e-4,
     "lr-lora": 3e-3,
-    "lr-bottleneck": 2e-3,
+    "lr-bottleneck": 1e-2,
     "lr-bitfit": 1e-2,
     "lr-prefix": 1e-2,
 }

@@ -62,8 +62,15 @@ def table_plot(path: Path, rows: Rows) -> None:
     _save(plt, figure, path)
 
 
-def importance_plot(path: Path, scores: Mapping[str, Sequence[float]]) -> None:
+def importance_plot(
+    path: Path, scores: Mapping[str, Sequence[float]], rank_by: str = "scores"
+) -> None:
     """Importance of each block, a bar per seed (ScaleOT's figure 6): high means "keep".
+
+    Args:
+        path: of the picture.
+        scores: seed -> a number per block.
+        rank_by: what they are, a row of ``fedsplit.emulators.scaleot.RANKS``.
 
     Raises:
         RunError: matplotlib is not installed.
@@ -74,9 +81,14 @@ def importance_plot(path: Path, scores: Mapping[str, Sequence[float]]) -> None:
     for k, (seed, values) in enumerate(scores.items()):
         places = [i + (k - (len(scores) - 1) / 2) * width for i in range(len(values))]
         axes.bar(places, values, width, label=f"seed {seed}")
-    axes.set(xlabel="block", ylabel="importance score")
+    if rank_by == "costs":  # the first block's is tens of times the others'
+        axes.set(yscale="log", ylabel="KL(full, replaced), nats")
+    else:
+        axes.set(ylabel="importance score")
+    axes.set_xlabel("block")
     axes.set_xticks(range(max((len(v) for v in scores.values()), default=0)))
-    axes.axhline(0, color="#777777", linewidth=0.7)
+    if rank_by != "costs":
+        axes.axhline(0, color="#777777", linewidth=0.7)
     axes.legend(fontsize=7)
     _save(plt, figure, path)
 

@@ -55,7 +55,7 @@ COMMON: dict[str, Any] = {
     "beta": 0.75,
     "settle-steps": 200,
     "importance-steps": 400,
-    "rank-by": "scores",
+    "rank-by": "costs",
     "public-blocks": 4096,
 }
 

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -33,7 +41,7 @@ from strategies.hub import StreamHub
 from strategies.lineage_setup import average_watched, tensors
 from strategies.lineage_watch import LineageWatch, stop_reason
 from strategies.recorder import Recorder
-from strategies.replies import average, check_weights, read_reply
+from strategies.replies import average, check_weights, node_of, read_reply
 from strategies.roll import Roll
 from strategies.round import RoundReport, natural
 
@@ -90,6 +98,7 @@ class OffsiteTuning(Strategy):
         self._first = first
         self._shapes = {n: tuple(p.shape) for n, p in parts.tuning.named_parameters().items()}
         self._roll = Roll(config, parts.watch)
+        self._asked: list[Metadata] = []
         self._began = 0.0
 
     def summary(self) -> None:
@@ -206,6 +215,7 @@ class OffsiteTuning(Strategy):
             )
             content = RecordDict({OFFER: offer.to_record(), WEIGHTS: arrays})
             messages.append(Message(content, dst_node_id=node, message_type=message_type))
+        self._asked = [message.metadata for message in messages]
         return messages
 
     def _read(
@@ -216,7 +226,7 @@ class OffsiteTuning(Strategy):
         good: list[Message] = []
         rows: dict[str, dict[str, float]] = {}
         for reply in replies:
-            node = reply.metadata.src_node_id
+            node = node_of(reply, self._asked)
             if reply.has_error():
                 reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
                 log.warning("owner at node %d: %s", node, reason)

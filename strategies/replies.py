@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
 from fedsplit.errors import ModelError, SessionError
 from fedsplit.wire.messages import WEIGHTS, read_report
@@ -42,6 +42,23 @@ def read_reply(
     if seen is not None and name in report.finished and metrics["targets"] != seen:
         raise SessionError(f"reply's targets={metrics['targets']}: must be {seen}, as in its steps")
     return metrics, name
+
+
+def node_of(reply: Message, asked: Iterable[Metadata]) -> int:
+    """Return the node that a reply is about.
+
+    An error that the SuperLink answers for a node (it went offline, its reply expired) bears the
+    SuperLink's own id.  Whom it is about tells the message that it answers.
+
+    Args:
+        reply: as it came.
+        asked: metadata of the messages that were sent; Flower's grid gives them their ids.
+    """
+    if reply.has_error():
+        for sent in asked:
+            if sent.message_id and sent.message_id == reply.metadata.reply_to_message_id:
+                return sent.dst_node_id
+    return reply.metadata.src_node_id
 
 
 def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) -> None:

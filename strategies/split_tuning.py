@@ -15,7 +15,15 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -30,7 +38,7 @@ from strategies.hub import MessageHub
 from strategies.lineage_setup import average_watched
 from strategies.lineage_watch import stop_reason
 from strategies.member import Member, welcome_header
-from strategies.replies import average, check_weights, read_reply
+from strategies.replies import average, check_weights, node_of, read_reply
 from strategies.roll import Roll
 from strategies.round import Round, RoundReport, natural
 from strategies.server_parts import ServerParts
@@ -69,6 +77,7 @@ class SplitTuning(Strategy):
         self._naming = threading.Lock()
         self._round: Round | None = None
         self._early: list[Message] = []
+        self._asked: list[Metadata] = []
         self._began = 0.0
         self._messages = 0
         self._roll = Roll(config, parts.watch)
@@ -223,11 +232,14 @@ class SplitTuning(Strategy):
             return self._content(number, mode, node, exchange, bring, lifetime)
 
         def messages(exchanges: dict[int, int]) -> list[Message]:
-            return [
+            made = [
                 Message(content(node, exchange), dst_node_id=node, message_type=message_type)
                 for node, exchange in exchanges.items()
             ]
+            self._asked += [message.metadata for message in made]
+            return made
 
+        self._asked = []
         self._messages = 2 * len(nodes)
         self._early = []
         if self.parts.hub is None:
@@ -350,7 +362,7 @@ class SplitTuning(Strategy):
         good: list[Message] = []
         rows: dict[str, dict[str, float]] = {}
         for reply in replies:
-            node = reply.metadata.src_node_id
+            node = node_of(reply, self._asked)
             if reply.has_error():
                 reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
                 log.warning("owner at node %d: %s", node, reason)

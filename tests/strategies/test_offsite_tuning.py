@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Error, Message
 from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
@@ -20,6 +21,7 @@ from fedsplit.errors import ConfigError, RunError
 from fedsplit.owners.adapter_work import AdapterOwner, blocks_of
 from fedsplit.owners.plan import train_steps
 from fedsplit.owners.share import simulated_shares
+from fedsplit.wire.messages import SessionOffer
 from simulations.federated import read_server
 from simulations.local_run import run_in_process
 from strategies.lineage_watch import LineageWatch
@@ -216,6 +218,31 @@ def test_nan_from_one_owner_costs_that_owner(
         assert row["train"]["lost"].keys() == {"owner-1"}
         assert "finite" in row["train"]["lost"]["owner-1"]
         assert row["train"]["finished"] == ["owner-0", "owner-2"]
+
+
+def test_an_owner_that_went_offline_is_lost_by_its_name(
+    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = LocalGrid._work
+
+    def gone_in_round_2(self: LocalGrid, message: Message, replies: list[Message]) -> None:
+        here = (
+            self.nodes[message.metadata.dst_node_id] == 1
+            and message.metadata.message_type == "train"
+        )
+        if not here or SessionOffer.from_content(message.content).round != 2:
+            work(self, message, replies)
+            return
+        # What the SuperLink answers for a node without a heartbeat: its own id is the sender's.
+        error = Message(Error(code=5, reason="Node Unavailable"), reply_to=message)
+        error.metadata.__dict__["_src_node_id"] = 1
+        replies.append(error)
+
+    monkeypatch.setattr(LocalGrid, "_work", gone_in_round_2)
+    _, server, _ = run(offsite(data__owners=3), tmp_path / "run")
+    lost = [row["train"]["lost"] for row in server["rounds"]]
+    assert [list(found) for found in lost] == [[], ["owner-1"], []]
+    assert "Node Unavailable" in lost[1]["owner-1"]
 
 
 @pytest.mark.parametrize(
