@@ -58,7 +58,7 @@ def table_plot(path: Path, rows: Rows) -> None:
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_formatter("{x:.0f}")
     axes.grid(axis="y", color="#eeeeee")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     _save(plt, figure, path)
 
 
