@@ -211,7 +211,7 @@ METHODS: dict[str, Callable[[World, int], Made]] = {
 def table(rows: list[Row]) -> Table:
     """Return the paper's columns as means over seeds, perplexities."""
     shown = Table(title="held-out perplexity, means over seeds", title_justify="left")
-    shown.add_column("method")
+    shown.add_column("method", no_wrap=True)
     columns = ("full_zero_shot", "full_ft", "emulator_zero_shot", "emulator_ft", "plug_in")
     for name in (*columns, "adapters_in_full", "closed", "emulator_params", "build_s"):
         shown.add_column(name.replace("_", " "), justify="right")

@@ -151,7 +151,7 @@ def compared(rows: list[Row]) -> list[Row]:
 def table(rows: list[Row]) -> Table:
     """Return means over seeds, and the worst seed's relative gain."""
     shown = Table(title="trained inside A, means over seeds", title_justify="left")
-    shown.add_column("method")
+    shown.add_column("method", no_wrap=True)
     for name in ("lr", "trained", "emulator ft", "plug in", "gain (nats)", "of full", "worst seed"):
         shown.add_column(name, justify="right")
     for method in dict.fromkeys(str(row["method"]) for row in rows):

@@ -103,26 +103,30 @@ def sweep_plot(path: Path, rows: Rows) -> None:
     """
     plt = _pyplot()
     panels = list(dict.fromkeys((str(r["knob"]), str(r["target"])) for r in rows))
-    figure, all_axes = plt.subplots(
-        1, len(panels), figsize=(1.0 + 3.1 * len(panels), 3.6), sharey=True, squeeze=False
-    )
-    for axes, (knob, target) in zip(all_axes[0], panels, strict=True):
-        mine = [r for r in rows if (str(r["knob"]), str(r["target"])) == (knob, target)]
-        values = sorted({float(r["value"]) for r in mine})
-        for column, (colour, label) in CURVES.items():
-            found = [[float(r[column]) for r in mine if float(r["value"]) == v] for v in values]
-            means = [math.exp(sum(map(math.log, f)) / len(f)) for f in found]
-            spread = [
-                [m - min(f) for m, f in zip(means, found, strict=True)],
-                [max(f) - m for m, f in zip(means, found, strict=True)],
-            ]
-            axes.errorbar(
-                values, means, spread, color=colour, marker="o", markersize=4, label=label
-            )
-        axes.set(yscale="log", xlabel=f"{knob}, {target}" if target else knob)
-        axes.grid(color="#eeeeee")
-    all_axes[0][0].set_ylabel("held-out perplexity")
-    all_axes[0][0].legend(fontsize=7)
+    size = (1.0 + 3.1 * len(panels), 5.6)
+    # Tuned networks apart from untuned ones, whose range would hide the difference that matters.
+    figure, grid = plt.subplots(2, len(panels), figsize=size, sharey="row", squeeze=False)
+    for at, columns in enumerate((("plug_in", "emulator_ft"), ("emulator_zero_shot",))):
+        for axes, (knob, target) in zip(grid[at], panels, strict=True):
+            mine = [r for r in rows if (str(r["knob"]), str(r["target"])) == (knob, target)]
+            values = sorted({float(r["value"]) for r in mine})
+            for column in columns:
+                colour, label = CURVES[column]
+                found = [[float(r[column]) for r in mine if float(r["value"]) == v] for v in values]
+                means = [math.exp(sum(map(math.log, f)) / len(f)) for f in found]
+                spread = [
+                    [m - min(f) for m, f in zip(means, found, strict=True)],
+                    [max(f) - m for m, f in zip(means, found, strict=True)],
+                ]
+                axes.errorbar(
+                    values, means, spread, color=colour, marker="o", markersize=4, label=label
+                )
+            axes.set(yscale="log", xlabel=f"{knob}, {target}" if target else knob)
+            axes.yaxis.set_major_formatter("{x:.0f}")
+            axes.yaxis.set_minor_formatter("{x:.0f}")
+            axes.grid(color="#eeeeee")
+        grid[at][0].set_ylabel("held-out perplexity")
+        grid[at][0].legend(fontsize=7)
     _save(plt, figure, path)
 
 
