@@ -77,7 +77,7 @@ class SplitTuning(Strategy):
         self._naming = threading.Lock()
         self._round: Round | None = None
         self._early: list[Message] = []
-        self._asked: list[Metadata] = []
+        self._offers: list[Metadata] = []
         self._began = 0.0
         self._messages = 0
         self._roll = Roll(config, parts.watch)
@@ -236,10 +236,10 @@ class SplitTuning(Strategy):
                 Message(content(node, exchange), dst_node_id=node, message_type=message_type)
                 for node, exchange in exchanges.items()
             ]
-            self._asked += [message.metadata for message in made]
+            self._offers += [message.metadata for message in made]
             return made
 
-        self._asked = []
+        self._offers = []
         self._messages = 2 * len(nodes)
         self._early = []
         if self.parts.hub is None:
@@ -362,7 +362,7 @@ class SplitTuning(Strategy):
         good: list[Message] = []
         rows: dict[str, dict[str, float]] = {}
         for reply in replies:
-            node = node_of(reply, self._asked)
+            node = node_of(reply, self._offers)
             if reply.has_error():
                 reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
                 log.warning("owner at node %d: %s", node, reason)
