@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Error, Message
 
 from fedsplit.wire.messages import REPORT, WEIGHTS
 from tests.strategies.failing import OTHERS, QUICK, VICTIM, warm
-from tests.strategies.local_grid import HANDLERS
+from tests.strategies.local_grid import HANDLERS, LocalGrid
 
 __all__ = ["warm"]  # a fixture that runs by itself
 
@@ -75,6 +75,31 @@ def test_a_bad_report_is_left_out(
     train = run.server["rounds"][0]["train"]
     assert list(train["lost"]) == ["owner-1"]
     assert reason in train["lost"]["owner-1"]
+    assert sorted(train["metrics"]["owners"]) == OTHERS
+
+
+def test_what_the_superlink_answers_for_an_owner_is_that_owners_loss(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = LocalGrid._work
+
+    def expired(self: LocalGrid, message: Message, replies: list[Message]) -> None:
+        if (self.nodes[message.metadata.dst_node_id], message.metadata.message_type) != (
+            1,
+            "train",
+        ):
+            work(self, message, replies)
+            return
+        work(self, message, [])  # the owner did its part, and its reply was lost on the way
+        error = Message(Error(code=4, reason="Reply Message Unavailable"), reply_to=message)
+        error.metadata.__dict__["_src_node_id"] = 1  # the SuperLink's own id
+        replies.append(error)
+
+    monkeypatch.setattr(LocalGrid, "_work", expired)
+    train = run_locally(make_config(**QUICK)).server["rounds"][0]["train"]
+    assert list(train["lost"]) == ["owner-1"]
+    assert "Reply Message Unavailable" in train["lost"]["owner-1"]
+    assert train["asked"] == 3
     assert sorted(train["metrics"]["owners"]) == OTHERS
 
 
