@@ -84,11 +84,10 @@ def importance_plot(
     if rank_by == "costs":  # the first block's is tens of times the others'
         axes.set(yscale="log", ylabel="KL(full, replaced), nats")
     else:
-        axes.set(ylabel="importance score")
+        axes.set_ylabel("importance score")
+        axes.axhline(0, color="#777777", linewidth=0.7)
     axes.set_xlabel("block")
     axes.set_xticks(range(max((len(v) for v in scores.values()), default=0)))
-    if rank_by != "costs":
-        axes.axhline(0, color="#777777", linewidth=0.7)
     axes.legend(fontsize=7)
     _save(plt, figure, path)
 

@@ -13,6 +13,7 @@ METHODS = ("full", "lora", "bottleneck", "bitfit", "prefix")
 """The rows of ``fedsplit.models.adapter_methods.METHODS``, which this layer cannot import."""
 
 RANKS = ("costs", "scores")
+"""Those of ``fedsplit.emulators.scaleot.RANKS``, which this layer cannot import."""
 
 NO_SECURE_AGGREGATION = (
     "false: Flower's SecAgg+ works inside its legacy workflow (LegacyContext, fit messages), which "
