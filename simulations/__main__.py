@@ -32,7 +32,10 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="the run's folder; default runs/NAME-TIME")
     ] = None,
-    force: Annotated[bool, typer.Option(help="overwrite a completed run in --out")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="allow a completed run in --out: rows anew, finished cells kept"),
+    ] = False,
 ) -> None:
     """Run one experiment and write results.json, config.toml and logs to its folder."""
     from simulations.settings import load_experiment

@@ -1,19 +1,17 @@
 """One offsite-tuning run at the server: build the emulator, average, plug in, export.
 
-``output.dir`` gets ``emulator/`` (what owners were sent), ``importance/`` (reused when it is of the
-same base), ``adapters.safetensors`` after every round (an interrupted run goes on from there) and,
-at the end, ``adapter/`` and ``model/`` (see :mod:`strategies.offsite_export`).
+``output.dir`` gets ``emulator/`` and ``importance/`` (see :mod:`strategies.offsite_emulator`),
+``adapters.safetensors`` after every round (an interrupted run goes on from there) and, at the end,
+``adapter/`` and ``model/`` (see :mod:`strategies.offsite_export`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +19,11 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsplit.config import OffsiteConfig, RunConfig
-from fedsplit.emulators import Emulator, Material, make_compressor
+from fedsplit.config import RunConfig
 from fedsplit.emulators.build import method_settings, tune_in_full
-from fedsplit.emulators.files import folder_digest, save_emulator
-from fedsplit.emulators.importance import LayerReplace
-from fedsplit.emulators.importance_files import Importance, ImportanceSettings
-from fedsplit.emulators.lm import mean_loss, pack
+from fedsplit.emulators.lm import mean_loss
 from fedsplit.errors import ConfigError
 from fedsplit.models.loading import LoadedModel
-from fedsplit.privacy.public_text import public_texts
-from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import weights_record
 from fedsplit.wire.tokens import TokenBook
@@ -39,6 +31,7 @@ from strategies.averaging import make_averaging, restore, state_of
 from strategies.file_desk import FileDesk
 from strategies.hub import StreamHub
 from strategies.lineage_setup import build_watch
+from strategies.offsite_emulator import public_blocks, shipped_emulator
 from strategies.offsite_export import (
     export,
     keep_adapters,
@@ -52,98 +45,6 @@ from strategies.split_tuning import LONG_S
 from strategies.split_tuning_run import load_base, server_tls
 
 log = logging.getLogger(__name__)
-
-
-def public_blocks(config: RunConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return (calibration, evaluation) blocks (N, T) of the server's public text.
-
-    Raises:
-        DataError: less than two blocks.
-    """
-    texts = public_texts(config.offsite.public, docstrings=config.data.kind != "docstrings")
-    ids: list[int] = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-    blocks = pack(torch.tensor(ids, dtype=torch.int64), config.offsite.block)
-    held = max(1, min(64, len(blocks) // 8))
-    return blocks[held:], blocks[:held]
-
-
-def importance_for(
-    config: RunConfig, loaded: LoadedModel, tokens: Tensor, folder: Path | None
-) -> Importance | None:
-    """Return the importance run that the compressor needs, resumed or new, or None."""
-    o = config.offsite
-    if o.compressor != "scaleot" or (o.alpha == 0 and o.chosen):
-        return None
-    settings = ImportanceSettings(
-        steps=o.importance_steps, seed=derive_seed(config.seed, "importance") % 2**31
-    )
-    half = max(1, len(tokens) // 2)
-    resume = folder if folder is not None and (folder / "importance.json").exists() else None
-    run = LayerReplace(
-        loaded.model,
-        tokens[:half],
-        tokens[half:] if half < len(tokens) else tokens,
-        settings,
-        base_digest=loaded.digest,
-        resume=resume,
-    )
-    return run.run(checkpoint=folder)
-
-
-def compressor_settings(o: OffsiteConfig, layers: int) -> dict[str, Any]:
-    """Return the compressor's own settings from the run's.
-
-    Raises:
-        ConfigError: a compressor that has no choice of blocks was given none.
-    """
-    if o.compressor == "scaleot":
-        where: dict[str, Any] = {"adapters": o.chosen} if o.chosen else {"n_adapters": o.adapters}
-        return {
-            **where,
-            "alpha": o.alpha,
-            "beta": o.beta,
-            "rank_by": o.rank_by,
-            "settle_steps": o.settle_steps,
-        }
-    chosen = o.chosen
-    if not chosen:
-        half = max(1, o.adapters // 2)
-        chosen = tuple(sorted({*range(half), *range(layers - (o.adapters - half), layers)}))
-    own: dict[str, dict[str, Any]] = {
-        "layerdrop": {"keep": o.keep, "distil_steps": o.settle_steps},
-        "crash": {"clusters": o.keep},
-        "gradot": {"attention": o.beta, "ffn": o.beta},
-        "magnitude": {"sparsity": o.beta},
-        "quantised": {},
-    }
-    if o.compressor not in own:
-        known = ", ".join(sorted([*own, "scaleot"]))
-        raise ConfigError(f"offsite.compressor={o.compressor!r}: must be one of {known}")
-    return {"adapters": chosen, **own[o.compressor]}
-
-
-def make_emulator(
-    config: RunConfig, loaded: LoadedModel, tokens: Tensor, folder: Path | None
-) -> tuple[Emulator, dict[str, Any]]:
-    """Return the emulator and what building it took."""
-    began = time.perf_counter()
-    importance = importance_for(config, loaded, tokens, folder)
-    scored = time.perf_counter()
-    layers = int(loaded.model.config.num_hidden_layers)
-    made = make_compressor(config.offsite.compressor, **compressor_settings(config.offsite, layers))
-    material = Material(tokens=tokens, importance=importance, base_digest=loaded.digest)
-    emulator = made.build(loaded.model, material)
-    return emulator, {
-        "importance_s": scored - began,
-        "build_s": time.perf_counter() - scored,
-        "emulator_parameters": emulator.parameter_count(),
-        "adapter_parameters": emulator.trainable_count(),
-        "adapters": list(emulator.plan.adapters),
-        "roles": list(emulator.plan.roles),
-        "scores": list(importance.scores) if importance is not None else None,
-    }
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -193,14 +94,9 @@ def _parts(
 ) -> tuple[OffsiteParts, int]:
     """Return the strategy's parts, and how many rounds an interrupted start had done."""
     tokens, public = public_blocks(config, loaded.tokenizer)
-    emulator, facts = make_emulator(config, loaded, tokens, folder / "importance")
-    shipped = folder / "emulator"
-    shutil.rmtree(shipped, ignore_errors=True)
-    saved = save_emulator(emulator, shipped, tokenizer=loaded.tokenizer)
-    digest = folder_digest(shipped)
-    facts |= {
-        "digest": digest,
-        "bytes": saved.bytes,
+    shipped = shipped_emulator(config, loaded, tokens, folder)
+    emulator, digest = shipped.emulator, shipped.digest
+    facts = shipped.facts | {
         "method": config.offsite.method,
         "full_parameters": sum(p.numel() for p in loaded.model.parameters()),
     }
@@ -225,7 +121,7 @@ def _parts(
         log.info("going on after round %d of an interrupted run", first)
     door = Door(TokenBook(), context.run_id)
     tls, ca = server_tls()
-    desk = FileDesk(_files(shipped), digest, config.session.deadline_s)
+    desk = FileDesk(_files(shipped.folder), digest, config.session.deadline_s)
     hub = StreamHub(
         door,
         host=config.session.host,

@@ -25,7 +25,7 @@ from fedsplit.wire.messages import SessionOffer
 from simulations.federated import read_server
 from simulations.local_run import run_in_process
 from strategies.lineage_watch import LineageWatch
-from strategies.offsite_run import importance_for, make_emulator, public_blocks
+from strategies.offsite_emulator import importance_for, make_emulator, public_blocks
 from strategies.roll import Roll
 from strategies.split_tuning_run import load_base
 from tests.strategies.local_grid import LocalGrid
@@ -144,6 +144,72 @@ def test_an_interrupted_run_goes_on_where_it_was(
     assert [row["round"] for row in server["rounds"]] == [3]
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
+
+
+SCALEOT = {
+    "offsite__compressor": "scaleot",
+    "offsite__positions": "",
+    "offsite__adapters": 1,
+    "offsite__alpha": 0.5,
+    "offsite__importance_steps": 6,
+    "offsite__settle_steps": 2,
+}
+
+
+@pytest.fixture
+def restarted(offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Two of three rounds with a settled emulator; a second start finds the server's folder."""
+    run(offsite(**SCALEOT, train__rounds=2), tmp_path / "run")
+    real = shutil.rmtree
+
+    def spare(path: Any, **options: Any) -> None:
+        if Path(path).name != "server":
+            real(path, **options)
+
+    monkeypatch.setattr("simulations.local_run.shutil.rmtree", spare)
+    return lambda **overrides: run(offsite(**SCALEOT | overrides), tmp_path / "run")
+
+
+def test_a_restarted_server_keeps_the_emulator_that_owners_have(
+    restarted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read_server(tmp_path / "run" / "server")["emulator"]
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr("strategies.offsite_emulator.make_emulator", never)
+    _, server, _ = restarted()
+    assert [row["round"] for row in server["rounds"]] == [3]
+    assert server["emulator"] == before | {"kept": True}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"offsite__beta": 0.5},
+        {"offsite__settle_steps": 3},
+        {"offsite__block": 9},  # other public text
+        {"offsite__compressor": "layerdrop", "offsite__keep": 1},
+    ],
+)
+def test_an_emulator_of_other_settings_or_text_is_not_kept(
+    restarted: Any, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    before = read_server(tmp_path / "run" / "server")["emulator"]["digest"]
+    _, server, _ = restarted(**overrides)
+    assert not server["emulator"]["kept"]
+    assert server["emulator"]["digest"] != before
+    assert [row["round"] for row in server["rounds"]] == [1, 2, 3]  # other adapters' emulator
+
+
+@pytest.mark.parametrize("name", ["emulator/emulator.safetensors", "emulator-recipe.json"])
+def test_a_damaged_emulator_is_built_again(restarted: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run" / "server" / name
+    path.write_bytes(path.read_bytes()[:-3])
+    _, server, folder = restarted()
+    assert not server["emulator"]["kept"]
+    load_emulator(folder / "emulator", expected_digest=server["emulator"]["digest"])
 
 
 def test_the_same_seed_samples_the_same_owners(offsite: Any, tmp_path: Path) -> None:
@@ -265,15 +331,7 @@ def test_what_cannot_work_says_so(
 def test_scaleot_adapts_the_blocks_it_ranks_highest(
     offsite: Any, tmp_path: Path, rank_by: str
 ) -> None:
-    config = offsite(
-        offsite__compressor="scaleot",
-        offsite__positions="",
-        offsite__adapters=1,
-        offsite__alpha=0.5,
-        offsite__rank_by=rank_by,
-        offsite__importance_steps=6,
-        offsite__settle_steps=1,
-    )
+    config = offsite(**SCALEOT, offsite__rank_by=rank_by)
     base = load_base(config)
     tokens, _ = public_blocks(config, base.tokenizer)
     importance = importance_for(config, base, tokens[:32], None)
