@@ -104,7 +104,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         pick(SOURCES, name, "data")
     config = experiment.config
     folder.write_config({**config.to_flat(), "options": options})
-    cells = Cells(folder.path / "cells.jsonl", {**config.to_flat(), **options})
+    # The choice of cells changes none of them.
+    same = {k: v for k, v in options.items() if k not in ("seeds", "data", "depths")}
+    cells = Cells(folder.path / "cells.jsonl", {**config.to_flat(), **same})
     world = World(config, int(options["samples"]), float(options["known-share"]))
     levels = noise_levels(options["mechanisms"])
     keys: list[dict[str, Any]] = [

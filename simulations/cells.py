@@ -27,9 +27,12 @@ class Cells:
         self._path = path
         self._settings = json.dumps(settings, sort_keys=True, default=str)
         self._done: dict[str, list[Row]] = {}
+        self._torn = False
         if not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
+        text = path.read_text(encoding="utf-8")
+        self._torn = bool(text) and not text.endswith("\n")  # the next line must not join it
+        for line in text.splitlines():
             try:
                 cell = json.loads(line)
             except ValueError:  # the line that a killed run was writing
@@ -49,8 +52,9 @@ class Cells:
             line = json.dumps({"settings": self._settings, "key": name, "rows": made})
             try:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+                    file.write(f"\n{line}\n" if self._torn else f"{line}\n")
             except OSError as error:
                 raise RunError(f"cannot write {self._path}: {error}") from None
+            self._torn = False
             self._done[name] = made
         return self._done[name]

@@ -63,7 +63,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     for name in options["attacks"]:
         pick(ATTACKERS, name, "attack")
     folder.write_config({**experiment.config.to_flat(), "options": options})
-    cells = Cells(folder.path / "cells.jsonl", {**experiment.config.to_flat(), **options})
+    # The choice of cells changes none of them.
+    same = {k: v for k, v in options.items() if k not in ("seeds", "depths")}
+    cells = Cells(folder.path / "cells.jsonl", {**experiment.config.to_flat(), **same})
     world = World(experiment.config, options)
     rows: list[Row] = []
     depths = [int(k) for k in options["depths"]]

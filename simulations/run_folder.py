@@ -103,8 +103,8 @@ class RunFolder:
         self.results_path = self.path / "results.json"
         if not force and _status_of(self.results_path) == "completed":
             raise RunError(
-                f"{self.path}: holds a completed run; choose another folder, or --force to go on in "
-                "it: results are replaced, finished cells of the same settings are not computed again"
+                f"{self.path}: holds a completed run; choose another folder, or go on in it with "
+                "--force: results are written anew, finished cells of the same settings are kept"
             )
         self.logs = self.path / "log"
         try:
