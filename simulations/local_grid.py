@@ -18,6 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit import client_serving, client_work
 from fedsplit.config import RunConfig
+from strategies.prompt_grid import PromptGrid
 
 HANDLERS = {
     "train": client_work.session,
@@ -51,6 +52,8 @@ class LocalGrid(Grid):
         self.slots = threading.Semaphore(slots)
         self.sent: list[Message] = []
         self.replies: list[Message] = []
+        self._ready: dict[str, Message] = {}
+        self._lock = threading.Lock()
         self.dead: set[int] = set()
         self.node_configs: dict[int, dict[str, Any]] = {}
 
@@ -76,12 +79,27 @@ class LocalGrid(Grid):
         raise AssertionError("not used")
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not used by the strategies."""
-        raise AssertionError("not used")
+        """Begin work on every message; a dead owner's reply never comes."""
+        ids = []
+        for message in messages:
+            ids.append(str(uuid4()))
+            message.metadata.__dict__["_message_id"] = ids[-1]
+            self.sent.append(message)
+            threading.Thread(target=self._answer, args=(message,), daemon=True).start()
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not used by the strategies."""
-        raise AssertionError("not used")
+        """Return the replies to these that are ready, each once."""
+        with self._lock:
+            return [self._ready.pop(i) for i in message_ids if i in self._ready]
+
+    def _answer(self, message: Message) -> None:
+        replies: list[Message] = []
+        self._work(message, replies)
+        with self._lock:
+            for reply in replies:
+                self._ready[message.metadata.message_id] = reply
+                self.replies.append(reply)
 
     def context(self, node: int) -> Context:
         """Return what Flower would hand the ClientApp of ``node``."""
@@ -99,19 +117,8 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run every message and return the replies; a dead owner's never comes."""
-        replies: list[Message] = []
-        threads = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-            self.sent.append(message)
-            thread = threading.Thread(target=self._work, args=(message, replies), daemon=True)
-            thread.start()
-            threads.append(thread)
-        for thread in threads:
-            thread.join(timeout)
-        self.replies += replies
-        return replies
+        """Run every message and return the replies."""
+        return PromptGrid(self).send_and_receive(messages, timeout=timeout)
 
     def _work(self, message: Message, replies: list[Message]) -> None:
         node = message.metadata.dst_node_id

@@ -41,7 +41,6 @@ from strategies.offsite_export import (
 )
 from strategies.offsite_tuning import OffsiteParts, OffsiteTuning
 from strategies.recorder import Recorder
-from strategies.split_tuning import LONG_S
 from strategies.split_tuning_run import load_base, server_tls
 
 log = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
             )
             left = config.train.rounds - first
             if left > 0:
-                strategy.start(grid, initial, num_rounds=left, timeout=LONG_S)
+                strategy.start(grid, initial, num_rounds=left, timeout=config.session.round_s)
             if folder is not None and config.output.save:
                 recorder.write(exported=export(folder, loaded, parts.tuning))
             recorder.write(status="completed", run_s=time.perf_counter() - began)

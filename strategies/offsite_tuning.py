@@ -20,28 +20,28 @@ from flwr.app import (
     MessageType,
     Metadata,
     MetricRecord,
-    RecordDict,
 )
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.emulators import Emulator
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.structure import Model
-from fedsplit.errors import LineageError, ModelError, RunError, WireError
+from fedsplit.errors import LineageError, ModelError, RunError
 from fedsplit.models.adapter_methods import BlockTuning
 from fedsplit.privacy.accounting import spent_epsilon
 from fedsplit.wire.door import Door
-from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
 from strategies.averaging import remember, restore, state_of
 from strategies.file_desk import FileDesk
 from strategies.hub import StreamHub
 from strategies.lineage_setup import average_watched, tensors
 from strategies.lineage_watch import LineageWatch, stop_reason
+from strategies.offers import Offers
+from strategies.prompt_grid import PromptGrid
 from strategies.recorder import Recorder
-from strategies.replies import average, check_weights, node_of, read_reply
+from strategies.replies import Accepted, average, check_weights, collect, read_reply
 from strategies.roll import Roll
 from strategies.round import RoundReport, natural
 
@@ -114,12 +114,16 @@ class OffsiteTuning(Strategy):
             o.averaging,
         )
 
+    def start(self, grid: Grid, *args: Any, **options: Any) -> Result:
+        """Run as Flower does, but find replies sooner than every three seconds."""
+        return super().start(PromptGrid(grid), *args, **options)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message per sampled owner, with the averaged adapters and an offer."""
         remember(self.parts.averaging, arrays)
-        return self._messages(server_round, "train", arrays, grid, MessageType.TRAIN)
+        return self._messages(server_round, MessageType.TRAIN, arrays, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -172,7 +176,7 @@ class OffsiteTuning(Strategy):
         every, last = self.config.output.evaluate_every, self._rounds
         if not every or (server_round % every and server_round != last):
             return []
-        return self._messages(server_round, "evaluate", arrays, grid, MessageType.EVALUATE)
+        return self._messages(server_round, MessageType.EVALUATE, arrays, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -194,28 +198,23 @@ class OffsiteTuning(Strategy):
         return self.config.train.rounds - self._first
 
     def _messages(
-        self, server_round: int, mode: str, arrays: ArrayRecord, grid: Grid, message_type: str
+        self, server_round: int, mode: str, arrays: ArrayRecord, grid: Grid
     ) -> list[Message]:
         self._began = time.perf_counter()
         number = server_round + self._first
-        messages = []
         nodes = self._roll.sample(grid, number)
         self.parts.recorder.begin(number, mode, len(nodes))
-        for node in nodes:
-            offer = SessionOffer(
-                run=self.parts.door.run,
-                node=node,
-                round=number,
-                mode=mode,
-                transport="stream",
-                token=self.parts.door.tokens.issue(self.parts.door.run, node, number, mode),
-                address=self.parts.hub.address,
-                ca=self.parts.ca,
-                bottom=self.parts.digest,
-            )
-            content = RecordDict({OFFER: offer.to_record(), WEIGHTS: arrays})
-            messages.append(Message(content, dst_node_id=node, message_type=message_type))
-        self._asked = [message.metadata for message in messages]
+        offers = Offers(
+            self.parts.door,
+            number,
+            mode,
+            transport="stream",
+            address=self.parts.hub.address,
+            ca=self.parts.ca,
+            bottom=self.parts.digest,
+            weights=arrays,
+        )
+        messages, self._asked = offers.messages(nodes), offers.sent
         return messages
 
     def _read(
@@ -223,32 +222,20 @@ class OffsiteTuning(Strategy):
     ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
         """Return (report, acceptable replies in the order of their owners' names, averages)."""
         report = RoundReport(mode)
-        good: list[Message] = []
-        rows: dict[str, dict[str, float]] = {}
-        for reply in replies:
-            node = node_of(reply, self._asked)
-            if reply.has_error():
-                reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
-                log.warning("owner at node %d: %s", node, reason)
-                report.lose(node, self._roll.names.get(node), reason)
-                continue
-            try:
-                metrics, name = read_reply(reply.content, self._roll.names.get(node), report)
-                if any(n == name and other != node for other, n in self._roll.names.items()):
-                    raise ModelError(f"owner's name {name!r}: another node has it already")
-                self._roll.names[node] = name  # before the weights: whose they are is to be told
-                if mode == "train":
-                    check_weights(reply.content, self._shapes)
-            except (WireError, ModelError) as error:
-                log.warning("owner at node %d left out: %s", node, error)
-                report.lose(node, self._roll.names.get(node), f"{type(error).__name__}: {error}")
-                continue
+        names = self._roll.names
+
+        def accept(node: int, reply: Message) -> Accepted:
+            metrics, name = read_reply(reply.content, names.get(node), report)
+            if any(n == name and other != node for other, n in names.items()):
+                raise ModelError(f"owner's name {name!r}: another node has it already")
+            names[node] = name  # before the weights: whose they are is to be told
+            if mode == "train":
+                check_weights(reply.content, self._shapes)
             report.finished.append(name)
-            good.append(reply)
-            rows[name] = metrics
-        report.call(self._roll.names)
+            return name, metrics
+
+        good, rows = collect(replies, self._asked, names, report, accept)
         report.finished.sort(key=natural)
-        good.sort(key=lambda m: natural(self._roll.names[m.metadata.src_node_id]))
         report.cohort.steps = int(sum(r["steps"] for r in rows.values()))
         return report, good, average(rows)
 

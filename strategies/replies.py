@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
-from fedsplit.errors import ModelError, SessionError
+from fedsplit.errors import ModelError, SessionError, WireError
 from fedsplit.wire.messages import WEIGHTS, read_report
 from strategies.round import RoundReport, natural
 
+log = logging.getLogger(__name__)
+
+Accepted = tuple[str, dict[str, float]]
+NO_REPLY = "no reply within session.round-s, or session.idle-s after its session"
 _REPORTED = ("num-examples", "targets", "steps", "loss", "accuracy", "share-touched")
 
 
@@ -59,6 +64,59 @@ def node_of(reply: Message, asked: Iterable[Metadata]) -> int:
             if sent.message_id and sent.message_id == reply.metadata.reply_to_message_id:
                 return sent.dst_node_id
     return reply.metadata.src_node_id
+
+
+def reason_of(reply: Message) -> str:
+    """Return what an error reply says, for the record."""
+    return f"error {reply.error.code}: {reply.error.reason}"[:500]
+
+
+def unanswered(asked: Iterable[Metadata], replies: Iterable[Message]) -> list[int]:
+    """Return the nodes that were sent a message and have answered none."""
+    answered = {reply.metadata.reply_to_message_id for reply in replies}
+    return [sent.dst_node_id for sent in asked if sent.message_id not in answered]
+
+
+def collect(
+    replies: Iterable[Message],
+    asked: Sequence[Metadata],
+    names: Mapping[int, str],
+    report: RoundReport,
+    accept: Callable[[int, Message], Accepted | None],
+) -> tuple[list[Message], dict[str, dict[str, float]]]:
+    """Return (acceptable replies in the order of their owners' names, their metrics by name).
+
+    Args:
+        replies: of one round.
+        asked: what they answer.
+        names: of the nodes' owners; ``accept`` may add to them.
+        report: of the round; told of whoever replied with an error, was refused, or said nothing.
+        accept: (node, reply) -> (owner's name, metrics), None for one that does not count; raises
+            WireError or ModelError for one that is wrong.
+    """
+    replies = list(replies)
+    good: list[Message] = []
+    rows: dict[str, dict[str, float]] = {}
+    for reply in replies:
+        node = node_of(reply, asked)
+        if reply.has_error():
+            log.warning("owner at node %d: %s", node, reason_of(reply))
+            report.lose(node, names.get(node), reason_of(reply))
+            continue
+        try:
+            accepted = accept(node, reply)
+        except (WireError, ModelError) as error:
+            log.warning("owner at node %d left out: %s", node, error)
+            report.lose(node, names.get(node), f"{type(error).__name__}: {error}")
+            continue
+        if accepted is not None:
+            rows[accepted[0]] = accepted[1]
+            good.append(reply)
+    for node in unanswered(asked, replies):
+        report.miss(node, names.get(node), NO_REPLY)
+    report.call(names)
+    good.sort(key=lambda m: natural(names[m.metadata.src_node_id]))
+    return good, rows
 
 
 def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) -> None:

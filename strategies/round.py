@@ -59,6 +59,11 @@ class RoundReport:
             del lost[key]  # whether its last words or the end of its stream came first is chance
         lost.setdefault(key, reason)
 
+    def miss(self, node: int, name: str | None, reason: str) -> None:
+        """Record an owner that never replied, unless its session has told why."""
+        if not self.cohort.lost.keys() & {f"node {node}", name}:
+            self.cohort.lost[name or f"node {node}"] = reason
+
     def call(self, names: Mapping[int, str]) -> None:
         """Call lost nodes by their owners' names where those are known."""
         known = {f"node {node}": name for node, name in names.items()}
@@ -132,6 +137,7 @@ class Round:
         if begin is not None:
             self.report.cohort = replace(begin.report, lost=dict(begin.report.lost))
         self._ready: list[Member] = []
+        self._busy: dict[int, Member] = {}  # by node: lined up, or being stepped
         self._change = threading.Condition()
         self._last_change = time.monotonic()
         self._stopped = False
@@ -178,6 +184,7 @@ class Round:
                 link.fail(SessionError(f"round {self.number} is over"))
                 return
             self._expected.discard(hello.node)
+            self._busy[hello.node] = member
             self._ready.append(member)
             self._last_change = time.monotonic()
             self._change.notify_all()
@@ -190,6 +197,29 @@ class Round:
             log.warning("owner %s left out: %s", name, self.report.cohort.lost[name])
             self._last_change = time.monotonic()
             self._change.notify_all()
+
+    def hear(self, node: int, reason: str) -> None:
+        """Stop waiting for an owner whose reply has come before its session."""
+        with self._change:
+            if node in self._expected:
+                self._expected.discard(node)
+                self.report.cohort.lost[f"node {node}"] = f"{NEVER}: {reason}"
+                self._change.notify_all()
+
+    def waits_for(self, nodes: set[int]) -> bool:
+        """Return whether one of these is expected, lined up or being stepped."""
+        with self._change:
+            awaited = (self._expected & self._asked) | self._busy.keys()
+            return not self._stopped and not awaited.isdisjoint(nodes)
+
+    def give_up(self, nodes: Iterable[int], reason: str) -> None:
+        """End what these still have to do; they are lost."""
+        for node in nodes:
+            self.hear(node, reason)
+            with self._change:
+                member = self._busy.get(node)
+            if member is not None:
+                member.link.fail(SessionError(reason))
 
     # ---- and are stepped --------------------------------------------------------------------
 
@@ -238,6 +268,9 @@ class Round:
             else:
                 self._cohort.evaluate(wave, report.cohort)
         finally:
+            with self._change:
+                for member in wave:
+                    self._busy.pop(member.hello.node, None)
             for member in wave:
                 traffic = member.link.traffic
                 report.bytes_up += traffic.bytes_in

@@ -42,10 +42,10 @@ FOLDER = "state"
 # Settings that decide how a run is carried out, not what comes of it.
 FREE = {
     *("model.name", "session.host", "session.port", "session.wave-wait-s", "session.deadline-s"),
-    *("session.idle-s", "session.reconnect-s", "session.max-frame-mb", "output.dir"),
-    *("output.save", "output.transcript", "output.capture", "output.checkpoint-steps"),
-    *("output.owner-threads", "train.min-owners", "train.bench-after", "train.bench-rounds"),
-    *("output.log-json", "output.tensorboard", "output.metrics-port"),
+    *("session.idle-s", "session.round-s", "session.reconnect-s", "session.max-frame-mb"),
+    *("output.dir", "output.save", "output.transcript", "output.capture"),
+    *("output.checkpoint-steps", "output.owner-threads", "output.log-json", "output.tensorboard"),
+    *("output.metrics-port", "train.min-owners", "train.bench-after", "train.bench-rounds"),
 }
 MEMORY = ("m_t", "v_t", "current_arrays")  # what Flower's adaptive strategies remember
 

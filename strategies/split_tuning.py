@@ -20,25 +20,35 @@ from flwr.app import (
     ConfigRecord,
     Message,
     MessageType,
-    Metadata,
     MetricRecord,
     RecordDict,
 )
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import LineageError, ModelError, RunError, SessionError, WireError
+from fedsplit.errors import LineageError, ModelError, RunError, SessionError
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Hello
 from fedsplit.wire.link import Link
-from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
 from strategies.cohort import Cohort
 from strategies.hub import MessageHub
 from strategies.lineage_setup import average_watched
 from strategies.lineage_watch import stop_reason
 from strategies.member import Member, welcome_header
-from strategies.replies import average, check_weights, node_of, read_reply
+from strategies.offers import Offers
+from strategies.prompt_grid import PromptGrid
+from strategies.replies import (
+    NO_REPLY,
+    Accepted,
+    average,
+    check_weights,
+    collect,
+    node_of,
+    read_reply,
+    reason_of,
+    unanswered,
+)
 from strategies.roll import Roll
 from strategies.round import Round, RoundReport, natural
 from strategies.server_parts import ServerParts
@@ -47,8 +57,6 @@ from strategies.split_state import Begin, SplitState
 from strategies.store import RepresentationStore
 
 log = logging.getLogger(__name__)
-
-LONG_S = 7 * 86_400.0
 
 
 class SplitTuning(Strategy):
@@ -77,9 +85,10 @@ class SplitTuning(Strategy):
         self._naming = threading.Lock()
         self._round: Round | None = None
         self._early: list[Message] = []
-        self._offers: list[Metadata] = []
+        self._offers: Offers | None = None
         self._began = 0.0
         self._messages = 0
+        self.patience_s = config.session.idle_s  # for a reply, once the session is over
         self._roll = Roll(config, parts.watch)
         self._lineage: dict[str, Any] = {}
         self._cohort = Cohort(
@@ -105,6 +114,13 @@ class SplitTuning(Strategy):
 
     # ---- Flower's hooks ---------------------------------------------------------------------
 
+    def start(self, grid: Grid, *args: Any, **options: Any) -> Result:
+        """Run as Flower does, but hear every reply when it comes."""
+        prompt = PromptGrid(
+            grid, heard=self._heard, waits_for=self._waits_for, patience_s=self.patience_s
+        )
+        return super().start(prompt, *args, **options)
+
     def summary(self) -> None:
         """Log what is about to happen."""
         c = self.config
@@ -126,7 +142,7 @@ class SplitTuning(Strategy):
         if self.keeping.begin is None:  # else it is what the interrupted run began the round with
             reject = self.config.lineage.gate == "reject"
             self.keeping.good = self.parts.trainable.state() if reject else None
-        return self._open(number, "train", arrays, grid, MessageType.TRAIN)
+        return self._open(number, MessageType.TRAIN, arrays, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -179,7 +195,7 @@ class SplitTuning(Strategy):
         last = number == self.config.train.rounds
         if not every or (number % every and not last):
             return []
-        return self._open(number, "evaluate", arrays, grid, MessageType.EVALUATE)
+        return self._open(number, MessageType.EVALUATE, arrays, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -197,9 +213,7 @@ class SplitTuning(Strategy):
 
     # ---- opening ----------------------------------------------------------------------------
 
-    def _open(
-        self, number: int, mode: str, arrays: ArrayRecord, grid: Grid, message_type: str
-    ) -> list[Message]:
+    def _open(self, number: int, mode: str, arrays: ArrayRecord, grid: Grid) -> list[Message]:
         self._began = time.perf_counter()
         nodes = self._roll.sample(grid, number)
         self._asked = set(nodes)
@@ -224,38 +238,38 @@ class SplitTuning(Strategy):
             seed=derive_seed(self.config.seed, "dropout", mode, number),
             begin=begin,
         )
-        bring = arrays if len(arrays) else None
-        # Each that comes gives the others as much time again.
-        lifetime = session.wave_wait_s * (1 + max(map(len, waves), default=0))
-
-        def content(node: int, exchange: int) -> RecordDict:
-            return self._content(number, mode, node, exchange, bring, lifetime)
-
-        def messages(exchanges: dict[int, int]) -> list[Message]:
-            made = [
-                Message(content(node, exchange), dst_node_id=node, message_type=message_type)
-                for node, exchange in exchanges.items()
-            ]
-            self._offers += [message.metadata for message in made]
-            return made
-
-        self._offers = []
+        hub = self.parts.hub
+        self._offers = Offers(
+            self.parts.door,
+            number,
+            mode,
+            transport=session.transport,
+            address=hub.address if hub is not None else "",
+            ca=self.parts.ca,
+            bottom=self.parts.bundle[1],
+            weights=arrays,
+            # Each that comes gives the others as much time again.
+            lifetime_s=session.wave_wait_s * (1 + max(map(len, waves), default=0)),
+            first=lambda node: first_step(self._round, self._roll.names.get(node)),
+            job=self.keeping.job,
+        )
         self._messages = 2 * len(nodes)
         self._early = []
-        if self.parts.hub is None:
-            hub = self._message_hub(grid, content)
+        if hub is None:
+            over = self._message_hub(grid, self._offers.content)
             self._ask(nodes)
-            hub.run(self._round, nodes)
-            self._messages += hub.messages
-            return messages(hub.exchanges())
-        self.parts.hub.begin(self._round)
+            over.run(self._round, nodes)
+            self._messages += over.messages
+            return [self._offers.message(n, done) for n, done in over.exchanges().items()]
+        hub.begin(self._round)
         for wave in waves[:-1]:
             log.info("%d owners in waves of %d: %s", len(nodes), len(wave), self._called(wave))
             self._ask(wave)
-            self._early += grid.send_and_receive(messages(dict.fromkeys(wave, 0)), timeout=LONG_S)
+            asked = self._offers.messages(wave)
+            self._early += grid.send_and_receive(asked, timeout=session.round_s)
         last = waves[-1] if waves else []
         self._ask(last)
-        return messages(dict.fromkeys(last, 0))
+        return self._offers.messages(last)
 
     def _ask(self, wave: list[int]) -> None:
         assert self._round is not None
@@ -295,36 +309,6 @@ class SplitTuning(Strategy):
             on_bytes=self.parts.recorder.on_bytes,
         )
 
-    def _content(
-        self,
-        number: int,
-        mode: str,
-        node: int,
-        exchange: int,
-        arrays: ArrayRecord | None,
-        lifetime_s: float,
-    ) -> RecordDict:
-        """Return a new RecordDict: one shared by all nodes would share their tokens too."""
-        hub, door = self.parts.hub, self.parts.door
-        offer = SessionOffer(
-            run=door.run,
-            node=node,
-            round=number,
-            mode=mode,
-            transport=self.config.session.transport,
-            token=door.tokens.issue(door.run, node, number, mode, lifetime_s),
-            address=hub.address if hub is not None else "",
-            ca=self.parts.ca,
-            bottom=self.parts.bundle[1],
-            exchange=exchange,
-            first=first_step(self._round, self._roll.names.get(node)),
-            job=self.keeping.job,
-        )
-        record = RecordDict({OFFER: offer.to_record()})
-        if arrays is not None and exchange == 0:
-            record[WEIGHTS] = arrays
-        return record
-
     def _member(self, link: Link, hello: Hello) -> Member:
         session = self.config.session
         with self._naming:
@@ -348,36 +332,38 @@ class SplitTuning(Strategy):
 
     # ---- closing ----------------------------------------------------------------------------
 
+    def _heard(self, reply: Message) -> None:
+        """Stop waiting for the session of an owner whose app has already ended."""
+        if self._round is None or self._offers is None or not self._offers.answered_by(reply):
+            return
+        why = reason_of(reply) if reply.has_error() else "it replied without a session"
+        self._round.hear(node_of(reply, self._offers.sent), why)
+
+    def _waits_for(self, nodes: set[int]) -> bool:
+        return self._round is None or self._round.waits_for(nodes)
+
     def _close(
         self, replies: Iterable[Message]
     ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
         """Return (report, acceptable replies, their weighted averages)."""
         assert self._round is not None
+        assert self._offers is not None
+        asked = self._offers.sent
         replies = [*self._early, *replies]
         self._number = self._round.number
-        report = self._round.join(LONG_S)
+        self._round.give_up(unanswered(asked, replies), NO_REPLY)
+        report = self._round.join(self.config.session.round_s)
         self._round = None
         if report.error:
             raise RunError(f"{report.mode} round failed: {report.error}")
-        good: list[Message] = []
-        rows: dict[str, dict[str, float]] = {}
-        for reply in replies:
-            node = node_of(reply, self._offers)
-            if reply.has_error():
-                reason = f"error {reply.error.code}: {reply.error.reason}"[:500]
-                log.warning("owner at node %d: %s", node, reason)
-                report.lose(node, self._roll.names.get(node), reason)
-                continue
-            try:
-                metrics, name = read_reply(reply.content, self._roll.names.get(node), report)
-            except WireError as error:
-                report.lose(node, self._roll.names.get(node), f"{type(error).__name__}: {error}")
-                continue
-            if name in report.finished and self._roll.names.get(node) == name:
-                good.append(reply)
-                rows[name] = metrics
-        report.call(self._roll.names)
-        good.sort(key=lambda m: natural(self._roll.names[m.metadata.src_node_id]))
+        names = self._roll.names
+
+        def accept(node: int, reply: Message) -> Accepted | None:
+            metrics, name = read_reply(reply.content, names.get(node), report)
+            finished = name in report.finished and names.get(node) == name
+            return (name, metrics) if finished else None
+
+        good, rows = collect(replies, asked, names, report, accept)
         return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:

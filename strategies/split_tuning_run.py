@@ -36,7 +36,7 @@ from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
 from strategies.server_parts import ServerParts
 from strategies.split_state import FOLDER, earlier_content, open_state
-from strategies.split_tuning import LONG_S, SplitTuning
+from strategies.split_tuning import SplitTuning
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         recorder.write(setup_s=time.perf_counter() - began, status="running")
         left = config.train.rounds - strategy.keeping.first
         if left > 0:
-            strategy.start(grid, initial, num_rounds=left, timeout=LONG_S)
+            strategy.start(grid, initial, num_rounds=left, timeout=config.session.round_s)
         keep_trained(config, parts, strategy.keeping.arrays)
         if config.output.transcript:
             recorder.transcript(strategy.store)

@@ -55,6 +55,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "session.wave-wait-s": ([0.0, 86_401.0], [0.1, 86_400.0]),
     "session.deadline-s": ([0.0, -1.0], [0.1]),
     "session.idle-s": ([0.0, float("inf")], [0.1]),
+    "session.round-s": ([0.0, 604_801.0], [0.1, 604_800.0]),
     "session.reconnect-s": ([-0.1, 3601.0], [0.0, 3600.0]),
     "session.window": ([0, 1025], [1, 1024]),
     "session.max-frame-mb": ([0, 1025], [1, 1024]),

@@ -151,7 +151,9 @@ class SessionConfig:
             its actor slots, since more owners than slots cannot be connected at once.
         wave_wait_s: how long a wave waits for its members before it starts with those connected.
         deadline_s: longest wait for one frame from a connected owner.
-        idle_s: longest silence an owner accepts from the server.
+        idle_s: longest silence an owner accepts from the server; the longest that the server waits
+            for an owner's reply when its session is over.
+        round_s: longest that a round's replies are waited for; whoever has not replied is lost.
         reconnect_s: how long a session waits for a broken stream to be opened again; 0 = not.
         window: batches an owner may send ahead of the server's step.
         max_frame_mb: bound on one frame (MiB).
@@ -167,6 +169,7 @@ class SessionConfig:
     wave_wait_s: float = 120.0
     deadline_s: float = 120.0
     idle_s: float = 600.0
+    round_s: float = 86_400.0
     reconnect_s: float = 45.0
     window: int = 4
     max_frame_mb: int = 64
@@ -184,6 +187,12 @@ class SessionConfig:
             check(
                 0 < value <= 86_400, f"session.{name.replace('_', '-')}", value, "in (0, 86400] s"
             )
+        check(
+            0 < self.round_s <= 604_800,
+            "session.round-s",
+            self.round_s,
+            "in (0, 604800] s",
+        )
         check(
             0 <= self.reconnect_s <= 3600,
             "session.reconnect-s",

@@ -103,6 +103,7 @@ def test_an_owner_whose_process_is_gone(
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
+        strategy.patience_s = 0.2
 
     run = run_locally(make_config(**QUICK), prepare=prepare)
     assert_only_the_victim_is_lost(run, "never connected (0.2 s)", name="node 1034")
@@ -146,6 +147,7 @@ def test_all_owners_failing_is_an_end_with_reasons(
 def test_no_owner_connecting_is_an_end_too(make_config: Any, run_locally: Any) -> None:
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.update(range(3))
+        strategy.patience_s = 0.2
 
     with pytest.raises(RunError, match=r"never connected \(0.5 s\)"):
         run_locally(make_config(**QUICK | {"session__wave_wait_s": 0.5}), prepare=prepare)
@@ -158,6 +160,7 @@ def test_a_wave_that_stays_smaller_than_expected(
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
+        strategy.patience_s = 0.2
         strategy._roll.names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
 
     config = make_config(data__owners=4, session__wave=2, **QUICK)
