@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
 
 Row = dict[str, Any]
@@ -16,7 +17,7 @@ class Cells:
     """Finished cells of one run folder, by key.
 
     A cell is found again only under the same settings: another data set, model or budget in the
-    same folder starts anew.
+    same folder starts anew.  A run's setting that a cell's version did not have is at its default.
 
     Args:
         path: the file, made on first use.
@@ -26,6 +27,8 @@ class Cells:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path = path
         self._settings = json.dumps(settings, sort_keys=True, default=str)
+        mine = json.loads(self._settings)
+        usual = {key: value for key, value in RunConfig().to_flat().items() if key in mine}
         self._done: dict[str, list[Row]] = {}
         self._torn = False
         if not path.exists():
@@ -35,9 +38,10 @@ class Cells:
         for line in text.splitlines():
             try:
                 cell = json.loads(line)
-            except ValueError:  # the line that a killed run was writing
+                same = {**usual, **json.loads(cell["settings"])} == mine
+            except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
                 continue
-            if cell["settings"] == self._settings:
+            if same:
                 self._done[cell["key"]] = cell["rows"]
 
     def rows(self, key: Mapping[str, Any], make: Callable[[], list[Row]]) -> list[Row]:

@@ -262,7 +262,9 @@ def open_state(
         return None
     base = str(parts.recorder.content["base_digest"])
     belongs = belongings(config, base, parts.bundle[1])
-    folder = StateFolder(Path(config.output.dir) / FOLDER, belongs)
+    # At its default a setting means what versions without it did: their runs may go on.
+    usual = {key: value for key, value in RunConfig().to_flat().items() if key in belongs}
+    folder = StateFolder(Path(config.output.dir) / FOLDER, belongs, usual=usual)
     return SplitState(folder, parts, store, averaging)
 
 

@@ -79,15 +79,24 @@ class StateFolder:
     Args:
         path: the folder; made if need be.
         belongs: what the states belong to: settings and digests, by name.
+        usual: what a state means that says nothing of a key: a setting that it did not know yet.
         wait_s: how long to wait for another process to let the folder go.
 
     Raises:
         RunError: another process works in it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, belongs: Mapping[str, Any], *, wait_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        belongs: Mapping[str, Any],
+        *,
+        usual: Mapping[str, Any] | None = None,
+        wait_s: float = 30.0,
+    ) -> None:
         self.path = path
         self.belongs = dict(belongs)
+        self._usual = dict(usual or {})
         self.skipped: list[str] = []  # states that could not be used, with the reason
         self.saves = 0
         self.bytes = 0
@@ -168,7 +177,7 @@ class StateFolder:
 
     def _must_belong(self, path: Path, found: Mapping[str, Any]) -> None:
         for key in sorted(self.belongs.keys() | found.keys()):
-            mine, theirs = self.belongs.get(key), found.get(key)
+            mine, theirs = self.belongs.get(key), found.get(key, self._usual.get(key))
             if mine != theirs:
                 raise RunError(
                     f"{path.parent.parent}: holds an interrupted run with {key}={theirs!r}: must "

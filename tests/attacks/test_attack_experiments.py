@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.models import load, split
 from simulations import attributes_experiment, bench_inversion, depth_experiment
@@ -167,6 +168,10 @@ def test_other_settings_or_a_torn_line_start_a_cell_anew(tmp_path: Path):
     assert other != first
     assert Cells(path, {"n": 2}).rows({"k": 0}, make) == other
     assert len(calls) == 2
+    # The cells are older than this setting of runs: they were made at its default.
+    usual, strange = RunConfig().to_flat()["train.lr"], 0.5
+    assert Cells(path, {"n": 2, "train.lr": usual}).rows({"k": 0}, make) == other
+    assert Cells(path, {"n": 2, "train.lr": strange}).rows({"k": 0}, make) != other
 
 
 def test_the_benchmark_finds_what_faiss_finds(material: Path, tmp_path: Path):

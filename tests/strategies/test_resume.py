@@ -311,6 +311,19 @@ def test_a_folder_keeps_two_states_and_what_they_name(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+def test_a_state_from_before_a_setting_has_its_default(tmp_path: Path) -> None:
+    older = StateFolder(tmp_path / "state", {"a": 1})
+    older.save({"n": 1}, tensors(1.0))
+    older.close()
+    newer = StateFolder(tmp_path / "state", {"a": 1, "b": 2}, usual={"a": 7, "b": 2})
+    assert newer.load() is not None
+    newer.close()
+    other = StateFolder(tmp_path / "state", {"a": 1, "b": 3}, usual={"a": 7, "b": 2})
+    with pytest.raises(RunError, match="b=2: must be 3"):
+        other.load()
+    other.close()
+
+
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state", {})
     with pytest.raises(RunError, match="another run works in this folder"):
