@@ -83,7 +83,7 @@ class StreamHub:
         port: int,
         tls: ServerTls | None,
         max_frame_bytes: int,
-        on_bytes: Callable[[int, str, bytes], None] | None,
+        on_bytes: Callable[[int, str, bytes], None] | None = None,
         on_session: Callable[[str, int, Link], None] | None = None,
         reconnect_s: float = 0.0,
     ) -> None:

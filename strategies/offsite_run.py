@@ -29,7 +29,6 @@ from fedsplit.wire.messages import weights_record
 from fedsplit.wire.tokens import TokenBook
 from strategies.averaging import make_averaging, restore, state_of
 from strategies.file_desk import FileDesk
-from strategies.hub import StreamHub
 from strategies.lineage_setup import build_watch
 from strategies.offsite_emulator import public_blocks, shipped_emulator
 from strategies.offsite_export import (
@@ -41,7 +40,8 @@ from strategies.offsite_export import (
 )
 from strategies.offsite_tuning import OffsiteParts, OffsiteTuning
 from strategies.recorder import Recorder
-from strategies.split_tuning_run import load_base, server_tls
+from strategies.session_server import open_hub
+from strategies.split_tuning_run import load_base
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +119,8 @@ def _parts(
         restore(averaging, kept_averaging(folder, first, digest))
         log.info("going on after round %d of an interrupted run", first)
     door = Door(TokenBook(), context.run_id)
-    tls, ca = server_tls()
     desk = FileDesk(_files(shipped.folder), digest, config.session.deadline_s)
-    hub = StreamHub(
-        door,
-        host=config.session.host,
-        port=config.session.port,
-        tls=tls,
-        max_frame_bytes=config.session.max_frame_mb << 20,
-        on_bytes=None,
-        on_session=recorder.joined,
-    )
+    hub, ca = open_hub(config.session, door, on_session=recorder.joined)
     hub.begin(desk)
 
     def keep(number: int, state: dict[str, Tensor]) -> None:

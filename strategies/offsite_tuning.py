@@ -261,16 +261,7 @@ class OffsiteTuning(Strategy):
     def _say(
         self, number: int, mode: str, metrics: dict[str, Any], lineage: dict[str, Any]
     ) -> None:
-        self.parts.recorder.progress(
-            force=True,
-            round=number,
-            rounds=self.config.train.rounds,
-            mode=mode,
-            done=True,
-            loss=metrics.get("loss"),
-            accuracy=None,
-            verdict=lineage.get("verdict"),
-        )
+        self.parts.recorder.phase(number, self.config.train.rounds, mode, metrics, lineage)
 
 
 def _owners_dp(metrics: dict[str, Any]) -> dict[str, Any]:

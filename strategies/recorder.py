@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -109,6 +110,26 @@ class Recorder:
             return
         self._spoke = now
         log.info("%s%s", PROGRESS, json.dumps(values))
+
+    def phase(
+        self,
+        number: int,
+        rounds: int,
+        mode: str,
+        metrics: Mapping[str, Any],
+        lineage: Mapping[str, Any],
+    ) -> None:
+        """Log the line that ends a round's training or evaluation."""
+        self.progress(
+            force=True,
+            round=number,
+            rounds=rounds,
+            mode=mode,
+            done=True,
+            loss=metrics.get("loss"),
+            accuracy=metrics.get("accuracy"),
+            verdict=lineage.get("verdict"),
+        )
 
     def on_bytes(self, node: int, mode: str, data: bytes) -> None:
         """Keep one frame as it arrived, with its length before it."""

@@ -29,14 +29,13 @@ from fedsplit.wire.serving import MODE, ServingOffer
 from fedsplit.wire.tokens import TokenBook
 from strategies.checkpoint import OWNERS, Trained, identity, load_trained
 from strategies.denoising import CohortDenoiser, build_denoiser
-from strategies.hub import StreamHub
 from strategies.recorder import Recorder
 from strategies.serving import Denoise, Desk, quiet
+from strategies.session_server import open_hub
 from strategies.split_tuning_run import (
     AUTOCASTS,
     DTYPES,
     load_base,
-    server_tls,
     trained_without_head,
 )
 
@@ -173,16 +172,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
     recorder = Recorder.of(config, context.run_id)
     desk = build_desk(config)
     door = Door(TokenBook(), context.run_id)
-    tls, ca = server_tls()
-    hub = StreamHub(
-        door,
-        host=config.session.host,
-        port=config.session.port,
-        tls=tls,
-        max_frame_bytes=config.session.max_frame_mb << 20,
-        on_bytes=None,
-        on_session=recorder.joined,
-    )
+    hub, ca = open_hub(config.session, door, on_session=recorder.joined)
     hub.begin(desk)
     session = SessionOffer(
         run=door.run,

@@ -418,13 +418,4 @@ class SplitTuning(Strategy):
     def _say(
         self, number: int, mode: str, metrics: dict[str, Any], lineage: dict[str, Any]
     ) -> None:
-        self.parts.recorder.progress(
-            force=True,
-            round=number,
-            rounds=self.config.train.rounds,
-            mode=mode,
-            done=True,
-            loss=metrics.get("loss"),
-            accuracy=metrics.get("accuracy"),
-            verdict=lineage.get("verdict"),
-        )
+        self.parts.recorder.phase(number, self.config.train.rounds, mode, metrics, lineage)

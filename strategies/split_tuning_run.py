@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import ConfigError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.bundle import pack_bottom
 from fedsplit.models.halves import Bottom, split
@@ -26,15 +24,14 @@ from fedsplit.privacy.configured import build_mechanism
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.door import Door
 from fedsplit.wire.messages import weights_record
-from fedsplit.wire.stream import ServerTls
 from fedsplit.wire.tokens import TokenBook
 from strategies.checkpoint import FILE, identity, save_trained
 from strategies.denoising import build_denoiser
-from strategies.hub import StreamHub
 from strategies.lineage_setup import build_watch
 from strategies.optimisation import Optimisation
 from strategies.recorder import Recorder
 from strategies.server_parts import ServerParts
+from strategies.session_server import open_hub
 from strategies.split_state import FOLDER, earlier_content, open_state
 from strategies.split_tuning import SplitTuning
 
@@ -64,32 +61,6 @@ def load_base(config: RunConfig) -> LoadedModel:
         dropout=None if m.dropout < 0 else m.dropout,
         expected_sha256=m.sha256 or None,
     )
-
-
-def server_tls() -> tuple[ServerTls | None, bytes]:
-    """Return the session server's TLS and the authority to announce, from the environment.
-
-    ``FEDSPLIT_TLS_CERT``, ``FEDSPLIT_TLS_KEY`` and ``FEDSPLIT_TLS_CA`` name PEM files; with
-    ``FEDSPLIT_TLS_CLIENT_CA`` an owner must show a certificate of that authority as well.  They
-    are not run settings, because those travel to every owner.
-
-    Raises:
-        ConfigError: only some of them are set, or a file cannot be read.
-    """
-    names = ("FEDSPLIT_TLS_CERT", "FEDSPLIT_TLS_KEY", "FEDSPLIT_TLS_CA")
-    values = [os.environ.get(name, "") for name in names]
-    if not any(values):
-        return None, b""
-    if not all(values):
-        missing = [n for n, v in zip(names, values, strict=True) if not v]
-        raise ConfigError(f"{missing[0]}: must be set when another of {names} is")
-    try:
-        certificate, key, ca = (Path(v).read_bytes() for v in values)
-        asked = os.environ.get("FEDSPLIT_TLS_CLIENT_CA", "")
-        client_ca = Path(asked).read_bytes() if asked else None
-    except OSError as error:
-        raise ConfigError(f"session certificate: must be readable: {error}") from None
-    return ServerTls(certificate, key, client_ca), ca
 
 
 def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[ServerParts, Bottom]:
@@ -130,13 +101,9 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     door = Door(TokenBook(), run_id)
     hub, ca = None, b""
     if config.session.transport == "stream":
-        tls, ca = server_tls()
-        hub = StreamHub(
+        hub, ca = open_hub(
+            config.session,
             door,
-            host=config.session.host,
-            port=config.session.port,
-            tls=tls,
-            max_frame_bytes=config.session.max_frame_mb << 20,
             on_bytes=recorder.on_bytes if config.output.capture else None,
             reconnect_s=config.session.reconnect_s,
         )

@@ -57,14 +57,14 @@ def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_tiny_llama(folder: Path, seed: int = 0) -> Path:
-    """Write a 3-block LLaMA language model with random weights."""
+def save_tiny_llama(folder: Path, seed: int = 0, layers: int = 3) -> Path:
+    """Write a small LLaMA language model with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

@@ -16,7 +16,7 @@ from fedsplit.wire.door import Door
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.tokens import TokenBook
 from strategies.hub import ADDRESS_VARIABLE, StreamHub, announced
-from strategies.split_tuning_run import server_tls
+from strategies.session_server import server_tls
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsplit.config import RunConfig
 from fedsplit.deploy.keys import make_keys, make_node
@@ -30,7 +29,7 @@ from simulations.runtime.children import Child, Nursery, answers, free_port, wai
 from simulations.runtime.environment import base_environment, thread_environment
 from simulations.runtime.watchdog import MARK_VARIABLE
 from tests.deploy.runbook import DEPLOY, ROOT, Step, copy_with, put_in, steps
-from tests.tiny_models import SPECIAL, WORDS, save_texts, save_tiny_bert, save_tokenizer
+from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 OWNERS = ("hospital", "bank", "insurer")
@@ -194,31 +193,11 @@ class Federation:
         return path.read_bytes() if path.exists() else b""
 
 
-def save_llama(folder: Path) -> None:
-    """Write a language model of 6 blocks with random weights."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.15,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-
-
 def prepare_material(federation: Federation) -> dict[str, Any]:
     """Make models, the whole data set, each owner's share of it, and the noise secrets."""
     server = federation.folder(SERVER)
     save_tiny_bert(server / "models" / "classifier")
-    save_llama(server / "models" / "llm")
+    save_tiny_llama(server / "models" / "llm", SEED, layers=6)
     whole = federation.root / "whole"
     whole.mkdir()
     save_texts(whole / "train.jsonl", 72)

@@ -63,6 +63,39 @@ def make_config(
 
 
 @pytest.fixture
+def offsite(make_config: Any, tiny_llama: Path) -> Any:
+    """Return a function from overrides to the settings of a small offsite-tuning run."""
+
+    def make(**overrides: Any) -> RunConfig:
+        return make_config(
+            **{
+                "strategy": "offsite-tuning",
+                "model__name": str(tiny_llama),
+                "model__task": "causal-lm",
+                "data__owners": 2,
+                "offsite__compressor": "layerdrop",
+                "offsite__positions": "0,2",
+                "offsite__keep": 1,
+                "offsite__settle_steps": 0,
+                "offsite__block": 8,
+                "train__optimizer": "sgd",
+                "train__lr": 0.1,
+                "train__clip": 0.0,
+                "train__warmup": 0.0,
+                "train__schedule": "constant",
+                "train__weight_decay": 0.0,
+                "train__batch_size": 2,
+                "train__max_steps": 1,
+                "train__rounds": 3,
+                "output__transcript": False,
+                **overrides,
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
 def run_locally() -> Any:
     """Return a function that carries out a run within this process: config -> (grid, server)."""
     from tests.strategies.run_local import run_local

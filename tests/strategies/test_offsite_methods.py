@@ -17,12 +17,10 @@ from safetensors.torch import load_file
 from fedsplit.config import RunConfig
 from fedsplit.emulators.build import method_settings, tune_in_full, tune_inside
 from fedsplit.emulators.files import load_emulator
-from fedsplit.emulators.lm import lm_loss, logits_of
+from fedsplit.emulators.lm import logits_of
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.adapter_files import attach_saved
-from fedsplit.owners.adapter_work import AdapterOwner, blocks_of
-from fedsplit.owners.plan import train_steps
-from fedsplit.owners.share import simulated_shares
+from fedsplit.owners.adapter_work import AdapterOwner
 from simulations.local_run import run_in_process
 from strategies.averaging import AveragingState
 from strategies.offsite_export import (
@@ -35,41 +33,23 @@ from strategies.offsite_export import (
     kept_averaging,
 )
 from strategies.split_tuning_run import load_base
+from tests.strategies.offsite_union import train_on_the_union
 
 SETTINGS = {
-    "strategy": "offsite-tuning",
-    "model__task": "causal-lm",
-    "data__owners": 2,
-    "offsite__compressor": "layerdrop",
-    "offsite__positions": "0,2",
-    "offsite__keep": 1,
-    "offsite__settle_steps": 0,
-    "offsite__block": 8,
     "offsite__rank": 2,
     "offsite__lora_alpha": 2.0,
     "offsite__width": 4,
     "offsite__prefix": 3,
-    "train__optimizer": "sgd",
     "train__lr": 0.5,
-    "train__clip": 0.0,
-    "train__warmup": 0.0,
-    "train__schedule": "constant",
-    "train__weight_decay": 0.0,
-    "train__batch_size": 2,
-    "train__max_steps": 1,
     "train__rounds": 2,
-    "output__transcript": False,
     "output__evaluate_every": 0,
 }
 
 
 @pytest.fixture
-def offsite(make_config: Any, tiny_llama: Path) -> Any:
-    def make(**overrides: Any) -> RunConfig:
-        config: RunConfig = make_config(**{**SETTINGS, "model__name": str(tiny_llama), **overrides})
-        return config
-
-    return make
+def offsite(offsite: Any) -> Any:
+    """Return a function from overrides to the settings of a run with small modules inside A."""
+    return lambda **overrides: offsite(**SETTINGS | overrides)
 
 
 def run(config: RunConfig, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
@@ -88,21 +68,7 @@ def test_a_round_is_a_step_on_the_union_and_what_is_written_loads(
     emulator = load_emulator(folder / "emulator")
     tuning = tune_inside(emulator, method_settings(config.offsite, config.seed))
     start = tuning.state()
-    base = load_base(config)
-    owners = [
-        (f"owner-{i}", blocks_of(base.tokenizer, train.texts, test.texts, 8).train)
-        for i, (train, test) in enumerate(simulated_shares(config.data, config.seed, False))
-    ]
-    optimizer = torch.optim.SGD(tuning.parameters(), lr=config.train.lr)
-    for round_ in range(1, config.train.rounds + 1):
-        union = []
-        for name, blocks in owners:
-            batches, _ = train_steps(len(blocks), config.train, config.seed, name, round_)
-            union.append(blocks[torch.as_tensor(batches[0])])
-        ids = torch.cat(union)
-        optimizer.zero_grad()
-        lm_loss(logits_of(emulator.model, ids), ids).backward()
-        optimizer.step()
+    train_on_the_union(config, emulator.model, tuning.parameters())
     central = tuning.state()
     assert central.keys() == federated.keys()
     assert max(float((central[n] - start[n]).abs().max()) for n in central) > 1e-4
@@ -110,7 +76,7 @@ def test_a_round_is_a_step_on_the_union_and_what_is_written_loads(
         assert float((value - federated[name]).abs().max()) < 1e-5, name
 
     # The full model with these adapters, PEFT's or our folder on the base, and the plain folder.
-    full = load_base(config)
+    base, full = load_base(config), load_base(config)
     plugged = tune_in_full(full.model, emulator.plan, tuning.settings)
     plugged.load(federated)
     ids = torch.arange(24).view(2, 12) % 60

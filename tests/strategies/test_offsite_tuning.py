@@ -16,11 +16,9 @@ from safetensors.torch import load_file
 from fedsplit.config import RunConfig
 from fedsplit.emulators import adapter_state, load_adapters, plug_in
 from fedsplit.emulators.files import load_emulator
-from fedsplit.emulators.lm import lm_loss, logits_of, mean_loss
+from fedsplit.emulators.lm import mean_loss
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.owners.adapter_work import AdapterOwner, blocks_of
-from fedsplit.owners.plan import train_steps
-from fedsplit.owners.share import simulated_shares
+from fedsplit.owners.adapter_work import AdapterOwner
 from fedsplit.wire.messages import SessionOffer
 from simulations.federated import read_server
 from simulations.local_run import run_in_process
@@ -29,37 +27,7 @@ from strategies.offsite_emulator import importance_for, make_emulator, public_bl
 from strategies.roll import Roll
 from strategies.split_tuning_run import load_base
 from tests.strategies.local_grid import LocalGrid
-
-
-@pytest.fixture
-def offsite(make_config: Any, tiny_llama: Path) -> Any:
-    def make(**overrides: Any) -> RunConfig:
-        return make_config(
-            **{
-                "strategy": "offsite-tuning",
-                "model__name": str(tiny_llama),
-                "model__task": "causal-lm",
-                "data__owners": 2,
-                "offsite__compressor": "layerdrop",
-                "offsite__positions": "0,2",
-                "offsite__keep": 1,
-                "offsite__settle_steps": 0,
-                "offsite__block": 8,
-                "train__optimizer": "sgd",
-                "train__lr": 0.1,
-                "train__clip": 0.0,
-                "train__warmup": 0.0,
-                "train__schedule": "constant",
-                "train__weight_decay": 0.0,
-                "train__batch_size": 2,
-                "train__max_steps": 1,
-                "train__rounds": 3,
-                "output__transcript": False,
-                **overrides,
-            }
-        )
-
-    return make
+from tests.strategies.offsite_union import train_on_the_union
 
 
 def run(config: RunConfig, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
@@ -74,22 +42,7 @@ def test_one_local_step_per_round_is_one_step_on_the_union(offsite: Any, tmp_pat
 
     emulator = load_emulator(folder / "emulator")
     start = adapter_state(emulator)
-    tokenizer = load_base(config).tokenizer
-    owners = []
-    for index, (train, test) in enumerate(simulated_shares(config.data, config.seed, False)):
-        blocks = blocks_of(tokenizer, train.texts, test.texts, 8).train
-        owners.append((f"owner-{index}", blocks))
-    parameters = list(emulator.adapter_parameters().values())
-    optimizer = torch.optim.SGD(parameters, lr=0.1)
-    for round_ in range(1, config.train.rounds + 1):
-        union = []
-        for name, blocks in owners:
-            batches, _ = train_steps(len(blocks), config.train, config.seed, name, round_)
-            union.append(blocks[torch.as_tensor(batches[0])])
-        ids = torch.cat(union)
-        optimizer.zero_grad()
-        lm_loss(logits_of(emulator.model, ids), ids).backward()
-        optimizer.step()
+    train_on_the_union(config, emulator.model, emulator.adapter_parameters().values())
     central = adapter_state(emulator)
 
     assert central.keys() == federated.keys()

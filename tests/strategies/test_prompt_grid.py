@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from strategies.replies import NO_REPLY
 from strategies.split_tuning import SplitTuning
 from tests.strategies.failing import OTHERS, QUICK, VICTIM, assert_only_the_victim_is_lost
 from tests.strategies.local_grid import HANDLERS, LocalGrid
-from tests.strategies.test_offsite_tuning import offsite  # noqa: F401 - a fixture
 
 FOREVER_S = 80_000.0
 
@@ -141,9 +141,7 @@ class Clock:
 
 
 def test_an_offsite_owner_that_hangs_costs_itself_and_not_the_round(
-    offsite: Any,  # noqa: F811
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = offsite(data__owners=3, train__rounds=1, output__evaluate_every=0)
     clock, pull, work = Clock(), LocalGrid.pull_messages, LocalGrid._work
