@@ -12,6 +12,7 @@ Offsite-Tuning (arXiv 2302.04870) and ScaleOT (arXiv 2412.09812), their tables' 
 | ``scaleot-src`` | and the attention of what remains compressed by ``beta`` |
 | ``ot-large`` | ``ot`` keeping as many blocks as ``scaleot``: equal size |
 | ``ot-kd-large`` | ``ot-kd`` likewise |
+| ``gradot-placed`` | ``gradot`` with the A of ``scaleot`` |
 | ``scaleot-half`` | ``scaleot`` with alpha = 0.5: the size of ``ot`` |
 """
 
@@ -180,6 +181,15 @@ def _gradot(world: World, seed: int) -> Made:
     return make_compressor("gradot", adapters=at["adapters"], attention=share, ffn=share), None, 0.0
 
 
+def _gradot_placed(world: World, seed: int) -> Made:
+    importance, seconds = world.importance(seed)
+    placed = ScaleOT(n_adapters=int(world.options["adapters"]), rank_by=world.options["rank-by"])
+    adapters = placed.plan(world.loaded.model, world.material(importance)).adapters
+    share = float(world.options["beta-gradot"])
+    made = make_compressor("gradot", adapters=adapters, attention=share, ffn=share)
+    return made, None, seconds
+
+
 def _scaleot(world: World, seed: int, alpha: float = -1.0, beta: float = 0.0) -> Made:
     o = world.options
     made = ScaleOT(
@@ -204,6 +214,7 @@ METHODS: dict[str, Callable[[World, int], Made]] = {
     "scaleot-src": _scaleot_src,
     "ot-large": partial(_ot, large=True),
     "ot-kd-large": partial(_ot_kd, large=True),
+    "gradot-placed": _gradot_placed,
     "scaleot-half": partial(_scaleot, alpha=0.5),
 }
 

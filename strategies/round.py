@@ -204,6 +204,7 @@ class Round:
             if node in self._expected:
                 self._expected.discard(node)
                 self.report.cohort.lost[f"node {node}"] = f"{NEVER}: {reason}"
+                log.warning("owner at node %d is not waited for: %s", node, reason)
                 self._change.notify_all()
 
     def waits_for(self, nodes: set[int]) -> bool:
