@@ -3,8 +3,9 @@
 Per round, each sampled owner gets one train message that announces a session.  Inside it the owner
 sends privatised representations, the server answers with logits, the owner returns the gradient of
 its private-label loss, and the top learns from all connected owners at once.  ``Strategy.start()``
-is Flower's own: sessions open in ``configure_*`` and close in ``aggregate_*``, so Flower's wrappers
-(differential privacy on joint bottoms, for one) compose.
+is Flower's own, over a :class:`~strategies.prompt_grid.PromptGrid`; sessions open in
+``configure_*`` and close in ``aggregate_*``, so Flower's wrappers (differential privacy on joint
+bottoms, for one) compose.  Under those replies are heard at the round's end, as Flower has it.
 """
 
 from __future__ import annotations
