@@ -14,7 +14,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedsplit.emulators.files import load_emulator, save_emulator
 from fedsplit.emulators.importance import LayerReplace
 from fedsplit.emulators.importance_files import Importance, ImportanceSettings
 from fedsplit.emulators.lm import pack
+from fedsplit.emulators.scaleot import ScaleOT
 from fedsplit.errors import ConfigError, FedsplitError, RunError
 from fedsplit.models.loading import LoadedModel
 from fedsplit.privacy.public_text import public_texts
@@ -70,7 +71,7 @@ def public_blocks(config: RunConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _needs_importance(o: OffsiteConfig) -> bool:
-    return o.compressor == "scaleot" and not (o.alpha == 0 and o.chosen)
+    return o.by_importance or (o.compressor == "scaleot" and o.alpha > 0)
 
 
 def _importance_settings(config: RunConfig) -> ImportanceSettings:
@@ -97,8 +98,15 @@ def importance_for(
     return run.run(checkpoint=folder)
 
 
-def compressor_settings(o: OffsiteConfig, layers: int) -> dict[str, Any]:
+def compressor_settings(
+    o: OffsiteConfig, layers: int, placed: tuple[int, ...] = ()
+) -> dict[str, Any]:
     """Return the compressor's own settings from the run's.
+
+    Args:
+        o: the run's.
+        layers: blocks of the model.
+        placed: A's blocks where importance decides and the compressor knows nothing of it.
 
     Raises:
         ConfigError: a compressor that has no choice of blocks was given none.
@@ -112,7 +120,7 @@ def compressor_settings(o: OffsiteConfig, layers: int) -> dict[str, Any]:
             "rank_by": o.rank_by,
             "settle_steps": o.settle_steps,
         }
-    chosen = o.chosen
+    chosen = o.chosen or placed
     if not chosen:
         half = max(1, o.adapters // 2)
         chosen = tuple(sorted({*range(half), *range(layers - (o.adapters - half), layers)}))
@@ -137,8 +145,14 @@ def make_emulator(
     importance = importance_for(config, loaded, tokens, folder)
     scored = time.perf_counter()
     layers = int(loaded.model.config.num_hidden_layers)
-    made = make_compressor(config.offsite.compressor, **compressor_settings(config.offsite, layers))
+    o = config.offsite
     material = Material(tokens=tokens, importance=importance, base_digest=loaded.digest)
+    placed: tuple[int, ...] = ()
+    if o.by_importance and o.compressor != "scaleot":
+        ranking = ScaleOT(n_adapters=o.adapters, rank_by=o.rank_by)
+        placed = ranking.plan(loaded.model, material).adapters
+        material = replace(material, importance=None)
+    made = make_compressor(o.compressor, **compressor_settings(o, layers, placed))
     emulator = made.build(loaded.model, material)
     return emulator, {
         "importance_s": scored - began,
@@ -212,6 +226,7 @@ def _recipe(config: RunConfig, loaded: LoadedModel, tokens: Tensor) -> dict[str,
     about = {
         "compressor": o.compressor,
         "settings": compressor_settings(o, layers),
+        "placed": [o.adapters, o.rank_by] if o.by_importance else None,
         "importance": asdict(scored) if scored is not None else None,
         "base": loaded.digest,
         "dtype": config.model.dtype,

@@ -92,7 +92,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "serving.max-wait-ms": ([-1.0, 10_001.0], [0.0, 10_000.0]),
     "serving.new-tokens": ([0, 65_537], [1, 65_536]),
     "offsite.compressor": ([""], ["scaleot"]),
-    "offsite.positions": (["0,a", "1,1", "-1"], ["", "0,1,10"]),
+    "offsite.positions": (["0,a", "1,1", "-1"], ["", "0,1,10", "importance"]),
     "offsite.adapters": ([0], [1]),
     "offsite.alpha": ([-0.1, 1.1], [0.0, 1.0]),
     "offsite.beta": ([-0.1, 1.1], [0.0, 1.0]),

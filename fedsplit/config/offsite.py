@@ -15,6 +15,8 @@ METHODS = ("full", "lora", "bottleneck", "bitfit", "prefix")
 RANKS = ("costs", "scores")
 """Those of ``fedsplit.emulators.scaleot.RANKS``, which this layer cannot import."""
 
+IMPORTANCE = "importance"
+
 NO_SECURE_AGGREGATION = (
     "false: Flower's SecAgg+ works inside its legacy workflow (LegacyContext, fit messages), which "
     "strategies on messages cannot run in, and a masked update cannot be checked for its lineage; "
@@ -28,12 +30,13 @@ class OffsiteConfig:
 
     Attributes:
         compressor: a row of ``fedsplit.emulators.COMPRESSORS``.
-        positions: A's blocks, such as ``0,1,10,11``; empty = the ``adapters`` best by importance.
-        adapters: number of A's blocks, where ``positions`` is empty.
+        positions: A's blocks: numbers such as ``0,1,10,11``; ``importance`` = those that an
+            importance run ranks highest; empty = the same for ScaleOT, the ends for the others.
+        adapters: number of A's blocks, where ``positions`` gives no numbers.
         alpha: ScaleOT: share of the other blocks replaced by harmonizers.
         beta: ScaleOT: rank reduction of what remains; GradOT: of all.
         keep: LayerDrop, CRaSh: blocks kept (shared) outside A.
-        rank_by: what ScaleOT chooses blocks by: ``costs``, the divergence that replacing a block
+        rank_by: what blocks are chosen by: ``costs``, the divergence that replacing a block
             alone causes, or ``scores``, the importance run's policy (the paper's).
         settle_steps: steps in which the chosen harmonizers are trained together before shipping
             (LayerDrop: of distillation); 0 = off.
@@ -132,13 +135,23 @@ class OffsiteConfig:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """A's blocks as given; empty where importance decides."""
+        """A's blocks as given; empty where importance, or the compressor, decides."""
+        if self.positions.strip() == IMPORTANCE:
+            return ()
         try:
             found = tuple(int(x) for x in self.positions.split(",") if x.strip())
         except ValueError:
             raise ConfigError(
-                f"offsite.positions={self.positions!r}: must be block numbers such as 0,1,10,11"
+                f"offsite.positions={self.positions!r}: must be block numbers such as 0,1,10,11 "
+                f"or {IMPORTANCE!r}"
             ) from None
         good = len(set(found)) == len(found) and all(x >= 0 for x in found)
         check(good, "offsite.positions", self.positions, "distinct block numbers >= 0")
         return found
+
+    @property
+    def by_importance(self) -> bool:
+        """Whether an importance run decides which blocks are A."""
+        return self.positions.strip() == IMPORTANCE or (
+            self.compressor == "scaleot" and not self.chosen
+        )

@@ -281,10 +281,14 @@ def test_what_cannot_work_says_so(
 
 
 @pytest.mark.parametrize("rank_by", ["costs", "scores"])
-def test_scaleot_adapts_the_blocks_it_ranks_highest(
-    offsite: Any, tmp_path: Path, rank_by: str
+@pytest.mark.parametrize("compressor", ["scaleot", "gradot", "layerdrop"])
+def test_importance_places_the_adapters_of_any_compressor(
+    offsite: Any, rank_by: str, compressor: str
 ) -> None:
-    config = offsite(**SCALEOT, offsite__rank_by=rank_by)
+    settings = SCALEOT | {"offsite__compressor": compressor, "offsite__rank_by": rank_by}
+    if compressor != "scaleot":
+        settings |= {"offsite__positions": "importance", "offsite__beta": 0.2}
+    config = offsite(**settings)
     base = load_base(config)
     tokens, _ = public_blocks(config, base.tokenizer)
     importance = importance_for(config, base, tokens[:32], None)
