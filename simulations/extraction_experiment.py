@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -199,25 +200,24 @@ class Attacked:
 
 
 def table(rows: list[Row]) -> Table:
-    """The shares closed with the whole budget, means over seeds."""
-    shown = Table(title="share of the gap closed with the whole budget", title_justify="left")
+    """The shares closed with the whole budget, means over seeds; gaps in nats a token."""
+    tokens = max((int(r["tokens"]) for r in rows), default=0)
+    title = f"share of the gap (nats) closed with {tokens} tokens"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name in ("method", "attack"):
-        shown.add_column(name)
-    numbers = ("tokens", "gap, nats", "closed", "95 % interval", "of control")
-    for name in (*numbers, "task gap", "task closed"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, no_wrap=True)
+    for name in ("gap", "closed", "95 % (%)", "of control", "task closed"):
+        shown.add_column(name, justify="right", min_width=len(name.split()[-1]))
     for method, attack in dict.fromkeys((r["method"], r["attack"]) for r in rows):
         mine = [r for r in rows if (r["method"], r["attack"]) == (method, attack)]
         last = [r for r in mine if r["steps"] == max(m["steps"] for m in mine)]
         shown.add_row(
             str(method),
             str(attack),
-            str(last[0]["tokens"]),
             f"{_mean(last, 'public_emulator') - _mean(last, 'public_full'):.3f}",
             _share(last, "public_closed"),
             " ".join(_interval(r) for r in last),
             of_control(last, rows),
-            f"{_mean(last, 'task_emulator') - _mean(last, 'task_full'):.3f}",
             _share(last, "task_closed"),
         )
     return shown
@@ -252,4 +252,4 @@ def of_control(mine: list[Row], rows: list[Row]) -> str:
 def _interval(row: Row) -> str:
     if row["public_low"] is None:
         return ""
-    return f"{100 * row['public_low']:.0f}-{100 * row['public_high']:.0f} %"
+    return f"{100 * row['public_low']:.0f}-{100 * row['public_high']:.0f}"

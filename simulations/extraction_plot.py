@@ -37,7 +37,7 @@ def closed_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
     methods = list(dict.fromkeys(str(r["method"]) for r in rows))
     attacks = list(dict.fromkeys(str(r["attack"]) for r in rows))
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.6), sharey=True)
     titles = {"public": "held-out public text", "task": "the owner's task, tuned adapters"}
     for axis, (gap, title) in zip(axes, titles.items(), strict=True):
         for number, method in enumerate(methods):
@@ -61,9 +61,10 @@ def closed_plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
         axis.set_xlabel("tokens that the attacker trained on")
     axes[0].set_ylabel("share of the gap to the full model closed")
     handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        axes[0].legend(handles, labels, fontsize=8)
-    figure.tight_layout()
+    if handles:  # below: a dozen lines hide what they name; a column for each emulator
+        columns = len(methods)
+        figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8)
+    figure.tight_layout(rect=(0, 0.05 + 0.035 * len(attacks), 1, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path.name
