@@ -1,6 +1,6 @@
 """The emulator that an offsite-tuning run ships: built once, kept with what it was built from.
 
-The run's folder gets ``importance/`` (resumed when it is of the same base and settings),
+The run's folder gets ``importance/`` (resumed when it is of the same base, settings and text),
 ``emulator/`` (what owners are sent) and ``emulator-recipe.json``.  A restarted server that finds
 an emulator of the same recipe takes it as it is: nothing is trained again, and its digest, by which
 owners cache it and adapters are kept, stays the same even where a machine does not repeat the same
@@ -36,6 +36,7 @@ from fedsplit.seeding import derive_seed
 log = logging.getLogger(__name__)
 
 RECIPE = "emulator-recipe.json"
+TEXT = "text.sha256"  # beside an importance run: of the public text that it was made with
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,21 @@ def _importance_settings(config: RunConfig) -> ImportanceSettings:
 def importance_for(
     config: RunConfig, loaded: LoadedModel, tokens: Tensor, folder: Path | None
 ) -> Importance | None:
-    """Return the importance run that the compressor needs, resumed or new, or None."""
+    """Return the importance run that the compressor needs, or None.
+
+    One in ``folder`` that was made with the same text is gone on with.
+    """
     if not _needs_importance(config.offsite):
         return None
     half = max(1, len(tokens) // 2)
-    resume = folder if folder is not None and (folder / "importance.json").exists() else None
+    resume = None
+    if folder is not None:
+        text = folder / TEXT
+        if not text.exists() or text.read_text() != _digest(tokens):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            text.write_text(_digest(tokens))
+        resume = folder if (folder / "importance.json").exists() else None
     run = LayerReplace(
         loaded.model,
         tokens[:half],
@@ -218,6 +229,11 @@ def _kept(folder: Path, recipe: dict[str, Any], loaded: LoadedModel) -> Shipped 
     return Shipped(emulator, shipped, digest, {**facts, "kept": True})
 
 
+def _digest(tokens: Tensor) -> str:
+    shape = str(tuple(tokens.shape)).encode()
+    return hashlib.sha256(shape + tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
 def _recipe(config: RunConfig, loaded: LoadedModel, tokens: Tensor) -> dict[str, Any]:
     """Return all that decides an emulator, as JSON gives it back."""
     o = config.offsite
@@ -230,8 +246,7 @@ def _recipe(config: RunConfig, loaded: LoadedModel, tokens: Tensor) -> dict[str,
         "importance": asdict(scored) if scored is not None else None,
         "base": loaded.digest,
         "dtype": config.model.dtype,
-        "text": hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest(),
-        "block": int(tokens.shape[1]),
+        "text": _digest(tokens),
     }
     made: dict[str, Any] = json.loads(json.dumps(about))
     return made

@@ -298,6 +298,23 @@ def test_importance_places_the_adapters_of_any_compressor(
     assert emulator.plan.adapters == (max(range(len(ranks)), key=lambda i: ranks[i]),)
 
 
+def test_an_importance_run_of_other_text_is_not_gone_on_with(offsite: Any, tmp_path: Path) -> None:
+    config = offsite(**SCALEOT)
+    base = load_base(config)
+    tokens = torch.randint(5, 60, (64, 8), generator=torch.Generator().manual_seed(0))
+
+    def costs(text: torch.Tensor, folder: Path | None) -> tuple[float, ...]:
+        found = importance_for(config, base, text, folder)
+        assert found is not None
+        return found.costs
+
+    folder = tmp_path / "importance"
+    first = costs(tokens[:32], folder)
+    fresh = costs(tokens[32:], None)
+    assert costs(tokens[32:], folder) == fresh != first
+    assert costs(tokens[32:], folder) == fresh  # resumed
+
+
 def test_server_json_tells_what_was_built(offsite: Any, tmp_path: Path) -> None:
     _, _, folder = run(offsite(train__rounds=1), tmp_path / "run")
     server = read_server(folder)
