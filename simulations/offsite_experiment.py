@@ -21,8 +21,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean, geometric_mean
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -219,26 +221,36 @@ METHODS: dict[str, Callable[[World, int], Made]] = {
 }
 
 
+# What a column of the printed table is called; all are perplexities.
+HEADS = {
+    "full_zero_shot": "zero- shot",
+    "full_ft": "full tuned",
+    "emulator_zero_shot": "emu- lator",
+    "emulator_ft": "its tuned",
+    "plug_in": "plug- in",
+    "adapters_in_full": "A in full",
+}
+
+
 def table(rows: list[Row]) -> Table:
-    """Return the paper's columns as means over seeds, perplexities."""
-    shown = Table(title="held-out perplexity, means over seeds", title_justify="left")
+    """Return the paper's columns as means over seeds; of perplexities those in nats."""
+    title = "held-out perplexity, means over seeds (in nats)"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
-    columns = ("full_zero_shot", "full_ft", "emulator_zero_shot", "emulator_ft", "plug_in")
-    for name in (*columns, "adapters_in_full", "closed", "emulator_params", "build_s"):
-        shown.add_column(name.replace("_", " "), justify="right")
+    for name in (*HEADS.values(), "closed %", "size M", "build s"):
+        shown.add_column(name, justify="right")
     for method in dict.fromkeys(str(row["method"]) for row in rows):
         mine = [row for row in rows if row["method"] == method]
 
-        def mean(name: str, mine: list[Row] = mine) -> float:
-            values = [float(row[name]) for row in mine if row.get(name) is not None]
-            return sum(values) / len(values) if values else math.nan
+        def values(name: str, mine: list[Row] = mine) -> list[float]:
+            return [float(row[name]) for row in mine if row.get(name) is not None] or [math.nan]
 
         shown.add_row(
             method,
-            *(f"{mean(name):.2f}" for name in (*columns, "adapters_in_full")),
-            f"{100 * mean('closed'):.0f} %",
-            f"{mean('emulator_params') / 1e6:.2f} M",
-            f"{mean('build_s'):.1f}",
+            *(f"{geometric_mean(values(name)):#.4g}" for name in HEADS),
+            f"{100 * fmean(values('closed')):.1f}",
+            f"{fmean(values('emulator_params')) / 1e6:.2f}",
+            f"{fmean(values('build_s')):.0f}",
         )
     return shown
 
