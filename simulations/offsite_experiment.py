@@ -238,7 +238,7 @@ def table(rows: list[Row]) -> Table:
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column("method", no_wrap=True)
     for name in (*HEADS.values(), "closed %", "size M", "build s"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for method in dict.fromkeys(str(row["method"]) for row in rows):
         mine = [row for row in rows if row["method"] == method]
 
