@@ -86,8 +86,3 @@ class Offers:
     def messages(self, nodes: Iterable[int]) -> list[Message]:
         """Return each node's first message."""
         return [self.message(node) for node in nodes]
-
-    def answered_by(self, reply: Message) -> bool:
-        """Return whether the reply answers one of these."""
-        asked = reply.metadata.reply_to_message_id
-        return any(asked == sent.message_id for sent in self.sent)

@@ -92,11 +92,11 @@ def importance_for(
     half = max(1, len(tokens) // 2)
     resume = None
     if folder is not None:
-        text = folder / TEXT
-        if not text.exists() or text.read_text() != _digest(tokens):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            text.write_text(_digest(tokens))
+        text, mine = folder / TEXT, _digest(tokens)
+        if text.exists() and text.read_text() != mine:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text.write_text(mine)
         resume = folder if (folder / "importance.json").exists() else None
     run = LayerReplace(
         loaded.model,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Message, Metadata
 from flwr.serverapp import Grid
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ class PromptGrid(Grid):
 
     Args:
         grid: Flower's.
-        heard: called with each reply when it comes, in the thread that waits.
+        heard: called with (metadata of a message, its reply) when that comes, in the thread that
+            waits.
         waits_for: whether the session of one of these nodes may still have something to do; None:
             always.
         patience_s: how long to wait on when it has not.
@@ -38,7 +39,7 @@ class PromptGrid(Grid):
         self,
         grid: Grid,
         *,
-        heard: Callable[[Message], None] | None = None,
+        heard: Callable[[Metadata, Message], None] | None = None,
         waits_for: Callable[[set[int]], bool] | None = None,
         patience_s: float = math.inf,
     ) -> None:
@@ -59,26 +60,28 @@ class PromptGrid(Grid):
         sent = list(messages)
         ids = list(self._grid.push_messages(sent))
         # Flower leaves None for a message that it could not send, and nothing where all were large.
-        nodes = {i: m.metadata.dst_node_id for i, m in zip(ids, sent, strict=False) if i}
-        if len(nodes) < len(sent):
-            log.warning("%d of %d messages could not be sent", len(sent) - len(nodes), len(sent))
+        waiting = {i: m.metadata for i, m in zip(ids, sent, strict=False) if i}
+        if len(waiting) < len(sent):
+            log.warning("%d of %d messages could not be sent", len(sent) - len(waiting), len(sent))
+        del messages, sent  # they carry weights
         began = needed = time.monotonic()
         replies: list[Message] = []
-        while nodes:
-            for reply in self._grid.pull_messages(list(nodes)):
-                nodes.pop(reply.metadata.reply_to_message_id, None)
+        while waiting:
+            for reply in self._grid.pull_messages(list(waiting)):
+                asked = waiting.pop(reply.metadata.reply_to_message_id, None)
                 replies.append(reply)
-                if self._heard is not None:
-                    self._heard(reply)
+                if self._heard is not None and asked is not None:
+                    self._heard(asked, reply)
             now = time.monotonic()
-            if self._waits_for is None or self._waits_for(set(nodes.values())):
+            nodes = {asked.dst_node_id for asked in waiting.values()}
+            if self._waits_for is None or self._waits_for(nodes):
                 needed = now
             left = min(needed + self._patience_s, math.inf if timeout is None else began + timeout)
-            if not nodes or now >= left:
+            if not waiting or now >= left:
                 break
             time.sleep(min(MOST_S, max(LEAST_S, SHARE * (now - began)), left - now))
-        if nodes:
-            log.warning("no reply from %d nodes: %s", len(nodes), sorted(nodes.values())[:8])
+        if waiting:
+            log.warning("no reply from %d nodes: %s", len(nodes), sorted(nodes)[:8])
         return replies
 
     # ---- as the grid below --------------------------------------------------------------------

@@ -21,6 +21,7 @@ from flwr.app import (
     ConfigRecord,
     Message,
     MessageType,
+    Metadata,
     MetricRecord,
     RecordDict,
 )
@@ -45,7 +46,6 @@ from strategies.replies import (
     average,
     check_weights,
     collect,
-    node_of,
     read_reply,
     reason_of,
     unanswered,
@@ -333,12 +333,12 @@ class SplitTuning(Strategy):
 
     # ---- closing ----------------------------------------------------------------------------
 
-    def _heard(self, reply: Message) -> None:
+    def _heard(self, asked: Metadata, reply: Message) -> None:
         """Stop waiting for the session of an owner whose app has already ended."""
-        if self._round is None or self._offers is None or not self._offers.answered_by(reply):
+        if self._round is None or asked.message_type != self._round.mode:  # asked for its name
             return
         why = reason_of(reply) if reply.has_error() else "it replied without a session"
-        self._round.hear(node_of(reply, self._offers.sent), why)
+        self._round.hear(asked.dst_node_id, why)
 
     def _waits_for(self, nodes: set[int]) -> bool:
         return self._round is None or self._round.waits_for(nodes)

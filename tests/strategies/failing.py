@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from fedsplit import client_work
+from fedsplit.errors import ConfigError
 from fedsplit.wire.frames import Kind
 from strategies.round import Round
 from tests.owners.interfere import Outgoing
@@ -88,3 +90,15 @@ def floats(outgoing: Outgoing, value: float, at: int = 0) -> None:
 def nan_gradient(outgoing: Outgoing) -> None:
     if outgoing.at(Kind.GRAD, 1):
         floats(outgoing, float("nan"))
+
+
+def refuse_to_connect(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    """Let the victim's app fail before it has opened its session."""
+    open_stream = client_work.open_stream
+
+    def unwilling(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
+        if node_config["partition-id"] == VICTIM:
+            raise ConfigError(told)
+        return open_stream(offer, config, node_config)
+
+    monkeypatch.setattr(client_work, "open_stream", unwilling)

@@ -27,6 +27,7 @@ from tests.strategies.failing import (
     grid_node,
     hurry,
     nan_gradient,
+    refuse_to_connect,
     warm,
 )
 from tests.strategies.local_grid import LocalGrid
@@ -83,14 +84,7 @@ def test_an_owner_that_raises_before_it_connects(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hurry(monkeypatch, {1: {2}})
-    open_stream = client_work.open_stream
-
-    def unwilling(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
-        if node_config["partition-id"] == VICTIM:
-            raise ConfigError("session-ca='x': must be a readable PEM file")
-        return open_stream(offer, config, node_config)
-
-    monkeypatch.setattr(client_work, "open_stream", unwilling)
+    refuse_to_connect(monkeypatch, "session-ca='x': must be a readable PEM file")
     run = run_locally(make_config(**QUICK))
     # Nobody has heard its name yet: it is called by its node, and its own reason is kept.
     assert_only_the_victim_is_lost(run, "session-ca='x'", name="node 1034")

@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from fedsplit import client_work
 from fedsplit.config import RunConfig
-from fedsplit.errors import ConfigError
 from simulations.federated import read_server
 from simulations.local_run import run_in_process
 from strategies.prompt_grid import PromptGrid
 from strategies.replies import NO_REPLY
 from strategies.split_tuning import SplitTuning
-from tests.strategies.failing import OTHERS, QUICK, VICTIM, assert_only_the_victim_is_lost
+from tests.strategies.failing import (
+    OTHERS,
+    QUICK,
+    VICTIM,
+    assert_only_the_victim_is_lost,
+    refuse_to_connect,
+)
 from tests.strategies.local_grid import HANDLERS, LocalGrid
 
 FOREVER_S = 80_000.0
@@ -64,7 +68,7 @@ def offers(*nodes: int) -> list[Message]:
 def test_every_reply_comes_once_and_is_heard_when_it_comes() -> None:
     inner = Scripted({1: 3, 2: 1, 3: 2})
     heard: list[tuple[str, int]] = []
-    grid = PromptGrid(inner, heard=lambda m: heard.append((m.error.reason, inner.looked)))
+    grid = PromptGrid(inner, heard=lambda asked, m: heard.append((m.error.reason, inner.looked)))
     replies = list(grid.send_and_receive(offers(1, 2, 3), timeout=FOREVER_S))
     assert heard == [("2", 1), ("3", 2), ("1", 3)]
     assert [m.error.reason for m in replies] == ["2", "3", "1"]
@@ -93,14 +97,7 @@ def test_a_failed_app_is_not_waited_for(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wave would stand for a day if the error were read at the round's end."""
-    open_stream = client_work.open_stream
-
-    def unwilling(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
-        if node_config["partition-id"] == VICTIM:
-            raise ConfigError("session-ca='x': must be a readable PEM file")
-        return open_stream(offer, config, node_config)
-
-    monkeypatch.setattr(client_work, "open_stream", unwilling)
+    refuse_to_connect(monkeypatch, "session-ca='x': must be a readable PEM file")
     run = run_locally(make_config(**QUICK | {"session__wave_wait_s": FOREVER_S}))
     assert_only_the_victim_is_lost(run, "session-ca='x'", name="node 1034")
 
