@@ -8,9 +8,6 @@ from rich.markup import escape
 
 import fedsplit
 from fedsplit.commands import (
-    attack,
-    attack_extraction,
-    attack_lineage,
     compare,
     evaluate,
     fingerprint,
@@ -23,6 +20,9 @@ from fedsplit.commands import (
     policy,
     predict,
 )
+from fedsplit.commands.attacks import extraction as attack_extraction
+from fedsplit.commands.attacks import inversion as attack
+from fedsplit.commands.attacks import lineage as attack_lineage
 from fedsplit.errors import FedsplitError
 
 app_cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -20,7 +20,7 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of training: open the announced session and stay until the server says BYE."""
-    from fedsplit.client_work import session
+    from fedsplit.client.task import session
 
     return session(message, context)
 
@@ -28,7 +28,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluation on the owner's held-out samples; only counts and averages are reported."""
-    from fedsplit.client_work import session
+    from fedsplit.client.task import session
 
     return session(message, context)
 
@@ -36,7 +36,7 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.query(STEP_TYPE.partition(".")[2])
 def step(message: Message, context: Context) -> Message:
     """One exchange of frames (messages transport)."""
-    from fedsplit.client_work import step
+    from fedsplit.client.task import step
 
     return step(message, context)
 
@@ -44,7 +44,7 @@ def step(message: Message, context: Context) -> Message:
 @app.query(WHO_TYPE.partition(".")[2])
 def who(message: Message, context: Context) -> Message:
     """Tell the owner's public name, so that the server can sample and order by it."""
-    from fedsplit.client_work import who
+    from fedsplit.client.task import who
 
     return who(message, context)
 
@@ -52,6 +52,6 @@ def who(message: Message, context: Context) -> Message:
 @app.query(SERVE_TYPE.partition(".")[2])
 def serve(message: Message, context: Context) -> Message:
     """A model serves: keep the leave to ask it, if the owner's rules allow."""
-    from fedsplit.client_serving import serve
+    from fedsplit.client.serving import serve
 
     return serve(message, context)

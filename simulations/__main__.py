@@ -15,7 +15,7 @@ from fedsplit.errors import FedsplitError, RunError
 from fedsplit.registry import pick
 
 if TYPE_CHECKING:
-    from simulations.settings import Experiment
+    from simulations.core.settings import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory, as ratios within one run.")
@@ -38,16 +38,16 @@ def run(
     ] = False,
 ) -> None:
     """Run one experiment and write results.json, config.toml and logs to its folder."""
-    from simulations.settings import load_experiment
+    from simulations.core.settings import load_experiment
 
     _carry_out(load_experiment(experiment, set_ or []), out, force=force)
 
 
 def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:
-    from simulations.kinds import KINDS
-    from simulations.report import FILE as REPORT
-    from simulations.report import write_report
-    from simulations.run_folder import RunFolder, default_folder
+    from simulations.core.kinds import KINDS
+    from simulations.core.report import FILE as REPORT
+    from simulations.core.report import write_report
+    from simulations.core.run_folder import RunFolder, default_folder
 
     carry_out = pick(KINDS, loaded.kind, "kind")
     path = out or default_folder(loaded.name)
@@ -68,7 +68,7 @@ def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Write a run's page again: results, settings and pictures in one HTML file."""
-    from simulations.report import write_report
+    from simulations.core.report import write_report
 
     console.print(f"page: {write_report(folder)}")
 
@@ -80,7 +80,7 @@ def watch(
     every: Annotated[float, typer.Option(help="seconds between two looks", min=0.1)] = 1.0,
 ) -> None:
     """Show how a run stands: rounds, owners, speed, bytes, privacy, verdicts; from its files."""
-    from simulations.watch import watch as show
+    from simulations.core.watch import watch as show
 
     show(folder, console, once=once, every_s=every)
 
@@ -102,8 +102,8 @@ def sweep(
     force: Annotated[bool, typer.Option(help="also continue a completed sweep")] = False,
 ) -> None:
     """Run an experiment over axes of settings and seeds; a killed sweep continues in its folder."""
-    from simulations.settings import load_experiment
-    from simulations.sweep_cells import as_sweep, parse_axis
+    from simulations.core.settings import load_experiment
+    from simulations.sweep.plan import as_sweep, parse_axis
 
     loaded = load_experiment(experiment, set_ or [])
     _carry_out(
@@ -114,7 +114,7 @@ def sweep(
 @app.command("list")
 def list_() -> None:
     """List the experiments that come with the project."""
-    from simulations.settings import load_experiment, names
+    from simulations.core.settings import load_experiment, names
 
     table = Table("name", "kind", "what it shows")
     for name in names():
@@ -133,7 +133,7 @@ def bench_split(
     ] = None,
 ) -> None:
     """Steps per second of split training beside the same work in one process."""
-    from simulations.bench_split import run as run_bench
+    from simulations.bench.split import run as run_bench
 
     run_bench(console, json_, set_ or [])
 
@@ -149,7 +149,7 @@ def bench_fingerprint(
     repeats: Annotated[int, typer.Option(help="runs of each way; the fastest counts")] = 3,
 ) -> None:
     """Memory and seconds of corrected ICS from disk beside loading the whole model."""
-    from simulations.bench_fingerprint import run as run_bench
+    from simulations.bench.fingerprint import run as run_bench
 
     run_bench(console, json_, layers=layers, width=width, tokens=tokens, repeats=repeats)
 
@@ -167,7 +167,7 @@ def bench_inversion(
     threads: Annotated[int, typer.Option(help="for both; 0 = one per core")] = 0,
 ) -> None:
     """Tokens per second of the nearest-neighbour attack beside FAISS flat search."""
-    from simulations.bench_inversion import run as run_bench
+    from simulations.bench.inversion import run as run_bench
 
     run_bench(console, json_, model=model, tokens=tokens, repeats=repeats, threads=threads)
 
@@ -183,7 +183,7 @@ def bench_service(
     training: Annotated[int, typer.Option(help="steps of a training cohort; 0 = none")] = 0,
 ) -> None:
     """One session server and many owners: steps per second, latency, memory, batching."""
-    from simulations.bench_service import run as run_bench
+    from simulations.bench.service import run as run_bench
 
     run_bench(console, json_, owners=owners, steps=steps, repeats=repeats, training=training)
 
@@ -201,7 +201,7 @@ def bench_fuzz(
     ] = None,
 ) -> None:
     """Throw damaged input at every parser; none may crash, hang, or take memory without bound."""
-    from simulations.bench_fuzz import run as run_bench
+    from simulations.fuzz.run import run as run_bench
 
     run_bench(console, json_, cases=cases, seed=seed, parser=parser, case=case)
 
@@ -221,7 +221,7 @@ def bench_emulator(
     rank: Annotated[int, typer.Option(help="kept of it")] = 128,
 ) -> None:
     """Seconds to ScaleOT's emulator beside distillation, and of its truncated SVD."""
-    from simulations.bench_emulator import run as run_bench
+    from simulations.bench.emulator import run as run_bench
 
     tried = [int(x) for x in steps.split(",") if x.strip()]
     run_bench(console, json_, set_ or [], steps=tried, width=width, rank=rank)

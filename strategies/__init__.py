@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def _split_tuning(grid: Grid, context: Context, config: RunConfig) -> None:
-    from strategies.split_tuning_run import run
+    from .split_tuning.run import run
 
     run(grid, context, config)
 
 
 def _offsite_tuning(grid: Grid, context: Context, config: RunConfig) -> None:
-    from strategies.offsite_run import run
+    from .offsite_tuning.run import run
 
     run(grid, context, config)
 
 
 def _serving(grid: Grid, context: Context, config: RunConfig) -> None:
-    from strategies.serving_run import run
+    from .serving.run import run
 
     run(grid, context, config)
 

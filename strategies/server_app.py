@@ -8,7 +8,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedsplit.config import RunConfig
 from fedsplit.registry import pick
 from fedsplit.wire.logs import join_flower_log
-from strategies import STRATEGIES
+
+from . import STRATEGIES
 
 app = ServerApp()
 

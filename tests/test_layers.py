@@ -32,9 +32,10 @@ LAYERS = {
     "fedsplit.attacks": 3,
     "fedsplit.owners": 3,
     "fedsplit.client_app": 4,
-    "fedsplit.client_work": 4,
-    "fedsplit.client_serving": 4,
-    "fedsplit.client_offsite": 4,
+    "fedsplit.client": 4,
+    "fedsplit.client.task": 4,
+    "fedsplit.client.serving": 4,
+    "fedsplit.client.offsite": 4,
     "fedsplit.deploy": 4,
     "fedsplit.commands": 4,
     "fedsplit.cli": 4,
@@ -46,28 +47,28 @@ TOGETHER = [
     {name for name, layer in LAYERS.items() if layer == 0},
     {
         "fedsplit.client_app",
-        "fedsplit.client_work",
-        "fedsplit.client_serving",
-        "fedsplit.client_offsite",
+        "fedsplit.client.task",
+        "fedsplit.client.serving",
+        "fedsplit.client.offsite",
     },
     {"fedsplit.cli", "fedsplit.commands"},
     {"fedsplit.commands", "fedsplit.deploy"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
-NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client_work"}}
+NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client.task"}}
 
 # External package -> where it may be imported.
 ONLY_IN = {
     "transformers": ("fedsplit.models",),
     "peft": ("fedsplit.models",),
     "accelerate": ("fedsplit.models",),
-    "opacus": ("fedsplit.privacy.accounting", "fedsplit.privacy.dp_optimizer"),
+    "opacus": ("fedsplit.privacy.dp",),
     "flwr": (
         "fedsplit.wire",
         "fedsplit.client_app",
-        "fedsplit.client_work",
-        "fedsplit.client_serving",
-        "fedsplit.client_offsite",
+        "fedsplit.client.task",
+        "fedsplit.client.serving",
+        "fedsplit.client.offsite",
         "fedsplit.deploy.guard",
         "strategies",
         "simulations",
@@ -77,7 +78,7 @@ ONLY_IN = {
     "datasets": ("fedsplit.data",),
     "lm_eval": ("fedsplit.evaluation",),
     "flwr_datasets": ("fedsplit.data",),
-    "onnx": ("fedsplit.fingerprints", "simulations.fuzz_lineage"),
+    "onnx": ("fedsplit.fingerprints", "simulations.fuzz.lineage"),
     "onnxruntime": ("fedsplit.fingerprints",),
 }
 # What turns foreign bytes into code, or unpacks foreign paths: neither called nor even named.
@@ -100,7 +101,7 @@ UNSAFE_METHODS = {"extractall", "read_pickle", "to_pickle", "load_module"}
 FIXED = {"trust_remote_code": False, "allow_pickle": False, "shell": False}
 # Whose from_pretrained reads no weights; PEFT's may, where the file is known to be safetensors.
 NO_WEIGHTS = {"AutoConfig", "AutoTokenizer"}
-CHECKED_WEIGHTS = {("fedsplit.models.peft_folder", "PeftModel")}
+CHECKED_WEIGHTS = {("fedsplit.models.adapters.peft_folder", "PeftModel")}
 
 
 def sources() -> list[Path]:
@@ -260,22 +261,22 @@ def test_modules_stay_short() -> None:
     ("module", "text"),
     [
         ("fedsplit.privacy.x", "def f():\n    from fedsplit.emulators import build"),
-        ("fedsplit.fingerprints.x", "import fedsplit.privacy.none"),
+        ("fedsplit.fingerprints.x", "import fedsplit.privacy.mechanisms.none"),
         ("fedsplit.attacks.x", "from fedsplit import owners"),
         ("fedsplit.owners.x", "from fedsplit.attacks.scoring import score"),
         ("fedsplit.models.x", "from ..data import table"),
         ("fedsplit.data.x", "from fedsplit.wire.frames import Kind"),
-        ("fedsplit.wire.x", "import strategies.hub"),
+        ("fedsplit.wire.x", "import strategies.sessions.transports"),
         ("fedsplit.config", "from fedsplit.models.loading import load"),
         ("fedsplit.owners.x", "import simulations"),
-        ("strategies.x", "from fedsplit.owners.plan import train_steps"),
+        ("strategies.x", "from fedsplit.owners.split.schedule import train_steps"),
         ("strategies.x", "from fedsplit import client_app"),
-        ("strategies.x", "if True:\n    import simulations.settings"),
+        ("strategies.x", "if True:\n    import simulations.core.settings"),
         ("fedsplit.client_app", "import strategies"),
         ("fedsplit.owners.x", "import transformers"),
         ("strategies.x", "from peft import LoraConfig"),
         ("simulations.x", "def f():\n    import transformers.models"),
-        ("fedsplit.privacy.gaussian", "import opacus"),
+        ("fedsplit.privacy.mechanisms.gaussian", "import opacus"),
         ("fedsplit.owners.x", "from flwr.app import Message"),
         ("strategies.x", "import ray"),
         ("fedsplit.commands.x", "from lm_eval import evaluator"),
@@ -313,7 +314,10 @@ def test_what_breaks_a_rule_is_found(module: str, text: str) -> None:
         ("fedsplit.owners.x", "from fedsplit import __version__\nimport fedsplit"),
         ("fedsplit.owners.x", "from fedsplit.owners.home import OwnerHome"),
         ("fedsplit.emulators.x", "from fedsplit.models import load\nfrom . import plan"),
-        ("strategies.x", "from fedsplit.fingerprints.gate import LineageGate\nimport flwr"),
+        (
+            "strategies.x",
+            "from fedsplit.fingerprints.gate.lineage_gate import LineageGate\nimport flwr",
+        ),
         ("simulations.x", "import ray\nimport strategies\nfrom fedsplit.owners import plan"),
         (
             "fedsplit.models.x",

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsplit.attacks.attribute import AttributeInference
-from fedsplit.attacks.averaging import AveragingInversion
-from fedsplit.attacks.contextual import ContextualInversion
-from fedsplit.attacks.extraction import Extraction
-from fedsplit.attacks.gradient_inversion import GradientInversion
-from fedsplit.attacks.label_leakage import LabelLeakage
-from fedsplit.attacks.learned import LearnedInversion
-from fedsplit.attacks.map_inversion import MapInversion
-from fedsplit.attacks.membership import MembershipInference
-from fedsplit.attacks.nearest import NearestNeighbour
+from fedsplit.attacks.extraction.attack import Extraction
+from fedsplit.attacks.gradients.update_inversion import GradientInversion
+from fedsplit.attacks.inversion.averaging import AveragingInversion
+from fedsplit.attacks.inversion.contextual import ContextualInversion
+from fedsplit.attacks.inversion.learned import LearnedInversion
+from fedsplit.attacks.inversion.map_decoding import MapInversion
+from fedsplit.attacks.inversion.nearest import NearestNeighbour
+from fedsplit.attacks.inversion.optimisation import OptimisationInversion
+from fedsplit.attacks.inversion.token_search import ExactSearch
+from fedsplit.attacks.labels.leakage import LabelLeakage
+from fedsplit.attacks.membership.attribute import AttributeInference
+from fedsplit.attacks.membership.lira import MembershipInference
 from fedsplit.attacks.ngram import NgramModel
-from fedsplit.attacks.optimisation import OptimisationInversion
 from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
-from fedsplit.attacks.token_search import ExactSearch
 
 ATTACKS: dict[str, type[Any]] = {
     "attribute": AttributeInference,

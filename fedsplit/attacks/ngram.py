@@ -6,7 +6,8 @@ g = 1 is theirs; public text is of another field than the owners', so the defaul
 are sorted arrays of keys looked up by bisection: no vocabulary-squared table.
 
 The server's denoiser has a chain of its own over the whole vocabulary
-(:mod:`fedsplit.privacy.contextual`); this one also has trigrams, and is looked up pair by pair.
+(:mod:`fedsplit.privacy.denoising.contextual`); this one also has trigrams, and is looked up pair
+by pair.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from rich.table import Table
 from fedsplit.commands.models import CodedCommand
 
 if TYPE_CHECKING:
+    from fedsplit.fingerprints.gate.verdict import Judgement
     from fedsplit.fingerprints.sources import Source
-    from fedsplit.fingerprints.verdict import Judgement
     from fedsplit.fingerprints.view import Similarity
 
 console = Console()
@@ -78,7 +78,7 @@ def compare(
 
     Exit code: 0 in lineage, 1 not shown, 2 independent, 3 error, 4 wrong usage.
     """
-    from fedsplit.fingerprints.keys import read_public
+    from fedsplit.fingerprints.evidence.keys import read_public
     from fedsplit.fingerprints.sources import open_source
 
     wanted = None if signer is None else read_public(signer)
@@ -105,7 +105,7 @@ def between_weights(base: Source, suspect: Source, run: bool | None) -> Comparis
     """
     from fedsplit.errors import LineageError
     from fedsplit.fingerprints import FINGERPRINTS
-    from fedsplit.fingerprints.verdict import judge
+    from fedsplit.fingerprints.gate.verdict import judge
     from fedsplit.fingerprints.view import same_width
 
     assert base.view is not None
@@ -131,8 +131,8 @@ def between_public(base: Source, suspect: Source) -> Comparison:
         LineageError: for files made with other tokens, sizes or seeds, or different widths.
         ModelError: for missing tensors, NaN or infinite values.
     """
-    from fedsplit.fingerprints import public_file
-    from fedsplit.fingerprints.verdict import judge_public
+    from fedsplit.fingerprints.evidence import public_file
+    from fedsplit.fingerprints.gate.verdict import judge_public
 
     if base.public is not None and suspect.public is not None:
         found = public_file.compare_files(base.public, suspect.public)

@@ -118,8 +118,8 @@ def _emulator(folder: Path, adapter: str, label: str = "") -> Subject:
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
-    from fedsplit.models.adapter_files import OWN_SETTINGS, attach_saved
-    from fedsplit.models.peft_folder import CONFIG, attach_peft
+    from fedsplit.models.adapters.files import OWN_SETTINGS, attach_saved
+    from fedsplit.models.adapters.peft_folder import CONFIG, attach_peft
 
     if (folder / CONFIG).is_file():
         return attach_peft(model, folder)
@@ -127,7 +127,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         attach_saved(model, folder)
         return model.eval()
     from fedsplit.emulators.build import tune_in_full
-    from fedsplit.emulators.plan import EmulatorPlan
+    from fedsplit.emulators.planning.plan import EmulatorPlan
     from fedsplit.models.anatomy import probe
 
     state, settings = read_adapters(folder)
@@ -159,7 +159,7 @@ def read_adapters(path: Path) -> tuple[dict[str, Any], Any]:
     """Return (tensors by name, how they were trained) of a run's adapters."""
     from safetensors import SafetensorError, safe_open
 
-    from fedsplit.models.adapter_methods import MethodSettings
+    from fedsplit.models.adapters.methods import MethodSettings
 
     file = path / ADAPTERS if path.is_dir() else path
     try:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedsplit.fingerprints.public_file import PublicFingerprint
+    from fedsplit.fingerprints.evidence.public_file import PublicFingerprint
     from fedsplit.fingerprints.sources import Source
 
 console = Console()
@@ -47,8 +47,8 @@ def fingerprint(
     """Make a model's public fingerprint, and say what it reveals."""
     from fedsplit.commands.models import portrait_vector, write_picture
     from fedsplit.errors import LineageError
-    from fedsplit.fingerprints.keys import load_key, public_hex
-    from fedsplit.fingerprints.public_file import make, read, write
+    from fedsplit.fingerprints.evidence.keys import load_key, public_hex
+    from fedsplit.fingerprints.evidence.public_file import make, read, write
     from fedsplit.fingerprints.sources import open_source
 
     signing = None if key is None else load_key(key)
@@ -110,7 +110,7 @@ def summary(made: PublicFingerprint, source: Source, signer: str) -> Table:
 
 def accuracy(size: int) -> str:
     """What the sketch costs against the exact fingerprint."""
-    from fedsplit.fingerprints.verdict import SKETCH_ERROR
+    from fedsplit.fingerprints.gate.verdict import SKETCH_ERROR
 
     known = SKETCH_ERROR.get(size)
     if known is None:

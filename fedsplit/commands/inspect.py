@@ -26,7 +26,7 @@ def inspect(
 ) -> None:
     """Split a model and say what each side would hold, and what an eta means for it."""
     from fedsplit.models import load, split
-    from fedsplit.models.bundle import pack_bottom
+    from fedsplit.models.bundle.bottom import pack_bottom
 
     loaded = load(model, task, num_labels=labels if task != "causal-lm" else None)
     bottom, top = split(loaded.model, k)
@@ -45,7 +45,7 @@ def inspect(
 def _noise_table(bottom: Any) -> Table:
     """Return what common noise ratios are in eta, for this bottom's output."""
     from fedsplit.privacy import eta_from_ratio
-    from fedsplit.privacy.configured import representation_norm
+    from fedsplit.privacy.mechanisms.factory import representation_norm
 
     norm = representation_norm(bottom, bottom.vocab)
     table = Table(

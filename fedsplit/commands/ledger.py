@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedsplit.owners.ledger import Totals
+    from fedsplit.owners.ledger.chain import Totals
 
 console = Console()
 ledger_app = typer.Typer(no_args_is_help=True, help="The record of everything that left.")
@@ -40,7 +40,7 @@ def show(
     from collections import deque
 
     from fedsplit.errors import LedgerError
-    from fedsplit.owners.ledger import NO_LINE, Totals, read_ledger
+    from fedsplit.owners.ledger.chain import NO_LINE, Totals, read_ledger
 
     totals = Totals()
     last: deque[dict[str, Any]] = deque(maxlen=tail)
@@ -66,7 +66,7 @@ def show(
 @ledger_app.command()
 def verify(home: Home = None) -> None:
     """Check every line against the one before it; names the first bad line."""
-    from fedsplit.owners.ledger import GENESIS, read_ledger
+    from fedsplit.owners.ledger.chain import GENESIS, read_ledger
 
     count, last = 0, ""
     for entry in read_ledger(_folder(home)):
@@ -78,7 +78,7 @@ def verify(home: Home = None) -> None:
 
 
 def _last_hash(folder: Path) -> str:
-    from fedsplit.owners.ledger import last_hash
+    from fedsplit.owners.ledger.chain import last_hash
 
     return last_hash(folder)
 

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedsplit.fingerprints.evidence import Record
-    from fedsplit.fingerprints.sheet import Column
+    from fedsplit.fingerprints.evidence.chain import Record
+    from fedsplit.fingerprints.portraits.sheet import Column
 
 console = Console()
 lineage_app = typer.Typer(
@@ -43,8 +43,8 @@ def show(
     ] = None,
 ) -> None:
     """Print what was found round by round, and draw the base with its descendants."""
-    from fedsplit.fingerprints.evidence import read
-    from fedsplit.fingerprints.keys import read_public
+    from fedsplit.fingerprints.evidence.chain import read
+    from fedsplit.fingerprints.evidence.keys import read_public
 
     chain = find_chain(run)
     records = list(read(chain, signer=None if key is None else read_public(key)))
@@ -54,7 +54,7 @@ def show(
     columns = portraits(records)
     if columns:
         from fedsplit.commands.models import painter
-        from fedsplit.fingerprints.sheet import draw_sheet
+        from fedsplit.fingerprints.portraits.sheet import draw_sheet
 
         where = picture or chain.with_name("lineage.png")
         draw_sheet(columns, where, size=128, painter=painter(generator))
@@ -72,9 +72,9 @@ def verify(
     ] = None,
 ) -> None:
     """Check every record's hash, signature and place offline; exit code 1 names the broken line."""
-    from fedsplit.fingerprints.evidence import read
-    from fedsplit.fingerprints.evidence import verify as verify_chain
-    from fedsplit.fingerprints.keys import read_public
+    from fedsplit.fingerprints.evidence.chain import read
+    from fedsplit.fingerprints.evidence.chain import verify as verify_chain
+    from fedsplit.fingerprints.evidence.keys import read_public
 
     where = find_chain(chain)
     signer = None if key is None else read_public(key)
@@ -96,7 +96,7 @@ def key_(
     path: Annotated[Path, typer.Argument(help="the private key's file; its public half is beside")],
 ) -> None:
     """Make an Ed25519 key to sign fingerprints and evidence with."""
-    from fedsplit.fingerprints.keys import create_key, public_hex, public_path
+    from fedsplit.fingerprints.evidence.keys import create_key, public_hex, public_path
 
     made = create_key(path)
     console.print(f"private key {path} (mode 0600; keep it), public key {public_path(path)}")
@@ -113,7 +113,8 @@ def train_encoder(
     import torch
 
     from fedsplit.commands.models import write_file
-    from fedsplit.fingerprints import encoder, training
+    from fedsplit.fingerprints.portraits import encoder
+    from fedsplit.fingerprints.portraits import encoder_checks as training
 
     config = encoder.EncoderConfig(seed=seed, steps=steps)
     threads = torch.get_num_threads()
@@ -207,7 +208,7 @@ def remarks(records: list[Record]) -> list[str]:
 
 def portraits(records: list[Record]) -> list[Column]:
     """The base with some rounds under it, then each owner whose update was refused."""
-    from fedsplit.fingerprints.round_portrait import unpack_vector
+    from fedsplit.fingerprints.portraits.round_portrait import unpack_vector
 
     seen: list[tuple[str, Any]] = []
     base: Any = None

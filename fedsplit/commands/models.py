@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fedsplit.fingerprints.sheet import Painter
+    from fedsplit.fingerprints.portraits.sheet import Painter
     from fedsplit.fingerprints.sources import Source
     from fedsplit.fingerprints.view import WeightView
 
@@ -70,10 +70,10 @@ def painter(generator: Path | None) -> Painter:
         ModelError: for an ONNX file that is no generator.
     """
     if generator is None:
-        from fedsplit.fingerprints.sheet import paint_dog
+        from fedsplit.fingerprints.portraits.sheet import paint_dog
 
         return paint_dog
-    from fedsplit.fingerprints.onnx_generator import OnnxGenerator
+    from fedsplit.fingerprints.portraits.onnx_generator import OnnxGenerator
 
     return OnnxGenerator(generator)
 
@@ -88,8 +88,8 @@ def portrait_vector(source: Source, tokens: tuple[int, ...] | None = None) -> ND
     Raises:
         LineageError: for a fingerprint too small for a portrait, or a model too narrow.
     """
-    from fedsplit.fingerprints.encoder import vector
-    from fedsplit.fingerprints.public_file import make
+    from fedsplit.fingerprints.evidence.public_file import make
+    from fedsplit.fingerprints.portraits.encoder import vector
 
     if source.public is not None:
         return vector(source.public)
@@ -111,11 +111,11 @@ def write_picture(
         allowed = ".png" if generator is not None else ".png or .svg"
         raise LineageError(f"picture={str(path)!r}: must end in {allowed}")
     if kind == ".svg":
-        from fedsplit.fingerprints.portrait import portrait_svg
+        from fedsplit.fingerprints.portraits.portrait import portrait_svg
 
         data = portrait_svg(vector, size).encode()
     else:
-        from fedsplit.fingerprints.canvas import encode_png
+        from fedsplit.fingerprints.portraits.canvas import encode_png
 
         data = encode_png(painter(generator)(vector, size))
     write_file(path, lambda p: p.write_bytes(data))

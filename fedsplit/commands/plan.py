@@ -15,7 +15,7 @@ from fedsplit.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsplit.emulators import Compressor
-    from fedsplit.emulators.planner import PlanRow
+    from fedsplit.emulators.planning.planner import PlanRow
 
 console = Console()
 
@@ -48,8 +48,8 @@ def plan(
     json_: Annotated[Path | None, typer.Option("--json", help="also write the rows here")] = None,
 ) -> None:
     """Emulator size, owner memory, bytes per round, step cost and share of the base revealed."""
-    from fedsplit.emulators.planner import describe_base, plan_grid
-    from fedsplit.models.adapter_methods import MethodSettings
+    from fedsplit.emulators.planning.planner import describe_base, plan_grid
+    from fedsplit.models.adapters.methods import MethodSettings
 
     inside = MethodSettings(method=method, rank=rank, width=bottleneck, prefix=prefix)
     base = describe_base(model, width, inside)

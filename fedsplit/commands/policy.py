@@ -13,7 +13,7 @@ from rich.table import Table
 from fedsplit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedsplit.owners.policy import Policy
+    from fedsplit.owners.policy.rules import Policy
 
 console = Console()
 policy_app = typer.Typer(no_args_is_help=True, help="The owner's rules: what they let out.")
@@ -33,8 +33,8 @@ def check(
     ] = None,
 ) -> None:
     """Say in words what a policy allows; with --against, whether a run would be accepted."""
-    from fedsplit.owners.policy import Asked, Policy
-    from fedsplit.owners.policy_text import undecided
+    from fedsplit.owners.policy.description import undecided
+    from fedsplit.owners.policy.rules import Asked, Policy
 
     policy = Policy.load(path)
     if against is None:
@@ -63,7 +63,7 @@ def init(
 ) -> None:
     """Write a commented policy with strict values, to be read and changed."""
     from fedsplit.deploy.keys import write_new
-    from fedsplit.owners.policy_text import TEMPLATE
+    from fedsplit.owners.policy.description import TEMPLATE
 
     try:
         write_new(path, TEMPLATE.encode(), 0o600)
@@ -83,7 +83,7 @@ def digest(
 
 
 def _explain(policy: Policy, path: Path) -> None:
-    from fedsplit.owners.policy_text import ALWAYS, openings, restrictions
+    from fedsplit.owners.policy.description import ALWAYS, openings, restrictions
 
     table = Table("rule", "what it means", "decided", title=f"{path}: what may leave")
     for rule, sentence, when in restrictions(policy):

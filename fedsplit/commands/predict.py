@@ -46,9 +46,9 @@ def predict(
 
     The bottom and the noise are here, the top at the model owner; your policy and ledger apply.
     """
-    from fedsplit.owners.asking import classify, generate
-    from fedsplit.owners.generating import sampler
-    from fedsplit.owners.serving_offer import peek
+    from fedsplit.owners.serving.generation import sampler
+    from fedsplit.owners.serving.inference import classify, generate
+    from fedsplit.owners.serving.offers import peek
 
     root = home or Path(os.environ.get("FEDSPLIT_HOME") or Path.home() / ".fedsplit")
     task = peek(root).model.task

@@ -26,7 +26,7 @@ class LabelsConfig:
         protection: ``none`` (the head is at the server, whose gradient shows every label),
             ``client-head`` (U-shape), ``randomised-response``, ``marvell``, ``max-norm``, or
             ``client-head+`` one of the last three (rows of
-            ``fedsplit.privacy.labels.LABEL_PROTECTIONS``).
+            ``fedsplit.privacy.labels.table.LABEL_PROTECTIONS``).
         epsilon: label-DP parameter of randomised response (nats).
         debias: correct the loss for randomised response's known transition matrix.
         noise_power: Marvell's budget s: expected squared noise norm per gradient, as a multiple of

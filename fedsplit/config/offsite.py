@@ -10,10 +10,10 @@ from fedsplit.errors import ConfigError, check
 AVERAGINGS = ("fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum")
 
 METHODS = ("full", "lora", "bottleneck", "bitfit", "prefix")
-"""The rows of ``fedsplit.models.adapter_methods.METHODS``, which this layer cannot import."""
+"""The rows of ``fedsplit.models.adapters.methods.METHODS``, which this layer cannot import."""
 
 RANKS = ("costs", "scores")
-"""Those of ``fedsplit.emulators.scaleot.RANKS``, which this layer cannot import."""
+"""Those of ``fedsplit.emulators.compressors.scaleot.RANKS``, which this layer cannot import."""
 
 IMPORTANCE = "importance"
 

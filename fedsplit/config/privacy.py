@@ -12,7 +12,7 @@ MECHANISMS = ("none", "dchi", "gaussian", "nearest-token", "pac")
 """The rows of ``fedsplit.privacy.MECHANISMS``, which this layer cannot import."""
 
 CTI = ("off", "tfidf", "purity", "public-idf", "frequent")
-"""``off`` and the rows of ``fedsplit.privacy.cti.STATISTICS``."""
+"""``off`` and the rows of ``fedsplit.privacy.contributing_tokens.STATISTICS``."""
 
 DENOISE = ("off", "ends", "uniform", "unigram", "contextual", "learned")
 

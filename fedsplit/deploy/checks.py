@@ -17,7 +17,7 @@ from fedsplit.deploy.keys import WARN_DAYS, days_left, mode_fault
 from fedsplit.deploy.node import NodeFile, split_address
 from fedsplit.deploy.start import COMMANDS
 from fedsplit.errors import ConfigError, FedsplitError, LedgerError
-from fedsplit.owners.policy import Policy
+from fedsplit.owners.policy.rules import Policy
 
 MIN_DISK_BYTES = 2 << 30  # bottoms, emulators and the ledger; a full disk stops all that leaves
 CONNECT_S = 5.0
@@ -141,7 +141,7 @@ def _home(home: Path) -> Iterator[Check]:
 
 
 def _ledger(home: Path) -> Check:
-    from fedsplit.owners.ledger import read_ledger
+    from fedsplit.owners.ledger.chain import read_ledger
 
     try:
         count = sum(1 for _ in read_ledger(home))

@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 from fedsplit.errors import ConfigError, PolicyError, RunError
 from fedsplit.owners.app_digest import digest_of_files, files_of_bundle, files_of_folder
-from fedsplit.owners.policy import POLICY_VARIABLE, Breach, Policy, refuse
+from fedsplit.owners.policy.rules import POLICY_VARIABLE, Breach, Policy, refuse
 
 log = logging.getLogger(__name__)
 

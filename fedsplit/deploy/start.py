@@ -34,7 +34,7 @@ from fedsplit.deploy.keys import write_new
 from fedsplit.deploy.node import NodeFile, node_config_text
 from fedsplit.errors import ConfigError
 from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
-from fedsplit.owners.policy import POLICY_VARIABLE, Policy
+from fedsplit.owners.policy.rules import POLICY_VARIABLE, Policy
 
 # Every command that a SuperExec may start (flwr 1.41, 1.42); one that is not here is not found.
 COMMANDS = (

@@ -7,11 +7,11 @@ into the full model.  Layer 2; models are handled through :mod:`fedsplit.models`
 
 | module | what it does |
 | --- | --- |
-| :mod:`~fedsplit.emulators.plan` | which block plays which part |
-| :mod:`~fedsplit.emulators.importance` | scores and harmonizers by Dynamic LayerReplace |
+| :mod:`~fedsplit.emulators.planning.plan` | which block plays which part |
+| :mod:`~fedsplit.emulators.importance.run` | scores and harmonizers by Dynamic LayerReplace |
 | :mod:`~fedsplit.emulators.build` | emulator from a plan; ``plug_in``, ``adapter_state`` |
 | :mod:`~fedsplit.emulators.files` | an emulator on disk, by content digest |
-| :mod:`~fedsplit.emulators.planner` | sizes and costs before anything is built |
+| :mod:`~fedsplit.emulators.planning.planner` | sizes and costs before anything is built |
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from fedsplit.emulators.build import (
     load_adapters,
     plug_in,
 )
-from fedsplit.emulators.compressor import Compressor, Material
-from fedsplit.emulators.crash import Crash
-from fedsplit.emulators.gradot import GradOT
-from fedsplit.emulators.layerdrop import LayerDrop
-from fedsplit.emulators.magnitude import Magnitude
-from fedsplit.emulators.plan import EmulatorPlan, ends
-from fedsplit.emulators.quantised import Quantised
-from fedsplit.emulators.scaleot import ScaleOT
+from fedsplit.emulators.compressors.base import Compressor, Material
+from fedsplit.emulators.compressors.crash import Crash
+from fedsplit.emulators.compressors.gradot import GradOT
+from fedsplit.emulators.compressors.layerdrop import LayerDrop
+from fedsplit.emulators.compressors.magnitude import Magnitude
+from fedsplit.emulators.compressors.quantised import Quantised
+from fedsplit.emulators.compressors.scaleot import ScaleOT
+from fedsplit.emulators.planning.plan import EmulatorPlan, ends
 from fedsplit.errors import ConfigError, check
 from fedsplit.registry import pick
 

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.plan import COMPRESS, HARMONIZER, SHARE, EmulatorPlan
-from fedsplit.emulators.structure import Model, OwnStorage, configs_outside, with_blocks
+from fedsplit.emulators.compression.structure import Model, OwnStorage, configs_outside, with_blocks
+from fedsplit.emulators.planning.plan import COMPRESS, HARMONIZER, SHARE, EmulatorPlan
 from fedsplit.errors import ConfigError
-from fedsplit.models.adapter_methods import BlockTuning, MethodSettings, load_named
+from fedsplit.models.adapters.methods import BlockTuning, MethodSettings, load_named
 from fedsplit.models.anatomy import probe
+from fedsplit.models.layout.projections import tensors_of
 from fedsplit.models.loading import weights_digest
-from fedsplit.models.projections import tensors_of
-from fedsplit.models.surgery import mirror
+from fedsplit.models.splitting.structure import mirror
 
 Edit = Callable[[int, nn.Module], None]
 

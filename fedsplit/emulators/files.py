@@ -25,15 +25,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
-from fedsplit.emulators.linears import LowRankLinear
+from fedsplit.emulators.compression.linears import LowRankLinear
+from fedsplit.emulators.compression.skeleton import FILE, describe, lay_out
+from fedsplit.emulators.compression.structure import Model, tiny_logits
 from fedsplit.emulators.pair_files import check_disk
-from fedsplit.emulators.plan import EmulatorPlan
-from fedsplit.emulators.skeleton import FILE, describe, lay_out
-from fedsplit.emulators.structure import Model, tiny_logits
+from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, ModelError
-from fedsplit.models import bundle_tokenizer
-from fedsplit.models.bundle import ATTENTION, EXPERTS, FLOATS, UNSHIPPED
-from fedsplit.models.bundle_json import (
+from fedsplit.models.bundle import tokenizer as bundle_tokenizer
+from fedsplit.models.bundle.bottom import ATTENTION, EXPERTS, FLOATS, UNSHIPPED
+from fedsplit.models.bundle.bounded_json import (
     dump_json,
     parse_json,
     refuse_config_keys,

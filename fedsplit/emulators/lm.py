@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsplit.emulators.structure import Model, evaluating
+from fedsplit.emulators.compression.structure import Model, evaluating
 from fedsplit.errors import DataError, check
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedsplit.errors import ModelError
-from fedsplit.models.bundle_json import dump_json, parse_json
+from fedsplit.models.bundle.bounded_json import dump_json, parse_json
 
 MAX_JSON = 1 << 24
 

@@ -29,14 +29,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fedsplit.fingerprints.aligned_products import AlignedProducts
-from fedsplit.fingerprints.awm import AWM
-from fedsplit.fingerprints.gate import GateConfig, LineageGate, LineageReport
-from fedsplit.fingerprints.ics import ICS, PublishedICS
-from fedsplit.fingerprints.pcs import PCS
-from fedsplit.fingerprints.reef import REEF
+from fedsplit.fingerprints.gate.lineage_gate import GateConfig, LineageGate, LineageReport
+from fedsplit.fingerprints.methods.aligned_products import AlignedProducts
+from fedsplit.fingerprints.methods.awm import AWM
+from fedsplit.fingerprints.methods.ics import ICS, PublishedICS
+from fedsplit.fingerprints.methods.pcs import PCS
+from fedsplit.fingerprints.methods.reef import REEF
+from fedsplit.fingerprints.methods.whitened import WhitenedICS
 from fedsplit.fingerprints.view import Similarity, WeightView
-from fedsplit.fingerprints.whitened import WhitenedICS
 
 
 class Fingerprint(Protocol):

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.errors import ModelError
-from fedsplit.fingerprints.public_file import PublicFingerprint, read
+from fedsplit.fingerprints.evidence.public_file import PublicFingerprint, read
 from fedsplit.fingerprints.view import WeightView
 from fedsplit.fingerprints.weights_file import TensorFiles, open_view
-from fedsplit.models.projections import layout_of, read_config
+from fedsplit.models.layout.projections import layout_of, read_config
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json"]

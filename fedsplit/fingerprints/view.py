@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import LineageError, ModelError
-from fedsplit.models.projections import (
+from fedsplit.models.layout.projections import (
     BlockLayout,
     BlockProjections,
     block_prefixes,
@@ -52,7 +52,7 @@ class WeightView:
     Nothing is copied: a view of a live module follows the module.
 
     Args:
-        layout: the block layout, from :func:`fedsplit.models.projections.layout_of`.
+        layout: the block layout, from :func:`fedsplit.models.layout.projections.layout_of`.
         names: shapes of all parameters by name.
         get: reads one parameter.
         rows: token embedding for a part that has none (the server's rows for a top): a matrix

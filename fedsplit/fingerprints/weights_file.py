@@ -19,8 +19,8 @@ from torch import Tensor
 
 from fedsplit.errors import ModelError
 from fedsplit.fingerprints.view import WeightView
-from fedsplit.models.layout_model import probed_size
-from fedsplit.models.projections import layout_of, read_config
+from fedsplit.models.layout.probe_model import probed_size
+from fedsplit.models.layout.projections import layout_of, read_config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from fedsplit.errors import ConfigError
-from fedsplit.models.halves import Upper
+from fedsplit.models.splitting.halves import Upper
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 

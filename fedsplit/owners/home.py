@@ -7,7 +7,7 @@
     HOME/runs/<run>-<node>/         state that must outlive a Flower message
     HOME/runs/<job>-<owner>/        optimizers, which must outlive a restart of the server
     HOME/owner.toml                 the owner's policy, where nothing else names one
-    HOME/ledger.*                   what has left (see :mod:`fedsplit.owners.ledger`)
+    HOME/ledger.*                   what has left (see :mod:`fedsplit.owners.ledger.chain`)
 
 Every Flower message may start a new process, so nothing that matters is only in memory.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fedsplit.errors import ConfigError, PolicyError
 from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
-from fedsplit.owners.policy import POLICY_FILE, POLICY_VARIABLE, Policy
+from fedsplit.owners.policy.rules import POLICY_FILE, POLICY_VARIABLE, Policy
 from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ from dataclasses import fields
 from typing import Any
 
 from fedsplit.errors import ConfigError
-from fedsplit.privacy.cti import ContributingTokens, select_contributing_tokens
-from fedsplit.privacy.dchi import DChi, eta_from_ratio
-from fedsplit.privacy.gaussian import Gaussian
-from fedsplit.privacy.mechanism import Mechanism
-from fedsplit.privacy.nearest_token import NearestToken
-from fedsplit.privacy.none import NoNoise
-from fedsplit.privacy.pac import Pac
+from fedsplit.privacy.contributing_tokens import ContributingTokens, select_contributing_tokens
+from fedsplit.privacy.mechanisms.base import Mechanism
+from fedsplit.privacy.mechanisms.dchi import DChi, eta_from_ratio
+from fedsplit.privacy.mechanisms.gaussian import Gaussian
+from fedsplit.privacy.mechanisms.nearest_token import NearestToken
+from fedsplit.privacy.mechanisms.none import NoNoise
+from fedsplit.privacy.mechanisms.pac import Pac
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.privacy.secret import OwnerSecret, SecretStream
 from fedsplit.registry import pick

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import PrivacyError, check
-from fedsplit.privacy.cti import ContributingTokens
-from fedsplit.privacy.mechanism import Mechanism
+from fedsplit.privacy.contributing_tokens import ContributingTokens
+from fedsplit.privacy.mechanisms.base import Mechanism
 from fedsplit.privacy.secret import OwnerSecret
 
 

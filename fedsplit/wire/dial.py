@@ -17,8 +17,8 @@ from typing import Any
 import grpc
 
 from fedsplit.errors import ConfigError, SessionError
-from fedsplit.wire.lanes import RECEIVED, TICKET, Lane
 from fedsplit.wire.link import Link
+from fedsplit.wire.reconnection import RECEIVED, TICKET, Lane
 
 log = logging.getLogger(__name__)
 

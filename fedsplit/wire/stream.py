@@ -2,7 +2,8 @@
 
 One RPC, ``/fedsplit.Session/Open``; both directions carry the raw bytes of frames.  The server is a
 plain gRPC server on its own port, with TLS except on the loopback interface.  A stream whose first
-frame is not a HELLO with a token that the :class:`~fedsplit.wire.door.Door` admits is closed
+frame is not a HELLO with a token that the :class:`~fedsplit.wire.authentication.Door` admits is
+closed
 before anything else is read; until then it can make the server hold ``_HELLO_BYTES`` and no more.
 """
 
@@ -19,13 +20,13 @@ from typing import ParamSpec, TypeVar
 import grpc
 
 from fedsplit.errors import ConfigError, FedsplitError, SessionError, TokenError
+from fedsplit.wire.authentication import Door, Hello
 from fedsplit.wire.dial import GRACE_S, channel_options, is_loopback, read_all
 from fedsplit.wire.dial import METHOD as METHOD
 from fedsplit.wire.dial import connect as connect
-from fedsplit.wire.door import Door, Hello
 from fedsplit.wire.frames import Kind
-from fedsplit.wire.lanes import RECEIVED, TICKET, Lane, Seat
 from fedsplit.wire.link import Link
+from fedsplit.wire.reconnection import RECEIVED, TICKET, Lane, Seat
 
 log = logging.getLogger(__name__)
 

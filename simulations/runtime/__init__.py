@@ -1,1 +1,1 @@
-"""Starting and stopping Flower's processes; use it through :mod:`simulations.flower_runtime`."""
+"""Starting and stopping Flower's processes; use it through :mod:`.flower_runtime`."""

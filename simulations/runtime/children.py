@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from fedsplit.errors import RunError
-
-from . import watchdog
+from simulations.runtime import watchdog
 
 TAIL_LINES = 20
 ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")

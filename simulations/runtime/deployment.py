@@ -9,12 +9,11 @@ from pathlib import Path
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.node import node_config_text
 from fedsplit.errors import check
-
-from .certificates import NodeKey, make_node_key
-from .children import Child, free_port, is_port_taken, wait_until
-from .environment import thread_environment
-from .federation import CONNECTION, START_ATTEMPTS, START_TIMEOUT_S, Federation
-from .submission import Scalar
+from simulations.runtime.certificates import NodeKey, make_node_key
+from simulations.runtime.children import Child, free_port, is_port_taken, wait_until
+from simulations.runtime.environment import thread_environment
+from simulations.runtime.federation import CONNECTION, START_ATTEMPTS, START_TIMEOUT_S, Federation
+from simulations.runtime.submission import Scalar
 
 CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 
 from fedsplit.deploy.flower_commands import scripts_path
 from fedsplit.errors import check
-
-from .watchdog import MARK_VARIABLE
+from simulations.runtime.watchdog import MARK_VARIABLE
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",

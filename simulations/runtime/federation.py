@@ -20,9 +20,8 @@ import psutil
 import fedsplit
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import RunError, check
-
-from .certificates import Certificates, make_certificates
-from .children import (
+from simulations.runtime.certificates import Certificates, make_certificates
+from simulations.runtime.children import (
     Child,
     LogLine,
     Nursery,
@@ -32,8 +31,8 @@ from .children import (
     tail_text,
     wait_until,
 )
-from .environment import base_environment
-from .submission import (
+from simulations.runtime.environment import base_environment
+from simulations.runtime.submission import (
     FlowerRun,
     Scalar,
     app_processes,
@@ -43,8 +42,8 @@ from .submission import (
     route_app_line,
     started_run,
 )
-from .toml_text import to_toml
-from .watchdog import lives
+from simulations.runtime.toml_text import to_toml
+from simulations.runtime.watchdog import lives
 
 OnLine = Callable[[LogLine], None]
 

@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedsplit.errors import check
-
-from . import hooks
-from .environment import RAY, ray_credentials, thread_environment
-from .federation import Federation
-from .machine import machine_cores
+from simulations.runtime import hooks
+from simulations.runtime.environment import RAY, ray_credentials, thread_environment
+from simulations.runtime.federation import Federation
+from simulations.runtime.machine import machine_cores
 
 # ThreadPoolExecutor()'s default, which Flower's engine uses.
 ENGINE_MAX_THREADS = 32

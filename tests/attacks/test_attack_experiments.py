@@ -15,10 +15,12 @@ from rich.console import Console
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.models import load, split
-from simulations import attributes_experiment, bench_inversion, depth_experiment
-from simulations.cells import Cells
-from simulations.run_folder import RunFolder, read_results
-from simulations.settings import load_experiment
+from simulations.bench import inversion as bench_inversion
+from simulations.core.cells import Cells
+from simulations.core.run_folder import RunFolder, read_results
+from simulations.core.settings import load_experiment
+from simulations.split import attributes as attributes_experiment
+from simulations.split import depth as depth_experiment
 from tests.tiny_models import WORDS, save_texts, save_tiny_bert
 
 QUIET = Console(quiet=True)

@@ -12,9 +12,9 @@ import torch
 from fedsplit.config import privacy as settings
 from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import MECHANISMS, Mechanism, OwnerSecret, SamplePerturber, build
-from fedsplit.privacy.candidates import MatrixCandidates
-from fedsplit.privacy.cti import PUBLIC_STATISTICS, STATISTICS, ContributingTokens
-from strategies.denoising import DENOISERS
+from fedsplit.privacy.contributing_tokens import PUBLIC_STATISTICS, STATISTICS, ContributingTokens
+from fedsplit.privacy.denoising.candidates import MatrixCandidates
+from strategies.split_tuning.denoising import DENOISERS
 
 PARAMS: dict[str, dict[str, Any]] = {
     "dchi": {"eta": 5.0},

@@ -17,8 +17,8 @@ import yaml
 from fedsplit.config import RunConfig
 from fedsplit.deploy.node import NodeFile
 from fedsplit.deploy.templates import NODE
-from fedsplit.owners.policy import Asked, Policy
-from fedsplit.owners.policy_text import TEMPLATE
+from fedsplit.owners.policy.description import TEMPLATE
+from fedsplit.owners.policy.rules import Asked, Policy
 from tests.deploy.runbook import DEPLOY, ROOT, RUNBOOK, steps
 
 ACTORS = {"model-owner", "hospital", "bank", "insurer"}

@@ -11,12 +11,12 @@ import pytest
 from fedsplit.config import RunConfig
 from fedsplit.deploy.keys import make_keys
 from fedsplit.errors import ConfigError, SessionError
-from fedsplit.owners.session import open_stream
-from fedsplit.wire.door import Door
+from fedsplit.owners.split.session import open_stream
+from fedsplit.wire.authentication import Door
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.tokens import TokenBook
-from strategies.hub import ADDRESS_VARIABLE, StreamHub, announced
-from strategies.session_server import server_tls
+from strategies.sessions.setup import server_tls
+from strategies.sessions.transports import ADDRESS_VARIABLE, StreamHub, announced
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from fedsplit.config import RunConfig
 from fedsplit.deploy.keys import make_keys, make_node
 from fedsplit.owners.app_digest import digest_of_app
-from fedsplit.owners.ledger import read_ledger
-from fedsplit.owners.share import simulated_shares
+from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.ledger.chain import read_ledger
 from fedsplit.privacy.secret import OwnerSecret
-from simulations.local_run import run_in_process
 from simulations.runtime.children import Child, Nursery, answers, free_port, wait_until
 from simulations.runtime.environment import base_environment, thread_environment
+from simulations.runtime.local_run import run_in_process
 from simulations.runtime.watchdog import MARK_VARIABLE
 from tests.deploy.runbook import DEPLOY, ROOT, Step, copy_with, put_in, steps
 from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama

@@ -15,9 +15,9 @@ from fedsplit.config import RunConfig
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import RunError
 from fedsplit.owners.app_digest import digest_of_app
-from fedsplit.owners.ledger import read_ledger
-from simulations import federated
-from simulations.federated import deploy
+from fedsplit.owners.ledger.chain import read_ledger
+from simulations.runtime import federated
+from simulations.runtime.federated import deploy
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e

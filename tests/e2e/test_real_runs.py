@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fedsplit.config import RunConfig
-from simulations.federated import deploy, simulate
-from simulations.local_run import run_in_process
+from simulations.runtime.federated import deploy, simulate
+from simulations.runtime.local_run import run_in_process
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e

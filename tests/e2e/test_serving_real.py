@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fedsplit.config import RunConfig
-from simulations.federated import deploy, owner_environment
+from simulations.runtime.federated import deploy, owner_environment
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from emulator_families import FAMILIES, LAYERS, storages, tiny, tokens
 
 from fedsplit.emulators.build import adapter_state, build_emulator, load_adapters, plug_in
-from fedsplit.emulators.harmonizer import make_harmonizers
+from fedsplit.emulators.importance.harmonizer import make_harmonizers
 from fedsplit.emulators.lm import lm_loss, logits_of
-from fedsplit.emulators.plan import EmulatorPlan
+from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.anatomy import probe
+from tests.emulators.emulator_families import FAMILIES, LAYERS, storages, tiny, tokens
 
 PLAN = EmulatorPlan.with_adapters(LAYERS, (0, 4))
 MIXED = EmulatorPlan(

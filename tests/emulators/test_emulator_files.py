@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from emulator_families import LAYERS, UNPROBED, tiny, tokens
 from safetensors.torch import load_file, save_file
 
 from fedsplit.emulators import Material, adapter_state, make_compressor, plug_in
 from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.compression.src import compress_block
 from fedsplit.emulators.files import folder_digest, load_emulator, receive, save_emulator
-from fedsplit.emulators.harmonizer import make_harmonizers
+from fedsplit.emulators.importance.harmonizer import make_harmonizers
 from fedsplit.emulators.lm import logits_of
-from fedsplit.emulators.plan import EmulatorPlan
-from fedsplit.emulators.src import compress_block
+from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ModelError
 from fedsplit.models.anatomy import probe
-from fedsplit.models.projections import layout_of
+from fedsplit.models.layout.projections import layout_of
+from tests.emulators.emulator_families import LAYERS, UNPROBED, tiny, tokens
 
 ROLES = ("adapter", "compress", "harmonizer", "drop", "share", "adapter")
 PLAN = EmulatorPlan(ROLES, (0, 1, 2, 3, 1, 5), beta=0.8)
@@ -308,10 +308,9 @@ def test_layers_are_six() -> None:
 
 
 def test_the_real_model_travels(tmp_path: Path) -> None:
-    from emulator_families import shared
-
     from fedsplit.emulators.files import load_tokenizer
     from fedsplit.models.loading import load
+    from tests.emulators.emulator_families import shared
 
     loaded = load(shared("models", "gutenberg_llama_seed0"), "causal-lm")
     compressor = make_compressor("scaleot", adapters=(0, 1, 10, 11), beta=0.6)

@@ -18,13 +18,13 @@ from fedsplit.cli import app_cli
 from fedsplit.commands.evaluate_subjects import subjects
 from fedsplit.emulators import Emulator, EmulatorPlan, adapter_state, make_compressor, plug_in
 from fedsplit.emulators.build import tune_in_full
-from fedsplit.emulators.compressor import Material
+from fedsplit.emulators.compressors.base import Material
 from fedsplit.emulators.files import save_emulator
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.evaluation.perplexity import text_ids, text_loss
 from fedsplit.models import load
-from fedsplit.models.adapter_files import save_adapter
-from fedsplit.models.adapter_methods import MethodSettings
+from fedsplit.models.adapters.files import save_adapter
+from fedsplit.models.adapters.methods import MethodSettings
 from tests.tiny_models import WORDS
 
 ROOT = Path(__file__).parents[2]

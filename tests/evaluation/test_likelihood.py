@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsplit.emulators import EmulatorPlan, build_emulator
-from fedsplit.emulators.harmonizer import make_harmonizers
+from fedsplit.emulators.importance.harmonizer import make_harmonizers
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.evaluation.likelihood import Likelihood
 from fedsplit.evaluation.perplexity import Model

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from fedsplit.fingerprints.gate import GateConfig, LineageGate
+from fedsplit.fingerprints.gate.lineage_gate import GateConfig, LineageGate
 
 _PATH = Path(__file__).parents[1] / "models" / "families_for_projections.py"
 _SPEC = importlib.util.spec_from_file_location("families_for_projections", _PATH)

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
 from fedsplit.errors import FedsplitError
-from fedsplit.fingerprints import encoder, evidence
-from fedsplit.fingerprints.gate import LineageGate
+from fedsplit.fingerprints.evidence import chain as evidence
+from fedsplit.fingerprints.gate.lineage_gate import LineageGate
+from fedsplit.fingerprints.portraits import encoder
 
 Tiny = Callable[..., Any]
 IN, NOT_SHOWN, INDEPENDENT, FAILED, USAGE = 0, 1, 2, 3, 4
@@ -224,7 +225,7 @@ def test_a_tampered_or_other_fingerprint_file(saved: Any, tmp_path: Path) -> Non
 @pytest.fixture
 def chain(tiny: Tiny, tmp_path: Path) -> Path:
     """A run's folder with evidence of three rounds."""
-    from strategies.lineage_setup import build_watch
+    from strategies.rounds.lineage_setup import build_watch
 
     model, folder = tiny("llama"), tmp_path / "run"
     from fedsplit.config import LineageConfig
@@ -295,7 +296,7 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_train_encoder_is_the_shipped_recipe_from_a_seed(tmp_path: Path) -> None:
-    from fedsplit.fingerprints.training import largest_difference, recipe
+    from fedsplit.fingerprints.portraits.encoder_checks import largest_difference, recipe
 
     one, two = (tmp_path / f"{n}.safetensors" for n in ("one", "two"))
     for path in (one, two):

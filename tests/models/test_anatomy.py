@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from split_families import CASES, LAYERS, VOCAB, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedsplit.errors import UnsupportedModelError
 from fedsplit.models.anatomy import probe
+from tests.models.split_families import CASES, LAYERS, VOCAB, tiny
 
 
 @pytest.mark.parametrize(("name", "task"), list(dict(CASES).items()))

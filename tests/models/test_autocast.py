@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedsplit.models.halves import Top, split
+from fedsplit.models.splitting.halves import Top, split
 from tests.tiny_models import save_tiny_bert, save_tiny_llama
 
 

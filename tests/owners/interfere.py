@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsplit import client_work
+from fedsplit.client import task as client_work
 from fedsplit.wire.frames import Frame, Kind, encode
 from fedsplit.wire.link import Link
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import DChi, NoNoise, OwnerSecret, SamplePerturber
-from fedsplit.privacy.cti import ContributingTokens
+from fedsplit.privacy.contributing_tokens import ContributingTokens
 
 SECRET = OwnerSecret.for_simulation(0, "owner")
 TABLE = torch.randn(256, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit import client_work
+from fedsplit.client import task as client_work
 from fedsplit.errors import ConfigError
 from fedsplit.wire.frames import Kind
-from strategies.round import Round
+from strategies.split_tuning.round import Round
 from tests.owners.interfere import Outgoing
 from tests.strategies.local_grid import LocalGrid
 from tests.strategies.run_local import LocalRun
@@ -60,8 +60,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch, after: dict[int, set[int]]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def warm(tiny_bert: Path) -> None:
     """Load what the first session of a process would have to wait for."""
-    from fedsplit.models.halves import split
     from fedsplit.models.loading import load
+    from fedsplit.models.splitting.halves import split
 
     split(load(str(tiny_bert), "sequence-classification", num_labels=3).model, 0)
 

@@ -1,5 +1,5 @@
 """The grid that tests run whole federations on."""
 
-from simulations.local_grid import HANDLERS, LocalGrid
+from simulations.runtime.local_grid import HANDLERS, LocalGrid
 
 __all__ = ["HANDLERS", "LocalGrid"]

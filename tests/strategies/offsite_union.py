@@ -9,10 +9,10 @@ import torch
 
 from fedsplit.config import RunConfig
 from fedsplit.emulators.lm import lm_loss, logits_of
-from fedsplit.owners.adapter_work import blocks_of
-from fedsplit.owners.plan import train_steps
-from fedsplit.owners.share import simulated_shares
-from strategies.split_tuning_run import load_base
+from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.offsite.work import blocks_of
+from fedsplit.owners.split.schedule import train_steps
+from strategies.split_tuning.run import load_base
 
 
 def train_on_the_union(

@@ -11,9 +11,9 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedsplit.config import RunConfig
-from strategies.recorder import Recorder
-from strategies.split_tuning import SplitTuning
-from strategies.split_tuning_run import build_parts, initial_arrays, keep_trained
+from strategies.rounds.recorder import Recorder
+from strategies.split_tuning.run import build_parts, initial_arrays, keep_trained
+from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.local_grid import LocalGrid
 
 

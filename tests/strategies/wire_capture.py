@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from fedsplit.config import RunConfig
-from fedsplit.owners.plan import slot_order
-from fedsplit.owners.share import simulated_shares
+from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.split.schedule import slot_order
 from fedsplit.privacy import select_contributing_tokens
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.wire.codecs import decode_rows

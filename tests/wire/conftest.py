@@ -6,8 +6,9 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from stream_peers import eventually
-from wire_certificates import Authority
+
+from tests.wire.stream_peers import eventually
+from tests.wire.wire_certificates import Authority
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import grpc
 
 import fedsplit
 from fedsplit.errors import FedsplitError
-from fedsplit.wire.door import Door, Hello
+from fedsplit.wire.authentication import Door, Hello
 from fedsplit.wire.frames import PROTOCOL, Kind
 from fedsplit.wire.link import Link
 from fedsplit.wire.stream import METHOD, ServerTls, SessionServer, connect

@@ -8,13 +8,23 @@ import threading
 import time
 
 import pytest
-from stream_peers import MAX_FRAME, RUN, Echo, bare_stream, eventually, grad, hello, serving, talk
 
 from fedsplit.errors import FrameError, SessionError
-from fedsplit.wire.door import Hello
+from fedsplit.wire.authentication import Hello
 from fedsplit.wire.frames import Frame, Kind, encode
 from fedsplit.wire.link import Link
 from fedsplit.wire.stream import connect
+from tests.wire.stream_peers import (
+    MAX_FRAME,
+    RUN,
+    Echo,
+    bare_stream,
+    eventually,
+    grad,
+    hello,
+    serving,
+    talk,
+)
 
 pytestmark = pytest.mark.usefixtures("no_thread_leak")
 

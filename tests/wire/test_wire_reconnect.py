@@ -10,15 +10,15 @@ import grpc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream_peers import Echo, eventually, grad, hello
-from wire_certificates import Authority
 
 from fedsplit.errors import SessionError, TokenError
 from fedsplit.wire.dial import METHOD, connect
 from fedsplit.wire.frames import Kind
-from fedsplit.wire.lanes import RECEIVED, TICKET, Lane, Seat
 from fedsplit.wire.link import Link
-from simulations.faults_proxy import Proxy
+from fedsplit.wire.reconnection import RECEIVED, TICKET, Lane, Seat
+from simulations.faults.proxy import Proxy
+from tests.wire.stream_peers import Echo, eventually, grad, hello
+from tests.wire.wire_certificates import Authority
 
 BODY = bytes(range(256)) * 40
 

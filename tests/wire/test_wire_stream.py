@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from stream_peers import MAX_FRAME, RUN, Echo, grad, serving, talk
-from wire_certificates import Authority
 
 from fedsplit.errors import ConfigError, SessionError
-from fedsplit.wire.door import Door
+from fedsplit.wire.authentication import Door
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.stream import ServerTls, SessionServer, connect, is_loopback
 from fedsplit.wire.tokens import TokenBook
+from tests.wire.stream_peers import MAX_FRAME, RUN, Echo, grad, serving, talk
+from tests.wire.wire_certificates import Authority
 
 pytestmark = pytest.mark.usefixtures("no_thread_leak")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fedsplit
 from fedsplit.errors import SessionError, TokenError
-from fedsplit.wire.door import Door
+from fedsplit.wire.authentication import Door
 from fedsplit.wire.frames import PROTOCOL, Frame, Kind
 from fedsplit.wire.tokens import MODES, TokenBook
 

@@ -1,0 +1,1 @@
+"""Extraction: how far an owner can train an emulator back toward the model it stands for."""

@@ -1,0 +1,1 @@
+"""The Flower ClientApp's work: one module per strategy."""

@@ -1,0 +1,126 @@
+"""``fedsplit attack extraction``: how long an emulator stays worse than the model it stands for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fedsplit.attacks.extraction.measure import Look
+
+console = Console()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to a group."""
+    app.command("extraction")(extraction)
+
+
+def extraction(
+    emulator: Annotated[Path, typer.Argument(help="folder of the emulator, as it is sent")],
+    base: Annotated[str, typer.Option(help="the full model, to measure against (and to query)")],
+    public: Annotated[Path, typer.Option(help="the attacker's UTF-8 text")],
+    held_out: Annotated[
+        Path | None, typer.Option(help="public text to measure on; default: the last tenth")
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="adapters.safetensors of a run (full adapters); with --task")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="held-out text that the adapters were tuned for")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="the attacker's training steps")] = 200,
+    batch: Annotated[int, typer.Option(help="blocks in a step")] = 8,
+    block: Annotated[int, typer.Option(help="tokens in a block")] = 128,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 3e-4,
+    looks: Annotated[int, typer.Option(help="how often the attack is measured")] = 5,
+    windows: Annotated[int, typer.Option(help="measured on so many windows of each text")] = 128,
+    queries: Annotated[
+        bool, typer.Option("--queries", help="the full model answers queries with its logits")
+    ] = False,
+    regrow: Annotated[
+        bool, typer.Option("--regrow", help="the attacker gives the emulator its full size back")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of the attacker's batches")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+) -> None:
+    """Train an emulator back toward the full model, and say what share of the gap is closed."""
+    from fedsplit.attacks.extraction.attack import Extraction
+    from fedsplit.attacks.extraction.measure import Task, measure
+    from fedsplit.commands.evaluate import read_text
+    from fedsplit.commands.evaluate_subjects import read_adapters
+    from fedsplit.emulators.files import load_emulator
+    from fedsplit.emulators.lm import pack
+    from fedsplit.errors import ConfigError, ModelError, check
+    from fedsplit.evaluation.perplexity import text_ids
+    from fedsplit.models import load
+
+    check(looks >= 1, "--looks", looks, ">= 1")
+    check(windows >= 2, "--windows", windows, ">= 2")
+    if (adapters is None) != (task is None):
+        raise ConfigError("--adapters, --task: must be given together")
+    attack = Extraction(
+        steps=steps, batch_size=batch, lr=lr, queries=queries, regrow=regrow, seed=seed
+    )
+    sent, full = load_emulator(emulator), load(base, "causal-lm")
+    if sent.base_digest != full.digest:
+        raise ModelError(f"--base {base}: digest {full.digest}: must be {sent.base_digest}")
+    longest = (windows + 1) * (block // 2)
+
+    def ids(path: Path) -> Any:
+        return text_ids(full.tokenizer, [read_text(path, "--public")])
+
+    train = ids(public)
+    cut = len(train) - len(train) // 10
+    measured = train[cut:] if held_out is None else ids(held_out)
+    if held_out is None:
+        train = train[:cut]
+    work = None
+    if adapters is not None and task is not None:
+        state, settings = read_adapters(adapters)
+        check(settings.method == "full", "--adapters", settings.method, "full adapters")
+        work = Task(state, ids(task)[:longest])
+    marks = sorted({round(steps * i / looks) for i in range(looks + 1)})
+    with console.status("attacking ...") as status:
+        found = measure(
+            attack,
+            sent,
+            full.model,
+            pack(train, block),
+            measured[:longest],
+            marks=marks,
+            task=work,
+            window=block,
+            on_look=lambda look: status.update(f"{look.steps} of {steps} steps"),
+        )
+    console.print(table(found, attack.knowledge))
+    if json_ is not None:
+        rows = [look.to_json() for look in found]
+        content = {"knowledge": attack.knowledge, "method": sent.method, "rows": rows}
+        json_.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def table(looks: list[Look], knowledge: str) -> Table:
+    """One row for each look at the attack."""
+    shown = Table(
+        title=f"share of the gap closed by an owner with {knowledge} (95 % intervals over blocks)",
+        title_justify="left",
+    )
+    for column in ("steps", "tokens", "text", "full", "emulator", "attacked", "closed"):
+        shown.add_column(column, justify="left" if column == "text" else "right")
+    for look in looks:
+        for name, closed in (("public", look.public), ("task", look.task)):
+            if closed is None:
+                continue
+            share = "no gap"
+            if closed.share is not None and closed.interval is not None:
+                low, high = closed.interval
+                share = f"{100 * closed.share:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+            nats = (f"{value:.3f}" for value in (closed.full, closed.emulator, closed.attacked))
+            shown.add_row(str(look.steps), str(look.tokens), name, *nats, share)
+    return shown

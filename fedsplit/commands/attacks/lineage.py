@@ -1,0 +1,122 @@
+"""``fedsplit attack lineage``: what a thief can do to a model's weights, and which fingerprint
+notices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import nn
+
+console = Console()
+NAMES = ("score", "ics_whitened", "awm", "ics", "reef", "pcs", "ics_published")
+PRUNED = "pruning 30 %"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to a group."""
+    app.command("lineage")(attack_lineage)
+
+
+def attack_lineage(
+    model: Annotated[str, typer.Argument(help="folder, package:NAME or hub name")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="only this map (repeatable); default all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the random maps")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+) -> None:
+    """Apply every map that keeps the model's function, and show every fingerprint after it.
+
+    Each map first proves that the outputs stay (largest difference over the outputs' standard
+    deviation); one that the family does not have is listed with the reason.
+    """
+    from fedsplit.commands.models import load_running, write_file
+    from fedsplit.errors import UnsupportedModelError
+    from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
+    from fedsplit.registry import pick
+
+    for name in only or []:
+        if name != PRUNED:
+            pick(TRANSFORMS, name, "transform")
+    base = load_running(model)
+    rows: list[dict[str, Any]] = [{"map": "(before)", "difference": 0.0, **measured(base, base)}]
+    reasons: dict[str, str] = {}
+    with console.status("applying maps ..."):
+        for name in TRANSFORMS if not only else [n for n in only if n != PRUNED]:
+            try:
+                changed = transform(base, name, seed)
+            except UnsupportedModelError as error:
+                reasons[name] = str(error)
+                continue
+            row = {"map": name, "difference": changed.difference}
+            rows.append(row | measured(base, changed.model))
+        if not only or PRUNED in only:
+            rows.append(pruned(base))
+    console.print(_table(rows, model))
+    for name, reason in reasons.items():
+        console.print(f"{name}: not for this family ({escape(reason)})", highlight=False)
+    kept = [r for r in rows[1:] if r["map"] != PRUNED]
+    if kept:
+        worst = min(float(r["score"]) for r in kept)
+        console.print(
+            f"{len(kept)} maps that keep the function: the score stays at {worst:.4f} or more",
+            highlight=False,
+        )
+    if json_ is not None:
+        text = json.dumps({"model": model, "rows": rows, "reasons": reasons}, indent=1) + "\n"
+        write_file(json_, lambda path: path.write_text(text))
+
+
+def measured(base: nn.Module, suspect: nn.Module) -> dict[str, float | None]:
+    """Every fingerprint of two live models; None where it cannot be taken."""
+    from fedsplit.errors import LineageError
+    from fedsplit.fingerprints import FINGERPRINTS, WeightView
+
+    views = WeightView.of_module(base), WeightView.of_module(suspect)
+    found: dict[str, float | None] = {}
+    for name in NAMES:
+        try:
+            found[name] = FINGERPRINTS[name]().compare(*views).value
+        except LineageError:
+            found[name] = None
+    return found
+
+
+def pruned(base: nn.Module) -> dict[str, Any]:
+    """The row of a change that does not keep the function: the smallest 30 % of weights zeroed."""
+    import copy
+
+    from fedsplit.fingerprints.evasion.editor import Editor
+    from fedsplit.fingerprints.evasion.transforms import difference, outputs, pruning
+    from fedsplit.seeding import torch_generator
+
+    changed = copy.deepcopy(base)
+    before = outputs(base)
+    pruning(Editor(changed), torch_generator(0, "evasion", "pruning"))
+    row: dict[str, Any] = {"map": PRUNED, "difference": difference(before, outputs(changed))}
+    return row | measured(base, changed)
+
+
+def _table(rows: list[dict[str, Any]], model: str) -> Table:
+    table = Table(title=f"{model}: the function stays, do the fingerprints?", title_justify="left")
+    table.add_column("map")
+    for name in ("output moved by", *NAMES):
+        table.add_column(name, justify="right")
+    for row in rows:
+        values = [row[name] for name in NAMES]
+        cells = ["-" if v is None else _coloured(float(v)) for v in values]
+        table.add_row(str(row["map"]), f"{row['difference']:.1e}", *cells)
+    return table
+
+
+def _coloured(value: float) -> str:
+    text = f"{value:.4f}"
+    return text if value >= 0.999 else f"[yellow]{text}[/yellow]"

@@ -1,0 +1,1 @@
+"""Parts that compress a block: low-rank and quantised linears, structure copies."""

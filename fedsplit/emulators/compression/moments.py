@@ -1,0 +1,107 @@
+"""Second moments of what goes into, and what gradients come out of, linear layers of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.emulators.compression.structure import Model, frozen
+from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
+from fedsplit.models.anatomy import probe
+
+
+@dataclass
+class Moments:
+    """Sums over all calibration tokens, for one linear layer y = W x.
+
+    Attributes:
+        inputs: sum of x x^T, (n, n); None where only channels were asked for.
+        gradients: sum of g g^T with g = d loss / d y, (m, m); None likewise.
+        taylor: sum of (x_k d loss / d x_k)^2, (n,); None where matrices were asked for.
+    """
+
+    inputs: Tensor | None = None
+    gradients: Tensor | None = None
+    taylor: Tensor | None = None
+
+
+def collect(
+    model: Model,
+    tokens: Tensor,
+    matrices: Sequence[tuple[int, str]],
+    channels: Sequence[tuple[int, str]],
+    batch_size: int = 8,
+) -> dict[tuple[int, str], Moments]:
+    """Run the language-model loss forward and back, once, and sum up moments.
+
+    Args:
+        model: left as it was; no parameter gets a gradient.
+        tokens: ids (N, T).
+        matrices: (block, layer name) whose ``inputs`` and ``gradients`` are wanted.
+        channels: (block, layer name) whose ``taylor`` is wanted.
+        batch_size: token blocks at a time.
+
+    Raises:
+        DataError: if tokens are not ids (N, T).
+    """
+    check_tokens("tokens", tokens)
+    anatomy = probe(model)
+    found = {key: Moments() for key in (*matrices, *channels)}
+    handles = [anatomy.input_embeddings.register_forward_hook(_track)]
+    for key in matrices:
+        layer = anatomy.blocks[key[0]].get_submodule(key[1])
+        handles.append(layer.register_forward_hook(_matrix_hook(found[key])))
+    for key in channels:
+        layer = anatomy.blocks[key[0]].get_submodule(key[1])
+        handles.append(layer.register_forward_hook(_channel_hook(found[key])))
+    device = next(model.parameters()).device
+    try:
+        with frozen(model), torch.enable_grad():
+            for ids in torch.split(tokens, batch_size):
+                ids = ids.to(device)
+                lm_loss(logits_of(model, ids), ids, "sum").backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _track(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    # Nothing requires gradients in a frozen model; from here on everything is tracked.
+    return output.detach().requires_grad_().clone()
+
+
+def _matrix_hook(into: Moments) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0].detach().float().flatten(0, -2)  # (tokens, n)
+        into.inputs = _add(into.inputs, x.T @ x)
+
+        def back(gradient: Tensor) -> None:
+            g = gradient.float().flatten(0, -2)  # (tokens, m)
+            into.gradients = _add(into.gradients, g.T @ g)
+
+        output.register_hook(back)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _channel_hook(into: Moments) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x = args[0]
+
+        def back(gradient: Tensor) -> None:
+            product = (x.detach() * gradient).float().flatten(0, -2)  # (tokens, n)
+            into.taylor = _add(into.taylor, product.pow(2).sum(0))
+
+        x.register_hook(back)
+
+    return hook
+
+
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    more = more.double().cpu()
+    return more if total is None else total + more

@@ -1,0 +1,1 @@
+"""Ways to make an emulator, one per file."""

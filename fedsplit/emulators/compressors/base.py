@@ -1,0 +1,153 @@
+"""What every way to make an emulator has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from fedsplit.emulators.build import Emulator
+from fedsplit.emulators.compression.structure import Model
+from fedsplit.emulators.importance.files import Importance
+from fedsplit.emulators.lm import check_tokens
+from fedsplit.emulators.planning.plan import check_positions
+from fedsplit.errors import ConfigError, UnsupportedModelError, check
+from fedsplit.models.layout.projections import BlockLayout
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a compressor may use besides the model; nothing of it is an owner's.
+
+    Attributes:
+        tokens: task-independent ids (N, T), for calibration and distillation.
+        importance: scores and harmonizers of this model.
+        base_digest: of the model, if known; None: computed.
+        batch_size: token blocks at a time.
+    """
+
+    tokens: Tensor | None = None
+    importance: Importance | None = None
+    base_digest: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1 (blocks)")
+
+    def needed_tokens(self, who: str) -> Tensor:
+        """Return the calibration tokens.
+
+        Raises:
+            ConfigError: if there are none.
+            DataError: if they are not ids (N, T).
+        """
+        if self.tokens is None:
+            raise ConfigError(f"{who}: needs task-independent tokens to calibrate on; found none")
+        return check_tokens("tokens", self.tokens)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a forecast needs to know of a base; parameters unless said otherwise.
+
+    Attributes:
+        layers: L.
+        hidden: d.
+        block: one block (their mean, where they differ).
+        matrices: of a block, in its linear layers' weights.
+        rows: of a block, output features over all linear layers.
+        attention: of a block, in Q, K, V and O; 0 where the layout is not known.
+        ffn: of a block, in up, gate and down; 0 likewise.
+        layout: of the blocks; None where it cannot be told (mixtures of experts).
+        width: bytes of a parameter.
+    """
+
+    layers: int
+    hidden: int
+    block: int
+    matrices: int
+    rows: int
+    attention: int
+    ffn: int
+    layout: BlockLayout | None
+    width: int
+
+    def known_layout(self, who: str) -> BlockLayout:
+        """Return the layout.
+
+        Raises:
+            UnsupportedModelError: if there is none.
+        """
+        if self.layout is None:
+            raise UnsupportedModelError(f"{who}: the block's projections cannot be told")
+        return self.layout
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """An emulator's blocks before it is built; parameters unless said otherwise.
+
+    Attributes:
+        adapters: blocks in A.
+        depth: blocks that run.
+        frozen: stored in the blocks outside A.
+        frozen_bytes: their bytes.
+        run: applied to each token outside A (a shared block counts each time).
+        verbatim: of the base's weights in the blocks, A included, how many are there bit for bit.
+    """
+
+    adapters: int
+    depth: int
+    frozen: int
+    frozen_bytes: int
+    run: int
+    verbatim: int
+
+
+def plain_forecast(
+    sizes: Sizes, adapters: int, kept: int, *, runs: int | None = None, depth: int | None = None
+) -> Forecast:
+    """Return the forecast of an emulator of A and ``kept`` frozen blocks as they are."""
+    frozen = kept * sizes.block
+    runs = kept if runs is None else runs
+    return Forecast(
+        adapters=adapters,
+        depth=adapters + runs if depth is None else depth,
+        frozen=frozen,
+        frozen_bytes=frozen * sizes.width,
+        run=runs * sizes.block,
+        verbatim=(adapters + kept) * sizes.block,
+    )
+
+
+class Compressor(Protocol):
+    """A frozen dataclass of settings that builds emulators.
+
+    At :meth:`identity` the emulator computes what the base computes, bit for bit.
+    """
+
+    def build(self, model: Model, material: Material) -> Emulator:
+        """Return the emulator; ``model`` is left as it was."""
+        ...
+
+    def forecast(self, sizes: Sizes) -> Forecast:
+        """Return the emulator's size without building it."""
+        ...
+
+    @classmethod
+    def identity(cls, adapters: Sequence[int]) -> Self:
+        """Return the settings that compress nothing."""
+        ...
+
+
+def adapters_in(layers: int, adapters: Sequence[int]) -> tuple[int, ...]:
+    """Return A's positions in order.
+
+    Raises:
+        ConfigError: if there is none, or one is repeated or outside 0..L-1.
+    """
+    chosen = tuple(sorted(check_positions(layers, adapters)))
+    check(len(chosen) >= 1, "adapters", chosen, "at least one position")
+    return chosen

@@ -1,0 +1,88 @@
+"""Magnitude pruning: the smallest weights of each frozen matrix become zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.compression.structure import Model
+from fedsplit.emulators.compressors.base import (
+    Forecast,
+    Material,
+    Sizes,
+    adapters_in,
+    plain_forecast,
+)
+from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan, check_fraction
+from fedsplit.models.anatomy import probe
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Unstructured pruning of every matrix in the blocks outside A (Han et al. 2015).
+
+    The emulator's tensors keep their shapes: ``details["nonzero"]`` counts what is left.  The
+    weights that survive are the base's own: this hides little.
+
+    Attributes:
+        adapters: A's positions.
+        sparsity: share of each matrix set to zero, in [0, 1].
+    """
+
+    adapters: tuple[int, ...]
+    sparsity: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fraction("sparsity", self.sparsity)
+
+    @classmethod
+    def identity(cls, adapters: Sequence[int]) -> Self:
+        """Return the settings that prune nothing."""
+        return cls(adapters=tuple(adapters))
+
+    def forecast(self, sizes: Sizes) -> Forecast:
+        """Return the emulator's size without building it (zeros are stored too)."""
+        chosen = len(adapters_in(sizes.layers, self.adapters))
+        rest = sizes.layers - chosen
+        zeros = int(self.sparsity * sizes.matrices) * rest
+        whole = plain_forecast(sizes, chosen, rest)
+        return replace(whole, verbatim=whole.verbatim - zeros)
+
+    def build(self, model: Model, material: Material) -> Emulator:
+        """Return the emulator."""
+        layers = probe(model).num_layers
+        rest = COMPRESS if self.sparsity > 0 else KEEP
+        plan = EmulatorPlan.with_adapters(layers, adapters_in(layers, self.adapters), rest)
+        emulator = build_emulator(
+            model,
+            plan,
+            edit=lambda _, block: prune_block(block, self.sparsity),
+            method="magnitude",
+            base_digest=material.base_digest,
+            details={"settings": asdict(self)},
+        )
+        nonzero = sum(int(p.count_nonzero()) for p in emulator.model.parameters())
+        emulator.details["nonzero"] = nonzero
+        return emulator
+
+
+@torch.no_grad()
+def prune_block(block: nn.Module, sparsity: float) -> None:
+    """Zero the smallest entries of every matrix of ``block``, in place."""
+    for parameter in block.parameters():
+        if parameter.dim() >= 2 and parameter.is_floating_point():
+            parameter.copy_(pruned(parameter, sparsity))
+
+
+def pruned(matrix: Tensor, sparsity: float) -> Tensor:
+    """Return a copy of ``matrix`` with its floor(sparsity * size) smallest entries at zero."""
+    count = int(sparsity * matrix.numel() + 1e-9)
+    flat = matrix.detach().flatten().clone()
+    if count:
+        flat[flat.abs().topk(count, largest=False).indices] = 0
+    return flat.view_as(matrix)

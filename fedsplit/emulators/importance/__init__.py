@@ -1,0 +1,1 @@
+"""Importance of blocks (ScaleOT, Dynamic LayerReplace) and harmonizers."""

@@ -1,0 +1,1 @@
+"""What an emulator would cost and reveal, before it is built."""

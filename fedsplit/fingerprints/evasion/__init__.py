@@ -1,0 +1,1 @@
+"""Maps that change a model's weights and keep its function."""

@@ -1,0 +1,1 @@
+"""Signed evidence: keys, chained records, public fingerprint files."""

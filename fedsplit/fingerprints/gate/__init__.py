@@ -1,0 +1,1 @@
+"""The lineage gate: verdicts with error rates after each aggregate."""

@@ -1,0 +1,1 @@
+"""Fingerprints, one per file, and the alignment they share."""

@@ -1,0 +1,151 @@
+"""AWM: align the residual dimensions, then compare attention weights by unbiased CKA.
+
+AWM (arXiv 2510.06738, ICLR 2026): the rows of shared vocabulary give a signed permutation between
+the two models' residual dimensions (linear assignment); in the common basis each layer's query and
+key matrices are compared by unbiased CKA over the d dimensions, which ignores orthogonal maps and
+isotropic scale on the head side; the fingerprint is the mean over layers.
+
+Beyond the paper: rotations are aligned too (:func:`fedsplit.fingerprints.methods.align.align`),
+V/O and FFN
+are reported beside Q/K, and factor pairs are *balanced* first.  CKA of Wq alone changes under the
+maps q -> A q, k -> A^-T k that attention cannot see; the balanced features of a pair,
+``Wq^T Wk = U S V^T -> (U S^1/2, V S^1/2)``, depend on the product only.
+
+Guarantee: 1 under FFN permutation, V/O and Q/K maps, embedding permutation, sign flips, rotation,
+norm rescaling and weight scaling; about 0 for independent weights (unbiased).  It holds under heavy
+further training better than anything that reads function.  What breaks it: twins trained on the
+same data and tokenizer share attention structure (0.27 for the gutenberg pair, so it is not the
+gate's score), new embeddings (no alignment), an expanded or cut width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedsplit.fingerprints.methods.aligned_products import (
+    KINDS,
+    centred_stream,
+    embedding_alignment,
+    match_blocks,
+)
+from fedsplit.fingerprints.methods.cka import unbiased_cka
+from fedsplit.fingerprints.view import Similarity, WeightView
+from fedsplit.models.layout.projections import BlockProjections
+
+
+def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (d, r) of both sides of a^T b, the same for every factorisation of the product.
+
+    Args:
+        a: (r, d); b: (r, d).
+    """
+    qa, ra = torch.linalg.qr(a.T)  # (d, r), (r, r)
+    qb, rb = torch.linalg.qr(b.T)
+    u, s, vh = torch.linalg.svd(ra @ rb.T)
+    root = s.clamp_min(0).sqrt()
+    return qa @ u * root, qb @ vh.T * root
+
+
+def balanced_units(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (d, I) of both sides of an FFN, scale shared evenly between a unit's two ends."""
+    first, second = up.norm(dim=1), down.norm(dim=0)  # (I,)
+    root = (second / first.clamp_min(1e-30)).sqrt()
+    return up.T * root, down / root.clamp_min(1e-30)
+
+
+def features(block: BlockProjections, *, centre: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per kind of weight the two sides' features, (d, p) each, rows are residual dimensions."""
+    size = block.q.shape[0] // block.heads
+    keys = block.expand(block.k)
+    pairs = [
+        balanced(block.q[h * size : (h + 1) * size], keys[h * size : (h + 1) * size])
+        for h in range(block.heads)
+    ]
+    out = {"qk": _joined(pairs)}
+    size = block.v.shape[0] // block.kv_heads
+    width = block.o.shape[1] // block.heads
+    outputs = block.o.new_zeros(block.kv_heads, width, block.o.shape[0])
+    for head, group in enumerate(block.kv_of_head):
+        outputs[group] += block.o[:, head * width : (head + 1) * width].T
+    pairs = [
+        balanced(block.v[g * size : (g + 1) * size], outputs[g]) for g in range(block.kv_heads)
+    ]
+    out["vo"] = _joined(pairs)
+    out["ffn"] = balanced_units(block.up, block.down)
+    if centre:  # what a mean-removing norm behind would drop
+        for kind in ("vo", "ffn"):
+            first, second = out[kind]
+            out[kind] = (first, second - second.mean(0, keepdim=True))
+    return out
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
+
+
+def compare_features(
+    ours: dict[str, tuple[Tensor, Tensor]],
+    theirs: dict[str, tuple[Tensor, Tensor]],
+    matrix: Tensor | None,
+) -> dict[str, float]:
+    """Mean unbiased CKA of both sides of each kind, the suspect's rows mapped by ``matrix``."""
+    turn = None if matrix is None else matrix.to(torch.float32).T
+    out = {}
+    for kind, sides in ours.items():
+        values = [
+            unbiased_cka(a, b if turn is None else turn @ b)
+            for a, b in zip(sides, theirs[kind], strict=True)
+        ]
+        out[kind] = sum(values) / len(values)
+    return out
+
+
+class AWM:
+    """Mean unbiased CKA of the Q/K weights after alignment; V/O and FFN in ``parts``."""
+
+    name = "awm"
+
+    def compare(
+        self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
+    ) -> Similarity:
+        """Compare block by block; depths may differ.
+
+        Raises:
+            LineageError: for different widths or a missing embedding.
+        """
+        del tokens
+        alignment = embedding_alignment(base, suspect)
+        matrix = None if alignment.kind == "identity" else alignment.matrix
+        centre = centred_stream(base)
+        notes = [f"residual basis by {alignment.kind}, rows fit at {alignment.fit:.3f}"]
+        pairs: list[int | None] = list(range(base.depth))
+        found: dict[tuple[int, int], dict[str, float]] = {}
+        if base.depth != suspect.depth:
+            all_theirs = [features(suspect.block(j), centre=centre) for j in range(suspect.depth)]
+            table = torch.zeros(base.depth, suspect.depth, dtype=torch.float64)
+            for i in range(base.depth):
+                ours = features(base.block(i), centre=centre)
+                for n, theirs in enumerate(all_theirs):
+                    found[i, n] = compare_features(ours, theirs, matrix)
+                    table[i, n] = max(0.0, found[i, n]["qk"])
+            pairs = match_blocks(table)
+            kept = sum(p is not None for p in pairs)
+            notes.append(f"{kept} of {base.depth} base blocks matched in {suspect.depth}")
+        per_block: list[float] = []
+        seen: list[dict[str, float]] = []
+        for i, match in enumerate(pairs):
+            if match is None:
+                per_block.append(0.0)
+                continue
+            j = match
+            if (i, j) not in found:
+                ours = features(base.block(i), centre=centre)
+                theirs = features(suspect.block(j), centre=centre)
+                found[i, j] = compare_features(ours, theirs, matrix)
+            seen.append(found[i, j])
+            per_block.append(found[i, j]["qk"])
+        parts = {k: sum(s[k] for s in seen) / max(1, len(seen)) for k in KINDS}
+        return Similarity(parts["qk"], parts, tuple(per_block), tuple(notes), alignment.fit)

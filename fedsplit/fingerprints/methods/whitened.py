@@ -1,0 +1,123 @@
+"""Whitened invariants: HuRef's products seen through orthonormalised embeddings.
+
+HuRef's X P X^T weighs the residual directions by the embeddings' spectrum, whose few dominant
+directions are the same for every model of the same data: twins score 0.7.  Replacing X = U S V^T by
+its orthonormal factor Xo = U V^T weighs all directions alike::
+
+    Y_qk = Xo Wq^T Wk Xo^T     Y_vo = Xo Wv^T Wo^T Xo^T     Y_ffn = Xo W1^T W2^T Xo^T     (K x K)
+
+A rotation R of the residual stream turns Xo into Xo R and P into R^T P R, so Y stays the same
+without any alignment; products cancel the inner maps.  So this is an invariant that an owner
+can publish (:mod:`fedsplit.fingerprints.evidence.public_file`), that compares models of different
+width, and that twins do not fool: V/O and FFN 0.05 for the gutenberg pair.
+
+What breaks it: replaced embeddings; fewer tokens than width (K < d sees K of d directions only);
+large changes of the embeddings' small singular directions lower it faster than the aligned
+products.  Own construction (not in HuRef or AWM).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedsplit.fingerprints.methods.aligned_products import (
+    KINDS,
+    centred_stream,
+    match_blocks,
+    product_factors,
+    products,
+)
+from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, shared_rows
+
+
+def orthonormal_rows(rows: Tensor, *, centre: bool, tolerance: float = 1e-5) -> Tensor:
+    """The orthonormal factor U V^T of (K, d) rows, without directions below ``tolerance``.
+
+    Args:
+        rows: embedding rows.
+        centre: remove each row's mean first, as a mean-removing norm would.
+    """
+    x = rows.double()
+    if centre:
+        x = x - x.mean(1, keepdim=True)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    kept = s > tolerance * s[0]
+    orthonormal: Tensor = (u[:, kept] @ vh[kept]).float()
+    return orthonormal
+
+
+def whitened_factors(view: WeightView, index: int, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """(L, R), both (K, r), with Y = L R^T, for each kind of product of one block."""
+    centre = centred_stream(view)
+    out = {}
+    for kind, (a, b) in product_factors(view.block(index)).items():
+        if centre and kind != "qk":
+            b = b - b.mean(1, keepdim=True)
+        out[kind] = ((x @ a.T @ b), x) if a.shape[0] > a.shape[1] else (x @ a.T, x @ b.T)
+    return out
+
+
+def transfer(one: Tensor, two: Tensor) -> Tensor:
+    """Xo^T Xo' (d, d'): <Y, Y'> = <P, A P' A^T> with A this, so no K x K matrix is ever built."""
+    return one.T @ two
+
+
+def overlap(p: Tensor, q: Tensor, a: Tensor) -> float:
+    """<P, A Q A^T> in float64."""
+    return float((p.double() * (a @ q @ a.T).double()).sum())
+
+
+class WhitenedICS:
+    """Mean cosine of the whitened V/O and FFN invariants over all blocks."""
+
+    name = "ics_whitened"
+
+    def compare(
+        self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
+    ) -> Similarity:
+        """Compare block by block; widths and depths may differ.
+
+        Raises:
+            LineageError: if the suspect lacks tokens of the base's list.
+        """
+        tokens = tokens if tokens is not None else choose_tokens(shared_rows(base, suspect))
+        centre = [centred_stream(v) for v in (base, suspect)]
+        rows = [
+            orthonormal_rows(v.embeddings(tokens), centre=c)
+            for v, c in zip((base, suspect), centre, strict=True)
+        ]
+        cross, one, two = (transfer(*p) for p in (rows, rows[:1] * 2, rows[1:] * 2))
+
+        def cosines(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+            out = {}
+            for kind in KINDS:
+                norm = overlap(ours[kind], ours[kind], one)
+                norm *= overlap(theirs[kind], theirs[kind], two)
+                value = overlap(ours[kind], theirs[kind], cross)
+                out[kind] = value / norm**0.5 if norm > 0 else 0.0
+            return out
+
+        found: dict[tuple[int, int], dict[str, float]] = {}
+        pairs: list[int | None] = list(range(base.depth))
+        same = base.depth == suspect.depth
+        for i in range(base.depth):
+            ours = products(base.block(i), centre=centre[0])
+            for j in [i] if same else range(suspect.depth):
+                found[i, j] = cosines(ours, products(suspect.block(j), centre=centre[1]))
+        if not same:
+            table = torch.zeros(base.depth, suspect.depth, dtype=torch.float64)
+            for (i, j), values in found.items():
+                table[i, j] = max(0.0, _mean(values))
+            pairs = match_blocks(table)
+        kept = [None if j is None else found[i, j] for i, j in enumerate(pairs)]
+        seen = [f for f in kept if f is not None]
+        parts = {k: sum(s[k] for s in seen) / max(1, len(seen)) for k in KINDS}
+        per_block = tuple(0.0 if f is None else _mean(f) for f in kept)
+        return Similarity(_mean(parts), parts, per_block)
+
+
+def _mean(found: dict[str, float]) -> float:
+    return (found["vo"] + found["ffn"]) / 2

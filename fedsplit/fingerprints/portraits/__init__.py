@@ -1,0 +1,1 @@
+"""Portraits: pictures of a fingerprint."""

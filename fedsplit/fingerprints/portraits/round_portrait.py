@@ -1,0 +1,86 @@
+"""The portrait's vector of every round, at next to no cost.
+
+The picture reads U^T Y V, the public fingerprint's sketch of the last two blocks' products
+(:mod:`fedsplit.fingerprints.evidence.public_file`), with Y = Xo P Xo^T and Xo the orthonormalised
+rows of
+the base's embedding.  The rows do not change while a top is trained, so (U^T Xo) and (Xo^T V),
+32 x d each, are made once, and a round costs two thin products per block.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsplit.errors import LineageError
+from fedsplit.fingerprints.methods.aligned_products import KINDS, centred_stream, product_factors
+from fedsplit.fingerprints.methods.whitened import orthonormal_rows
+from fedsplit.fingerprints.portraits.encoder import SIDE, Encoder, load, zscore
+from fedsplit.fingerprints.view import WeightView, choose_tokens
+from fedsplit.seeding import torch_generator
+
+
+class RoundPortrait:
+    """Draws vectors of states that share the base's embedding rows.
+
+    Args:
+        base: the base's view, with embedding rows.
+        seed: of the sketch, as in a public fingerprint file.
+
+    Raises:
+        LineageError: if the base has no rows, or is no wider than the sketch.
+    """
+
+    def __init__(self, base: WeightView, seed: int = 2312) -> None:
+        if base.width <= SIDE:
+            raise LineageError(f"width={base.width}: must be > {SIDE} for a portrait")
+        tokens = choose_tokens(base.vocabulary)
+        self._centre = centred_stream(base)
+        x = orthonormal_rows(base.embeddings(tokens), centre=self._centre)
+        generator = torch_generator(seed, "public-fingerprint", len(tokens), SIDE)
+        u, v = (torch.randn(len(tokens), SIDE, generator=generator) for _ in range(2))
+        self._left, self._right = u.T @ x, x.T @ v  # (32, d), (d, 32)
+        self._encoder: Encoder = load()
+
+    def vector(self, view: WeightView) -> NDArray[np.float64]:
+        """The 512-vector; equal to that of the published fingerprint of the same weights."""
+        blocks = [self._sketch(view, index) for index in range(-min(2, view.depth), 0)]
+        stacked = torch.cat(blocks if len(blocks) == 2 else blocks * 2)  # (6, 32, 32)
+        with torch.no_grad():
+            z = cast(Tensor, self._encoder(zscore(stacked)[None]))[0]
+        found: NDArray[np.float64] = z.double().numpy()
+        return found
+
+    def _sketch(self, view: WeightView, index: int) -> Tensor:
+        factors = product_factors(view.block(index))
+        out = []
+        for kind in KINDS:
+            a, b = factors[kind]
+            if self._centre and kind != "qk":
+                b = b - b.mean(1, keepdim=True)
+            out.append((self._left @ a.T) @ (b @ self._right))
+        return torch.stack(out)
+
+
+def pack_vector(vector: NDArray[np.float64]) -> str:
+    """A vector as text for a record: base64 of little-endian float16, 1.4 kB."""
+    return base64.b64encode(vector.astype("<f2").tobytes()).decode()
+
+
+def unpack_vector(text: str) -> NDArray[np.float64]:
+    """The vector of a record.
+
+    Raises:
+        LineageError: if the text is not one.
+    """
+    try:
+        values = np.frombuffer(base64.b64decode(text, validate=True), "<f2").astype(np.float64)
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise LineageError(f"portrait: not a vector: {error}") from error
+    return values

@@ -1,0 +1,1 @@
+"""Bundles: what the server ships to an owner, as bounded, checked files."""

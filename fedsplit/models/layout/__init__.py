@@ -1,0 +1,1 @@
+"""Discovery of a block's projections, by probing."""

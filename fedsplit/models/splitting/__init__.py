@@ -1,0 +1,1 @@
+"""Splitting a model into the owner's bottom and the server's top."""

@@ -1,0 +1,1 @@
+"""The owner's ledger of what left, and the check before anything leaves."""

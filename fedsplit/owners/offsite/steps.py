@@ -1,0 +1,160 @@
+"""An owner's steps on its adapters: micro-batches, bfloat16, the proximal term, DP-SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.config import RunConfig, TrainConfig
+from fedsplit.emulators.lm import lm_loss, logits_of
+from fedsplit.errors import ModelError
+from fedsplit.owners.split.own_training import DpSettings
+from fedsplit.privacy.dp.accounting import spent_epsilon
+from fedsplit.privacy.dp.optimizer import PrivateOptimizer
+
+
+class AdapterSteps:
+    """One round's steps.  The optimizer starts anew each round: its moments are the owner's own.
+
+    The objective of a step is the mean over blocks of their own mean next-token losses (all blocks
+    have one length), plus FedProx's ``mu / 2 |w - w_0|^2`` (Li et al., arXiv 1812.06127, eq. 2).
+
+    With ``dp`` a block is a sample: its gradient (the proximal term's in it) is bounded by
+    ``dp.clip``, and noise is added to the sum (see
+    :class:`~fedsplit.privacy.dp.optimizer.PrivateOptimizer`).
+
+    Args:
+        model: the emulator's, in training mode.
+        parameters: those that are trained.
+        config: the run's settings (groups ``train`` and ``offsite``).
+        dp: of DP-SGD, or None.
+
+    Raises:
+        ModelError: there is nothing to train.
+        ConfigError: DP-SGD is asked for and Opacus is not installed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        parameters: Sequence[nn.Parameter],
+        config: RunConfig,
+        dp: DpSettings | None = None,
+    ) -> None:
+        self._model = model
+        self._parameters = list(parameters)
+        self._offsite = config.offsite
+        self._clip = config.train.clip
+        self._start = [p.detach().clone() for p in self._parameters]
+        self._optimizer = _optimizer(self._parameters, config.train)
+        self._dp = dp
+        self._taken = 0
+        self._private: PrivateOptimizer | None = None
+        if dp is not None:
+            self._private = PrivateOptimizer(
+                self._optimizer,
+                noise_multiplier=dp.noise_multiplier,
+                clip=dp.clip,
+                secret=dp.secret,
+            )
+
+    def step(self, ids: Tensor, rate: float) -> float:
+        """Take one step and return the mean loss of its blocks in nats per token.
+
+        Args:
+            ids: the step's blocks (B, T).
+            rate: learning rate.
+
+        Raises:
+            ModelError: a loss is not finite; no step is taken.
+            PrivacyError: with DP-SGD: a gradient is not finite; no step is taken.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        loss = self._step_privately(ids) if self._private is not None else self._step(ids)
+        self._optimizer.zero_grad(set_to_none=True)
+        self._taken += 1
+        return loss
+
+    def spent(self) -> dict[str, float | int]:
+        """Return what DP-SGD has cost up to here; empty without it."""
+        dp = self._dp
+        if dp is None:
+            return {}
+        steps = dp.earlier_steps + self._taken
+        spent = spent_epsilon(dp.noise_multiplier, dp.sample_rate, steps, dp.delta, dp.accountant)
+        return {"dp-epsilon": spent, "dp-delta": dp.delta, "dp-steps": steps}
+
+    def _step(self, ids: Tensor) -> float:
+        self._optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in torch.split(ids, self._offsite.micro_batch or len(ids)):
+            share = len(part) / len(ids)
+            loss = self._loss(part)
+            torch.autograd.backward([share * loss])
+            total += share * float(loss.detach())
+        if self._offsite.proximal:
+            for parameter, start in zip(self._parameters, self._start, strict=True):
+                pull = self._offsite.proximal * (parameter.detach() - start)
+                parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
+        if self._clip:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self._optimizer.step()
+        return total
+
+    def _step_privately(self, ids: Tensor) -> float:
+        assert self._private is not None
+        losses: list[float] = []
+        self._private.step(self._parameters, self._gradients(ids, losses), len(ids))
+        return sum(losses) / len(losses)
+
+    def _gradients(self, ids: Tensor, losses: list[float]) -> Iterator[list[Tensor]]:
+        """Yield each block's own gradients, one tensor per parameter."""
+        mu = self._offsite.proximal
+        for block in torch.split(ids, 1):
+            loss = self._loss(block)
+            losses.append(float(loss.detach()))
+            found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+            yield [
+                (torch.zeros_like(p) if g is None else g) + mu * (p.detach() - start)
+                for g, p, start in zip(found, self._parameters, self._start, strict=True)
+            ]
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        with self._precision(ids.device.type):
+            logits = logits_of(self._model, ids)
+        loss = lm_loss(logits, ids)
+        if not bool(torch.isfinite(loss)):
+            raise ModelError(
+                f"local loss {float(loss.detach())} at step {self._taken}: must be finite"
+            )
+        return loss
+
+    def _precision(self, device: str) -> AbstractContextManager[Any]:
+        return torch.autocast(device, torch.bfloat16) if self._offsite.bf16 else nullcontext()
+
+
+def bounded(state: dict[str, Tensor], start: dict[str, Tensor], bound: float) -> dict[str, Tensor]:
+    """Return ``state`` moved toward ``start`` until their distance is at most ``bound``.
+
+    Args:
+        state: tensors by name.
+        start: the round's start, the same names and shapes.
+        bound: on the L2 norm of the whole difference.
+    """
+    distance = sum(float((state[n] - start[n]).double().pow(2).sum()) for n in state) ** 0.5
+    if distance <= bound:
+        return state
+    return {n: start[n] + (state[n] - start[n]) * (bound / distance) for n in state}
+
+
+def _optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+    if not parameters:
+        raise ModelError("emulator has 0 trainable parameters: must be >= 1")
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)

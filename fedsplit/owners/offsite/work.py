@@ -1,0 +1,183 @@
+"""An owner's round of offsite tuning: its own text, the emulator it was sent, adapters back.
+
+Nothing of the text leaves: what does is the adapters' weights (which an attacker may study, see
+:mod:`fedsplit.attacks.gradients.update_inversion`) and averages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.config.schedule import rate_factor
+from fedsplit.emulators.build import Emulator, method_settings, tune_inside
+from fedsplit.emulators.lm import mean_loss, pack
+from fedsplit.errors import ConfigError, DataError
+from fedsplit.owners.offsite.steps import AdapterSteps, bounded
+from fedsplit.owners.split.own_training import DpSettings
+from fedsplit.owners.split.schedule import train_steps
+from fedsplit.privacy.secret import OwnerSecret
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An owner's text as token blocks.
+
+    Attributes:
+        train: (N, T).
+        test: (N', T).
+    """
+
+    train: Tensor
+    test: Tensor
+
+
+def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length: int) -> Blocks:
+    """Return texts as packed blocks of ``length`` tokens, texts apart by the end token.
+
+    Raises:
+        DataError: one of the splits has less than one block.
+    """
+    end = tokenizer.eos_token_id
+    packed = []
+    for name, texts in (("train", train), ("test", test)):
+        ids: list[int] = []
+        for text in texts:
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if end is not None:
+                ids.append(int(end))
+        if len(ids) < length:
+            raise DataError(
+                f"owner's {name} split has {len(ids)} tokens: must be >= {length}, one block"
+            )
+        packed.append(pack(torch.tensor(ids, dtype=torch.int64), length))
+    return Blocks(packed[0], packed[1])
+
+
+class AdapterOwner:
+    """Trains what the run's method trains inside an emulator's A on one owner's blocks.
+
+    Args:
+        emulator: as loaded; the method's modules are added to its adapter blocks.
+        blocks: the owner's.
+        config: the run's settings.
+        name: the owner's public name, which orders its batches.
+        secret: the owner's, for the noise of DP-SGD (``dp.*``).
+
+    Raises:
+        ConfigError: the method finds nothing to train, or DP-SGD has no secret.
+        UnsupportedModelError: the method cannot be used in this family.
+    """
+
+    def __init__(
+        self,
+        emulator: Emulator,
+        blocks: Blocks,
+        config: RunConfig,
+        name: str,
+        secret: OwnerSecret | None = None,
+    ) -> None:
+        if config.dp.noise_multiplier and secret is None:
+            raise ConfigError(
+                f"dp.noise-multiplier={config.dp.noise_multiplier}: needs the owner's secret"
+            )
+        self.emulator = emulator
+        self.blocks = blocks
+        self.config = config
+        self.name = name
+        self._secret = secret
+        self.tuning = tune_inside(emulator, method_settings(config.offsite, config.seed))
+        self._received = self.tuning.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Start from the round's average.
+
+        Raises:
+            ModelError: a missing, foreign, misshapen or non-finite tensor.
+        """
+        self.tuning.load(state)
+        self._received = self.tuning.state()
+
+    def train(self, round_: int) -> dict[str, float | int]:
+        """Take the round's local steps and return its averages.
+
+        With DP-SGD what it has cost by now is among them (``dp-epsilon``, ``dp-delta``,
+        ``dp-steps``); the averages themselves are exact, and no part of that guarantee.
+
+        Raises:
+            ModelError: the loss is not finite; nothing leaves then.
+        """
+        train = self.config.train
+        began = time.perf_counter()
+        batches, _ = train_steps(len(self.blocks.train), train, self.config.seed, self.name, round_)
+        model = self.emulator.model.train()
+        if self.config.offsite.checkpointing:
+            # Nothing before A needs gradients: the re-entrant kind would find none at all.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        steps = AdapterSteps(
+            model, self.tuning.parameters(), self.config, self._dp(round_, len(batches))
+        )
+        loss_sum, tokens = 0.0, 0
+        try:
+            for step, batch in enumerate(batches):
+                ids = self.blocks.train[torch.as_tensor(batch)]  # (B, T)
+                done = (round_ - 1 + step / len(batches)) / train.rounds
+                loss = steps.step(ids, train.lr * rate_factor(train, done))
+                count = ids.shape[0] * (ids.shape[1] - 1)
+                loss_sum += loss * count
+                tokens += count
+        finally:
+            model.eval()
+        return {
+            "num-examples": len(self.blocks.train),
+            "targets": float(tokens),
+            "steps": len(batches),
+            "loss": loss_sum / max(1, tokens),
+            "accuracy": 0.0,
+            "share-touched": 0.0,
+            "train-seconds": time.perf_counter() - began,
+            **steps.spent(),
+        }
+
+    def evaluate(self) -> dict[str, float | int]:
+        """Return the emulator's loss on the owner's held-out blocks (nats per token)."""
+        test = self.blocks.test
+        return {
+            "num-examples": len(test),
+            "targets": float(test.shape[0] * (test.shape[1] - 1)),
+            "steps": 0,
+            "loss": mean_loss(self.emulator.model, test),
+            "accuracy": 0.0,
+            "share-touched": 0.0,
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what is trained by its names in the full model, float32.
+
+        With ``offsite.central-dp-clip`` the round's change is bounded before it leaves.
+        """
+        found = {name: t.float() for name, t in self.tuning.state().items()}
+        if self.config.offsite.central_dp_clip:
+            start = {name: t.float() for name, t in self._received.items()}
+            found = bounded(found, start, self.config.offsite.central_dp_clip)
+        return found
+
+    def _dp(self, round_: int, steps: int) -> DpSettings | None:
+        dp = self.config.dp
+        if not dp.noise_multiplier or self._secret is None:
+            return None
+        return DpSettings(
+            dp.noise_multiplier,
+            dp.clip,
+            dp.delta,
+            dp.accountant,
+            sample_rate=min(1.0, self.config.train.batch_size / len(self.blocks.train)),
+            earlier_steps=(round_ - 1) * steps,
+            secret=self._secret,
+        )

@@ -1,0 +1,1 @@
+"""The owner's policy: rules that no run config can weaken."""

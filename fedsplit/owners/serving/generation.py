@@ -1,0 +1,170 @@
+"""The owner's half of generation: the owner chooses every token and sends it as a representation.
+
+The bottom's cache is here, the top's is at the server.  Each piece of the text crosses once, after
+the owner's mechanism, with noise that depends on all of the text before it: the same word at two
+places never shows the same noise on two different vectors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedsplit.errors import FrameError, SessionError, check
+from fedsplit.models.splitting.cached_decoding import BottomStepper
+from fedsplit.models.splitting.halves import Bottom
+from fedsplit.owners.samples import Samples
+from fedsplit.owners.split.owner import Outgoing, SplitOwner, SplitSettings
+from fedsplit.privacy.perturb import SamplePerturber
+from fedsplit.wire.codecs import decode_rows, encode_rows
+from fedsplit.wire.frames import Frame, Kind
+
+Choose = Callable[[Tensor], int]
+
+
+class GeneratingOwner(SplitOwner):
+    """Answers the frames of one session that continues one text.
+
+    Args:
+        bottom: of a causal language model.
+        prompt: token ids (T,).
+        perturber: the privacy mechanism with the owner's secret.
+        settings: see :class:`~fedsplit.owners.split.owner.SplitSettings`; mode ``predict``.
+        choose: logits (V,) -> the next token's id.
+        stop: ids that end the text.
+        most: tokens generated at most.
+        on_token: called with every token as it is chosen.
+    """
+
+    def __init__(
+        self,
+        bottom: Bottom,
+        prompt: Tensor,
+        perturber: SamplePerturber,
+        settings: SplitSettings,
+        *,
+        choose: Choose,
+        stop: frozenset[int],
+        most: int,
+        on_token: Callable[[int], None] = lambda token: None,
+    ) -> None:
+        check(prompt.ndim == 1 and len(prompt) >= 1, "prompt tokens", len(prompt), ">= 1")
+        check(most >= 1, "new tokens", most, ">= 1")
+        super().__init__(
+            bottom,
+            Samples((prompt,), None),
+            [torch.tensor([i]).numpy() for i in range(most)],
+            [0] * most,
+            perturber,
+            replace(settings, mode="predict", joint=False),
+        )
+        self._stepper = BottomStepper(bottom)
+        self._choose = choose
+        self._stop = stop
+        self._most = most
+        self._on_token = on_token
+        self._over = False
+        self.text = prompt.tolist()
+        self.generated: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the text has ended."""
+        return self._over
+
+    def ready(self) -> Outgoing:
+        """Return the frame that announces at most how many pieces follow."""
+        kind, header, body = super().ready()
+        return kind, {**header, "samples": self._most}, body
+
+    def handle(self, frame: Frame) -> Iterator[Outgoing]:
+        """Yield the frames that answer ``frame``.
+
+        Raises:
+            SessionError: the frame does not belong here.
+            FrameError: its step, shape or numbers are not acceptable.
+        """
+        if frame.kind is Kind.START and not self.sent:
+            yield self._piece(self.samples.ids[0])
+        elif frame.kind is Kind.LOGITS:
+            token = self._read(frame)
+            self.generated.append(token)
+            self.text.append(token)
+            self._on_token(token)
+            if token in self._stop or len(self.generated) >= self._most:
+                self._over = True
+                yield Kind.DONE, {"samples": 1, "steps": self.sent}, b""
+                return
+            yield self._piece(torch.tensor([token]))
+        else:
+            raise SessionError(f"{frame.kind.name} frame: not expected while generating")
+
+    def _read(self, frame: Frame) -> int:
+        shape = tuple(frame["shape"])
+        if frame["step"] != self.sent - 1 or len(shape) != 2 or shape[0] != 1:
+            raise FrameError(f"LOGITS step {frame['step']} of shape {shape}: must be (1, V)")
+        if not 1 < shape[1] <= 1 << 20:
+            raise FrameError(f"LOGITS over {shape[1]} tokens: must be in [2, 2^20]")
+        return self._choose(decode_rows(frame.body, shape, frame["codec"])[0])
+
+    def _piece(self, ids: Tensor) -> Outgoing:
+        """Return the next piece (t,) of the text as a frame."""
+        step = self.sent
+        before = len(self.text) - len(ids)
+        hidden = self._stepper.step(ids[None])[0]  # (t, d)
+        # A piece's noise depends on its tokens and on the view: here a digest of all before them.
+        view = 0 if before == 0 else _digest(self.text[:before])
+        if step:
+            self.samples = Samples((*self.samples.ids, ids), None)
+        self.views[step] = view
+        rows = self.perturber.perturb(hidden, ids, view)
+        self.sent += 1
+        header = {
+            "step": step,
+            "slots": [step],
+            "fresh": [step],
+            "lengths": [len(ids)],
+            "codec": self.settings.codec,
+            "dim": int(rows.shape[1]),
+            "last": self.sent == self._most,
+        }
+        return Kind.BATCH, header, encode_rows(rows, self.settings.codec)
+
+
+def _digest(ids: Sequence[int]) -> int:
+    """Return 62 bits of a digest of token ids, never 0 (a text's own first view)."""
+    data = torch.tensor(list(ids), dtype=torch.int64).numpy().astype("<i8").tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 2 | 1
+
+
+def sampler(temperature: float, top_p: float, seed: int | None) -> Choose:
+    """Return how the next token is chosen.
+
+    Args:
+        temperature: 0 = the most probable token.
+        top_p: only the most probable tokens with that much probability together.
+        seed: None = from the operating system.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    check(0 <= temperature <= 100, "temperature", temperature, "in [0, 100]; 0 = most probable")
+    check(0 < top_p <= 1, "top-p", top_p, "in (0, 1]")
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        probability, order = torch.softmax(logits.double() / temperature, 0).sort(descending=True)
+        keep = int((probability.cumsum(0) < top_p).sum()) + 1
+        return int(order[torch.multinomial(probability[:keep], 1, generator=generator)])
+
+    return choose

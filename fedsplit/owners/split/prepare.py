@@ -1,0 +1,368 @@
+"""From a run config, the owner's own files and a received bottom to a ready :class:`SplitOwner`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsplit.config import RunConfig
+from fedsplit.config.schedule import rate_factor
+from fedsplit.data import TextDataset
+from fedsplit.errors import ModelError
+from fedsplit.models.bundle.bottom import Bundle, unpack_bottom
+from fedsplit.models.bundle.head import HEAD_FILES, unpack_head, without_head
+from fedsplit.models.splitting.halves import Bottom
+from fedsplit.owners.data_source import own_data, owner_name
+from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.samples import Samples, tokenise
+from fedsplit.owners.split.label_side import LabelSide
+from fedsplit.owners.split.own_training import DpSettings
+from fedsplit.owners.split.owner import SplitOwner, SplitSettings
+from fedsplit.owners.split.schedule import evaluation_steps, slot_order, train_steps
+from fedsplit.privacy import SamplePerturber
+from fedsplit.privacy.labels.table import GradientShield, build_protection, draw_labels
+from fedsplit.privacy.mechanisms.calibration import Store
+from fedsplit.privacy.mechanisms.factory import build_mechanism, choose_tokens
+from fedsplit.privacy.secret import OwnerSecret
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OwnerIdentity:
+    """Who this owner is, and where its state lives."""
+
+    name: str
+    home: OwnerHome
+    secret: OwnerSecret
+    node_config: Mapping[str, object]
+
+    @classmethod
+    def from_node(cls, config: RunConfig, node_config: Mapping[str, object]) -> OwnerIdentity:
+        """Return the identity given by the node config and the machine.
+
+        Raises:
+            ConfigError: no usable name, or a home that cannot be written.
+            PrivacyError: a noise secret that others can read, or a damaged one.
+        """
+        name = owner_name(node_config)
+        home = OwnerHome.locate(dict(node_config), name)
+        return cls(name, home, home.secret(config.seed, name), dict(node_config))
+
+
+# Loading a bottom and tokenising take seconds and are the same for every message of a run; the
+# caches save that where one process serves several messages, and nothing relies on them.
+@lru_cache(maxsize=4)
+def _bottom(folder: Path) -> tuple[Bottom, Any]:
+    return unpack_bottom(folder)
+
+
+@lru_cache(maxsize=4)
+def _representation(folder: Path) -> str:
+    """Return the digest of what representations depend on: another head is no other bottom."""
+    if any((folder / name).exists() for name in HEAD_FILES):
+        return without_head(Bundle.load(folder)).digest
+    return folder.name
+
+
+@lru_cache(maxsize=16)
+def _samples(
+    data_digest: str, split: str, owner: str, folder: Path, labelled: bool, limits: tuple[int, int]
+) -> list[Samples]:
+    """Return a mutable cell per key; filled by the caller, which has the texts."""
+    return []
+
+
+def prepare(
+    config: RunConfig,
+    identity: OwnerIdentity,
+    digest: str,
+    mode: str,
+    round_: int,
+    moved: str = "",
+) -> SplitOwner:
+    """Build the owner's side of one session.
+
+    Args:
+        config: the run's settings.
+        identity: this owner.
+        digest: the bottom's digest; its bundle must be in the owner's home.
+        mode: ``train`` or ``evaluate``.
+        round_: server round, from 1.
+        moved: for a joint bottom, what tells this session from every other: a bottom that moved
+            differently must not meet the same noise, or the difference of the two is in the clear.
+
+    Raises:
+        DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
+    """
+    labelled = config.model.task == "sequence-classification"
+    folder = identity.home.bottom_dir(digest)
+    bottom, tokenizer = _bottom(folder)
+    train_set, test_set = own_data(config.data, config.seed, labelled, identity.node_config)
+    train = _tokenised(config, identity, tokenizer, folder, "train", train_set)
+    chosen = (
+        train
+        if mode == "train"
+        else _tokenised(config, identity, tokenizer, folder, "test", test_set)
+    )
+    joint = config.split.bottom == "joint"
+    shown, side = _label_side(config, identity, folder, train, chosen, mode)
+    perturber = _perturber(
+        config, identity, folder, bottom, tokenizer, train, shown, moved if joint else ""
+    )
+    if mode == "train":
+        batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
+        # A moved bottom needs a fresh draw; even views train, odd ones evaluate.
+        views = [2 * epoch for epoch in epochs] if joint else [0] * len(batches)
+    else:
+        batches = evaluation_steps(len(chosen), config.train.batch_size)
+        views = [2 * round_ + 1 if joint else 0] * len(batches)
+    if joint:
+        bottom = unpack_bottom(folder)[0]  # the cached one must stay as it was received
+        for parameter in bottom.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    settings = SplitSettings(
+        mode=mode,
+        joint=joint,
+        codec=config.session.codec,
+        logits_codec=config.session.logits_codec,
+        bottom_lr=config.train.bottom_lr,
+        head_rates=_head_rates(config, round_, len(batches)),
+        optimizer=config.train.optimizer,
+        weight_decay=config.train.weight_decay,
+        clip=config.train.clip,
+    )
+    dp = _dp(config, identity, len(train), round_, len(batches)) if mode == "train" else None
+    return SplitOwner(bottom, side.samples, batches, views, perturber, settings, side, dp)
+
+
+def _perturber(
+    config: RunConfig,
+    identity: OwnerIdentity,
+    folder: Path,
+    bottom: Bottom,
+    tokenizer: Any,
+    train: Samples | None,
+    shown: torch.Tensor | None,
+    moved: str = "",
+) -> SamplePerturber:
+    """Return the configured mechanism with the owner's secret and contributing tokens.
+
+    Args:
+        train: the owner's training samples; None where nothing is derived from them.
+        shown: their labels, as far as anything may be derived from them.
+        moved: see :func:`prepare`.
+    """
+    cut = f"{_representation(folder)}:{config.split.k}"
+    store = Store(identity.home.root / "calibration", cut)
+    own = None if train is None else train.ids
+    frozen = config.split.bottom == "frozen"
+    mechanism = build_mechanism(
+        config.privacy, bottom, bottom.vocab, tokenizer, own=own, store=store, frozen=frozen
+    )
+    cti = None if train is None else choose_tokens(config, train.ids, shown, tokenizer)
+    if cti is not None:
+        log.info("contributing tokens: %s", cti.statement(config.privacy.cti_rho))
+    rho = config.privacy.cti_rho if cti is not None else 1.0
+    representation = f"{cut}:{moved}" if moved else cut
+    return SamplePerturber(mechanism, identity.secret, representation, cti, rho)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a text's representation is made with, outside of training."""
+
+    bottom: Bottom
+    tokenizer: Any
+    perturber: SamplePerturber
+
+
+def ground_of(config: RunConfig, identity: OwnerIdentity, digest: str) -> Ground:
+    """Return bottom, tokenizer and mechanism as training had them; the bundle must be at home.
+
+    The owner's training data is read only where the mechanism was derived from it: contributing
+    tokens, or a covariance of its own.
+
+    Raises:
+        DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
+    """
+    folder = identity.home.bottom_dir(digest)
+    bottom, tokenizer = _bottom(folder)
+    train, shown = None, None
+    p = config.privacy
+    if p.mechanism != "none" and (p.cti != "off" or p.mechanism == "pac"):
+        labelled = config.model.task == "sequence-classification"
+        texts, _ = own_data(config.data, config.seed, labelled, identity.node_config)
+        train = _tokenised(config, identity, tokenizer, folder, "train", texts)
+        shown, _ = _label_side(config, identity, folder, train, train, "evaluate")
+    return Ground(
+        bottom,
+        tokenizer,
+        _perturber(config, identity, folder, bottom, tokenizer, train, shown),
+    )
+
+
+def _label_side(
+    config: RunConfig,
+    identity: OwnerIdentity,
+    folder: Path,
+    train: Samples,
+    chosen: Samples,
+    mode: str,
+) -> tuple[torch.Tensor | None, LabelSide]:
+    """Return the training labels that anything may be derived from, and the session's label side.
+
+    With drawn labels, nothing but the draw ever sees the true ones of the training split: the
+    choice of contributing tokens and the averages of a round would tell them too.
+
+    Raises:
+        ModelError: the head is to be the owner's, and the server sent none.
+    """
+    protection = build_protection(config.labels)
+    classes = config.model.labels
+    shown, transition, shield = train.labels, None, None
+    if train.labels is not None:
+        shown = draw_labels(protection, identity.secret, train.ids, train.labels, classes)
+        if config.labels.debias:
+            transition = protection.transition(classes)
+        if protection.perturbs and mode == "train":
+            share = float((shown == 1).double().mean())
+            shield = GradientShield(protection, identity.secret, share)
+    head = unpack_head(folder) if config.labels.client_head else None
+    if config.labels.client_head and head is None:
+        raise ModelError("labels.protection=client-head: the server's bundle must bring the head")
+    side = LabelSide(
+        replace(train, labels=shown) if mode == "train" else chosen,
+        head=head,
+        trained=train.labels is not None or config.train.method == "all",
+        shield=shield,
+        transition=transition,
+    )
+    return shown, side
+
+
+def _head_rates(config: RunConfig, round_: int, steps: int) -> tuple[float, ...]:
+    """Return the head's learning rate at each step of the round, on the server's schedule.
+
+    The server counts progress over a wave's longest owner, an owner over its own steps.
+    """
+    train = config.train
+    classify = config.model.task == "sequence-classification"
+    peak = (train.head_lr or train.lr) if classify else train.lr
+    return tuple(
+        peak * rate_factor(train, (round_ - 1 + step / steps) / train.rounds)
+        for step in range(steps)
+    )
+
+
+def _dp(
+    config: RunConfig, identity: OwnerIdentity, samples: int, round_: int, steps: int
+) -> DpSettings | None:
+    dp = config.dp
+    if not dp.noise_multiplier:
+        return None
+    return DpSettings(
+        dp.noise_multiplier,
+        dp.clip,
+        dp.delta,
+        dp.accountant,
+        sample_rate=min(1.0, config.train.batch_size / samples),
+        earlier_steps=(round_ - 1) * steps,
+        secret=identity.secret,
+    )
+
+
+def _tokenised(
+    config: RunConfig,
+    identity: OwnerIdentity,
+    tokenizer: Any,
+    folder: Path,
+    split: str,
+    texts: TextDataset,
+) -> Samples:
+    labelled = config.model.task == "sequence-classification"
+    limits = (config.model.max_tokens, config.model.labels)
+    cell = _samples(texts.digest, split, identity.name, folder, labelled, limits)
+    if not cell:
+        order = slot_order(identity.secret, split, len(texts))
+        cell.append(
+            tokenise(
+                tokenizer,
+                texts.texts,
+                texts.labels if labelled else None,
+                max_tokens=config.model.max_tokens,
+                classes=config.model.labels,
+                order=order,
+            )
+        )
+    return cell[0]
+
+
+ROUNDS_KEPT = 3  # a server that was killed asks for its last round again
+
+
+def save_joint_state(owner: SplitOwner, folder: Path, round_: int) -> None:
+    """Keep the optimizer of what the owner trains for the next message (Flower has the weights).
+
+    Args:
+        owner: whose.
+        folder: of the run, the same for its restarts.
+        round_: that it has been stepped in.
+    """
+    optimizer = owner.optimizer
+    if optimizer is None:
+        return
+    from safetensors.torch import save_file
+
+    tensors = {}
+    scalars: dict[str, float] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.contiguous()
+            else:
+                scalars[f"{index}.{key}"] = float(value)
+    draft = folder / "optimizer.draft"
+    save_file(tensors, draft, metadata={"scalars": json.dumps(scalars)})
+    draft.replace(folder / f"optimizer-{round_}.safetensors")
+    for old in sorted(_optimizers(folder))[:-ROUNDS_KEPT]:
+        (folder / f"optimizer-{old}.safetensors").unlink(missing_ok=True)
+
+
+def _optimizers(folder: Path) -> list[int]:
+    """Return the rounds whose optimizer is kept."""
+    names = [p.stem.partition("-")[2] for p in folder.glob("optimizer-*.safetensors")]
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def load_joint_state(owner: SplitOwner, folder: Path, before: int) -> None:
+    """Restore what :func:`save_joint_state` kept of the last round before ``before``, if anything.
+
+    A round that is asked for twice, because the server was killed in it, begins twice with the same
+    optimizer.
+    """
+    optimizer = owner.optimizer
+    rounds = [number for number in _optimizers(folder) if number < before]
+    if optimizer is None or not rounds:
+        return
+    path = folder / f"optimizer-{max(rounds)}.safetensors"
+    from safetensors import safe_open
+
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = file.get_tensor(name)
+        for name, value in json.loads((file.metadata() or {}).get("scalars", "{}")).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)

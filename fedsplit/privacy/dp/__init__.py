@@ -1,0 +1,1 @@
+"""DP-SGD: optimizer and accounting (the only importer of opacus)."""

@@ -1,0 +1,1 @@
+"""Protections of private labels, one per file."""

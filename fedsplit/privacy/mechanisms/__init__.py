@@ -1,0 +1,1 @@
+"""Mechanisms that perturb representations, one per file."""

@@ -1,0 +1,178 @@
+"""d_chi noise on a token's vector, then the nearest vocabulary token: the text-to-text mechanism.
+
+Feyisetan et al., WSDM 2020, arXiv 1910.08902, algorithm 1; Qu et al., CIKM 2021, arXiv 2108.01624.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsplit.errors import PrivacyError, check
+from fedsplit.privacy.denoising.candidate_search import search
+from fedsplit.privacy.denoising.candidates import Candidates, MatrixCandidates
+from fedsplit.privacy.mechanisms.base import Mechanism, check_hidden
+from fedsplit.privacy.mechanisms.dchi import DChi
+from fedsplit.privacy.secret import SecretStream
+
+
+@dataclass(frozen=True)
+class NearestToken(Mechanism):
+    """Add d_chi noise to each token's vector and send what belongs to the nearest token instead.
+
+    With a ``bottom`` this works on text, at any split point: the noise is put on the word
+    embeddings (``candidates``), the nearest tokens make a new text, and what leaves is that text's
+    clean representation.  Without one, the candidates are the representations themselves (k = 0).
+
+    Guarantee:
+        That of :class:`fedsplit.privacy.mechanisms.dchi.DChi` at the same eta, in distances
+        between the
+        vectors that the noise is put on: rounding, and all that is computed from the new text, is
+        post-processing.  The server learns nothing more than that text.
+    What breaks it:
+        What breaks ``dchi``.  Tokens that stay themselves look like any other token, but at a large
+        eta most do stay: count them.  A token far from all others keeps itself at noise that moves
+        every other one (Xu et al., 2020, arXiv 2010.11947).  The length of the text and special
+        tokens at its ends are sent as they are: they are the same for every text of that length.
+        A bottom that learns would send another representation of the same text in every round, and
+        is refused.
+    Source:
+        arXiv 1910.08902 algorithm 1, with L2.
+
+    Args:
+        eta: as in ``dchi`` (1/length units of ``candidates``).
+        candidates: public vectors of every token, ``(V, d)``; they belong to the representation's
+            identity and are not described again.
+        bottom: ``(input_ids (1, T), mask (1, T)) -> (1, T, d')``, frozen, in evaluation mode; None
+            where the candidates are the representations.
+        specials: ids that stay themselves as the first or last token, and replace nothing.
+    """
+
+    name: ClassVar[str] = "nearest-token"
+    eta: float
+    candidates: Candidates = field(repr=False, compare=False)
+    bottom: Callable[[Tensor, Tensor], Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
+    specials: frozenset[int] = field(default=frozenset(), repr=False)
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.eta, int | float) and self.eta > 0 and math.isfinite(self.eta)
+        check(ok, "eta", self.eta, "> 0 (1/length units of the representation)")
+        check(
+            isinstance(self.candidates, Candidates),
+            "candidates",
+            type(self.candidates).__name__,
+            "Candidates (see candidates_through)",
+        )
+        object.__setattr__(self, "eta", float(self.eta))
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Mechanism.describe`."""
+        return {
+            "mechanism": self.name,
+            "eta": self.eta,
+            "vocab_size": self.candidates.vocab_size,
+            "noise_on": "representation" if self.bottom is None else "word embedding",
+            "specials": sorted(self.specials),
+        }
+
+    def tokens(self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None) -> Tensor:
+        """Return the token ids that stand for the vectors ``hidden``, ``(T, d) -> (T,)``."""
+        noisy = DChi(self.eta).privatise(hidden.detach(), stream, scale)
+        if hidden.shape[1] != self.candidates.dim:
+            raise PrivacyError(
+                f"hidden.shape={tuple(hidden.shape)}: must be (T, {self.candidates.dim})"
+            )
+        if not len(noisy):
+            return torch.zeros(0, dtype=torch.int64)
+        if not self.specials:
+            return search([noisy], self.candidates)[0][0][:, 0]
+        allowed = torch.zeros(self.candidates.vocab_size)
+        allowed[sorted(self.specials)] = -torch.inf
+        ids, _ = search(
+            [noisy], self.candidates, log_likelihood=torch.Tensor.neg_, log_prior=allowed
+        )
+        return ids[0][:, 0]
+
+    def replace(self, token_ids: Tensor, stream: SecretStream, scale: Tensor | None) -> Tensor:
+        """Return the text that stands for ``token_ids``, ``(T,) -> (T,)``.
+
+        Raises:
+            PrivacyError: if the candidates depend on the position, or an id is not among them.
+        """
+        if not isinstance(self.candidates, MatrixCandidates) or self.candidates.positions != 1:
+            raise PrivacyError("candidates: must be one (V, d) matrix to replace text")
+        table = self.candidates.matrix[0]  # (V, d)
+        if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < len(table):
+            raise PrivacyError(f"token id={int(token_ids.max())}: must be in 0..{len(table) - 1}")
+        out = self.tokens(table[token_ids], stream, scale)
+        for end in (0, -1) if len(token_ids) else ():
+            if int(token_ids[end]) in self.specials:
+                out[end] = token_ids[end]
+        return out
+
+    def privatise_sample(
+        self, hidden: Tensor, token_ids: Tensor, stream: SecretStream, scale: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`Mechanism.privatise_sample`.
+
+        Raises:
+            PrivacyError: for a bottom that learns; see also :meth:`replace`.
+        """
+        if self.bottom is None:
+            return self.privatise(hidden, stream, scale)
+        check_hidden(hidden, scale)
+        if hidden.requires_grad:
+            raise PrivacyError("nearest-token: the bottom learns: must be frozen")
+        ids = self.replace(token_ids.cpu(), stream, scale).unsqueeze(0).to(token_ids.device)
+        if not ids.shape[1]:
+            return hidden
+        with torch.no_grad():
+            return self.bottom(ids, torch.ones_like(ids))[0].to(hidden)
+
+    def privatise(
+        self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`Mechanism.privatise`; the backward pass treats the replacement as identity."""
+        ids = self.tokens(hidden, stream, scale)
+        clean = torch.empty(hidden.shape, dtype=torch.float32, device=self.candidates.device)
+        for first, block in self.candidates.blocks():  # (P, v, d)
+            here = ((ids >= first) & (ids < first + block.shape[1])).nonzero().squeeze(1)
+            position = here if self.candidates.positions > 1 else torch.zeros_like(here)
+            clean[here] = block[position, ids[here] - first]
+        out: Tensor = _Replace.apply(hidden, clean.to(hidden))  # type: ignore[no-untyped-call]
+        return out
+
+    def guarantee(self, views: int = 1) -> str:
+        """See :meth:`Mechanism.guarantee`."""
+        on = "representations" if self.bottom is None else "word embeddings"
+        return (
+            f"{DChi(self.eta).guarantee(views)}; distances are those of {on}; "
+            "what is sent are other tokens' clean vectors"
+        )
+
+    def per_token_epsilon(self, distance: float, views: int = 1) -> float:
+        """See :meth:`Mechanism.per_token_epsilon`; eta * distance * views."""
+        return DChi(self.eta).per_token_epsilon(distance, views)
+
+
+class _Replace(torch.autograd.Function):
+    """``clean`` forward, exactly; the gradient to ``hidden`` backward.
+
+    ``hidden + (clean - hidden).detach()`` would do the same with rounding errors that depend on the
+    private ``hidden``, and would send them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, clean: Tensor) -> Tensor:
+        return clean
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None

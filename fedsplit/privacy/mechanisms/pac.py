@@ -1,0 +1,187 @@
+"""Gaussian noise shaped by the representations' covariance: a bound on mutual information.
+
+After PAC privacy (Xiao & Devadas, CRYPTO 2023, arXiv 2210.03458, theorem 3), with the allocation
+named for Split-and-Privatize's variant: l_j the eigenvalues of the representation's covariance,
+
+    noise variance along eigenvector j:  e_j = sqrt(l_j) sum_i sqrt(l_i) / (2 B),
+
+which minimises the total noise power among all allocations with sum_j l_j / (2 e_j) = B nats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsplit.errors import PrivacyError, check
+from fedsplit.privacy.mechanisms.base import (
+    Mechanism,
+    add_noise,
+    check_distance,
+    check_hidden,
+    check_views,
+)
+from fedsplit.privacy.secret import Floats, SecretStream
+
+FLOOR = 1e-3
+"""Smallest eigenvalue that is believed, relative to their mean."""
+
+
+def noise_variances(eigenvalues: Floats, budget: float) -> Floats:
+    """Return e_j, ``(d,) -> (d,)``; 0.5 sum log(1 + l_j/e_j) <= sum l_j/(2 e_j) = ``budget``."""
+    root = np.sqrt(eigenvalues)
+    return np.asarray(root * root.sum() / (2 * budget), dtype=np.float64)
+
+
+def token_covariance(representations: Iterable[Tensor]) -> Tensor:
+    """Return the covariance of tokens' vectors, float64 ``(d, d)``, from samples ``(T_i, d)``.
+
+    The noise's shape is itself seen by the server: it can estimate the covariance of what it
+    receives, whoever's text the covariance was taken from.
+    """
+    rows = torch.cat([x.detach().cpu().double() for x in representations])  # (N, d)
+    check(len(rows) >= 2, "tokens", len(rows), ">= 2 (to estimate a covariance)")
+    return torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
+
+
+def budget_from_ratio(ratio: float, median_norm: float, covariance: Tensor) -> float:
+    """Return the budget whose noise is ``ratio`` times as long as the median representation.
+
+    The root mean square length is sum_j sqrt(l_j) / sqrt(2 B).  Rounded to 4 significant digits.
+
+    Args:
+        ratio: sqrt(E||n||^2) / median ||h||, in many dimensions the same as E||n|| / median ||h||.
+        median_norm: length units of the representation.
+        covariance: ``(d, d)``, as given to :class:`Pac` (with its default ``floor``).
+    """
+    values = np.linalg.eigvalsh(covariance.detach().cpu().double().numpy())
+    root = np.sqrt(np.maximum(values, FLOOR * values.mean())).sum()
+    return float(f"{0.5 * (root / (ratio * median_norm)) ** 2:.4g}")
+
+
+@dataclass(frozen=True)
+class Pac(Mechanism):
+    """Add Gaussian noise whose covariance follows the representations' own.
+
+    Guarantee:
+        A token's vector drawn from a distribution with at most this covariance shares at most
+        ``budget`` nats of mutual information with what is sent: an average over that distribution.
+    What breaks it:
+        It bounds no pair of tokens: a rare token far outside the covariance can be recognised, so
+        ``per_token_epsilon`` is infinite.  The covariance must cover the text that is sent.  Draws
+        add up: v views share at most v budgets; so do the T tokens of a sentence.  A token with
+        multiplier rho has budget / rho^2.  With public inputs (the default) the bound for the
+        owner's text is what :meth:`information` says for that text's covariance; with the owner's
+        own, the bound is the budget, and the noise's shape tells the server that covariance.
+    Source:
+        arXiv 2210.03458 theorem 3; eigenvalue allocation as in the module's head.  ``floor`` is
+        ours: eigenvalues below ``floor`` times their mean are raised to it, which keeps the bound
+        and leaves no direction without noise.
+
+    Args:
+        budget: B, nats per token and draw.
+        covariance: ``(d, d)``, for instance :func:`token_covariance` of public text.  Its bytes are
+            part of the noise's identity: estimate once, store, reuse.
+        floor: smallest eigenvalue allowed, relative to their mean.
+
+    Raises:
+        ConfigError: if ``budget`` or ``floor`` is out of range or the matrix is no covariance.
+    """
+
+    name: ClassVar[str] = "pac"
+    budget: float
+    covariance: Tensor = field(repr=False, compare=False)
+    floor: float = FLOOR
+    _root: Tensor = field(init=False, repr=False, compare=False)
+    _digest: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.budget, int | float) and 0 < self.budget < math.inf
+        check(ok, "budget", self.budget, "> 0 (nats per token)")
+        check(0 < self.floor <= 1, "floor", self.floor, "in (0, 1] (relative to the mean)")
+        matrix = self.covariance.detach().cpu().double()
+        shape = tuple(matrix.shape)
+        square = matrix.dim() == 2 and shape[0] == shape[1] and shape[0] > 0
+        check(square, "covariance.shape", shape, "(d, d)")
+        symmetric = bool(torch.isfinite(matrix).all()) and torch.allclose(matrix, matrix.T)
+        check(symmetric, "covariance", "matrix", "finite and symmetric")
+        values, vectors = np.linalg.eigh(matrix.numpy())
+        mean = float(values.mean())
+        check(mean > 0 and values[0] > -1e-6 * mean, "covariance", float(values[0]), "semidefinite")
+        variances = noise_variances(np.maximum(values, self.floor * mean), float(self.budget))
+        # The symmetric root does not depend on the signs or order that an eigensolver picks.
+        root = (vectors * np.sqrt(variances)) @ vectors.T
+        digest = hashlib.sha256(matrix.numpy().astype("<f8").tobytes()).hexdigest()
+        object.__setattr__(self, "budget", float(self.budget))
+        object.__setattr__(self, "floor", float(self.floor))
+        object.__setattr__(self, "_root", torch.from_numpy(root))
+        object.__setattr__(self, "_digest", digest)
+
+    def describe(self) -> dict[str, Any]:
+        """See :meth:`Mechanism.describe`."""
+        return {
+            "mechanism": self.name,
+            "budget": self.budget,
+            "floor": self.floor,
+            "covariance_sha256": self._digest,
+        }
+
+    @property
+    def mean_noise_norm(self) -> float:
+        """Root mean square length of the noise (length units of the representation)."""
+        return float(self._root.norm())
+
+    def information(self, covariance: Tensor) -> float:
+        """Return the nats per token and draw shared by vectors of another covariance, at most.
+
+        0.5 log det(I + C N^-1) with N the noise's covariance: exact for Gaussian vectors, an upper
+        bound for all others of that covariance.
+
+        Args:
+            covariance: C, ``(d, d)``, for instance :func:`token_covariance` of an owner's text.
+        """
+        inverse = torch.linalg.inv(self._root)
+        inside = inverse @ covariance.detach().cpu().double() @ inverse
+        return float(0.5 * torch.linalg.slogdet(torch.eye(len(inside)) + inside).logabsdet)
+
+    def privatise(
+        self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None
+    ) -> Tensor:
+        """See :meth:`Mechanism.privatise`."""
+        check_hidden(hidden, scale)
+        d = len(self._root)
+        if hidden.shape[1] != d:
+            raise PrivacyError(f"hidden.shape={tuple(hidden.shape)}: must be (T, {d})")
+        noise = torch.from_numpy(stream.normal(tuple(hidden.shape))) @ self._root  # (T, d)
+        return add_noise(hidden, noise, scale)
+
+    def log_likelihood(self, squared: Tensor) -> Tensor:
+        """See :meth:`Mechanism.log_likelihood`."""
+        return squared.mul_(-0.5)
+
+    def whitener(self) -> Tensor | None:
+        """See :meth:`Mechanism.whitener`."""
+        inverse: Tensor = torch.linalg.inv(self._root)
+        return inverse
+
+    def guarantee(self, views: int = 1) -> str:
+        """See :meth:`Mechanism.guarantee`."""
+        check_views(views)
+        return (
+            f"per token, on average over text with this covariance: at most "
+            f"{self.budget * views:.6g} nats of mutual information after {views} draw(s); no bound "
+            f"for a given pair of tokens; tokens whose noise is scaled by rho: divided by rho^2"
+        )
+
+    def per_token_epsilon(self, distance: float, views: int = 1) -> float:
+        """See :meth:`Mechanism.per_token_epsilon`; infinite, as there is no worst-case bound."""
+        check_views(views)
+        check_distance(distance)
+        return math.inf if distance > 0 else 0.0

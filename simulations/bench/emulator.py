@@ -1,0 +1,232 @@
+"""Seconds to an emulator: ScaleOT's importance run and settling, beside distillation; and its SVD.
+
+Both ways start from the same base and public text in one process.  ScaleOT is built once; then
+Offsite-Tuning's emulator with as many blocks is distilled with more and more steps, each time from
+the start (its learning rate falls over the whole run), until its plug-in is as good as ScaleOT's
+or the last number of steps is reached.  The ratio counts the seconds of the distillation that got
+there; if none did, that of the longest one, as a lower bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fedsplit.emulators import Compressor, make_compressor
+from fedsplit.emulators.compression.svd import truncate
+from fedsplit.emulators.compressors.scaleot import ScaleOT
+from fedsplit.emulators.importance.files import Importance
+from fedsplit.emulators.planning.plan import ends
+from fedsplit.emulators.planning.trial import trial
+from fedsplit.errors import check
+from fedsplit.models.anatomy import probe
+from fedsplit.seeding import torch_generator
+from simulations.core.settings import load_experiment
+from simulations.offsite.setting import World, options_of, perplexity_of
+from simulations.offsite.table import OPTIONS
+from simulations.runtime.machine import machine
+
+STEPS = (100, 200, 400, 800, 1600)
+SVD_METHODS = ("full", "eigen", "randomised")
+
+
+def run(
+    console: Console,
+    json_path: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    steps: Sequence[int] = STEPS,
+    width: int = 2048,
+    rank: int = 128,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """Measure and print.
+
+    Args:
+        console: for the tables.
+        json_path: where to write the figures, or None.
+        overrides: of the experiment ``offsite-table``: model, data, steps ...
+        steps: of the distillations to try, rising; empty: the SVD alone.
+        width: side of the matrix whose SVD is timed; 0: no SVD.
+        rank: kept of it.
+        repeats: of each SVD; the fastest counts.
+
+    Raises:
+        FedsplitError: whatever failed, named.
+        ConfigError: a number is out of range.
+    """
+    for number in steps:
+        check(number >= 1, "steps", number, ">= 1")
+    check(list(steps) == sorted(set(steps)), "steps", tuple(steps), "rising")
+    check(repeats >= 1, "repeats", repeats, ">= 1")
+    check(width == 0 or 1 <= rank <= width, "rank", rank, f"in 1..{width}")
+    figures: dict[str, Any] = {"machine": machine()}
+    if steps:
+        figures |= against_distillation(overrides, steps, console)
+    if width:
+        figures["svd"] = svd_rows(width, rank, repeats)
+    if json_path is not None:
+        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    show(console, figures)
+    return figures
+
+
+def against_distillation(
+    overrides: Sequence[str], steps: Sequence[int], console: Console
+) -> dict[str, Any]:
+    """Return ScaleOT's figures, a row per distillation, and the ratio of their seconds."""
+    experiment = load_experiment("offsite-table", overrides)
+    world = World(experiment.config, options_of(experiment.options, OPTIONS))
+    o, seed = world.options, 0
+    _ = world.tokens, world.full_zero_shot()  # read and warm before anything is timed
+    asked = ScaleOT(
+        n_adapters=int(o["adapters"]), alpha=float(o["alpha"]), rank_by=str(o["rank-by"])
+    )
+    importance_s = world.importance(seed)[1]
+    made, importance, seconds = world.settled(seed, asked)
+    ours = _measured(world, made, importance, seconds)
+    ours |= {"importance_s": importance_s, "settle_s": seconds - importance_s}
+    console.print(f"scaleot: plug-in {ours['plug_in']:.2f} after {ours['seconds']:.1f} s")
+    layers = probe(world.loaded.model).num_layers
+    count = int(o["adapters"])
+    adapters = ends(layers, max(1, count // 2), count - max(1, count // 2))
+    rest = layers - count
+    kept = rest - math.floor(float(o["alpha"]) * rest + 0.5)
+    rows: list[dict[str, Any]] = []
+    for number in steps:
+        distilled = make_compressor(
+            "layerdrop",
+            adapters=adapters,
+            keep=max(1, kept),
+            distil_steps=number,
+            bf16=bool(o["bf16"]),
+            seed=seed,
+        )
+        rows.append({"steps": number} | _measured(world, distilled, None, 0.0))
+        console.print(
+            f"distilled {number} steps: plug-in {rows[-1]['plug_in']:.2f} "
+            f"after {rows[-1]['seconds']:.1f} s"
+        )
+        if rows[-1]["plug_in"] <= ours["plug_in"]:
+            break
+    return {
+        "model": experiment.config.model.name,
+        "tuning_steps": int(o["steps"]),
+        "tuning_batch": int(o["batch"]),
+        "full_zero_shot": perplexity_of(world.full_zero_shot()),
+        "scaleot": ours,
+        "distillation": rows,
+        "reached": rows[-1]["plug_in"] <= ours["plug_in"],
+        "ratio": rows[-1]["seconds"] / ours["seconds"],
+    }
+
+
+def _measured(
+    world: World, made: Compressor, importance: Importance | None, before_s: float
+) -> dict[str, Any]:
+    train, held_out, _ = world.tokens
+    row, _ = trial(
+        world.loaded.model,
+        made,
+        world.material(importance),
+        train,
+        held_out,
+        world.tuning(0),
+        full_zero_shot=world.full_zero_shot(),
+        bound=math.nan,
+    )
+    return {
+        "seconds": before_s + row.build_s,
+        "plug_in": perplexity_of(row.plug_in),
+        "emulator_ft": perplexity_of(row.emulator_ft),
+        "emulator_zero_shot": perplexity_of(row.emulator_zero_shot),
+        "emulator_params": row.emulator_params,
+        "adapters": list(row.adapters),
+    }
+
+
+def slow_spectrum(width: int, seed: int = 0) -> Tensor:
+    """Return a matrix (width, width) whose singular values fall as i^(-1/2): slowly, as trained
+    projections' do, which is the hard case for a randomised SVD."""
+    generator = torch_generator(seed, "bench.emulator", width)
+    left, right = (
+        torch.linalg.qr(torch.randn(width, width, generator=generator)).Q for _ in range(2)
+    )
+    values = torch.arange(1, width + 1, dtype=torch.float32).rsqrt()
+    made: Tensor = left * values @ right
+    return made
+
+
+def svd_rows(width: int, rank: int, repeats: int) -> list[dict[str, Any]]:
+    """Return seconds and relative error of each method, and its error over the full SVD's."""
+    matrix = slow_spectrum(width)
+    rows: list[dict[str, Any]] = []
+    for method in SVD_METHODS:
+        seconds, error = math.inf, math.nan
+        for _ in range(repeats):
+            began = time.perf_counter()
+            error = truncate(matrix, rank, method).error
+            seconds = min(seconds, time.perf_counter() - began)
+        rows.append({"method": method, "seconds": seconds, "error": error})
+    full = rows[0]
+    return [
+        {
+            **row,
+            "width": width,
+            "rank": rank,
+            "speedup": full["seconds"] / row["seconds"],
+            "excess_error": row["error"] / full["error"] - 1 if full["error"] > 0 else 0.0,
+        }
+        for row in rows
+    ]
+
+
+def show(console: Console, figures: dict[str, Any]) -> None:
+    """Print the tables."""
+    if "scaleot" in figures:
+        table = Table(
+            title=f"seconds to an emulator; plug-in after {figures['tuning_steps']} steps of "
+            f"{figures['tuning_batch']}",
+            title_justify="left",
+        )
+        for name in ("way", "seconds", "plug-in", "emulator tuned", "parameters"):
+            table.add_column(name, justify="right")
+        named = [(f"distilled, {row['steps']} steps", row) for row in figures["distillation"]]
+        for name, row in [("scaleot", figures["scaleot"]), *named]:
+            table.add_row(
+                name,
+                f"{row['seconds']:.1f}",
+                f"{row['plug_in']:.2f}",
+                f"{row['emulator_ft']:.2f}",
+                f"{row['emulator_params'] / 1e6:.2f} M",
+            )
+        console.print(table)
+        word = "" if figures["reached"] else "at least "
+        console.print(f"distillation takes {word}{figures['ratio']:.2f} x ScaleOT's seconds")
+    if "svd" in figures:
+        table = Table(
+            title=f"rank {figures['svd'][0]['rank']} of a {figures['svd'][0]['width']} square",
+            title_justify="left",
+        )
+        for name in ("SVD", "seconds", "times faster", "error", "over the full SVD's"):
+            table.add_column(name, justify="right")
+        for row in figures["svd"]:
+            table.add_row(
+                row["method"],
+                f"{row['seconds']:.2f}",
+                f"{row['speedup']:.1f}",
+                f"{row['error']:.5f}",
+                f"{100 * row['excess_error']:.3f} %",
+            )
+        console.print(table)
+    m = figures["machine"]
+    console.print(f"machine: {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB")

@@ -1,0 +1,228 @@
+"""``bench split``: how fast split training is beside the same work in one process.
+
+Every way does the same steps: the same texts, batch and trained parameters.  The centralised figure
+is taken before, between and after the others, because the speed of a shared machine drifts; each
+ratio is against the centralised runs beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+
+from fedsplit.config import RunConfig
+from fedsplit.models.anatomy import probe
+from fedsplit.models.splitting.halves import split
+from fedsplit.owners.split.owner import SplitOwner, SplitSettings
+from fedsplit.owners.split.schedule import train_steps
+from fedsplit.privacy import OwnerSecret, SamplePerturber, build
+from fedsplit.wire.codecs import CODECS
+from fedsplit.wire.frames import Frame, Kind, encode
+from simulations.core.settings import load_experiment
+from simulations.core.shares import OwnerShare, owner_shares
+from simulations.runtime.federated import deploy, simulate
+from simulations.runtime.machine import machine
+from simulations.split.centralised import Step
+from strategies.split_tuning.optimisation import Optimisation
+from strategies.split_tuning.run import load_base
+
+OWNERS = 4
+NODES = 2
+
+
+def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Measure all ways and print the table.
+
+    Args:
+        console: where the table goes.
+        json_path: also write the figures there.
+        overrides: as for ``run``; the experiment is ``bench-split``.
+
+    Raises:
+        FedsplitError: a run failed, or a setting is out of range.
+    """
+    experiment = load_experiment("bench-split", overrides)
+    config = replace(experiment.config, data=replace(experiment.config.data, owners=OWNERS))
+    threads = config.output.threads or int(machine()["cores"])
+    torch.set_num_threads(threads)
+    tokenizer = load_base(config).tokenizer
+    shares = owner_shares(config, tokenizer)
+    figures: dict[str, Any] = {"machine": machine(), "threads": threads}
+    anchors: list[float] = []
+
+    def anchor() -> None:
+        anchors.append(centralised(config, shares))
+        console.print(f"  centralised: {anchors[-1]:.2f} steps/s")
+
+    with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder:
+        ways = {
+            "simulation": (simulate, config),
+            "deployment": (deploy, _for_nodes(config)),
+            "messages": (simulate, _over_messages(config)),
+        }
+        anchor()
+        for name, (carry_out, settings) in ways.items():
+            console.print(f"{name} ...")
+            began = time.perf_counter()
+            _, server = carry_out(settings, Path(folder) / name)
+            wall = time.perf_counter() - began
+            anchor()
+            figures[name] = _row(server, wall, (anchors[-2] + anchors[-1]) / 2)
+            console.print(f"  {name}: {figures[name]['steps_per_s']:.2f} steps/s")
+    figures["centralised"] = {"steps_per_s": sum(anchors) / len(anchors), "runs": anchors}
+    figures["bytes_per_token"] = bytes_per_token(config, shares)
+    if json_path is not None:
+        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _print(console, config, figures)
+    return figures
+
+
+def _for_nodes(config: RunConfig) -> RunConfig:
+    """Return the same cohort step from fewer owners with larger batches."""
+    batch = config.train.batch_size * OWNERS // NODES
+    return replace(
+        config,
+        data=replace(config.data, owners=NODES),
+        train=replace(config.train, batch_size=batch),
+    )
+
+
+def _over_messages(config: RunConfig) -> RunConfig:
+    steps = min(config.train.max_steps or 8, 8)
+    return replace(
+        config,
+        session=replace(config.session, transport="messages"),
+        train=replace(config.train, max_steps=steps),
+    )
+
+
+def _row(server: dict[str, Any], wall_s: float, anchor: float) -> dict[str, Any]:
+    rounds = [r["train"] for r in server["rounds"]]
+    rates = [r["steps"] / r["seconds"] for r in rounds]
+    later = rounds[1:]
+    rate = sum(r["steps"] for r in rounds) / sum(r["seconds"] for r in rounds)
+    row = {
+        "steps_per_s": rate,
+        "ratio": rate / anchor,
+        "first_epoch_steps_per_s": rates[0],
+        "first_epoch_ratio": rates[0] / anchor,
+        "compute_share": sum(r["compute_s"] for r in rounds) / sum(r["seconds"] for r in rounds),
+        "steps": sum(r["steps"] for r in rounds),
+        "wall_s": wall_s,
+        "peak_server_bytes": server.get("peak_rss_bytes"),
+    }
+    if later:
+        row["later_epochs_steps_per_s"] = sum(r["steps"] for r in later) / sum(
+            r["seconds"] for r in later
+        )
+        row["later_epochs_ratio"] = row["later_epochs_steps_per_s"] / anchor
+    return row
+
+
+def centralised(config: RunConfig, shares: Sequence[OwnerShare]) -> float:
+    """Return steps/s of ordinary training: the whole model, the same parameters trained."""
+    loaded = load_base(config)
+    model = loaded.model.train()
+    anatomy = probe(model)
+    above = {id(p) for block in anatomy.blocks[config.split.k :] for p in block.parameters()}
+    base = {id(p) for p in model.base_model.parameters()}
+    below = {id(p) for block in anatomy.blocks[: config.split.k] for p in block.parameters()}
+    below |= {id(p) for p in anatomy.input_embeddings.parameters()}
+    head = [p for p in model.parameters() if id(p) not in base]
+    body = [p for p in model.parameters() if id(p) in above]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in [*head, *body]:
+        parameter.requires_grad_(True)
+    optimisation = Optimisation(body, head, config.train)
+    batches = {
+        s.name: train_steps(len(s.train), config.train, config.seed, s.name, 1)[0] for s in shares
+    }
+    steps: list[Step] = []
+    for at in range(min(len(b) for b in batches.values())):
+        steps.append([(s.train, [int(i) for i in batches[s.name][at]]) for s in shares])
+    began, counted = 0.0, 0
+    for number, step in enumerate(steps):
+        if number == 2:  # the first two fill caches and allocate
+            began = time.perf_counter()
+        _whole_step(model, step, optimisation, number / len(steps))
+        counted += number >= 2
+    return counted / (time.perf_counter() - began)
+
+
+def _whole_step(model: Any, step: Step, optimisation: Optimisation, progress: float) -> None:
+    ids_list = [s.ids[slot] for s, slots in step for slot in slots]
+    ids = torch.nn.utils.rnn.pad_sequence(ids_list, batch_first=True)
+    lengths = torch.tensor([x.shape[0] for x in ids_list])
+    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    labels = torch.cat([s.labels[slots] for s, slots in step if s.labels is not None])
+    optimisation.zero_grad()
+    loss = functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, labels)
+    torch.autograd.backward([loss])
+    optimisation.step(progress)
+
+
+def bytes_per_token(config: RunConfig, shares: Sequence[OwnerShare]) -> dict[str, float]:
+    """Return bytes on the wire per token sent, frames' headers included, for each codec."""
+    bottom, _ = split(load_base(config).model, config.split.k, verify=False)
+    samples = shares[0].train
+    batches = train_steps(len(samples), config.train, config.seed, shares[0].name, 1)[0][:8]
+    tokens = sum(int(samples.ids[int(i)].shape[0]) for batch in batches for i in batch)
+    found = {}
+    for codec in CODECS:
+        perturber = SamplePerturber(build("none"), OwnerSecret.for_simulation(0, "bench"), "bench")
+        settings = SplitSettings("train", False, codec, "fp32")
+        owner = SplitOwner(bottom, samples, batches, [0] * len(batches), perturber, settings)
+        frames = owner.handle(Frame(Kind.START, {"window": len(batches)}))
+        sizes = [len(encode(Frame(*frame), 0, 1 << 30)) for frame in frames]
+        found[codec] = sum(sizes) / tokens
+    return found
+
+
+def _print(console: Console, config: RunConfig, figures: dict[str, Any]) -> None:
+    table = Table(
+        title=f"Split training, {config.model.name.partition(':')[2] or config.model.name}, "
+        f"k = {config.split.k}, {config.train.batch_size * OWNERS} texts a step",
+        title_justify="left",
+    )
+    for column in (
+        "",
+        "steps/s",
+        "of centralised",
+        "first epoch",
+        "later epochs",
+        "server computes",
+    ):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("centralised, one process", f"{figures['centralised']['steps_per_s']:.2f}")
+    titles = {
+        "simulation": f"simulation, {OWNERS} owners",
+        "deployment": f"deployment, {NODES} SuperNodes, TLS",
+        "messages": "Flower messages alone",
+    }
+    for name, title in titles.items():
+        row = figures[name]
+        later = row.get("later_epochs_ratio")
+        table.add_row(
+            title,
+            f"{row['steps_per_s']:.2f}",
+            f"{row['ratio']:.2f} x",
+            f"{row['first_epoch_ratio']:.2f} x",
+            "" if later is None else f"{later:.2f} x",
+            f"{100 * row['compute_share']:.0f} % of the time",
+        )
+    console.print(table)
+    sizes = ", ".join(f"{k} {v:.0f}" for k, v in figures["bytes_per_token"].items())
+    console.print(f"bytes per token sent, frames included: {sizes}")
+    m = figures["machine"]
+    console.print(f"machine: {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB")

@@ -1,0 +1,1 @@
+"""Experiments as such: settings, run folder, cells, report, progress."""

@@ -1,0 +1,352 @@
+"""One run, one folder: what was asked, what came out, on which machine.
+
+A folder holds
+
+- ``config.toml``: the effective configuration, as it was run;
+- ``results.json``: strict JSON (see below), replaced atomically each time it is written;
+- ``log/``: the log files of the processes (:attr:`RunFolder.logs`);
+- anything else the experiment leaves (adapters, transcripts, plots).
+
+``results.json`` always has
+
+============ =======================================================================================
+``schema``     1
+``name``       the experiment's name
+``kind``       one of the kinds below
+``status``     ``running`` | ``completed`` | ``failed`` | ``interrupted``
+``started``    UTC, ISO 8601
+``ended``      the same; null while running
+``time_s``     seconds from the start to this writing
+``versions``   of python, fedsplit, flwr, ray, torch, transformers, numpy (null: not installed)
+``machine``    ``cpu``, ``cores``, ``memory_bytes``, ``platform``, ``gpus``
+``error``      null, or why the run failed
+``notes``      what the writer had to change, such as ``loss: NaN written as null``
+============ =======================================================================================
+
+and beside these the experiment's own keys.  Required of a completed run, per kind
+(:data:`REQUIRED`):
+
+- ``split``: ``utility`` (``metric``, ``federated``, ``centralised``, ``baseline``), ``privacy``,
+  ``lineage`` (a row per round: ``pcs``, ``ics``, ``verdict``), ``traffic`` (``bytes_up``,
+  ``bytes_down``, ``bytes_per_token``, ``messages``), ``owners``, ``seed``, ``data_digest``;
+- ``table``: ``rows``, a list of flat tables.
+
+Results of a run that did not complete are kept and may lack keys: look at ``status`` first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from fedsplit.errors import ConfigError, RunError, check
+from simulations.runtime.machine import machine, versions
+from simulations.runtime.toml_text import to_toml
+
+Status = Literal["running", "completed", "failed", "interrupted"]
+STATUSES: tuple[Status, ...] = ("running", "completed", "failed", "interrupted")
+SCHEMA = 1
+TOP_LEVEL = (
+    *("schema", "name", "kind", "status", "started", "ended", "time_s"),
+    *("versions", "machine", "error", "notes"),
+)
+
+# kind -> key -> None (anything), columns of a table, or columns of each table in a list
+Shape = None | tuple[Literal["table", "rows"], tuple[str, ...]]
+REQUIRED: dict[str, dict[str, Shape]] = {
+    "split": {
+        "utility": ("table", ("metric", "federated", "centralised", "baseline")),
+        "privacy": ("table", ()),
+        "lineage": ("rows", ("round", "verdict")),
+        "traffic": ("table", ("bytes_up", "bytes_down", "bytes_per_token", "messages")),
+        "owners": None,
+        "seed": None,
+        "data_digest": None,
+    },
+    "table": {"rows": ("rows", ())},
+}
+
+
+class RunFolder:
+    """The folder of one run; as a context manager it also records how the run ended.
+
+    Leaving the ``with`` block normally marks the run ``completed``, Ctrl-C and SIGTERM mark it
+    ``interrupted``, any other exception ``failed``; what was recorded before is kept.
+    """
+
+    def __init__(self, path: Path, *, name: str, kind: str, force: bool = False) -> None:
+        """Make the folder and write its first ``results.json``, marked ``running``.
+
+        Args:
+            path: the folder; :func:`default_folder` suggests one.
+            name: the experiment's name.
+            kind: which keys its results must have.
+            force: allow a folder that holds a completed run; its results are replaced.
+
+        Raises:
+            ConfigError: for an unknown kind.
+            RunError: if the folder holds a completed run, is no folder, or cannot be written.
+        """
+        check(kind in REQUIRED, "kind", kind, f"one of {', '.join(sorted(REQUIRED))}")
+        self.path = Path(path).absolute()
+        self.results_path = self.path / "results.json"
+        if not force and _status_of(self.results_path) == "completed":
+            raise RunError(
+                f"{self.path}: holds a completed run; choose another folder, or go on in it with "
+                "--force: results are written anew, finished cells of the same settings are kept"
+            )
+        self.logs = self.path / "log"
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be made a run folder: {error}") from error
+        self._began = time.monotonic()
+        self._document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "name": name,
+            "kind": kind,
+            "status": "running",
+            "started": _now(),
+            "ended": None,
+            "time_s": 0.0,
+            "versions": versions(),
+            "machine": machine(),
+            "error": None,
+            "notes": [],
+        }
+        self._results: dict[str, Any] = {}
+        self._write()
+
+    def __enter__(self) -> Self:
+        """Return the folder."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Record how the run ended; an explicit earlier :meth:`mark` other than running stays."""
+        if error is None:
+            if self.status == "running":
+                self.mark("completed")
+            return
+        interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
+        # The run's own error is what the caller must see, even if recording it fails too.
+        with contextlib.suppress(RunError):
+            self.mark("interrupted" if interrupted else "failed", error=_describe(error))
+
+    @property
+    def status(self) -> str:
+        """How the run stands."""
+        return str(self._document["status"])
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The experiment's own keys, as recorded so far."""
+        return dict(self._results)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the effective configuration, flat or nested, to ``config.toml``.
+
+        Raises:
+            ConfigError: if it holds something that TOML cannot express.
+            RunError: if the file cannot be written.
+        """
+        write_atomically(self.path / "config.toml", to_toml(config).encode())
+
+    def record(self, **results: Any) -> None:
+        """Set keys of the experiment's own and write the file, so that a crash loses nothing.
+
+        Raises:
+            ConfigError: for a value that JSON cannot express, or a key that every run has.
+            RunError: if the file cannot be written; the previous one is intact.
+        """
+        for key in results:
+            check(key not in TOP_LEVEL, "results key", key, "none of those every run has")
+        merged = {**self._results, **results}
+        self._write(merged)
+        self._results = merged
+
+    def mark(self, status: Status, error: str | None = None) -> None:
+        """Set the status; ``completed`` requires the keys of the run's kind.
+
+        Raises:
+            ConfigError: for an unknown status.
+            RunError: if a required key is missing, or the file cannot be written.
+        """
+        check(status in STATUSES, "status", status, f"one of {', '.join(STATUSES)}")
+        if status == "completed":
+            check_results(str(self._document["kind"]), self._results)
+        self._write(self._results, status=status, error=error)
+
+    def _write(self, results: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Write the file with ``changes``, which are remembered only if that succeeds."""
+        document = {**self._document, **changes}
+        notes: list[str] = []
+        own = strict(results or {}, "", notes)
+        document["notes"] = notes
+        document["ended"] = None if document["status"] == "running" else _now()
+        document["time_s"] = round(time.monotonic() - self._began, 3)
+        whole = {**document, **own}
+        text = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
+        write_atomically(self.results_path, text.encode("utf-8", "replace") + b"\n")
+        self._document = document
+
+
+def default_folder(name: str, parent: Path = Path("runs")) -> Path:
+    """Return ``parent/NAME-YYYYmmdd-HHMMSS`` (local time), with a suffix if it exists already."""
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    stem = f"{safe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    path = parent / stem
+    number = 2
+    while path.exists():
+        path, number = parent / f"{stem}-{number}", number + 1
+    return path
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read and check a ``results.json`` (or the folder that holds one).
+
+    Raises:
+        RunError: if it is missing, not strict JSON, or lacks a required key.
+    """
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: no readable results: {error}") from error
+    missing = [key for key in TOP_LEVEL if not isinstance(document, dict) or key not in document]
+    if missing:
+        raise RunError(f"{path}: lacks {', '.join(missing)}")
+    if document["schema"] != SCHEMA:
+        raise RunError(f"{path}: schema={document['schema']!r}: must be {SCHEMA}")
+    if document["status"] == "completed":
+        try:
+            check_results(document["kind"], document)
+        except RunError as error:
+            raise RunError(f"{path}: {error}") from None
+    return dict(document)
+
+
+def check_results(kind: str, results: Mapping[str, Any]) -> None:
+    """Check that ``results`` has the keys required of its ``kind``.
+
+    Raises:
+        RunError: names the first key that is missing or of the wrong shape.
+    """
+    if kind not in REQUIRED:
+        raise RunError(f"kind={kind!r}: must be one of {', '.join(sorted(REQUIRED))}")
+    for key, shape in REQUIRED[kind].items():
+        if key not in results:
+            raise RunError(f"{key}: missing; results of kind {kind!r} must have it")
+        value = results[key]
+        if shape is None:
+            continue
+        form, columns = shape
+        if form == "table":
+            if not isinstance(value, Mapping):
+                raise RunError(f"{key}: must be a table, not {type(value).__name__}")
+            _check_columns(key, value, columns)
+            continue
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise RunError(f"{key}: must be a list of tables, not {type(value).__name__}")
+        for index, row in enumerate(value):
+            _check_columns(f"{key}[{index}]", row, columns)
+
+
+def _check_columns(where: str, row: object, columns: tuple[str, ...]) -> None:
+    if not isinstance(row, Mapping):
+        raise RunError(f"{where}: must be a table, not {type(row).__name__}")
+    absent = [c for c in columns if c not in row]
+    if absent:
+        raise RunError(f"{where}: lacks {', '.join(absent)}")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``, durably; on any failure the previous file is intact.
+
+    Raises:
+        RunError: names the path and the bytes, for example when the disk is full.
+    """
+    temporary: str | None = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot write {len(content)} bytes: {error.strerror or error}"
+        ) from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def strict(value: Any, where: str, notes: list[str]) -> Any:
+    """Return ``value`` as strict JSON: NaN and infinities become null, each with a note.
+
+    Takes also tuples, paths, and whatever has ``tolist`` (NumPy and torch scalars and arrays).
+
+    Raises:
+        ConfigError: for anything else; names the place.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        notes.append(f"{where or 'results'}: {value} written as null")
+        return None
+    if isinstance(value, Mapping):
+        inner = f"{where}." if where else ""
+        return {str(key): strict(item, f"{inner}{key}", notes) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item, f"{where}[{index}]", notes) for index, item in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return strict(value.tolist(), where, notes)
+    raise ConfigError(f"{where or 'results'}={type(value).__name__}: must be expressible in JSON")
+
+
+def _status_of(path: Path) -> str | None:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document.get("status") if isinstance(document, dict) else None
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,138 @@
+"""Experiment files: a kind, a sentence, the run's settings, and overrides from the command line.
+
+::
+
+    kind = "split"
+    about = "one sentence that says what is measured"
+    minutes = 6                     # on 2 cores, for the reader
+
+    [run.train]                     # groups and keys as in [tool.flwr.app.config]
+    rounds = 3
+
+    [options]                       # the kind's own options
+    cpus-per-owner = 0.5
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsplit.config import RunConfig, Scalar
+from fedsplit.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# Relative paths mean the caller's folder; Flower's and Ray's processes run elsewhere.
+PATHS = ("data.path", "model.name", "privacy.public-text", "offsite.public")
+ALIASES = {"model": "model.name", "models": "options.models"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment, ready to run.
+
+    Attributes:
+        name: file name without suffix.
+        kind: a row of ``simulations.core.kinds.KINDS``.
+        about: one sentence.
+        run: flat run settings (only those that differ from the defaults).
+        options: the kind's own options.
+    """
+
+    name: str
+    kind: str
+    about: str
+    run: Mapping[str, Scalar]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def result_kind(self) -> str:
+        """Which keys its results must have (see :mod:`simulations.core.run_folder`)."""
+        return "split" if self.kind == "split" else "table"
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's validated settings.
+
+        Raises:
+            ConfigError: names the setting, its value and its bound.
+        """
+        return RunConfig.from_flat(dict(self.run))
+
+
+def names() -> list[str]:
+    """Return the names of the experiments that come with the project."""
+    return sorted(p.stem for p in CONFIGS.glob("*.toml"))
+
+
+def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experiment:
+    """Read an experiment and apply ``key=value`` overrides.
+
+    Args:
+        name_or_path: a name from :func:`names`, or the path of a TOML file.
+        overrides: ``data.path=...``, ``train.rounds=5``, ``model=...`` (short for model.name), or
+            ``options.KEY=...``.  Values are TOML; what is no TOML value is taken as text.
+
+    Raises:
+        ConfigError: no such experiment, a malformed file or override, an unknown setting.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = CONFIGS / f"{name_or_path}.toml"
+        if not path.exists():
+            raise ConfigError(f"experiment={name_or_path!r}: must be one of {', '.join(names())}")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: must be a readable TOML file: {error}") from None
+    unknown = content.keys() - {"kind", "about", "minutes", "run", "options"}
+    if unknown:
+        raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
+    run = dict(_flatten(content.get("run", {})))
+    options = dict(content.get("options", {}))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = ALIASES.get(key.strip(), key.strip())
+        if not equals or not key:
+            raise ConfigError(f"--set {override!r}: must be key=value")
+        if key.startswith("options."):
+            options[key.removeprefix("options.")] = _value(text)
+        else:
+            run[key] = _value(text)
+    experiment = Experiment(
+        path.stem, str(content.get("kind", "")), str(content.get("about", "")), run, options
+    )
+    for key in PATHS:
+        if key in run:
+            run[key] = resolved(run[key])
+    _ = experiment.config  # refuse what is wrong before anything starts
+    return experiment
+
+
+def resolved(value: Any) -> Any:
+    """Return a path, or several separated as in PATH, from the root; anything else as it is."""
+    if not isinstance(value, str) or not value:
+        return value
+    parts = value.split(os.pathsep)
+    return os.pathsep.join(str(Path(p).resolve()) if p and Path(p).exists() else p for p in parts)
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float | str):
+            yield f"{prefix}{key}", value
+        else:
+            raise ConfigError(f"{prefix}{key}: must be a bool, number or text")
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,67 @@
+"""What the experimenter knows and no server does: the owners' tokens and labels, slot by slot.
+
+Used to score attacks and to train the centralised twin; the federation itself never sees this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedsplit.config import RunConfig
+from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.samples import Samples, tokenise
+from fedsplit.owners.split.schedule import slot_order
+from fedsplit.privacy.secret import OwnerSecret
+
+
+@dataclass(frozen=True)
+class OwnerShare:
+    """One simulated owner's samples, in the slots that it uses in a run."""
+
+    name: str
+    train: Samples
+    test: Samples
+
+
+def owner_shares(config: RunConfig, tokenizer: Any) -> list[OwnerShare]:
+    """Return every simulated owner's samples exactly as the owner itself prepares them.
+
+    Raises:
+        DataError: see :func:`fedsplit.owners.data_source.simulated_shares`.
+    """
+    labelled = config.model.task == "sequence-classification"
+    shares = []
+    for index, (train, test) in enumerate(simulated_shares(config.data, config.seed, labelled)):
+        name = f"owner-{index}"
+        secret = OwnerSecret.for_simulation(config.seed, name)
+        parts = [
+            tokenise(
+                tokenizer,
+                texts.texts,
+                texts.labels if labelled else None,
+                max_tokens=config.model.max_tokens,
+                classes=config.model.labels,
+                order=slot_order(secret, split, len(texts)),
+            )
+            for split, texts in (("train", train), ("test", test))
+        ]
+        shares.append(OwnerShare(name, parts[0], parts[1]))
+    return shares
+
+
+def label_names(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of the classes, for tables."""
+    labelled = config.model.task == "sequence-classification"
+    return tuple(simulated_shares(config.data, config.seed, labelled)[0][0].label_names)
+
+
+def data_digest(config: RunConfig) -> str:
+    """Return one digest over all owners' texts, labels and their order."""
+    import hashlib
+
+    labelled = config.model.task == "sequence-classification"
+    digest = hashlib.sha256()
+    for train, test in simulated_shares(config.data, config.seed, labelled):
+        digest.update(train.digest.encode() + test.digest.encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Experiments on faults: processes killed, networks broken, clocks moved."""

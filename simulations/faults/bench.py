@@ -1,0 +1,202 @@
+"""One small federation in this process, undisturbed and disturbed, and what a disturbance cost.
+
+Owners and server talk over real TLS streams on the loopback interface that lead through a proxy
+(:mod:`simulations.faults.proxy`).  What is lost is what the server's report says is lost, and
+whether the final model is the undisturbed run's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import FedsplitError, SessionError
+from simulations.faults.proxy import Proxy
+from simulations.runtime.certificates import Certificates, make_certificates
+from simulations.runtime.children import free_port
+from simulations.runtime.federated import owner_environment
+from simulations.runtime.local_grid import LocalGrid
+from simulations.runtime.local_run import environment
+from strategies.split_tuning import run as split_tuning_run
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Start:
+    """One start of the server, and what came of it."""
+
+    model: dict[str, Tensor] = field(default_factory=dict)
+    server: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    passed: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Fault:
+    """What is done to a run.
+
+    Attributes:
+        moment: share of the undisturbed run's bytes after which it is done.
+        act: what is done, with the proxy and the grid of the run.
+        breaks: whether it breaks connections, so that work flows again over new ones.
+        done: when, and when work flowed again, by ``time.monotonic``.
+        said: what came of it besides, for the row.
+    """
+
+    moment: float
+    act: Callable[[Proxy, LocalGrid], str | None]
+    breaks: bool = False
+    done: float = 0.0
+    again: float = 0.0
+    said: str = ""
+
+    @property
+    def recovered_s(self) -> float | None:
+        """Seconds until work flowed again, None where it never did."""
+        return self.again - self.done if self.again else None
+
+
+class Bench:
+    """Runs of one small federation, undisturbed and disturbed.
+
+    Args:
+        config: its settings.
+        folder: for its files.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same --out
+        self.tls = make_certificates(folder / "tls")
+        self._runs = 0
+        self.start("reference")  # owners have the bottom afterwards, so that steps are what passes
+        shutil.rmtree(folder / "reference")
+        self.reference = self.start("reference")
+        if self.reference.error:
+            raise SessionError(f"the undisturbed run failed: {self.reference.error}")
+
+    def start(
+        self,
+        name: str,
+        fault: Fault | None = None,
+        *,
+        tls: Certificates | None = None,
+        nodes: Mapping[int, dict[str, Any]] | None = None,
+        out: Path | None = None,
+    ) -> Start:
+        """Start the server in ``name``'s folder, which may hold an interrupted run.
+
+        Args:
+            name: of the folder.
+            fault: what is done to it.
+            tls: other certificates of the server than the owners expect.
+            nodes: owners' own node configs, by index.
+            out: the server's folder, where it is another.
+        """
+        self._runs += 1
+        run_id, port = 100 + self._runs, free_port()
+        server = out or self.folder / name
+        session = replace(self.config.session, port=port)
+        output = replace(self.config.output, dir=str(server))
+        config = replace(self.config, session=session, output=output)
+        tls = tls or self.tls
+        result, began = Start(), time.monotonic()
+        grid = LocalGrid(config, config.data.owners, run_id=run_id, first=1000 * self._runs)
+        grid.node_configs = {i: {"session-ca": str(self.tls.ca)} for i in range(config.data.owners)}
+        for index, more in (nodes or {}).items():
+            grid.node_configs[index] |= more
+        with Proxy(port) as proxy:
+            variables = {
+                **owner_environment(self.folder / "homes"),
+                "FEDSPLIT_TLS_CERT": str(tls.cert),
+                "FEDSPLIT_TLS_KEY": str(tls.key),
+                "FEDSPLIT_TLS_CA": str(tls.ca),
+                "FEDSPLIT_SESSION_ADDRESS": f"127.0.0.1:{proxy.port}",
+            }
+            over = threading.Event()
+            watcher = threading.Thread(target=self._watch, args=(fault, proxy, grid, over))
+            watcher.start()
+            try:
+                with environment(variables):
+                    torch.manual_seed(config.seed)
+                    context = Context(
+                        run_id=run_id,
+                        node_id=0,
+                        node_config={},
+                        state=RecordDict(),
+                        run_config=dict(config.to_flat()),
+                    )
+                    split_tuning_run.run(grid, context, config)
+                result.model = load_file(server / "top.safetensors")
+            except FedsplitError as error:
+                result.error = f"{type(error).__name__}: {error}"
+            finally:
+                over.set()
+                watcher.join()
+            result.passed = proxy.passed
+        result.seconds = time.monotonic() - began
+        if (server / "server.json").exists():
+            result.server = json.loads((server / "server.json").read_text())
+        return result
+
+    def _watch(
+        self, fault: Fault | None, proxy: Proxy, grid: LocalGrid, over: threading.Event
+    ) -> None:
+        if fault is None:
+            return
+        while proxy.passed < fault.moment * self.reference.passed:
+            if over.wait(0.002):
+                return
+        fault.done = time.monotonic()
+        before = proxy.connections
+        fault.said = fault.act(proxy, grid) or ""
+        while fault.breaks and proxy.connections == before and not over.wait(0.002):
+            pass
+        mark = proxy.passed
+        while proxy.passed < mark + 4096:  # a frame or two, not the handshake's answer alone
+            if over.wait(0.002):
+                break
+        fault.again = time.monotonic()
+
+    # ---- what was lost ----------------------------------------------------------------------
+
+    def same(self, start: Start) -> bool:
+        """Whether the final model is the undisturbed run's."""
+        mine, theirs = start.model, self.reference.model
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
+
+    def lost(self, start: Start) -> str:
+        """Return what a run lost, in words."""
+        if start.error:
+            return f"the run: {start.error[:160]}"
+        found = [
+            f"{name} in round {row['round']}, {part}: {why[:100]}"
+            for row in start.server["rounds"]
+            for part in ("train", "evaluate")
+            for name, why in row.get(part, {}).get("lost", {}).items()
+        ]
+        same = self.same(start)
+        if found:
+            return "; ".join([*found, "the model is the same, bit for bit"] if same else found)
+        return "nothing" if same else "bits: the model differs"
+
+
+def row_of(case: str, moment: str, lost: str, recovered: float | None, note: str = "") -> Row:
+    """Return one row of the fault matrix."""
+    seconds = None if recovered is None else round(recovered, 2)
+    return {"case": case, "moment": moment, "lost": lost, "recovered_s": seconds, "note": note}

@@ -1,0 +1,320 @@
+"""kill -9 of each process of a deployment, at moments that the server's kept states tell.
+
+SuperLink (on its database file), SuperNodes with keys, ServerApp and ClientApps are real processes
+on the loopback interface, under TLS.  What is killed is started again as an operator would: a
+SuperLink or SuperNode with the same arguments, a ServerApp by another ``flwr run`` with the same
+``output.dir``, a ClientApp not at all (its SuperNode starts one for the next message).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import FedsplitError, RunError
+from fedsplit.registry import pick
+from simulations.runtime.certificates import Certificates, make_certificates
+from simulations.runtime.children import Child, wait_until
+from simulations.runtime.deployment import Deployment, is_settled
+from simulations.runtime.federated import ROOT, owner_environment
+from simulations.runtime.submission import app_processes, end_tree
+
+Row = dict[str, Any]
+TIMEOUT_S = 600.0
+COMES_BACK_S = 180.0
+RESTART_S = 10.0  # as a systemd unit with Restart=always does
+STATE = re.compile(r"state-(\d+)\.json")
+
+
+class FragileDeployment(Deployment):
+    """A deployment whose processes can be killed and started again."""
+
+    def _start_superlink(
+        self, arguments: list[str], more: Mapping[str, str], tls: Certificates | None
+    ) -> None:
+        self._more = dict(more)
+        database = str(self.nursery.folder("database") / "superlink.db")
+        super()._start_superlink([*arguments, "--database", database], more, tls)
+
+    def kill_superlink(self) -> None:
+        """Kill the SuperLink and start it again on its database."""
+        old = self._superlink
+        assert old is not None
+        families = psutil.Process(old.process.pid).children(recursive=True)
+        old.process.kill()
+        old.process.wait()
+        for process in families:  # a machine that goes down takes them with it
+            end_tree(process)
+        assert isinstance(old.process.args, list)
+        self._superlink = self.nursery.add(
+            Child(
+                "superlink",
+                [str(x) for x in old.process.args],
+                env=self._environment("superlink", self._more),
+                cwd=self.nursery.folder("cwd", "superlink"),
+                log_path=self.log_dir / "superlink.log",
+                lines=self._lines,
+            )
+        )
+        if not self._answers(self._superlink, self.certificates):
+            raise self._superlink.failure("did not come back")
+
+    def kill_serverapp(self) -> None:
+        """Kill the ServerApp's process."""
+        assert self._superlink is not None
+        for process in app_processes(self._superlink.process.pid):
+            end_tree(process)
+
+    def kill_clientapp(self) -> None:
+        """Kill the first SuperNode's ClientApp: the one at work, or else the next one.
+
+        Raises:
+            RunError: none came.
+        """
+        node = psutil.Process(self._nodes[0].process.pid)
+        until = time.monotonic() + COMES_BACK_S
+        while time.monotonic() < until:
+            for process in node.children(recursive=True):
+                try:
+                    if any("flwr-clientapp" in part for part in process.cmdline()[:3]):
+                        process.kill()
+                        return
+                except psutil.NoSuchProcess:  # it ended by itself meanwhile
+                    continue
+            time.sleep(0.02)
+        raise RunError(f"no ClientApp to kill came within {COMES_BACK_S:g} s")
+
+    def kill_supernode(self) -> None:
+        """Kill the first SuperNode with its ClientApp, and start it until it stays.
+
+        The SuperLink refuses a key that it believes online: a service manager must try again.
+        """
+        end_tree(psutil.Process(self._nodes[0].process.pid))
+        self._nodes[0].process.wait()
+        until = time.monotonic() + COMES_BACK_S
+        while time.monotonic() < until:
+            self._nodes[0] = node = self._start_supernode(0)
+            wait_until(partial(is_settled, node), COMES_BACK_S)
+            if node.alive:
+                return
+            time.sleep(RESTART_S)
+
+
+KILLS: dict[str, Callable[[FragileDeployment], None]] = {
+    "ServerApp": FragileDeployment.kill_serverapp,
+    "ClientApp": FragileDeployment.kill_clientapp,
+    "SuperNode": FragileDeployment.kill_supernode,
+    "SuperLink": FragileDeployment.kill_superlink,
+}
+# moment -> (round, stage) of the newest state
+MOMENTS: dict[str, tuple[int, str] | None] = {
+    "starting": None,
+    "training": (1, "step"),
+    "before evaluation": (1, "trained"),
+    "between rounds": (1, "evaluated"),
+    "second round": (2, "step"),
+}
+
+
+class Watch:
+    """Looks at the kept states, kills at the moment, and notes when the next state came.
+
+    Args:
+        server: the server's ``output.dir``.
+        moment: a row of :data:`MOMENTS`.
+        act: what to do then.
+    """
+
+    def __init__(self, server: Path, moment: str, act: Callable[[], None]) -> None:
+        self._server = server
+        self._moment = MOMENTS[moment]
+        self._act = act
+        self._over = threading.Event()
+        self.killed = 0.0
+        self.again = 0.0
+        self.why = ""
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _newest(self) -> tuple[int, tuple[int, str]] | None:
+        """Return (number, (round, stage)) of the newest state."""
+        try:
+            names = [p for p in (self._server / "state").iterdir() if STATE.fullmatch(p.name)]
+            path = max(names, key=lambda p: p.name)
+            document = json.loads(path.read_bytes())
+            facts = document["facts"]
+            return int(document["number"]), (int(facts["round"]), str(facts["stage"]))
+        except (OSError, ValueError):
+            return None
+
+    def _reached(self) -> bool:
+        if self._moment is None:
+            return (self._server / "server.json").exists()
+        newest = self._newest()
+        return newest is not None and newest[1] == self._moment
+
+    def _run(self) -> None:
+        while not self._reached():
+            if self._over.wait(0.02):
+                return
+        newest = self._newest()
+        number = newest[0] if newest else 0
+        self.killed = time.monotonic()
+        try:
+            self._act()
+        except FedsplitError as error:
+            self.killed, self.why = 0.0, str(error)
+            return
+        while not self._over.wait(0.05):
+            newest = self._newest()
+            if newest is not None and newest[0] > number:
+                break
+        self.again = time.monotonic()
+
+    def stop(self) -> None:
+        """Look no longer."""
+        self._over.set()
+        self._thread.join(60)
+
+
+def cases(config: RunConfig, options: Mapping[str, Any], folder: Path) -> Iterator[Row]:
+    """Carry out every case; a deployment of its own each, so that none inherits another's trouble.
+
+    Raises:
+        ConfigError: an unknown process or moment.
+        RunError: the undisturbed run failed.
+    """
+    for process in options["processes"]:
+        pick(KILLS, process, "process")
+    for moment in options["process-moments"]:
+        pick(MOMENTS, moment, "moment")
+    owners = int(options["supernodes"])
+    # Long enough rounds for a kill to come in the middle of one.
+    config = replace(
+        config,
+        train=replace(config.train, min_owners=owners, epochs=4, max_steps=40),
+        data=replace(config.data, owners=owners),
+        session=replace(config.session, reconnect_s=10.0, wave_wait_s=180.0),
+        output=replace(config.output, checkpoint_steps=5),
+    )
+    homes = folder / "homes"  # owners have the bottom after the first run
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same --out
+    tls = make_certificates(folder / "tls")
+    reference = _one(config, folder / "reference", homes, tls, None, "")
+    if reference[0]:
+        raise RunError(f"the undisturbed run failed: {reference[0]}")
+    model = reference[1]
+    for process in options["processes"]:
+        for moment in options["process-moments"]:
+            name = f"{process}-{moment}".replace(" ", "-")
+            error, found, server, watch, note = _one(
+                config, folder / name, homes, tls, process, moment
+            )
+            case = f"kill -9 {process}"
+            if watch is None or not watch.killed:
+                why = (
+                    error
+                    or (watch.why if watch else "")
+                    or "the run was over before the moment came"
+                )
+                yield _row(case, moment, f"not run: {why[:200]}", None, note)
+                continue
+            yield _row(case, moment, _lost(error, found, model, server), watch, note)
+
+
+def _row(case: str, moment: str, lost: str, watch: Watch | None, note: str) -> Row:
+    seconds = round(watch.again - watch.killed, 1) if watch and watch.again else None
+    return {"case": case, "moment": moment, "lost": lost, "recovered_s": seconds, "note": note}
+
+
+def _lost(
+    error: str,
+    model: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    server: dict[str, Any],
+) -> str:
+    if error:
+        return f"the run: {error[:200]}"
+    found = [
+        f"{name} in round {row['round']}, {part}: {why[:80]}"
+        for row in server["rounds"]
+        for part in ("train", "evaluate")
+        for name, why in row.get(part, {}).get("lost", {}).items()
+    ]
+    if found:
+        return "; ".join(found)
+    same = model.keys() == expected.keys() and all(
+        torch.equal(model[n], expected[n]) for n in expected
+    )
+    return "nothing" if same else "bits: the model differs"
+
+
+def _one(
+    config: RunConfig,
+    folder: Path,
+    homes: Path,
+    tls: Certificates,
+    process: str | None,
+    moment: str,
+) -> tuple[str, dict[str, torch.Tensor], dict[str, Any], Watch | None, str]:
+    """Carry out one case; return (error, model, server.json, watch, note)."""
+    server = folder / "server"
+    session = {
+        "FEDSPLIT_TLS_CERT": str(tls.cert),
+        "FEDSPLIT_TLS_KEY": str(tls.key),
+        "FEDSPLIT_TLS_CA": str(tls.ca),
+    }
+    config = replace(config, output=replace(config.output, dir=str(server)))
+    deployment = FragileDeployment(
+        config.data.owners,
+        log_dir=folder / "log",
+        env={**owner_environment(homes), **session},
+        server_threads=1,
+        client_threads=1,
+        node_auth=True,
+    )
+    watch, error, starts = None, "", 0
+    with deployment:
+        if process is not None:
+            kill = KILLS[process]
+            watch = Watch(server, moment, lambda: kill(deployment))
+        for _ in range(3):
+            starts += 1
+            try:
+                deployment.run(ROOT, config.to_flat(), timeout_s=TIMEOUT_S)
+                error = ""
+                break
+            except FedsplitError as failed:
+                error = str(failed).splitlines()[0]
+                if watch is None or not watch.killed:
+                    break
+                # What is starting again must be there before an operator starts the run again.
+                wait_until(lambda: _answers(deployment), 60.0, 1.0)
+        if watch is not None:
+            watch.stop()
+    found, told = {}, {}
+    if (server / "top.safetensors").exists():
+        found = load_file(server / "top.safetensors")
+    if (server / "server.json").exists():
+        told = json.loads((server / "server.json").read_text())
+    again = [f"after round {r['after_round']}, step {r['step']}" for r in told.get("resumed", [])]
+    note = f"{starts} starts" + (f", gone on {'; '.join(again)}" if again else "")
+    return error, found, told, watch, note
+
+
+def _answers(deployment: FragileDeployment) -> bool:
+    superlink = deployment._superlink
+    return superlink is not None and superlink.alive

@@ -1,0 +1,250 @@
+"""Faults between owners and the session server: networks, strangers, certificates, disks."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fedsplit
+from fedsplit.errors import SessionError
+from fedsplit.wire.frames import PROTOCOL, Kind
+from fedsplit.wire.messages import OFFER
+from fedsplit.wire.stream import connect
+from simulations.faults.bench import Bench, Fault, Row, row_of
+from simulations.faults.clock import in_a_process
+from simulations.faults.proxy import Proxy
+from simulations.runtime.certificates import make_certificates
+from simulations.runtime.local_grid import LocalGrid
+
+DAY_S = 86_400.0
+SLOW_S = 6.0
+EXPIRES_S = 2.0
+MARGIN = 4.0  # a certificate that expires during a run lives so many undisturbed runs
+
+
+# ---- the faults -----------------------------------------------------------------------------
+
+
+def _cut(seconds: float) -> Callable[[Proxy, LocalGrid], None]:
+    return lambda proxy, grid: proxy.cut(seconds)
+
+
+def _stall(seconds: float) -> Callable[[Proxy, LocalGrid], None]:
+    return lambda proxy, grid: proxy.stall(seconds)
+
+
+def _flip(proxy: Proxy, grid: LocalGrid) -> None:
+    proxy.flip()
+
+
+def _truncate(proxy: Proxy, grid: LocalGrid) -> None:
+    proxy.truncate(1000)
+
+
+def _answer(port: int, ca: Path, hello: dict[str, Any]) -> str:
+    """Return what the session server says to a HELLO."""
+    try:
+        link = connect(f"127.0.0.1:{port}", ca=ca.read_bytes())
+        try:
+            link.send(Kind.HELLO, hello)
+            return f"answered {link.recv(20.0).kind.name}"
+        finally:
+            link.close()
+    except SessionError as error:
+        return f"refused: {error}"[:120]
+
+
+def _stranger(ca: Path, *, replay: bool) -> Callable[[Proxy, LocalGrid], str]:
+    """Say HELLO with a token that was used already, or as a node that was not asked."""
+
+    def act(proxy: Proxy, grid: LocalGrid) -> str:
+        record = grid.sent[-1].content.config_records[OFFER]
+        token, node = str(record["token"]), int(str(record["node"]))
+        header = {
+            "protocol": PROTOCOL,
+            "version": fedsplit.__version__,
+            "token": token if replay else token[::-1],
+            "run": grid.run_id,
+            "node": node if replay else 4711,
+            "round": int(str(record["round"])),
+            "mode": str(record["mode"]),
+            "owner": "stranger",
+            "bottom": "",
+        }
+        return _answer(proxy.port, ca, header)
+
+    return act
+
+
+def _slow_peer(proxy: Proxy, grid: LocalGrid) -> str:
+    """Open a TLS connection and send one byte a second, for as long as the server lets us."""
+    began = time.monotonic()
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", proxy.port)) as plain,
+            context.wrap_socket(plain) as secured,
+        ):
+            secured.settimeout(1.0)
+            while time.monotonic() - began < SLOW_S:
+                secured.sendall(b"P")
+                time.sleep(1.0)
+    except OSError as error:
+        return f"cut off after {time.monotonic() - began:.0f} s: {error}"[:120]
+    return f"bore with for {SLOW_S:g} s"
+
+
+@contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """Mount a file system of that size; yields what changes its size.
+
+    Raises:
+        SessionError: this process may not mount.
+    """
+    path.mkdir(parents=True)
+
+    def mount(*arguments: str) -> None:
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", *arguments, "tmpfs", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise SessionError(f"no small disk: {done.stderr.strip()[:100]}")
+
+    mount("-o", f"size={size}")
+    try:
+        yield lambda larger: mount("-o", f"remount,size={larger}")
+    finally:
+        subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False)
+
+
+# ---- the cases -----------------------------------------------------------------------------
+
+
+def in_passing(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+    """Faults that an undisturbed run would not have noticed, at several moments."""
+    acts: dict[str, Callable[[Proxy, LocalGrid], str | None]] = {
+        "network cut": _cut(0.0),
+        "network cut 5 s": _cut(5.0),
+        "network stall 5 s": _stall(5.0),
+        "network stall 60 s": _stall(60.0),
+        "bit-flipped": _flip,
+        "truncated": _truncate,
+        "replayed token": _stranger(bench.tls.ca, replay=True),
+        "unknown node": _stranger(bench.tls.ca, replay=False),
+        "peer sends 1 byte/s": _slow_peer,
+    }
+    for number, moment in enumerate(moments):
+        breaks = case.startswith(("network cut", "bit", "trunc"))
+        fault = Fault(moment, acts[case], breaks)
+        start = bench.start(f"{case}-{number}".replace("/", " per "), fault)
+        if not fault.done:
+            yield row_of(case, f"{moment:.0%} of bytes", "not run: the run was over", None)
+            continue
+        yield row_of(
+            case, f"{moment:.0%} of bytes", bench.lost(start), fault.recovered_s, fault.said
+        )
+
+
+def certificates(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+    """A server that shows a certificate no owner should accept, and an owner that pins another."""
+    folder = bench.folder / f"tls {case}"
+    if case == "certificate expired":
+        tls = make_certificates(folder, valid_days=EXPIRES_S / DAY_S)
+        time.sleep(EXPIRES_S + 1)
+        nodes = {i: {"session-ca": str(tls.ca)} for i in range(bench.config.data.owners)}
+        start = bench.start(case, tls=tls, nodes=nodes)
+    else:
+        other = make_certificates(folder)
+        start = bench.start(case, nodes={0: {"session-ca": str(other.ca)}})
+    yield row_of(case, "from the start", bench.lost(start), None)
+    if start.error:  # and with the right one the run begins
+        again = bench.start(case)
+        yield row_of(case, "put right", bench.lost(again), None)
+
+
+def expiry(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+    """The server's certificate expires while owners are at work; the next start has a new one."""
+    for number, moment in enumerate(moments):
+        folder = bench.folder / f"tls expiring {number}"
+        lives = max(MARGIN * bench.reference.seconds, 5.0)
+        tls = make_certificates(folder, valid_days=lives / DAY_S)
+        expires = time.monotonic() + lives
+
+        def hold(proxy: Proxy, grid: LocalGrid, expires: float = expires) -> str:
+            left = expires - time.monotonic()
+            proxy.stall(max(left, 0.0) + 1.0)
+            return f"held until the certificate had expired ({left:.1f} s)"
+
+        fault = Fault(moment, hold)
+        nodes = {i: {"session-ca": str(tls.ca)} for i in range(bench.config.data.owners)}
+        name = f"{case}-{number}"
+        start = bench.start(name, fault, tls=tls, nodes=nodes)
+        told = f"{moment:.0%} of bytes"
+        if not fault.done:
+            yield row_of(case, told, "not run: the run was over", None)
+            continue
+        first = bench.lost(start)
+        yield row_of(case, told, first, fault.recovered_s, fault.said)
+        if start.error:
+            again = bench.start(name)
+            kept = again.server.get("resumed") or [{"after_round": 0, "step": 0}]
+            where = f"gone on after round {kept[-1]['after_round']}, step {kept[-1]['step']}"
+            yield row_of(case, f"{told}, then a new one", bench.lost(again), None, where)
+
+
+def clock(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+    """The wall clock jumps an hour ahead and an hour back, in a process of its own."""
+    try:
+        yield from in_a_process(bench.config, bench.folder / "clock", case, moments)
+    except (SessionError, subprocess.TimeoutExpired) as error:
+        yield row_of(case, "any", f"not run: {error}"[:300], None)
+
+
+def full_disk(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+    """The server's disk is too small; later there is room and the run is started again."""
+    need = sum(p.stat().st_size for p in (bench.folder / "reference").rglob("*") if p.is_file())
+    kept = bench.reference.server["state"]
+    room = need + int(3.2 * kept["bytes"] / kept["saves"])  # for two states, not for three
+    path = bench.folder / "disk"
+    try:
+        with small_disk(path, str(room)) as resize:
+            start = bench.start(case, out=path / "server")
+            began = time.monotonic()
+            first = bench.lost(start)
+            resize(str(20 * room))
+            again = bench.start(case, out=path / "server")
+            told = again.server.get("resumed") or [{"after_round": 0, "step": 0}]
+            where = f"after round {told[-1]['after_round']}, step {told[-1]['step']}"
+            note = f"first start: {first}; started again with room, it went on {where}"
+            yield row_of(case, "in a state", bench.lost(again), time.monotonic() - began, note)
+    except SessionError as error:
+        yield row_of(case, "in a state", f"not run: {error}", None)
+
+
+CASES: dict[str, Callable[[Bench, str, list[float]], Iterator[Row]]] = {
+    "network cut": in_passing,
+    "network cut 5 s": in_passing,
+    "network stall 5 s": in_passing,
+    "network stall 60 s": in_passing,
+    "bit-flipped": in_passing,
+    "truncated": in_passing,
+    "replayed token": in_passing,
+    "unknown node": in_passing,
+    "peer sends 1 byte/s": in_passing,
+    "certificate expired": certificates,
+    "certificate expires during the run": expiry,
+    "wrong CA": certificates,
+    "clock jump": clock,
+    "full disk": full_disk,
+}

@@ -1,0 +1,290 @@
+"""Fuzz cases for files: bundles, emulators, adapters, checkpoints, states, run folders."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import save
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fedsplit.attacks.transcripts import read_transcript
+from fedsplit.emulators import make_compressor
+from fedsplit.emulators.compressors.base import Material
+from fedsplit.emulators.files import load_emulator, load_tokenizer, save_emulator
+from fedsplit.models import split
+from fedsplit.models.adapters.peft_folder import attach_peft
+from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
+from fedsplit.models.bundle.head import unpack_head, with_head
+from fedsplit.models.loading import load
+from fedsplit.models.splitting.heads import detach_head
+from fedsplit.owners.ledger.chain import canonical
+from simulations.bench.fingerprint import write_checkpoint
+from simulations.core import watch
+from simulations.fuzz.damage import damaged_json, damaged_safetensors, flipped
+from simulations.fuzz.wire import Case, Cases
+from strategies.rounds.state_folder import StateFolder
+from strategies.split_tuning.trained_weights import load_trained, save_trained
+
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def tiny_model(folder: Path) -> Path:
+    """Write a LLaMA of three blocks with random weights and a tokenizer of forty words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(folder, SHAPE)
+    words = {f"w{i}": i for i in range(39)} | {"[UNK]": 39}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    about |= {"pad_token": "w0", "eos_token": "w1"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return folder
+
+
+def damaged_file(name: str, content: bytes, rng: random.Random) -> bytes:
+    """Return a file's content damaged in the way that its kind is read."""
+    if name.endswith(".safetensors"):
+        return damaged_safetensors(content, rng)
+    if name.endswith(".json") and rng.random() < 0.8:
+        return damaged_json(json.loads(content), rng).encode("utf-8", "surrogatepass")
+    return flipped(content, rng)
+
+
+def one_damaged(files: Mapping[str, bytes], rng: random.Random) -> dict[str, bytes]:
+    found = dict(files)
+    name = rng.choice(sorted(found))
+    if rng.random() < 0.05:
+        del found[name]
+    else:
+        found[name] = damaged_file(name, found[name], rng)
+    return found
+
+
+def bottoms(scratch: Path) -> Cases:
+    """Bottom bundles that a server sends, with the right digest."""
+    loaded = load(str(tiny_model(scratch / "model")), "causal-lm")
+    bundle = pack_bottom(split(loaded.model, 1)[0], loaded.tokenizer)
+
+    def draw(rng: random.Random) -> Case:
+        files = one_damaged(bundle.files, rng)
+        return lambda: unpack_bottom(Bundle(files))
+
+    return draw
+
+
+def heads(scratch: Path) -> Cases:
+    """Bundles with a head."""
+    loaded = load(
+        str(tiny_model(scratch / "model")), "sequence-classification", num_labels=3, seed=0
+    )
+    bottom, top = split(loaded.model, 1)
+    bundle = with_head(pack_bottom(bottom, loaded.tokenizer), detach_head(top))
+    own = {n: c for n, c in bundle.files.items() if n.startswith("head")}
+
+    def draw(rng: random.Random) -> Case:
+        files = {**bundle.files, **one_damaged(own, rng)}
+        return lambda: unpack_head(Bundle(files))
+
+    return draw
+
+
+def emulators(scratch: Path) -> Cases:
+    """Emulator folders, their tokenizers included."""
+    loaded = load(str(tiny_model(scratch / "model")), "causal-lm")
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    made = make_compressor("magnitude", adapters=(0,), sparsity=0.5).build(
+        loaded.model, Material(tokens=tokens, base_digest=loaded.digest)
+    )
+    whole = scratch / "emulator"
+    save_emulator(made, whole, tokenizer=loaded.tokenizer)
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    folder = scratch / "case"
+
+    def draw(rng: random.Random) -> Case:
+        fill(folder, one_damaged(files, rng))
+
+        def case() -> None:
+            load_emulator(folder)
+            load_tokenizer(folder)
+
+        return case
+
+    return draw
+
+
+def checkpoints(scratch: Path) -> Cases:
+    """What training left, as serving reads it."""
+    path = scratch / "top.safetensors"
+    save_trained(path, {"a": torch.ones(3, 2), "b": torch.ones(1)}, None, {"base": "x"})
+    sound = path.read_bytes()
+
+    def draw(rng: random.Random) -> Case:
+        path.write_bytes(damaged_safetensors(sound, rng))
+        return lambda: load_trained(path, {"base": "x"})
+
+    return draw
+
+
+def states(scratch: Path) -> Cases:
+    """What an interrupted server goes on from, with digests that fit."""
+    folder = scratch / "state"
+    kept = StateFolder(folder, {"model": "x"})
+    kept.save({"round": 1, "done": [1, "a"]}, {"a": torch.ones(3)}, {"a/train/rows": torch.ones(2)})
+    kept.close()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    name = next(each for each in files if each.startswith("state-"))
+    body = {k: v for k, v in json.loads(files[name]).items() if k != "sha256"}
+
+    def sealed(found: Any) -> Any:
+        text = json.dumps(found, sort_keys=True, allow_nan=False).encode()
+        return found | {"sha256": hashlib.sha256(text).hexdigest()}
+
+    def draw(rng: random.Random) -> Case:
+        found = dict(files)
+        if rng.random() < 0.6:
+            found[name] = resealed(body, rng, sealed)
+        else:
+            which = rng.choice(sorted(n for n in files if n.endswith(".safetensors")))
+            found[which] = damaged_safetensors(files[which], rng)
+            changed = json.loads(json.dumps(body))
+            for entry in (changed["tensors"], *changed["store"]):
+                if entry["name"] == which:
+                    entry["bytes"] = len(found[which])
+                    entry["sha256"] = hashlib.sha256(found[which]).hexdigest()
+            found[name] = json.dumps(sealed(changed)).encode()
+        fill(folder, found)
+
+        def case() -> None:
+            reader = StateFolder(folder, {"model": "x"})
+            try:
+                reader.load()
+            finally:
+                reader.close()
+
+        return case
+
+    return draw
+
+
+def adapters(scratch: Path) -> Cases:
+    """PEFT adapter folders, put on a model."""
+    model = load(str(tiny_model(scratch / "model")), "causal-lm").model
+    at = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    size = SHAPE["hidden_size"]
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+    settings |= {"target_modules": ["layers.0.self_attn.q_proj"], "bias": "none"}
+    files = {
+        "adapter_config.json": json.dumps(settings).encode(),
+        "adapter_model.safetensors": save(
+            {f"{at}A.weight": torch.ones(2, size), f"{at}B.weight": torch.ones(size, 2)}
+        ),
+    }
+    folder = scratch / "case"
+    fill(folder, files)
+    attach_peft(copy.deepcopy(model), folder)
+
+    def draw(rng: random.Random) -> Case:
+        fill(folder, one_damaged(files, rng))
+        return lambda: attach_peft(copy.deepcopy(model), folder)
+
+    return draw
+
+
+def transcripts(scratch: Path) -> Cases:
+    """Recorded transcripts, as attacks read them."""
+    path = scratch / "transcript.safetensors"
+    tensors = {
+        "a/train/rows": torch.ones(5, 4),
+        "a/train/slots": torch.tensor([0, 1]),
+        "a/train/lengths": torch.tensor([3, 2]),
+    }
+    sound = save(tensors)
+
+    def draw(rng: random.Random) -> Case:
+        path.write_bytes(damaged_safetensors(sound, rng))
+        return lambda: read_transcript(path)
+
+    return draw
+
+
+def run_folders(scratch: Path) -> Cases:
+    """A run's files while they are written, as `watch` shows them."""
+    part = {"metrics": {"loss": 0.5, "owners": {"a": {"loss": 0.5}}}, "row_tokens": 5}
+    part |= {"finished": ["a"], "lost": {"b": "why"}, "steps": 3, "bytes_up": 100}
+    row = {"round": 1, "train": part, "lineage": {"verdict": "in_lineage", "score": 0.9}}
+    sound = {
+        watch.SERVER: {"rounds": [row], "status": "running", "serving": {"texts": 3}},
+        watch.PAGE: {
+            "round": 1,
+            "rounds": 3,
+            "mode": "train",
+            "step": 2,
+            "steps": 5,
+            "bytes_up": 9,
+            "steps_per_s": 2.0,
+            "step_seconds": {"p50": 0.1, "p99": 0.2},
+            "run": "7",
+            "owners": [{"name": "a", "state": "connected", "bytes_up": 5}],
+            "privacy": {"mechanism": "dchi", "eta": 10.0},
+        },
+    }
+    line = json.dumps({"level": "WARNING", "message": "x", "time": "2026-01-01T00:00:00"})
+    (scratch / watch.LOG).write_text(f"{line}\n" * 3)
+    console = Console(file=io.StringIO(), width=100)
+
+    def draw(rng: random.Random) -> Case:
+        for name, value in sound.items():
+            text = damaged_json(value, rng)
+            text = text[: rng.randrange(len(text) + 1)] if rng.random() < 0.2 else text
+            (scratch / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+        if rng.random() < 0.3:
+            (scratch / watch.LOG).write_bytes(flipped(f"{line}\n".encode() * 3, rng))
+
+        def case() -> None:
+            console.print(watch.draw(watch.refresh(watch.View(scratch))))
+            console.file = io.StringIO()
+
+        return case
+
+    return draw
+
+
+def resealed(
+    body: Any, rng: random.Random, seal: Callable[[Any], Any], *, compact: bool = False
+) -> bytes:
+    """Return damaged JSON that carries the seal of its own damaged content, where it can."""
+    text = damaged_json(body, rng)
+    try:
+        sealed = seal(json.loads(text))
+    except Exception:  # no JSON any more, or nothing that can be sealed: sent as it is
+        return text.encode("utf-8", "surrogatepass")
+    if not compact:
+        return json.dumps(sealed).encode()
+    plain = {k: v for k, v in sealed.items() if k != "hash"}
+    return canonical(plain)[:-1] + f',"hash":"{sealed["hash"]}"}}'.encode()
+
+
+def fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

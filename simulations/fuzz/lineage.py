@@ -1,0 +1,142 @@
+"""Fuzz cases for lineage: suspects' checkpoints, evidence, fingerprints, encoders, generators."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedsplit.fingerprints.evidence import chain as evidence
+from fedsplit.fingerprints.evidence import public_file
+from fedsplit.fingerprints.portraits import onnx_generator as onnx_file
+from fedsplit.fingerprints.portraits.encoder import SHIPPED
+from fedsplit.fingerprints.portraits.encoder import load as load_encoder
+from fedsplit.fingerprints.weights_file import open_view
+from simulations.fuzz.damage import damaged_safetensors, flipped
+from simulations.fuzz.files import fill, one_damaged, resealed, tiny_model
+from simulations.fuzz.wire import Case, Cases
+
+
+def weight_folders(scratch: Path) -> Cases:
+    """A suspect's checkpoint, viewed without loading it."""
+    folder = tiny_model(scratch / "model")
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if "tokenizer" not in p.name}
+    target = scratch / "case"
+
+    def draw(rng: random.Random) -> Case:
+        fill(target, one_damaged(files, rng))
+
+        def case() -> None:
+            view = open_view(target)
+            view.embeddings([0, 1])
+
+        return case
+
+    return draw
+
+
+def encoders(scratch: Path) -> Cases:
+    """Encoder weights."""
+    sound, path = Path(SHIPPED).read_bytes(), scratch / "encoder.safetensors"
+
+    def draw(rng: random.Random) -> Case:
+        path.write_bytes(damaged_safetensors(sound, rng))
+        return lambda: load_encoder(path)
+
+    return draw
+
+
+def generators(scratch: Path) -> Cases:
+    """ONNX generators."""
+    import numpy as np
+    import onnx
+
+    helper = onnx.helper
+    weights = onnx.numpy_helper.from_array(np.ones((512, 12), dtype=np.float32), "w")
+    shape = onnx.numpy_helper.from_array(np.array([1, 3, 2, 2]), "s")
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["z", "w"], ["flat"]),
+            helper.make_node("Reshape", ["flat", "s"], ["image"]),
+        ],
+        "generator",
+        [helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [1, 512])],
+        [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, [1, 3, 2, 2])],
+        [weights, shape],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    sound = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    path = scratch / "generator.onnx"
+
+    def draw(rng: random.Random) -> Case:
+        data = flipped(sound, rng)
+        if rng.random() < 0.5:  # in the program, not in the weights
+            cut = data.find(b"generator")
+            data = flipped(sound[: max(200, cut)], rng) + sound[max(200, cut) :]
+        path.write_bytes(data)
+        return lambda: onnx_file.OnnxGenerator(path)
+
+    return draw
+
+
+def evidences(scratch: Path) -> Cases:
+    """Lineage evidence, with a hostile signer's own good signatures."""
+    key, path = Ed25519PrivateKey.generate(), scratch / "lineage.jsonl"
+    body: dict[str, Any] = {
+        "version": 1,
+        "round": 1,
+        "subject": "aggregate",
+        "action": "accept",
+        "weights": "ab",
+        "previous": "0" * 64,
+        "signer": key.public_key().public_bytes_raw().hex(),
+        "report": {"verdict": "in_lineage", "score": 0.9},
+        "details": {"x": [1, "y"]},
+    }
+
+    def signed(found: Any) -> Any:
+        digest = hashlib.sha256(public_file.canonical_json(found)).hexdigest()
+        return found | {"hash": digest, "signature": key.sign(bytes.fromhex(digest)).hex()}
+
+    sound = json.dumps(signed(dict(body))).encode() + b"\n"
+
+    def draw(rng: random.Random) -> Case:
+        data = resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng)
+        path.write_bytes(data + rng.choice((b"\n", b"", sound, b"\0")))
+
+        def case() -> None:
+            try:
+                evidence.verify(path)
+            finally:
+                evidence.last_hash(path)
+
+        return case
+
+    return draw
+
+
+def fingerprints(scratch: Path) -> Cases:
+    """Published fingerprint files, signed by whoever made them."""
+    key, path = Ed25519PrivateKey.generate(), scratch / "fingerprint.json"
+    view = open_view(tiny_model(scratch / "model"))
+    public_file.write(public_file.make(view, "m", size=4), path, key)
+    sound = path.read_bytes()
+    body = {k: v for k, v in json.loads(sound).items() if k != "signature"}
+
+    def signed(found: Any) -> Any:
+        return found | {"signature": key.sign(public_file.canonical_json(found)).hex()}
+
+    def draw(rng: random.Random) -> Case:
+        path.write_bytes(resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng))
+
+        def case() -> None:
+            found = public_file.read(path)
+            public_file.compare_public(found, view)
+
+        return case
+
+    return draw

@@ -1,0 +1,130 @@
+"""Fuzz cases for what an owner reads: its ledger, rules, kept offers, and apps under review."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedsplit.config import RunConfig
+from fedsplit.deploy.review import facts_of
+from fedsplit.owners.app_digest import digest_of_bundle
+from fedsplit.owners.ledger.chain import GENESIS, Ledger, Totals, canonical, chained, read_ledger
+from fedsplit.owners.policy.description import TEMPLATE
+from fedsplit.owners.policy.rules import Policy
+from fedsplit.owners.serving.offers import FILE as LEAVE
+from fedsplit.owners.serving.offers import keep_offer, take_leave
+from fedsplit.wire.messages import SessionOffer
+from fedsplit.wire.serving import ServingOffer
+from simulations.fuzz.damage import damaged_json, damaged_text, flipped
+from simulations.fuzz.files import fill, resealed
+from simulations.fuzz.wire import Case, Cases
+
+
+def _entry(entry: dict[str, Any], _: Totals) -> dict[str, Any]:
+    return entry
+
+
+def ledgers(scratch: Path) -> Cases:
+    """An owner's ledger with lines that are damaged, cut off, or another's with good hashes."""
+    folder = scratch / "home"
+    folder.mkdir(exist_ok=True)
+    with Ledger(folder) as ledger:
+        for kind in ("hello", "ready", "slots"):
+            entry = {"kind": kind, "bytes": 3, "run": "7", "owner": "a"}
+            ledger.append(partial(_entry, entry))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    first = json.loads(files["ledger.jsonl"].splitlines()[0])
+    body = {k: v for k, v in first.items() if k != "hash"}
+
+    def hashed(found: Any) -> Any:
+        return found | {"hash": chained(GENESIS, canonical(found))}
+
+    def draw(rng: random.Random) -> Case:
+        found = dict(files)
+        way = rng.randrange(3)
+        if way == 0:
+            found["ledger.jsonl"] = flipped(found["ledger.jsonl"], rng)
+        elif way == 1:
+            line = resealed(body, rng, hashed, compact=True)
+            found = {"ledger.jsonl": line + b"\n"}
+        else:
+            name = rng.choice(sorted(found))
+            found[name] = flipped(found[name], rng)
+        fill(folder, found)
+
+        def case() -> None:
+            try:
+                for _ in read_ledger(folder):
+                    pass
+            finally:
+                Ledger(folder).close()
+
+        return case
+
+    return draw
+
+
+def policies(_: Path) -> Cases:
+    """owner.toml."""
+    sound = re.sub(r"(?m)^# (?=\w+ = )", "", TEMPLATE)  # with its suggestions in force
+    sound = sound.replace("...", "ab" * 32)
+    Policy.parse(sound.encode(), "owner.toml")
+
+    def draw(rng: random.Random) -> Case:
+        text = damaged_text(sound, rng)
+        content = text.encode("utf-8", "surrogatepass")
+        if rng.random() < 0.2:
+            content = flipped(sound.encode(), rng)
+        return lambda: Policy.parse(content, "owner.toml")
+
+    return draw
+
+
+def leaves(scratch: Path) -> Cases:
+    """An owner's kept offer of a serving model."""
+    session = SessionOffer(7, 5, 0, "predict", "stream", "", "127.0.0.1:1", b"", "", "ab")
+    keep_offer(scratch, ServingOffer(session, ("a.1.b",)), RunConfig().to_flat(), {"x": 1})
+    sound = json.loads((scratch / LEAVE).read_bytes())
+
+    def draw(rng: random.Random) -> Case:
+        text = damaged_json(sound, rng)
+        (scratch / LEAVE).write_bytes(text.encode("utf-8", "surrogatepass"))
+        return lambda: take_leave(scratch)
+
+    return draw
+
+
+def apps(_: Path) -> Cases:
+    """App bundles, whose digest an owner compares and whose facts a reviewer reads."""
+    project = """[project]
+name = "x"
+[tool.flwr.app.components]
+clientapp = "fedsplit.client_app:app"
+"""
+
+    def packed(text: str) -> bytes:
+        found = io.BytesIO()
+        with zipfile.ZipFile(found, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("pyproject.toml", text.encode("utf-8", "surrogatepass"))
+            archive.writestr("strategies/x.py", "x = 1\n" * 50)
+        return found.getvalue()
+
+    sound = packed(project)
+
+    def draw(rng: random.Random) -> Case:
+        inside = rng.random() < 0.4
+        data = packed(damaged_text(project, rng)) if inside else flipped(sound, rng)
+
+        def case() -> None:
+            digest_of_bundle(data)
+            facts_of(data)
+
+        return case
+
+    return draw

@@ -1,0 +1,1 @@
+"""Experiments on lineage fingerprints and the gate."""

@@ -1,0 +1,138 @@
+"""Pictures of the lineage experiments; matplotlib comes with the extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsplit.errors import RunError
+from fedsplit.fingerprints import WeightView
+from fedsplit.models.loading import LoadedModel
+
+STYLES: dict[str, tuple[str, str]] = {
+    "score": ("#111111", "score (aligned products)"),
+    "pcs": ("#1f77b4", "PCS"),
+    "ics": ("#d62728", "ICS, corrected"),
+    "ics_published": ("#ff9896", "ICS, published"),
+    "ics_whitened": ("#9467bd", "ICS, whitened"),
+    "awm": ("#2ca02c", "AWM"),
+    "reef": ("#8c8c8c", "REEF-style CKA"),
+}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise RunError(f"matplotlib: {error}: pip install 'fedsplit[plot]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def breaking_plot(
+    path: Path,
+    base: str,
+    series: Sequence[Mapping[str, Any]],
+    limits: Mapping[str, tuple[float, float, float]],
+) -> str:
+    """Similarity and distance from strangers against steps of further training.
+
+    Args:
+        limits: (mean, standard deviation, maximum) of independent pairs, per fingerprint.
+
+    Returns:
+        The file's name.
+    """
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
+    steps = [row["steps"] for row in series]
+    for name, (colour, label) in STYLES.items():
+        values = [row[name] for row in series]
+        if any(v is None for v in values):
+            continue
+        mean, sd, most = limits[name]
+        left.plot(steps, values, color=colour, marker="o", markersize=3, label=label)
+        left.plot([steps[0], steps[-1]], [most, most], color=colour, linestyle=":", linewidth=0.9)
+        z = [max(0.05, (v - mean) / sd) for v in values]
+        right.plot(steps, z, color=colour, marker="o", markersize=3, label=label)
+    left.set(xscale="log", xlabel="steps of further training", ylabel="similarity to the base")
+    left.set_title(f"{base} (dotted: its highest stranger)", fontsize=10)
+    right.set(
+        xscale="log", yscale="log", xlabel="steps of further training", ylabel="Z from strangers"
+    )
+    right.axhline(3.0, color="#bbbbbb", linewidth=0.8)
+    right.set_title("in standard deviations of independent pairs (line: 3)", fontsize=10)
+    left.legend(fontsize=8)
+    _save(plt, figure, path)
+    return path.name
+
+
+def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> str:
+    """Similarity against perplexity, a point per penalty weight.
+
+    Returns:
+        The file's name.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 4.8))
+    ordered = sorted(points, key=lambda row: float(row["weight"]))
+    for name in ("score", "ics_whitened", "awm", "pcs"):
+        colour, label = STYLES[name]
+        axes.plot(
+            [row[name] for row in ordered],
+            [row["perplexity"] for row in ordered],
+            color=colour,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
+    for row in ordered:
+        axes.annotate(
+            f"{row['weight']:g}",
+            (row["score"], row["perplexity"]),
+            fontsize=7,
+            xytext=(4, 4),
+            textcoords="offset points",
+        )
+    axes.axhline(points[0]["perplexity_base"], color="#bbbbbb", linestyle="--", linewidth=0.8)
+    axes.set(yscale="log", xlabel="similarity to the base", ylabel="held-out perplexity")
+    axes.set_title(f"{base}: fine-tuning with a penalty on the score (numbers: weight)", fontsize=9)
+    axes.legend(fontsize=8)
+    _save(plt, figure, path)
+    return path.name
+
+
+def lineage_sheet(
+    path: Path, columns: Sequence[tuple[str, Sequence[tuple[str, LoadedModel]]]], size: int
+) -> str:
+    """Portraits: a column per base, its descendants under it; all read on the base's token list.
+
+    Returns:
+        The file's name.
+    """
+    from fedsplit.fingerprints.evidence import public_file
+    from fedsplit.fingerprints.portraits import encoder
+    from fedsplit.fingerprints.portraits.sheet import draw_sheet
+
+    reader = encoder.load()
+    drawn = []
+    for title, entries in columns:
+        base = WeightView.of_module(entries[0][1].model)
+        listed = public_file.make(base, title).tokens
+        vectors = []
+        for label, loaded in entries:
+            view = WeightView.of_module(loaded.model)
+            found = public_file.make(view, label, tokens=listed)
+            vectors.append((label, encoder.vector(found, reader)))
+        drawn.append((title, vectors))
+    draw_sheet(drawn, path, size=size)
+    return path.name
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

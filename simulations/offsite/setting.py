@@ -1,0 +1,270 @@
+"""What the experiments on offsite tuning share: one base, one text, and what is worth keeping.
+
+Centralised, on the union of the owners' text: a federation with one local step per round takes the
+same steps (a test of the strategy holds that), so what differs between rows is the emulator alone.
+An importance run, settled harmonizers, full fine-tuning and the bounds are made once for a seed and
+kept in the run's folder, so that a killed experiment pays for them once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.emulators import Material
+from fedsplit.emulators.compressors.scaleot import ScaleOT
+from fedsplit.emulators.importance.files import (
+    Importance,
+    ImportanceSettings,
+    load_importance,
+    save_importance,
+)
+from fedsplit.emulators.importance.run import LayerReplace
+from fedsplit.emulators.lm import mean_loss, pack
+from fedsplit.emulators.planning.trial import Tuning, fully_tuned, tuned_in_full
+from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.models.loading import LoadedModel, load
+from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.offsite.work import blocks_of
+from fedsplit.privacy.public_text import public_texts
+from fedsplit.seeding import derive_seed
+from simulations.core.cells import Cells
+from strategies.split_tuning.run import DTYPES
+
+# Options of every experiment on offsite tuning; an experiment adds its own.
+COMMON: dict[str, Any] = {
+    "seeds": 3,
+    "steps": 150,
+    "batch": 16,
+    "lr": 3e-4,
+    "bf16": True,
+    "held-out": 64,
+    "adapters": 4,
+    "alpha": 0.25,
+    "beta": 0.75,
+    "settle-steps": 200,
+    "importance-steps": 400,
+    "rank-by": "costs",
+    "public-blocks": 4096,
+}
+
+
+def options_of(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with their defaults.
+
+    Raises:
+        ConfigError: if one is unknown.
+    """
+    unknown = given.keys() - known.keys()
+    if unknown:
+        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(known)}")
+    return {**known, **given}
+
+
+@dataclass
+class World:
+    """What all cells share.
+
+    Attributes:
+        config: of the run.
+        options: :data:`COMMON` and the experiment's own.
+        folder: the run's, where importance runs are kept; None: in memory alone.
+        cells: of the run, where baselines are kept; None likewise.
+    """
+
+    config: RunConfig
+    options: dict[str, Any]
+    folder: Path | None = None
+    cells: Cells | None = None
+    _losses: dict[str, float] = field(default_factory=dict)
+    _importance: dict[int, tuple[Importance, float]] = field(default_factory=dict)
+    _settled: dict[tuple[int, ScaleOT], tuple[Importance, float]] = field(default_factory=dict)
+    _loaded: LoadedModel | None = None
+    _tokens: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The base model and its tokenizer."""
+        if self._loaded is None:
+            m = self.config.model
+            # Eager attention: for blocks this short it trains 2-3 times faster under autocast.
+            self._loaded = load(
+                m.name,
+                "causal-lm",
+                dtype=DTYPES[m.dtype],
+                dropout=0.0,
+                attn="eager",
+                expected_sha256=m.sha256 or None,
+            )
+        return self._loaded
+
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The owners' training blocks, their held-out blocks, and public ones, (N, T) each."""
+        if self._tokens is None:
+            length = self.config.offsite.block
+            tokenizer = self.loaded.tokenizer
+            shares = simulated_shares(self.config.data, self.config.seed, False)
+            parts = [blocks_of(tokenizer, a.texts, b.texts, length) for a, b in shares]
+            wanted = int(self.options["public-blocks"]) * length
+            ids: list[int] = []
+            for text in public_texts(
+                self.config.offsite.public, docstrings=self.config.data.kind != "docstrings"
+            ):
+                ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+                if len(ids) >= wanted:
+                    break
+            held = int(self.options["held-out"])
+            each = max(1, held // len(parts))
+            self._tokens = (
+                torch.cat([p.train for p in parts]),
+                torch.cat([p.test[:each] for p in parts])[:held],
+                pack(torch.tensor(ids[:wanted]), length),
+            )
+        return self._tokens
+
+    def tuning(self, seed: int) -> Tuning:
+        """How adapters are tuned: the same for every method."""
+        o = self.options
+        return Tuning(
+            steps=int(o["steps"]),
+            batch_size=int(o["batch"]),
+            lr=float(o["lr"]),
+            bf16=bool(o["bf16"]),
+            seed=seed,
+        )
+
+    def material(self, importance: Importance | None) -> Material:
+        """What a compressor may use: public text and what was made of it."""
+        return Material(self.tokens[2], importance, self.loaded.digest)
+
+    def importance(self, seed: int) -> tuple[Importance, float]:
+        """Return the seed's importance run and its seconds; one run serves many emulators."""
+        if seed not in self._importance:
+            settings = ImportanceSettings(
+                steps=int(self.options["importance-steps"]),
+                bf16=bool(self.options["bf16"]),
+                seed=derive_seed(seed) % 2**31,
+            )
+            public = self.tokens[2]
+            half = max(1, len(public) // 2)
+
+            def make() -> Importance:
+                return LayerReplace(
+                    self.loaded.model,
+                    public[:half],
+                    public[half:],
+                    settings,
+                    base_digest=self.loaded.digest,
+                ).run()
+
+            about = {"what": "importance", "seed": seed}
+            self._importance[seed] = self._kept(f"importance-{seed}", about, make)
+        return self._importance[seed]
+
+    def settled(self, seed: int, compressor: ScaleOT) -> tuple[ScaleOT, Importance, float]:
+        """Return ``compressor`` with its harmonizers settled, and the seconds of all it needed.
+
+        Harmonizers do not depend on beta: they are settled once for a seed, A and alpha.
+        """
+        importance, seconds = self.importance(seed)
+        o = self.options
+        asked = replace(
+            compressor,
+            beta=0.0,
+            attention=True,
+            ffn=False,
+            settle_steps=int(o["settle-steps"]),
+            bf16=bool(o["bf16"]),
+            seed=seed,
+        )
+        key = (seed, asked)
+        if key not in self._settled:
+            material = self.material(importance)
+            plan = asked.plan(self.loaded.model, material)
+            about = {"what": "settled", "seed": seed, "plan": plan.to_json()}
+            replaced = "-".join(str(i) for i, r in enumerate(plan.roles) if r == "harmonizer")
+            self._settled[key] = self._kept(
+                f"settled-{seed}-{replaced or 'none'}",
+                about,
+                partial(asked.settled, self.loaded.model, material),
+            )
+        ready, more = self._settled[key]
+        return replace(compressor, settle_steps=0, seed=seed), ready, seconds + more
+
+    def _kept(
+        self, name: str, about: Mapping[str, Any], make: Callable[[], Importance]
+    ) -> tuple[Importance, float]:
+        """Return an importance run from the run's folder, or make and keep it."""
+        began = time.perf_counter()
+        if self.folder is None or self.cells is None:
+            return make(), time.perf_counter() - began
+        # Other settings in the same folder must not find it.
+        settings = json.dumps([self.config.to_flat(), self.options], sort_keys=True, default=str)
+        where = self.folder / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+        made: list[Importance] = []
+
+        def timed() -> list[dict[str, Any]]:
+            made.append(make())
+            seconds = time.perf_counter() - began
+            save_importance(made[0], where)
+            return [{"seconds": seconds}]
+
+        rows = self.cells.rows(about, timed)
+        if not made:
+            try:
+                model, digest = self.loaded.model, self.loaded.digest
+                made.append(load_importance(where, model, base_digest=digest))
+            except FedsplitError:  # the cell is there and its files are not: made again, as quick
+                made.append(make())
+        return made[0], float(rows[0]["seconds"])
+
+    def full_zero_shot(self) -> float:
+        """Return the base's held-out loss in nats."""
+        return self._loss({"what": "zero-shot"}, lambda: self.measured(self.loaded.model))
+
+    def full_ft(self, seed: int) -> float:
+        """Return the held-out loss after tuning the whole model."""
+        train, held_out, _ = self.tokens
+        return self._loss(
+            {"what": "full-ft", "seed": seed},
+            lambda: fully_tuned(self.loaded.model, train, held_out, self.tuning(seed)),
+        )
+
+    def bound(self, seed: int, adapters: Sequence[int]) -> float:
+        """Return the held-out loss after tuning these blocks inside the full model."""
+        train, held_out, _ = self.tokens
+        return self._loss(
+            {"what": "bound", "seed": seed, "adapters": list(adapters)},
+            lambda: tuned_in_full(self.loaded.model, adapters, train, held_out, self.tuning(seed)),
+        )
+
+    def measured(self, model: Any) -> float:
+        """Return a model's held-out loss in nats."""
+        return mean_loss(model, self.tokens[1])
+
+    def _loss(self, key: Mapping[str, Any], make: Callable[[], float]) -> float:
+        name = json.dumps(key, sort_keys=True)
+        if name not in self._losses:
+            if self.cells is None:
+                self._losses[name] = make()
+            else:
+                row = self.cells.rows(key, lambda: [{"nats": make()}])[0]
+                self._losses[name] = float(row["nats"])
+        return self._losses[name]
+
+
+def perplexity_of(nats: float) -> float:
+    """Return exp, bounded: an untrained or broken emulator must not overflow a results file."""
+    return math.exp(min(nats, 50.0))

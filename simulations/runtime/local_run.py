@@ -1,0 +1,80 @@
+"""One whole federated run in this process: real strategy, owners and sessions, no Flower runtime.
+
+For sweeps, where starting SuperLink, Ray and actors per cell would take longer than the cell.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+
+from fedsplit.config import RunConfig
+from fedsplit.registry import pick
+from simulations.runtime.federated import owner_environment, read_server
+from simulations.runtime.local_grid import LocalGrid
+from strategies import STRATEGIES
+
+
+def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Run ``config`` to its end.
+
+    Args:
+        config: the run's settings; ``output.dir`` is replaced.
+        folder: the run's folder; the server's files go to ``folder/server``.
+
+    Returns:
+        The settings as they were run, and the content of ``server.json``.
+
+    Raises:
+        RunError: the run failed.
+        FedsplitError: a setting or the model cannot be used.
+    """
+    server, homes = folder / "server", folder / "homes"
+    shutil.rmtree(server, ignore_errors=True)
+    config = replace(
+        config,
+        train=replace(config.train, min_owners=config.data.owners),
+        # Nobody takes up a run whose folder is removed at its start.
+        output=replace(config.output, dir=str(server), checkpoint_steps=-1),
+    )
+    with environment(owner_environment(homes)):
+        torch.manual_seed(config.seed)
+        grid = LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID)
+        context = Context(
+            run_id=LOCAL_RUN_ID,
+            node_id=0,
+            node_config={},
+            state=RecordDict(),
+            run_config=dict(config.to_flat()),
+        )
+        try:
+            pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)
+        finally:
+            shutil.rmtree(homes, ignore_errors=True)
+    return config, read_server(server)
+
+
+LOCAL_RUN_ID = 1
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables of this process while the context lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,1 @@
+"""Experiments on split tuning and its privacy."""

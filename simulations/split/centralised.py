@@ -1,0 +1,206 @@
+"""The centralised twin: the same model, steps and learning rates in one process, without privacy.
+
+Each step takes the union of the batches that the federation's owners contributed to one cohort
+step, so what differs from the federated run is the split, the wire and the noise, and nothing else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedsplit.config import RunConfig
+from fedsplit.models.adapters.trainable import make_trainable
+from fedsplit.models.splitting.halves import split
+from fedsplit.models.splitting.heads import head_parameters
+from fedsplit.owners.samples import Samples
+from fedsplit.owners.split.schedule import train_steps
+from fedsplit.seeding import derive_seed
+from simulations.core.shares import OwnerShare
+from strategies.sessions.length_buckets import LengthBuckets
+from strategies.split_tuning.optimisation import Optimisation
+from strategies.split_tuning.round import natural
+from strategies.split_tuning.run import AUTOCASTS, load_base
+
+Step = list[tuple[Samples, list[int]]]
+
+
+@dataclass
+class TwinReport:
+    """What the twin reached.
+
+    Attributes:
+        accuracy: share of right predictions on all owners' held-out samples.
+        loss: mean held-out cross-entropy (nats per target).
+        zero_shot_loss: the same before any step.
+        majority: share of the most frequent training class among the held-out samples.
+        steps: steps taken.
+        train_s: seconds inside the steps.
+    """
+
+    accuracy: float
+    loss: float
+    zero_shot_loss: float
+    majority: float
+    steps: int
+    train_s: float
+
+
+class CentralisedTwin:
+    """One process that holds everything.
+
+    Args:
+        config: the run's settings; privacy, label, session and lineage settings are ignored.
+        shares: every owner's samples.
+    """
+
+    def __init__(self, config: RunConfig, shares: Sequence[OwnerShare]) -> None:
+        self.config = config
+        self.shares = {share.name: share for share in shares}
+        loaded = load_base(config)
+        self.bottom, self.top = split(loaded.model, config.split.k, verify=False)
+        self.top.autocast = AUTOCASTS[config.model.autocast]
+        self._buckets = LengthBuckets(self.top)
+        self.joint = config.split.bottom == "joint"
+        self.bottom.eval().requires_grad_(self.joint)
+        trainable = make_trainable(self.top, config.train.method)
+        head = (
+            head_parameters(self.top) if config.model.task == "sequence-classification" else set()
+        )
+        parameters = trainable.parameters()
+        self.optimisation = Optimisation(
+            [p for p in parameters if id(p) not in head],
+            [p for p in parameters if id(p) in head],
+            config.train,
+        )
+        self.bottom_optimizer: torch.optim.Optimizer | None = None
+        if self.joint:
+            kind = torch.optim.SGD if config.train.optimizer == "sgd" else torch.optim.AdamW
+            self.bottom_optimizer = kind(
+                self.bottom.parameters(),
+                lr=config.train.bottom_lr,
+                weight_decay=config.train.weight_decay,
+            )
+
+    def logits(self, samples: Step) -> tuple[Tensor, Tensor]:
+        """Return (logits rows, targets) of one step's samples."""
+        ids_list = [s.ids[slot] for s, slots in samples for slot in slots]
+        ids = nn.utils.rnn.pad_sequence(ids_list, batch_first=True)
+        lengths = torch.tensor([x.shape[0] for x in ids_list])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
+            hidden = self.bottom(ids, mask)
+        if self.config.model.task == "sequence-classification":
+            logits = self._buckets(hidden, mask)  # the server pads as little
+            labels = [s.labels[slots] for s, slots in samples if s.labels is not None]
+            return logits, torch.cat(labels)
+        logits = self.top(hidden, mask)
+        predicts = mask[:, 1:].bool()
+        return logits[:, :-1][predicts], ids[:, 1:][predicts]
+
+    def step(self, samples: Step, progress: float) -> float:
+        """Take one step and return its loss."""
+        self.top.train()
+        self.optimisation.zero_grad()
+        if self.bottom_optimizer is not None:
+            self.bottom_optimizer.zero_grad(set_to_none=True)
+        logits, targets = self.logits(samples)
+        loss = functional.cross_entropy(logits.float(), targets)
+        torch.autograd.backward([loss])
+        self.optimisation.step(progress)
+        if self.bottom_optimizer is not None:
+            if self.config.train.clip:
+                nn.utils.clip_grad_norm_(self.bottom.parameters(), self.config.train.clip)
+            self.bottom_optimizer.step()
+        return float(loss.detach())
+
+    def schedule(self, waves: Sequence[Sequence[Sequence[str]]]) -> list[tuple[Step, float]]:
+        """Return every step with its progress.
+
+        Args:
+            waves: per round, the waves of owners that were stepped together.
+        """
+        config = self.config
+        parallel = config.session.schedule == "parallel"
+        out: list[tuple[Step, float]] = []
+        for index, round_waves in enumerate(waves):
+            groups: list[list[str]] = []
+            for wave in round_waves:
+                groups += [list(wave)] if parallel else [[name] for name in wave]
+            for number, group in enumerate(groups):
+                batches = {
+                    name: train_steps(
+                        len(self.shares[name].train), config.train, config.seed, name, index + 1
+                    )[0]
+                    for name in sorted(group, key=natural)
+                }
+                longest = max(len(b) for b in batches.values())
+                for at in range(longest):
+                    step: Step = [
+                        (self.shares[name].train, [int(i) for i in own[at]])
+                        for name, own in batches.items()
+                        if at < len(own)
+                    ]
+                    done = (number + at / longest) / len(groups)
+                    out.append((step, (index + done) / config.train.rounds))
+        return out
+
+    def run(
+        self,
+        waves: Sequence[Sequence[Sequence[str]]],
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> TwinReport:
+        """Train and evaluate.
+
+        Args:
+            waves: see :meth:`schedule`.
+            on_step: called after each step with (steps done, steps in all).
+        """
+        zero_shot, _ = self.evaluate()
+        plan = self.schedule(waves)
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", "train", 1))
+        began = time.perf_counter()
+        for number, (step, progress) in enumerate(plan):
+            self.step(step, progress)
+            if on_step is not None:
+                on_step(number + 1, len(plan))
+        train_s = time.perf_counter() - began
+        loss, accuracy = self.evaluate()
+        return TwinReport(accuracy, loss, zero_shot, self.majority(), len(plan), train_s)
+
+    def evaluate(self) -> tuple[float, float]:
+        """Return (mean loss, accuracy) over all owners' held-out samples."""
+        self.top.eval()
+        size = 2 * self.config.train.batch_size
+        loss = right = count = 0.0
+        with torch.inference_mode():
+            for share in self.shares.values():
+                n = len(share.test)
+                for at in range(0, n, size):
+                    slots = list(range(at, min(at + size, n)))
+                    logits, targets = self.logits([(share.test, slots)])
+                    loss += float(
+                        functional.cross_entropy(logits.float(), targets, reduction="sum")
+                    )
+                    right += int((logits.argmax(1) == targets).sum())
+                    count += int(targets.shape[0])
+        return loss / count, right / count
+
+    def majority(self) -> float:
+        """Return the accuracy of always answering the most frequent training class."""
+        if self.config.model.task != "sequence-classification":
+            return 0.0
+        train = np.concatenate([_labels(s.train) for s in self.shares.values()])
+        test = np.concatenate([_labels(s.test) for s in self.shares.values()])
+        return float((test == np.bincount(train).argmax()).mean())
+
+
+def _labels(samples: Samples) -> np.ndarray:
+    assert samples.labels is not None
+    return np.asarray(samples.labels.numpy())

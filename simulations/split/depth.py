@@ -1,0 +1,323 @@
+"""The kind ``sap-depth``: what inversion attackers read from behind k blocks, without noise.
+
+Split-and-Privatize, arXiv 2312.15603, section 4 (embedding inversion over split points).  The
+attackers know the initial bottom and public text; the owners' text is SST-2.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from fedsplit.attacks.inversion.learned import LearnedInversion, padded_ids
+from fedsplit.attacks.inversion.nearest import NearestNeighbour
+from fedsplit.attacks.inversion.optimisation import OptimisationInversion, embedding_table
+from fedsplit.attacks.ngram import NgramModel
+from fedsplit.attacks.scoring import Inversion, score_tokens
+from fedsplit.config import RunConfig
+from fedsplit.data import load_dataset
+from fedsplit.errors import ConfigError, check
+from fedsplit.models.anatomy import probe
+from fedsplit.models.splitting.halves import Bottom, split
+from fedsplit.privacy.denoising.candidates import MatrixCandidates
+from fedsplit.privacy.denoising.position_candidates import candidates_of
+from fedsplit.privacy.public_text import public_ids, public_texts
+from fedsplit.registry import pick
+from fedsplit.seeding import numpy_generator
+from simulations.core.cells import Cells, Row
+from simulations.core.run_folder import RunFolder
+from simulations.core.settings import Experiment
+from strategies.split_tuning.run import load_base
+
+OPTIONS: dict[str, Any] = {
+    "seeds": 3,
+    "depths": [0, 1, 2, 3, 4, 5],
+    "attacks": ["nearest", "optimisation", "learned"],
+    "samples": 100,
+    "optimisation-samples": 6,
+    "optimisation-steps": 150,
+    "shortlist": 0,
+    "learned-steps": 80,
+    "public": "",
+    "public-samples": 3000,
+}
+
+
+def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    """Carry out the experiment; finished cells are kept if it is killed.
+
+    Raises:
+        FedsplitError: whatever failed, named.
+    """
+    options = read_options(experiment, OPTIONS)
+    for name in options["attacks"]:
+        pick(ATTACKERS, name, "attack")
+    folder.write_config({**experiment.config.to_flat(), "options": options})
+    # The choice of cells changes none of them.
+    same = {k: v for k, v in options.items() if k not in ("seeds", "depths")}
+    cells = Cells(folder.path / "cells.jsonl", {**experiment.config.to_flat(), **same})
+    world = World(experiment.config, options)
+    rows: list[Row] = []
+    depths = [int(k) for k in options["depths"]]
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("attacks", total=len(depths) * int(options["seeds"]))
+        for k in depths:
+            for seed in range(int(options["seeds"])):
+                progress.update(task, description=f"k = {k}, seed {seed}")
+                found = cells.rows({"k": k, "seed": seed}, partial(world.cell, k, seed))
+                rows += found
+                folder.record(about=experiment.about, rows=rows)
+                progress.advance(task)
+    print_rows(console, rows, options["attacks"])
+
+
+def read_options(experiment: Experiment, known: dict[str, Any]) -> dict[str, Any]:
+    """Return the experiment's options over the defaults.
+
+    Raises:
+        ConfigError: for an unknown one.
+    """
+    unknown = experiment.options.keys() - known.keys()
+    if unknown:
+        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(known)}")
+    return {**known, **experiment.options}
+
+
+@dataclass
+class World:
+    """What all cells share: the model, the private texts, and what the attacker has."""
+
+    config: RunConfig
+    options: dict[str, Any]
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The base model and its tokenizer."""
+        return load_base(self.config)
+
+    @cached_property
+    def deepest(self) -> Bottom:
+        """The bottom of the deepest split; shallower states are caught on the way."""
+        k = max(int(k) for k in self.options["depths"])
+        return split(self.loaded.model, k, verify=False)[0].eval()
+
+    @cached_property
+    def private(self) -> list[Tensor]:
+        """All private texts' ids."""
+        data = self.config.data
+        texts = load_dataset(
+            data.kind, path=data.path, text_column=data.text_column, label_column=data.label_column
+        ).texts
+        return [torch.tensor(x) for x in self.tokens(texts)]
+
+    @cached_property
+    def public(self) -> list[Tensor]:
+        """The attacker's texts' ids."""
+        texts = public_texts(
+            str(self.options["public"]), docstrings=self.config.data.kind != "docstrings"
+        )
+        ids = [torch.tensor(x) for x in self.tokens(texts) if len(x) > 3]
+        order = numpy_generator(0, "depth", "public").permutation(len(ids))
+        return [ids[i] for i in order[: int(self.options["public-samples"])]]
+
+    @cached_property
+    def public_states(self) -> list[list[Tensor]]:
+        """Per depth, the public texts' states."""
+        return states(self.deepest, self.public)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Token embeddings, ``(V, d_e)``."""
+        return embedding_table(self.embedding, self.deepest.vocab, torch.device("cpu"))
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The module that looks up token embeddings."""
+        return probe(self.deepest.model).input_embeddings
+
+    @cached_property
+    def frequent(self) -> Tensor:
+        """The ids most frequent in public text, specials included; 0 asked for: all."""
+        language = NgramModel([x.tolist() for x in self.public], self.deepest.vocab)
+        prior = torch.from_numpy(language.unigram(np.arange(self.deepest.vocab)))
+        wanted = int(self.options["shortlist"]) or len(prior)
+        return prior.argsort(descending=True)[:wanted]
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the texts' ids, cut at the run's bound."""
+        return public_ids(self.loaded.tokenizer, texts, self.config.model.max_tokens)
+
+    def cell(self, k: int, seed: int) -> list[Row]:
+        """Attack one depth with one seed's texts; a row per attacker."""
+        wanted = int(self.options["samples"])
+        check(wanted >= 2, "options.samples", wanted, ">= 2 (texts)")
+        rng = numpy_generator(self.config.seed + seed, "depth", "private")
+        order = rng.permutation(len(self.private))[:wanted]
+        truth = [self.private[i] for i in order]
+        received = states(self.deepest, truth)[k]
+        special = {int(i) for i in self.loaded.tokenizer.all_special_ids}
+        rows = []
+        for name in self.options["attacks"]:
+            began = time.perf_counter()
+            inversion, knowledge = ATTACKERS[name](self, k, seed, received)
+            result = score_tokens(
+                name,
+                inversion,
+                truth[: len(inversion.ids)],
+                special_ids=special,
+                knowledge=knowledge,
+            )
+            row = {
+                "k": k,
+                "attack": name,
+                "seed": seed,
+                "success": result.success,
+                "low": result.interval[0],
+                "high": result.interval[1],
+                "empirical_privacy": result.empirical_privacy,
+                "top10": result.top10,
+                "seconds": time.perf_counter() - began,
+                "tokens": result.tokens,
+                "samples": len(inversion.ids),
+                "baseline": result.baseline,
+                "knowledge": knowledge,
+            }
+            if name == "optimisation":  # no other token can be found
+                ids = torch.cat(truth[: len(inversion.ids)])
+                scored = ids[~torch.isin(ids, torch.tensor(sorted(special)))]
+                row["reachable"] = float(torch.isin(scored, self.frequent).double().mean())
+            rows.append(row)
+        return rows
+
+    @cached_property
+    def _lone(self) -> list[Tensor]:
+        """Per depth, each token's state when it is a text of its own, ``(V, d)``."""
+        tokenizer = self.loaded.tokenizer
+        frame = tokenizer("", add_special_tokens=True)["input_ids"]
+        middle = len(frame) // 2
+        ids = [
+            torch.tensor([*frame[:middle], v, *frame[middle:]]) for v in range(self.deepest.vocab)
+        ]
+        return [
+            torch.stack([x[middle] for x in depth]) for depth in states(self.deepest, ids, 1024)
+        ]
+
+    def lone_candidates(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return lone tokens' states less their mean, ``(V, d)``, and public means, ``(P, d)``.
+
+        The mean of public text at each position takes the place's and the blocks' common part out.
+        """
+        longest = self.config.model.max_tokens
+        total = torch.zeros(longest, self._lone[k].shape[1])
+        count = torch.zeros(longest, 1)
+        for x in self.public_states[k]:
+            total[: len(x)] += x
+            count[: len(x)] += 1
+        means = total / count.clamp(min=1)
+        means[count[:, 0] < 20] = total.sum(0) / count.sum()  # few texts are that long
+        lone = self._lone[k]
+        weight = NgramModel([x.tolist() for x in self.public], len(lone)).unigram(
+            np.arange(len(lone))
+        )
+        centre = torch.from_numpy(np.exp(weight)).float() @ lone
+        return lone - centre, means
+
+
+def _nearest(world: World, k: int, seed: int, received: Sequence[Tensor]) -> tuple[Inversion, str]:
+    attack = NearestNeighbour()
+    if k == 0:
+        bottom = split(world.loaded.model, 0, verify=False)[0].eval()
+        longest = max(len(x) for x in received)
+        return attack.invert(received, candidates_of(bottom, bottom.vocab, longest)), (
+            attack.knowledge
+        )
+    lone, means = world.lone_candidates(k)
+    centred = [x - means[: len(x)] for x in received]
+    found = attack.invert(centred, MatrixCandidates(lone))
+    return found, "white box: the initial bottom; each token alone, and public text's mean states"
+
+
+def _optimisation(
+    world: World, k: int, seed: int, received: Sequence[Tensor]
+) -> tuple[Inversion, str]:
+    bottom = split(world.loaded.model, k, verify=False)[0].eval()
+    attack = OptimisationInversion(
+        steps=int(world.options["optimisation-steps"]), batch=12, seed=seed
+    )
+    found = attack.invert(
+        received[: int(world.options["optimisation-samples"])],
+        bottom,
+        probe(bottom.model).input_embeddings,
+        bottom.vocab,
+        world.frequent,
+    )
+    if len(world.frequent) == bottom.vocab:
+        return found, attack.knowledge
+    return found, f"{attack.knowledge}; {len(world.frequent)} ids, public text's most frequent"
+
+
+def _learned(world: World, k: int, seed: int, received: Sequence[Tensor]) -> tuple[Inversion, str]:
+    attack = LearnedInversion(steps=int(world.options["learned-steps"]), seed=seed)
+    found = attack.invert(received, world.public_states[k], world.public, world.table)
+    return found, attack.knowledge
+
+
+# attack -> (world, k, seed, received) -> guesses and the knowledge that they took
+ATTACKERS = {"nearest": _nearest, "optimisation": _optimisation, "learned": _learned}
+
+
+@torch.no_grad()
+def states(bottom: Bottom, ids: Sequence[Tensor], batch: int = 64) -> list[list[Tensor]]:
+    """Return what leaves at every split up to the bottom's own, ``[k][sample] -> (T_i, d)``.
+
+    One pass: what block k receives is what a bottom of k blocks sends.
+    """
+    caught: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args[0] if args else kwargs["hidden_states"]).float())
+
+    blocks = list(probe(bottom.model).blocks)[: bottom.k]
+    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in blocks]
+    out: list[list[Tensor]] = [[torch.empty(0)] * len(ids) for _ in range(bottom.k + 1)]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    try:
+        for at in range(0, len(order), batch):
+            group = order[at : at + batch]
+            tokens = padded_ids([ids[i] for i in group])
+            lengths = torch.tensor([len(ids[i]) for i in group])
+            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+            caught.clear()
+            last = bottom(tokens, mask).float()
+            for k, hidden in enumerate([*caught[: bottom.k], last]):
+                for i, h in zip(group, hidden, strict=True):
+                    out[k][i] = h[: len(ids[i])].clone()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out
+
+
+def print_rows(console: Console, rows: Sequence[Row], attacks: Sequence[str]) -> None:
+    """Print the share of tokens recovered per depth, mean over seeds with its range."""
+    table = Table("blocks at the owner", title="Tokens recovered without noise, mean (range)")
+    for name in attacks:
+        table.add_column(name, justify="right")
+    for k in sorted({row["k"] for row in rows}):
+        cells = []
+        for name in attacks:
+            shares = [r["success"] for r in rows if r["k"] == k and r["attack"] == name]
+            low, high = (100 * min(shares), 100 * max(shares))
+            cells.append(f"{100 * sum(shares) / len(shares):.1f} % ({low:.1f} to {high:.1f})")
+        table.add_row(str(k), *cells)
+    console.print(table)

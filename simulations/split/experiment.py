@@ -1,0 +1,172 @@
+"""The kind ``split``: one federated split-tuning run, its centralised twin, and an attack on it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from rich.console import Console
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError
+from simulations.core.progress import RunProgress
+from simulations.core.run_folder import RunFolder
+from simulations.core.settings import Experiment
+from simulations.core.shares import OwnerShare, data_digest, label_names, owner_shares
+from simulations.runtime.federated import simulate
+from simulations.split.centralised import CentralisedTwin, TwinReport
+from simulations.split.table import print_table
+from simulations.split.transcript import attack_transcript, write_truth_file
+from strategies.split_tuning.run import load_base
+
+OPTIONS = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
+
+
+def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+    """Carry out the experiment; what is known is recorded after every stage.
+
+    Raises:
+        FedsplitError: whatever failed, named; what was recorded before is kept.
+    """
+    unknown = experiment.options.keys() - OPTIONS.keys()
+    if unknown:
+        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(OPTIONS)}")
+    options = {**OPTIONS, **experiment.options}
+    config = experiment.config
+    folder.write_config(config.to_flat())
+    stages: dict[str, float] = {}
+    with RunProgress(console) as progress:
+        progress.stage("preparing data")
+        began = time.perf_counter()
+        tokenizer = load_base(config).tokenizer
+        shares = owner_shares(config, tokenizer)
+        _check_labels(config, shares)
+        folder.record(
+            about=experiment.about,
+            seed=config.seed,
+            owners=_owners(shares),
+            data_digest=data_digest(config),
+        )
+        stages["prepare"] = time.perf_counter() - began
+
+        progress.stage(f"federated run, {config.data.owners} owners")
+        began = time.perf_counter()
+        config, server = simulate(
+            config,
+            folder.path,
+            cpus_per_owner=float(options["cpus-per-owner"]),
+            on_line=progress.on_line,
+        )
+        stages["federated"] = time.perf_counter() - began
+        folder.record(**_federated_results(config, server))
+
+        attack: dict[str, Any] = {}
+        if config.output.transcript and config.split.bottom == "frozen":
+            write_truth_file(folder.path, shares)
+            progress.stage("attacking what the server received")
+            began = time.perf_counter()
+            transcript = folder.path / "server" / "transcript.safetensors"
+            attack = attack_transcript(
+                config, transcript, shares, samples=int(options["attack-samples"])
+            )
+            stages["attack"] = time.perf_counter() - began
+            folder.record(privacy=_privacy(config, server, attack))
+
+        twin = None
+        if options["twin"]:
+            progress.stage("centralised twin: same model and steps, no split, no noise")
+            began = time.perf_counter()
+            waves = [r["train"]["waves"] for r in server["rounds"]]
+            twin = CentralisedTwin(config, shares).run(
+                waves, lambda done, whole: progress.update(done / whole)
+            )
+            stages["centralised"] = time.perf_counter() - began
+        folder.record(utility=_utility(config, server, twin), stages_s=stages)
+    print_table(console, folder.results, label_names(config))
+
+
+def _check_labels(config: RunConfig, shares: list[OwnerShare]) -> None:
+    if config.model.task == "sequence-classification":
+        top = max(int(s.train.labels.max()) for s in shares if s.train.labels is not None)
+        if top >= config.model.labels:
+            raise ConfigError(f"model.labels={config.model.labels}: must be >= {top + 1}")
+
+
+def _owners(shares: list[OwnerShare]) -> list[dict[str, Any]]:
+    rows = []
+    for share in shares:
+        row: dict[str, Any] = {
+            "name": share.name,
+            "train": len(share.train),
+            "test": len(share.test),
+            "tokens": sum(share.train.lengths),
+        }
+        if share.train.labels is not None:
+            row["labels"] = share.train.labels.bincount().tolist()
+        rows.append(row)
+    return rows
+
+
+def _federated_results(config: RunConfig, server: dict[str, Any]) -> dict[str, Any]:
+    parts = [r[mode] for r in server["rounds"] for mode in ("train", "evaluate") if mode in r]
+    tokens = sum(p["row_tokens"] for p in parts)
+    row_bytes = sum(p["row_bytes"] for p in parts)
+    train_s = sum(r["train"]["seconds"] for r in server["rounds"])
+    steps = sum(r["train"]["steps"] for r in server["rounds"])
+    return {
+        "lineage": [
+            {k: v for k, v in r["lineage"].items() if k != "per_layer"} | {"round": r["round"]}
+            for r in server["rounds"]
+        ],
+        "traffic": {
+            "bytes_up": sum(p["bytes_up"] for p in parts),
+            "bytes_down": sum(p["bytes_down"] for p in parts),
+            "bytes_per_token": row_bytes / tokens if tokens else 0.0,
+            "messages": sum(p["messages"] for p in parts),
+            "tokens_sent": tokens,
+            "bottom_bytes": server["bottom_bytes"],
+        },
+        "privacy": _privacy(config, server, {}),
+        "speed": {"steps": steps, "session_s": train_s, "steps_per_s": steps / max(train_s, 1e-9)},
+        "rounds": server["rounds"],
+        "model": {
+            key: server[key]
+            for key in ("base_digest", "bottom_digest", "trainable_share", "trained_parameters")
+        },
+    }
+
+
+def _privacy(config: RunConfig, server: dict[str, Any], attacks: dict[str, Any]) -> dict[str, Any]:
+    # Only rounds in which something was perturbed anew know how many tokens were touched.
+    touched = [r["train"]["metrics"].get("share-touched", 0.0) for r in server["rounds"]]
+    return {
+        "mechanism": config.privacy.mechanism,
+        "eta": config.privacy.eta,
+        "noise_ratio": config.privacy.noise_ratio,
+        "cti": config.privacy.cti,
+        "share_touched": max(touched),
+        "denoise": config.privacy.denoise,
+        **attacks,
+    }
+
+
+def _utility(config: RunConfig, server: dict[str, Any], twin: TwinReport | None) -> dict[str, Any]:
+    evaluated = [r["evaluate"]["metrics"] for r in server["rounds"] if "evaluate" in r]
+    last: dict[str, Any] = evaluated[-1] if evaluated else {}
+    labelled = config.model.task == "sequence-classification"
+    loss = last.get("loss")
+    perplexity = math.exp(min(loss, 50.0)) if loss is not None else None
+    utility: dict[str, Any] = {
+        "metric": "accuracy" if labelled else "perplexity",
+        "federated": last.get("accuracy") if labelled else perplexity,
+        "centralised": None,
+        "baseline": None,
+        "samples": last.get("num-examples", 0),
+    }
+    if twin is not None:
+        utility["centralised"] = twin.accuracy if labelled else math.exp(min(twin.loss, 50.0))
+        utility["baseline"] = twin.majority if labelled else math.exp(min(twin.zero_shot_loss, 50))
+        utility["baseline_is"] = "majority class" if labelled else "zero-shot"
+        utility["centralised_steps_per_s"] = twin.steps / max(twin.train_s, 1e-9)
+    return utility

@@ -1,0 +1,110 @@
+"""Reading what the server received, and measuring attacks on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedsplit.attacks.inversion.files import build_attacker
+from fedsplit.attacks.inversion.suite import Budget
+from fedsplit.attacks.transcripts import (
+    TRUTH,
+    Samples,
+    chosen_samples,
+    read_transcript,
+    write_truth,
+)
+from fedsplit.config import RunConfig
+from fedsplit.errors import AttackError
+from simulations.core.shares import OwnerShare
+
+__all__ = [
+    "attack_transcript",
+    "embedding_inversion",
+    "read_transcript",
+    "truth_of",
+    "write_truth_file",
+]
+
+KEYS = {
+    "nearest": "embedding_inversion",
+    "map": "map_inversion",
+    "contextual": "contextual_inversion",
+    "optimisation": "optimisation_inversion",
+    "learned": "learned_inversion",
+    "exact_search": "exact_inversion",
+}
+"""attack -> its key among a run's results."""
+
+
+def truth_of(shares: Sequence[OwnerShare]) -> Samples:
+    """Return what only the experimenter knows: (owner, split) -> slot -> token ids."""
+    parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
+    return {(name, part): dict(enumerate(held.ids)) for name, part, held in parts}
+
+
+def write_truth_file(folder: Path, shares: Sequence[OwnerShare]) -> Path:
+    """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
+    path = folder / TRUTH
+    write_truth(path, truth_of(shares))
+    return path
+
+
+def attack_transcript(
+    config: RunConfig,
+    transcript: Path,
+    shares: Sequence[OwnerShare],
+    *,
+    samples: int = 400,
+    public: str = "",
+    budget: Budget | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run every inversion attack that fits the split on what really left, and score them.
+
+    Args:
+        config: the run's settings; the attacker knows them, the initial bottom, and public text.
+        transcript: the server's recording.
+        shares: the truth, used for scoring alone.
+        samples: samples attacked at most, drawn over all owners by the run's seed.
+        public: the attacker's text, one per line; empty: the run's own public text, or what the
+            interpreter ships.
+        budget: what the attackers may spend.
+
+    Returns:
+        Per attack (see :data:`KEYS`) its result.  At k = 0 ``embedding_inversion``, the nearest
+        neighbour, which knows nothing of the noise, and with noise ``map_inversion`` and
+        ``contextual_inversion``, which know its law and the language; with blocks
+        ``optimisation_inversion`` and ``learned_inversion``.
+
+    Raises:
+        AttackError: no transcript.
+    """
+    rows, ids = _chosen(config, transcript, shares, samples)
+    attacker = build_attacker(config, public=public, budget=budget, seed=config.seed)
+    return {KEYS[name]: attacker.run(name, rows, ids).to_dict() for name in attacker.suited()}
+
+
+def embedding_inversion(
+    config: RunConfig,
+    transcript: Path,
+    shares: list[OwnerShare],
+    *,
+    samples: int = 400,
+) -> dict[str, dict[str, Any]]:
+    """Run :func:`attack_transcript` on an embeddings-only bottom.
+
+    Raises:
+        AttackError: no transcript, or a bottom with blocks (there are no candidates then).
+    """
+    if config.split.k != 0:
+        raise AttackError(f"split.k={config.split.k}: must be 0 for these attacks")
+    return attack_transcript(config, transcript, shares, samples=samples)
+
+
+def _chosen(
+    config: RunConfig, transcript: Path, shares: Sequence[OwnerShare], samples: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    return chosen_samples(read_transcript(transcript), truth_of(shares), samples, config.seed)

@@ -1,0 +1,70 @@
+"""One cell of a sweep: a whole federated run in this process, and attacks on what it received."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from simulations.core.shares import owner_shares
+from simulations.runtime.local_run import run_in_process
+from simulations.split.transcript import attack_transcript
+from simulations.sweep.plan import Cell
+from strategies.split_tuning.run import load_base
+
+
+def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
+    """Run one cell and return its row.
+
+    Args:
+        cell: its settings.
+        folder: where it may write; removed at the end.
+        attack_samples: samples attacked at most; 0 = no attack.
+
+    Raises:
+        FedsplitError: whatever failed.
+    """
+    began = time.perf_counter()
+    try:
+        config, server = run_in_process(cell.config, folder)
+        row: dict[str, Any] = {**cell.columns(), **utility(server)}
+        row["train_seconds"] = time.perf_counter() - began
+        frozen = config.split.bottom == "frozen"  # a joint bottom's rows are not kept
+        if attack_samples and config.output.transcript and frozen:
+            shares = owner_shares(config, load_base(config).tokenizer)
+            transcript = folder / "server" / "transcript.safetensors"
+            row |= privacy(attack_transcript(config, transcript, shares, samples=attack_samples))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    row["seconds"] = time.perf_counter() - began
+    return row
+
+
+def utility(server: dict[str, Any]) -> dict[str, Any]:
+    """Return what the last evaluation and the rounds say of utility and of CTI."""
+    last = [r["evaluate"]["metrics"] for r in server["rounds"] if "evaluate" in r][-1]
+    touched = [r["train"]["metrics"].get("share-touched", 0.0) for r in server["rounds"]]
+    return {
+        "accuracy": last.get("accuracy"),
+        "loss": last.get("loss"),
+        "test_samples": last.get("num-examples"),
+        "touched_share": max(touched),
+    }
+
+
+def privacy(attacks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return empirical privacy against the paper's attacker and against the strongest one."""
+    if not attacks:
+        return {}
+    strongest = min(attacks, key=lambda name: attacks[name]["empirical_privacy"])
+    row: dict[str, Any] = {"strongest_attack": strongest}
+    for column, name in (
+        ("empirical_privacy", "embedding_inversion"),
+        ("empirical_privacy_map", strongest),
+    ):
+        if name in attacks:
+            low, high = attacks[name]["interval"]
+            row[column] = attacks[name]["empirical_privacy"]
+            row[f"{column}_low"], row[f"{column}_high"] = 1.0 - high, 1.0 - low
+    return row

@@ -1,0 +1,1 @@
+"""Offsite tuning at the server."""

@@ -1,0 +1,1 @@
+"""What the rounds of every strategy share: sampling, replies, averaging, lineage, saved state."""

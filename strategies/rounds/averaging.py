@@ -1,0 +1,230 @@
+"""Which Flower strategy averages what owners return; their ``aggregate_train`` does the work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideFixedClipping,
+    FedAdam,
+    FedAvg,
+    FedMedian,
+    FedTrimmedAvg,
+    Krum,
+    Strategy,
+)
+
+from fedsplit.config import OffsiteConfig
+from fedsplit.registry import pick
+from fedsplit.wire.messages import weights_record
+
+NDArray: TypeAlias = np.ndarray[Any, Any]
+WEIGHT = "targets"  # an owner's tokens, so that the average of losses is the loss on all tokens
+EQUAL = "equal-weight"  # put into replies by the server, where owners must weigh the same
+
+AVERAGINGS: dict[str, Callable[[OffsiteConfig], Strategy]] = {
+    "fedadam": lambda o: MeasuredFedAdam(o.server_lr),
+    "fedavg": lambda o: FedAvg(weighted_by_key=WEIGHT),
+    "fedmedian": lambda o: FedMedian(weighted_by_key=WEIGHT),
+    "fedtrimmedavg": lambda o: FedTrimmedAvg(weighted_by_key=WEIGHT, beta=0.2),
+    "krum": lambda o: Krum(weighted_by_key=WEIGHT, num_malicious_nodes=1),
+}
+
+
+def make_averaging(offsite: OffsiteConfig) -> Strategy:
+    """Return the Flower strategy that averages a run's adapters.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if offsite.central_dp_clip:
+        return CentralDp(offsite)
+    return pick(AVERAGINGS, offsite.averaging, "offsite.averaging")(offsite)
+
+
+def remember(averaging: Strategy, arrays: ArrayRecord) -> None:
+    """Tell a strategy that works with the current weights what they are."""
+    if isinstance(averaging, CentralDp):
+        averaging.current_arrays = arrays
+        remember(averaging.strategy, arrays)
+    elif hasattr(averaging, "current_arrays"):
+        averaging.current_arrays = {name: array.numpy() for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class AveragingState:
+    """What an averaging strategy carries from round to round.
+
+    Attributes:
+        arrays: moments by ``<moment>.<name of the weight>``.
+        facts: measured numbers.
+    """
+
+    arrays: dict[str, NDArray] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+def state_of(averaging: Strategy) -> AveragingState:
+    """Return what the strategy needs to go on as if it had not been interrupted; often nothing."""
+    inner = averaging.strategy if isinstance(averaging, CentralDp) else averaging
+    return inner.state() if isinstance(inner, MeasuredFedAdam) else AveragingState()
+
+
+def restore(averaging: Strategy, state: AveragingState) -> None:
+    """Put back what :func:`state_of` returned."""
+    inner = averaging.strategy if isinstance(averaging, CentralDp) else averaging
+    if isinstance(inner, MeasuredFedAdam):
+        inner.restore(state)
+
+
+Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
+
+
+class MeasuredFedAdam(FedAdam):
+    """FedAdam (Reddi et al., arXiv 2003.00295) whose step is as long as the owners' own changes.
+
+    Its ``eta`` is the length that one weight's step tends to, whatever owners changed, and ``tau``
+    the size of change below which it stops being adaptive: both are in units of the weights, so no
+    constant suits every model, rate and number of local steps.  Both are therefore measured on the
+    first average: ``tau`` is a tenth of the root mean square d of its changes (what the square root
+    of the second moment starts with is a tenth of the change), and with ``eta`` the first step has
+    root mean square ``server_lr``, or d.
+    :meth:`state` is kept with every round, so that a run goes on after a crash with the same
+    moments and the same step.  Averages are float32, as what owners sent is: Flower's arithmetic
+    makes float64 of them, twice the bytes for no information.
+
+    Args:
+        server_lr: root mean square of the first step over all weights; 0: d.
+    """
+
+    def __init__(self, server_lr: float = 0.0) -> None:
+        super().__init__(weighted_by_key=WEIGHT)
+        self._server_lr = server_lr
+        self._measured = False
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        """Step from the current weights along the owners' mean change."""
+        replies = list(replies)
+        if not self._measured:
+            mean = FedAvg.aggregate_train(self, server_round, replies)[0]
+            if mean is not None and self.current_arrays is not None:
+                self._measure(mean, server_round)
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if arrays is not None:
+            arrays = weights_record({n: a.numpy().astype(np.float32) for n, a in arrays.items()})
+        return arrays, metrics
+
+    def state(self) -> AveragingState:
+        """Return moments, and the measured sizes once there are any."""
+        if not self._measured or self.m_t is None or self.v_t is None:
+            return AveragingState()
+        moments = {"m": self.m_t, "v": self.v_t}
+        return AveragingState(
+            {
+                f"{kind}.{name}": a
+                for kind, by_name in moments.items()
+                for name, a in by_name.items()
+            },
+            {"eta": float(self.eta), "tau": float(self.tau)},
+        )
+
+    def restore(self, state: AveragingState) -> None:
+        """Go on from there; an empty state: from the beginning."""
+        self._measured = bool(state.facts)
+        self.m_t = _moments(state.arrays, "m.")
+        self.v_t = _moments(state.arrays, "v.")
+        if self._measured:
+            self.eta, self.tau = state.facts["eta"], state.facts["tau"]
+
+    def _measure(self, mean: ArrayRecord, server_round: int) -> None:
+        assert self.current_arrays is not None
+        flat = [(a.numpy() - self.current_arrays[n]).ravel() for n, a in mean.items()]
+        change = np.concatenate(flat).astype(np.float64)
+        size = float(np.sqrt(np.mean(change**2)))
+        if not size > 0:
+            return  # nobody changed anything: the next round may tell
+        self.tau = 0.1 * size
+        first = (1 - self.beta_1) * change
+        raw = first / (np.sqrt(1 - self.beta_2) * np.abs(change) + self.tau)
+        # Flower's correction of both moments, one power ahead of Kingma and Ba's.
+        ahead = server_round + 1.0
+        raw *= np.sqrt(1 - self.beta_2**ahead) / (1 - self.beta_1**ahead)
+        self.eta = (self._server_lr or size) / float(np.sqrt(np.mean(raw**2)))
+        self._measured = True
+
+
+def _moments(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray] | None:
+    found = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    return found or None
+
+
+class CentralDp(DifferentialPrivacyClientSideFixedClipping):
+    """Flower's central DP over the plain mean (McMahan et al., arXiv 1710.06963), made exact.
+
+    Every owner's change of a round is clipped to C, and noise of standard deviation z C is put on
+    their sum (z C / n on the mean).  Owners clip before they send, and the server clips again,
+    since nobody has to believe an owner: not by Flower's server-side wrapper, which zips tensors in
+    the order in which they were sent and divides by zero where an owner changed nothing.  Two more
+    things that Flower leaves to its user: owners weigh the same (a weight of an owner's choice
+    would undo the bound), and n is the number of owners that did answer.
+
+    Guarantee:
+        (epsilon, delta)-DP of the sequence of averages for adding or removing one owner's updates,
+        with epsilon from :func:`fedsplit.privacy.dp.accounting.spent_epsilon` at sample rate 1, the
+        number of owners that answer taken as known.  The server itself sees every clipped update;
+        owners' reported averages are not covered.  Flower draws the noise from NumPy's global
+        generator, which is seeded anew by the operating system for each draw: whoever calls
+        ``numpy.random.seed`` elsewhere does not decide it.
+
+    Args:
+        offsite: of the run; its bound and noise.
+    """
+
+    def __init__(self, offsite: OffsiteConfig) -> None:
+        inner = (
+            FedAvg(weighted_by_key=EQUAL)
+            if offsite.central_dp_noise
+            else pick(AVERAGINGS, offsite.averaging, "offsite.averaging")(offsite)
+        )
+        super().__init__(inner, offsite.central_dp_noise, offsite.central_dp_clip, 1)
+        self.current_arrays = ArrayRecord()
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
+        """Clip, average, add noise."""
+        found = list(replies)
+        start = {name: array.numpy() for name, array in self.current_arrays.items()}
+        for reply in found:
+            (key,) = reply.content.array_records
+            sent = {n: a.numpy() for n, a in reply.content.array_records[key].items()}
+            reply.content[key] = weights_record(_clipped(sent, start, self.clipping_norm))
+            for metrics in reply.content.metric_records.values():
+                metrics[EQUAL] = 1.0
+        self.num_sampled_clients = max(1, len(found))
+        with _numpy_seeded_by_the_system():
+            return super().aggregate_train(server_round, found)
+
+
+@contextmanager
+def _numpy_seeded_by_the_system() -> Iterator[None]:
+    before = np.random.get_state()
+    np.random.seed(np.frombuffer(os.urandom(4 * 624), dtype=np.uint32))
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def _clipped(
+    sent: dict[str, NDArray], start: dict[str, NDArray], bound: float
+) -> dict[str, NDArray]:
+    """Return ``sent`` moved toward ``start`` until their L2 distance is at most ``bound``."""
+    changes = {name: sent[name].astype(np.float64) - value for name, value in start.items()}
+    norm = float(np.sqrt(sum(float((c**2).sum()) for c in changes.values())))
+    share = min(1.0, bound / norm) if norm > 0 else 1.0
+    return {n: (start[n] + share * c).astype(np.float32) for n, c in changes.items()}

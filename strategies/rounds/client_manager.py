@@ -1,0 +1,179 @@
+"""Who is connected, under which names, and who is sampled: the same for every strategy."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import RunError
+from fedsplit.seeding import derive_seed
+from fedsplit.wire.messages import WHO, WHO_TYPE
+
+from ..split_tuning.round import natural
+from .lineage_watch import LineageWatch
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An owner that is not asked for a while.
+
+    Attributes:
+        reason: what it did.
+        since: the round that it failed in last.
+        until: the last round that it sits out.
+    """
+
+    reason: str
+    since: int
+    until: int
+
+
+class Roll:
+    """The nodes of one run by their owners' names.
+
+    Node ids are random in every run; names are not, so the same seed samples the same owners.
+
+    Args:
+        config: the run's settings.
+        watch: knows who is quarantined.
+    """
+
+    def __init__(self, config: RunConfig, watch: LineageWatch) -> None:
+        self.names: dict[int, str] = {}
+        self.benched: dict[str, Bench] = {}
+        self._failures: dict[str, int] = {}  # rounds in a row
+        self._awaited: set[str] = set()
+        self._config = config
+        self._watch = watch
+
+    def sample(self, grid: Grid, number: int) -> list[int]:
+        """Return the nodes of round ``number``, in the order of their owners' names if sampled.
+
+        Raises:
+            RunError: too few owners connected, or all of them quarantined.
+        """
+        train = self._config.train
+        nodes = self._wait(grid)
+        if train.fraction >= 1.0:
+            return self._left(nodes, number)
+        self.learn(grid, nodes)
+        known = sorted((n for n in nodes if n in self.names), key=lambda n: natural(self.names[n]))
+        count = max(train.min_owners, round(train.fraction * len(known)))
+        generator = random.Random(derive_seed(self._config.seed, "sample", number))
+        chosen = generator.sample(known, min(count, len(known)))
+        return self._left(sorted(chosen, key=known.index), number)
+
+    def settle(self, number: int, finished: Iterable[str], lost: Mapping[str, str]) -> None:
+        """Count who failed in a round of training, and bench who keeps failing.
+
+        Args:
+            number: the round.
+            finished: names of the owners whose work counted.
+            lost: owner, or ``node N`` where it has told no name -> reason.
+        """
+        train = self._config.train
+        for name in finished:
+            self._failures.pop(name, None)
+        for name, reason in lost.items():
+            failures = self._failures[name] = self._failures.get(name, 0) + 1
+            if train.bench_after and failures >= train.bench_after:
+                until = number + train.bench_rounds
+                told = f"failed in {failures} rounds in a row, last in {number}: {reason[:500]}"
+                self.benched[name] = Bench(told, number, until)
+                log.warning(
+                    "owner %s is not asked again before round %d: %s", name, until + 1, told
+                )
+
+    def sitting(self, number: int) -> dict[str, str]:
+        """Return who is benched in a round -> why."""
+        return {
+            name: f"{bench.reason}; until round {bench.until}"
+            for name, bench in self.benched.items()
+            if bench.since < number <= bench.until
+        }
+
+    def memory(self) -> dict[str, Any]:
+        """Return what a restarted run must know, JSON-able."""
+        benched = {name: asdict(bench) for name, bench in self.benched.items()}
+        return {"failures": dict(self._failures), "benched": benched}
+
+    def recall(self, memory: Mapping[str, Any], awaited: Iterable[str]) -> None:
+        """Go on from :meth:`memory`.
+
+        Args:
+            memory: of the state that the run goes on from.
+            awaited: names of owners that the first round waits for, at most
+                ``session.wave-wait-s``: after a restart they come back one by one.
+        """
+        self._failures.update(memory.get("failures", {}))
+        found = memory.get("benched", {})
+        self.benched.update({name: Bench(**row) for name, row in found.items()})
+        self._awaited = set(awaited)
+
+    def learn(self, grid: Grid, nodes: list[int]) -> None:
+        """Ask those nodes for their names that have not told them; who does not answer has none."""
+        unknown = [n for n in nodes if n not in self.names]
+        if not unknown:
+            return
+        asked = [Message(RecordDict(), dst_node_id=n, message_type=WHO_TYPE) for n in unknown]
+        for reply in grid.send_and_receive(asked, timeout=self._config.session.deadline_s):
+            if reply.has_error():
+                continue
+            who = reply.content.config_records.get(WHO)
+            name = None if who is None else who.get("owner")
+            if isinstance(name, str) and name not in {self.names.get(n) for n in nodes}:
+                self.names[reply.metadata.src_node_id] = name
+
+    def _wait(self, grid: Grid) -> list[int]:
+        need = self._config.train.min_owners
+        waited = 0.0
+        while len(nodes := sorted(grid.get_node_ids())) < need:
+            if waited >= PATIENCE_S:
+                raise RunError(
+                    f"connected owners={len(nodes)}: must be >= {need} (train.min-owners)"
+                )
+            log.info("waiting for owners: %d of %d connected", len(nodes), need)
+            time.sleep(1.0)
+            waited += 1.0
+        return self._wait_for_old_ones(grid, nodes)
+
+    def _wait_for_old_ones(self, grid: Grid, nodes: list[int]) -> list[int]:
+        """Give the owners of an interrupted round time to come back."""
+        until = time.monotonic() + self._config.session.wave_wait_s
+        while self._awaited:
+            self.learn(grid, nodes)
+            missing = self._awaited - {self.names.get(n, "") for n in nodes}
+            if not missing or time.monotonic() > until:
+                if missing:
+                    log.warning("going on without %s", ", ".join(sorted(missing)))
+                self._awaited = set()
+                break
+            log.info("waiting for owners to come back: %s", ", ".join(sorted(missing)))
+            time.sleep(1.0)
+            nodes = sorted(grid.get_node_ids())
+        return nodes
+
+    def _left(self, nodes: list[int], number: int) -> list[int]:
+        """Leave out the nodes of quarantined owners, and of benched ones if enough remain."""
+        left = [n for n in nodes if not self._watch.barred(n, self.names.get(n))]
+        if not left:
+            reasons = "; ".join(f"{o}: {why}" for o, why in self._watch.quarantined.items())
+            raise RunError(f"owners left=0: must be >= 1; quarantined: {reasons[:2000]}")
+        sitting = self.sitting(number)
+        asked = [n for n in left if not {self.names.get(n, ""), f"node {n}"} & sitting.keys()]
+        if len(asked) < self._config.train.min_owners:
+            log.warning("too few owners without the benched ones: they are asked all the same")
+            return left
+        return asked

@@ -1,0 +1,178 @@
+"""Builds a run's :class:`~.lineage_watch.LineageWatch`; uses it on Flower replies."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor, nn
+
+from fedsplit.config import LineageConfig
+from fedsplit.errors import LineageError, ModelError
+from fedsplit.fingerprints.evidence.chain import Chain
+from fedsplit.fingerprints.evidence.keys import load_key, load_or_create
+from fedsplit.fingerprints.gate.lineage_gate import GateConfig, LineageGate
+from fedsplit.fingerprints.gate.owner_updates import MatrixGate
+from fedsplit.wire.messages import WEIGHTS
+
+from .lineage_watch import LineageWatch
+
+log = logging.getLogger(__name__)
+
+KEY_VARIABLE = "FEDSPLIT_LINEAGE_KEY"
+KEY_FILE = "lineage-key.pem"
+CHAIN_FILE = "lineage.jsonl"
+
+
+def gate_config(config: LineageConfig, *, invariants: bool = True) -> GateConfig:
+    """The gate's thresholds from the run's settings.
+
+    Args:
+        config: the run's lineage settings.
+        invariants: also report HuRef's invariants, which decide nothing and cost half of a check.
+    """
+    tokens = GateConfig.tokens if invariants else 0
+    return GateConfig(in_lineage=config.in_lineage, block=config.block, tokens=tokens)
+
+
+def owners_gate(part: nn.Module, config: LineageConfig) -> LineageGate | MatrixGate | None:
+    """A gate over what owners return, or None where it is off.
+
+    A part without blocks (the embeddings of a bottom with k = 0) is judged by its matrices.
+    """
+    if config.gate == "off":
+        return None
+    try:
+        return LineageGate(part, gate_config(config, invariants=False))
+    except ModelError:
+        return MatrixGate(dict(part.named_parameters()), gate_config(config))
+
+
+def open_chain(folder: Path | None, config: LineageConfig) -> Chain | None:
+    """The run's evidence, continued if the folder has some already; None where it is off.
+
+    The key is the PEM file that ``FEDSPLIT_LINEAGE_KEY`` names, or one made in the folder (0600),
+    with its public half beside it.
+
+    Raises:
+        LineageError: for an unreadable key, or evidence that is broken or another signer's.
+    """
+    if folder is None or config.gate == "off" or not config.evidence:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    named = os.environ.get(KEY_VARIABLE, "")
+    key = load_key(named) if named else load_or_create(folder / KEY_FILE)
+    mend_tail(folder / CHAIN_FILE)
+    return Chain(folder / CHAIN_FILE, key)
+
+
+def mend_tail(path: Path) -> None:
+    """Move a last line that a crash cut off to ``lineage.torn``: no record was ever complete there.
+
+    Raises:
+        LineageError: it cannot be moved.
+    """
+    try:
+        with path.open("r+b") as file:
+            whole = file.read()
+            end = whole.rfind(b"\n") + 1
+            if end == len(whole):
+                return
+            with path.with_suffix(".torn").open("ab") as torn:
+                torn.write(whole[end:])
+                torn.flush()
+                os.fsync(torn.fileno())
+            file.truncate(end)
+            os.fsync(file.fileno())
+        log.warning("%s: its last %d bytes were cut off by a crash", path, len(whole) - end)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise LineageError(f"{path}: cannot be mended: {error}") from None
+
+
+def build_watch(
+    config: LineageConfig,
+    folder: Path | None,
+    *,
+    model: nn.Module | None = None,
+    rows: Tensor | None = None,
+    owners: nn.Module | None = None,
+) -> LineageWatch:
+    """Build a run's watch.
+
+    Args:
+        config: the run's lineage settings.
+        folder: where evidence is written; None = nowhere.
+        model: what the server trains, before it is trained; None if it trains nothing.
+        rows: the base's token embedding rows, (V, d), for a top without them.
+        owners: what owners train and return; None if they return no weights.
+
+    Raises:
+        LineageError: for an unreadable key, or evidence that is broken or another signer's.
+    """
+    gate = None
+    if config.gate != "off" and model is not None:
+        gate = LineageGate(model, gate_config(config), rows=rows)
+    returned = None if owners is None else owners_gate(owners, config)
+    chain = open_chain(folder, config)
+    return LineageWatch(config, gate, owners=returned, chain=chain)
+
+
+def average_watched(
+    watch: LineageWatch,
+    row: dict[str, Any],
+    number: int,
+    replies: Sequence[Message],
+    names: Mapping[int, str],
+    averaging: Strategy,
+    as_base: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+) -> ArrayRecord | None:
+    """Average the replies' weights, each owner's judged before and their average after.
+
+    Args:
+        watch: the run's.
+        row: the round's, from ``watch.begin``.
+        number: the round.
+        replies: with checked weights, see :func:`strategies.rounds.replies.check_weights`.
+        names: node -> owner.
+        averaging: Flower strategy whose ``aggregate_train`` averages.
+        as_base: what weights make of the base's own tensors (LoRA's factors, say); the same by
+            default.
+    """
+    replies = list(replies)
+    if watch.owners is None:
+        return averaging.aggregate_train(number, replies)[0] if replies else None
+    nodes = {names[m.metadata.src_node_id]: m.metadata.src_node_id for m in replies}
+    by_name = {names[m.metadata.src_node_id]: m for m in replies}
+    updates = {
+        name: as_base(tensors(m.content.array_records[WEIGHTS])) for name, m in by_name.items()
+    }
+    kept = watch.screen(row, updates, nodes)
+    if not kept:
+        return None
+    arrays = averaging.aggregate_train(number, [by_name[name] for name in kept])[0]
+    if arrays is not None:
+        weights = {name: _weight(by_name[name]) for name in kept}
+        mine = {name: updates[name] for name in kept}
+        watch.check_average(row, as_base(tensors(arrays)), mine, weights, nodes)
+    return arrays
+
+
+def tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """An array record's tensors by name."""
+    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
+
+
+def _weight(reply: Message) -> float:
+    for record in reply.content.metric_records.values():
+        value = record.get("targets")
+        if isinstance(value, (int, float)) and value > 0:
+            return float(value)
+    return 1.0

@@ -1,0 +1,167 @@
+"""What the server writes down: one row per round, the transcript, progress lines.
+
+Everything that happens in a run is told to the Recorder once; it keeps the files that results are
+made of, and passes the rest on to the run's observers (:mod:`strategies.telemetry.observers`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import RunError
+from fedsplit.wire.link import Link
+
+from ..sessions.representation_cache import RepresentationStore
+from ..telemetry.observers import Observers
+
+log = logging.getLogger(__name__)
+
+PROGRESS = "fedsplit-progress "
+
+
+class Recorder:
+    """Keeps ``server.json`` in the run's folder up to date, and says on the log how far it is.
+
+    Args:
+        folder: where to write; None = nowhere (progress is still logged).
+        capture: also keep every byte received from owners in ``capture/<node>-<mode>.bin``.
+        observers: are told everything too; None = nobody watches.
+    """
+
+    def __init__(
+        self, folder: Path | None, *, capture: bool = False, observers: Observers | None = None
+    ) -> None:
+        self._folder = folder
+        self._observers = observers
+        self._capture = capture and folder is not None
+        self._files: dict[str, BinaryIO] = {}
+        self._lock = threading.Lock()
+        self._spoke = 0.0
+        self.content: dict[str, Any] = {"rounds": []}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(cls, config: RunConfig, run: int) -> Self:
+        """Return the recorder of one run, with the observers that its settings ask for.
+
+        Raises:
+            ConfigError, RunError: see :class:`~strategies.telemetry.observers.Observers`.
+        """
+        folder = Path(config.output.dir) if config.output.dir else None
+        return cls(folder, capture=config.output.capture, observers=Observers(config, run))
+
+    def begin(self, number: int, mode: str, asked: int) -> None:
+        """Take note that the offers of round ``number`` go out to so many owners."""
+        if self._observers is not None:
+            self._observers.begin(number, mode, asked)
+
+    def joined(self, owner: str, node: int, link: Link) -> None:
+        """Take note that an owner's session was accepted."""
+        if self._observers is not None:
+            self._observers.joined(owner, node, link)
+
+    def write(self, **values: Any) -> None:
+        """Set top-level values and write the file (complete or not at all).
+
+        Raises:
+            RunError: the disk is full or not writable; names the file.
+        """
+        self.content.update(values)
+        if self._observers is not None:
+            self._observers.told(self.content)
+        if self._folder is None:
+            return
+        path = self._folder / "server.json"
+        draft = path.with_suffix(".draft")
+        try:
+            with open(draft, "w") as file:
+                json.dump(self.content, file, indent=1, allow_nan=False)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error}") from None
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Add or extend the row of ``row["round"]``."""
+        rows = self.content["rounds"]
+        if rows and rows[-1]["round"] == row["round"]:
+            rows[-1].update(row)
+        else:
+            rows.append(row)
+        if self._observers is not None:
+            self._observers.closed(row)
+        self.write()
+
+    def progress(self, **values: Any) -> None:
+        """Log one machine-readable line, at most twice a second unless ``force`` is given."""
+        if self._observers is not None and "step" in values:
+            self._observers.stepped(values)
+        now = time.monotonic()
+        if not values.pop("force", False) and now - self._spoke < 0.5:
+            return
+        self._spoke = now
+        log.info("%s%s", PROGRESS, json.dumps(values))
+
+    def phase(
+        self,
+        number: int,
+        rounds: int,
+        mode: str,
+        metrics: Mapping[str, Any],
+        lineage: Mapping[str, Any],
+    ) -> None:
+        """Log the line that ends a round's training or evaluation."""
+        self.progress(
+            force=True,
+            round=number,
+            rounds=rounds,
+            mode=mode,
+            done=True,
+            loss=metrics.get("loss"),
+            accuracy=metrics.get("accuracy"),
+            verdict=lineage.get("verdict"),
+        )
+
+    def on_bytes(self, node: int, mode: str, data: bytes) -> None:
+        """Keep one frame as it arrived, with its length before it."""
+        if not self._capture or self._folder is None:
+            return
+        with self._lock:
+            name = f"{node}-{mode}"
+            if name not in self._files:
+                folder = self._folder / "capture"
+                folder.mkdir(exist_ok=True)
+                self._files[name] = open(folder / f"{name}.bin", "ab")  # noqa: SIM115
+            self._files[name].write(len(data).to_bytes(8, "little") + data)
+
+    def transcript(self, store: RepresentationStore) -> None:
+        """Write everything received, for attacks to be measured on.
+
+        Raises:
+            RunError: the disk is full or not writable.
+        """
+        if self._folder is None:
+            return
+        try:
+            store.save(self._folder / "transcript.safetensors")
+        except OSError as error:
+            raise RunError(f"cannot write the transcript in {self._folder}: {error}") from None
+
+    def close(self) -> None:
+        """Close the capture's files and let the observers go."""
+        if self._observers is not None:
+            self._observers.close()
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()

@@ -1,0 +1,168 @@
+"""What an owner's reply must hold before anything in it is believed or averaged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message, Metadata, RecordDict
+
+from fedsplit.errors import ModelError, SessionError, WireError
+from fedsplit.wire.messages import WEIGHTS, read_report
+
+from ..split_tuning.round import RoundReport, natural
+
+log = logging.getLogger(__name__)
+
+Accepted = tuple[str, dict[str, float]]
+NO_REPLY = "no reply within session.round-s, or session.idle-s after its session"
+_REPORTED = ("num-examples", "targets", "steps", "loss", "accuracy", "share-touched")
+
+
+def read_reply(
+    content: RecordDict, known_as: str | None, report: RoundReport
+) -> tuple[dict[str, float], str]:
+    """Return (metrics, owner's name) of a reply.
+
+    Args:
+        content: the reply's.
+        known_as: the name that its node opened its session under, if it opened one.
+        report: what the server itself saw of the round's sessions.
+
+    Raises:
+        WireError: malformed, a number missing or out of its range, another owner's name, or another
+            weight in the average than the session's own steps had.
+    """
+    metrics, name = read_report(content)
+    if known_as is not None and name != known_as:
+        raise SessionError(f"reply under the name {name!r}: must be {known_as!r}")
+    missing = [key for key in _REPORTED if key not in metrics]
+    if missing:
+        raise SessionError(f"reply's report: must have {missing[0]!r}")
+    for key in ("num-examples", "targets"):
+        if not metrics[key] > 0:
+            raise SessionError(f"reply's {key}={metrics[key]}: must be > 0")
+    seen = report.targets.get(name)
+    if seen is not None and name in report.finished and metrics["targets"] != seen:
+        raise SessionError(f"reply's targets={metrics['targets']}: must be {seen}, as in its steps")
+    return metrics, name
+
+
+def node_of(reply: Message, asked: Iterable[Metadata]) -> int:
+    """Return the node that a reply is about.
+
+    An error that the SuperLink answers for a node (it went offline, its reply expired) bears the
+    SuperLink's own id.  Whom it is about tells the message that it answers.
+
+    Args:
+        reply: as it came.
+        asked: metadata of the messages that were sent; Flower's grid gives them their ids.
+    """
+    if reply.has_error():
+        for sent in asked:
+            if sent.message_id and sent.message_id == reply.metadata.reply_to_message_id:
+                return sent.dst_node_id
+    return reply.metadata.src_node_id
+
+
+def reason_of(reply: Message) -> str:
+    """Return what an error reply says, for the record."""
+    return f"error {reply.error.code}: {reply.error.reason}"[:500]
+
+
+def unanswered(asked: Iterable[Metadata], replies: Iterable[Message]) -> list[int]:
+    """Return the nodes that were sent a message and have answered none."""
+    answered = {reply.metadata.reply_to_message_id for reply in replies}
+    return [sent.dst_node_id for sent in asked if sent.message_id not in answered]
+
+
+def collect(
+    replies: Iterable[Message],
+    asked: Sequence[Metadata],
+    names: Mapping[int, str],
+    report: RoundReport,
+    accept: Callable[[int, Message], Accepted | None],
+) -> tuple[list[Message], dict[str, dict[str, float]]]:
+    """Return (acceptable replies in the order of their owners' names, their metrics by name).
+
+    Args:
+        replies: of one round.
+        asked: what they answer.
+        names: of the nodes' owners; ``accept`` may add to them.
+        report: of the round; told of whoever replied with an error, was refused, or said nothing.
+        accept: (node, reply) -> (owner's name, metrics), None for one that does not count; raises
+            WireError or ModelError for one that is wrong.
+    """
+    replies = list(replies)
+    good: list[Message] = []
+    rows: dict[str, dict[str, float]] = {}
+    for reply in replies:
+        node = node_of(reply, asked)
+        if reply.has_error():
+            log.warning("owner at node %d: %s", node, reason_of(reply))
+            report.lose(node, names.get(node), reason_of(reply))
+            continue
+        try:
+            accepted = accept(node, reply)
+        except (WireError, ModelError) as error:
+            log.warning("owner at node %d left out: %s", node, error)
+            report.lose(node, names.get(node), f"{type(error).__name__}: {error}")
+            continue
+        if accepted is not None:
+            rows[accepted[0]] = accepted[1]
+            good.append(reply)
+    for node in unanswered(asked, replies):
+        report.miss(node, names.get(node), NO_REPLY)
+    report.call(names)
+    good.sort(key=lambda m: natural(names[m.metadata.src_node_id]))
+    return good, rows
+
+
+def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check one owner's joint bottom.
+
+    Args:
+        content: the reply's.
+        expected: name -> shape of every tensor of the bottom.
+
+    Raises:
+        ModelError: another record, a missing, foreign, misshapen or non-finite tensor.
+    """
+    records = content.array_records
+    if list(records) != [WEIGHTS]:
+        raise ModelError(f"array records {list(records)[:4]}: must be [{WEIGHTS!r}]")
+    record: ArrayRecord = records[WEIGHTS]
+    if record.keys() != expected.keys():
+        odd = sorted(record.keys() ^ expected.keys())[:4]
+        raise ModelError(f"bottom weights: missing or foreign names {odd}")
+    for name, array in record.items():
+        # The declared form first: nothing is allocated for a tensor of another size.
+        if tuple(array.shape) != expected[name] or array.dtype != "float32":
+            raise ModelError(
+                f"bottom weight {name}: {array.dtype} {tuple(array.shape)}: must be float32 "
+                f"{expected[name]}"
+            )
+        try:
+            values = torch.from_numpy(array.numpy().copy())
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"bottom weight {name}: not an array: {error}") from None
+        if tuple(values.shape) != expected[name] or not bool(torch.isfinite(values).all()):
+            raise ModelError(f"bottom weight {name}: must be finite, of shape {expected[name]}")
+
+
+def average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Return weighted means over owners, sums of counts, and the owners' own rows."""
+    if not rows:
+        return {"num-examples": 0, "owners": {}}
+    weight = sum(r["targets"] for r in rows.values())
+    samples = sum(r["num-examples"] for r in rows.values())
+    return {
+        "num-examples": int(samples),
+        "loss": sum(r["loss"] * r["targets"] for r in rows.values()) / weight,
+        "accuracy": sum(r["accuracy"] * r["targets"] for r in rows.values()) / weight,
+        "share-touched": sum(r["share-touched"] * r["num-examples"] for r in rows.values())
+        / samples,
+        "owners": dict(sorted(rows.items(), key=lambda item: natural(item[0]))),
+    }

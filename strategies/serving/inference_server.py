@@ -1,0 +1,224 @@
+"""A tuned top that answers its owners' texts, and generates for them, over their own streams.
+
+A session is one owner's question: a file of texts for a classifier, or one text that a language
+model continues.  What comes in is what training took in: representations after the owner's
+mechanism.  The text, its tokens and the answer's meaning stay with the owner; a generated token is
+chosen by the owner, and comes back as one more privatised representation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import FedsplitError, FrameError, SessionError
+from fedsplit.models.splitting.cached_decoding import TopStepper
+from fedsplit.models.splitting.halves import Top
+from fedsplit.models.splitting.heads import select_positions
+from fedsplit.observe import carried
+from fedsplit.wire.authentication import Hello
+from fedsplit.wire.codecs import decode_rows
+from fedsplit.wire.frames import Frame, Kind
+from fedsplit.wire.link import Link
+from fedsplit.wire.serving import MODE
+
+from ..sessions.length_buckets import LengthBuckets
+from ..sessions.owner_session import Batch, Member
+from ..sessions.representation_cache import RepresentationStore
+from ..split_tuning.cohort import pad_rows
+from .batcher import Batcher
+
+log = logging.getLogger(__name__)
+
+Denoise = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+@dataclass
+class DeskReport:
+    """What was served so far."""
+
+    sessions: int = 0
+    failed: int = 0
+    texts: int = 0
+    tokens: int = 0
+    owners: set[str] = field(default_factory=set)
+
+
+class Desk:
+    """Takes serving sessions; each runs in a thread of its own, the top in one.
+
+    Args:
+        config: the run's settings.
+        top: tuned, in evaluation mode.
+        bundle: the bottom's files and digest.
+        positions: final hidden states that the owners' head reads; empty: the head is the top's.
+        denoise: the server's estimate of what the noise hides, or None.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        top: Top,
+        bundle: tuple[Mapping[str, bytes], str],
+        *,
+        positions: str = "",
+        denoise: Denoise | None = None,
+    ) -> None:
+        self.config = config
+        self.report = DeskReport()
+        self._top = top.eval()
+        self._bundle = bundle
+        self._positions = positions
+        self._denoise = denoise
+        self._buckets = LengthBuckets(top)
+        self._open: Counter[int] = Counter()
+        self._lock = threading.Lock()
+        self.batcher = Batcher(
+            self._forward,
+            max_batch=config.serving.max_batch,
+            max_wait_ms=config.serving.max_wait_ms,
+        )
+
+    def start(self) -> None:
+        """Nothing to begin with: sessions come when owners ask."""
+
+    @property
+    def digest(self) -> str:
+        """Of the bottom that owners must run."""
+        return self._bundle[1]
+
+    def close(self) -> None:
+        """Stop answering."""
+        self.batcher.close()
+
+    def admit(self, link: Link, hello: Hello) -> None:
+        """Take a session whose token was accepted.
+
+        Raises:
+            SessionError: not a serving session, or the owner has too many open.
+        """
+        if hello.mode != MODE:
+            raise SessionError(f"session for {hello.mode}: this run serves, mode {MODE}")
+        most = self.config.serving.sessions
+        with self._lock:
+            if self._open[hello.node] >= most:
+                raise SessionError(f"open sessions of this owner={most + 1}: must be <= {most}")
+            self._open[hello.node] += 1
+            self.report.sessions += 1
+            self.report.owners.add(hello.owner)
+        threading.Thread(target=carried(self._serve), args=(link, hello), daemon=True).start()
+
+    def _serve(self, link: Link, hello: Hello) -> None:
+        try:
+            member = self._member(link, hello)
+            member.greet(*self._bundle)
+            if self.config.model.task == "causal-lm":
+                self._generate(link, member)
+            else:
+                self._classify(member)
+        except FedsplitError as error:
+            log.warning("session of %s: %s: %s", hello.owner, type(error).__name__, error)
+            link.fail(error)
+            with self._lock:
+                self.report.failed += 1
+        except Exception as error:  # a thread's own end must not be silent, nor tell internals
+            log.exception("session of %s failed", hello.owner)
+            link.fail(SessionError(f"{type(error).__name__} at the server"))
+            with self._lock:
+                self.report.failed += 1
+        finally:
+            with self._lock:
+                self._open[hello.node] -= 1
+
+    def _member(self, link: Link, hello: Hello) -> Member:
+        session = self.config.session
+        return Member(
+            link,
+            hello,
+            RepresentationStore(),
+            width=self._top.hidden_size,
+            max_tokens=self.config.model.max_tokens,
+            joint=True,  # nothing that is asked is kept
+            codec=session.codec,
+            logits_codec=session.logits_codec,
+            deadline_s=session.deadline_s,
+        )
+
+    # ---- classification ---------------------------------------------------------------------
+
+    def _classify(self, member: Member) -> None:
+        member.start(self.config.session.window)
+        while True:
+            batch = member.batch()
+            answers = self.batcher.answer(batch.rows, self.config.session.deadline_s)
+            member.send_logits(batch, answers)
+            with self._lock:
+                self.report.texts += len(batch.slots)
+                self.report.tokens += sum(batch.lengths)
+            if batch.last:
+                member.finish()
+                return
+
+    def _forward(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return what goes down per text (B, C): logits, or what the owner's head reads."""
+        hidden, mask = pad_rows(self._denoise(rows) if self._denoise is not None else rows)
+        if self._positions:
+            states = self._top.hidden_states(hidden, mask)
+            return select_positions(states, mask, self._positions).float().cpu()
+        logits: Tensor = self._buckets(hidden, mask)
+        return logits.float().cpu()
+
+    # ---- generation -------------------------------------------------------------------------
+
+    def _generate(self, link: Link, member: Member) -> None:
+        """Continue one text: every BATCH is its next piece, every LOGITS follows its last token."""
+        session = self.config.session
+        stepper = TopStepper(self._top)
+        link.send(Kind.START, {"window": 1})
+        steps = 0
+        while True:
+            frame = link.recv(session.deadline_s)
+            if frame.kind is Kind.DONE:
+                link.send(Kind.BYE, {"reason": "done"})
+                return
+            piece = self._piece(frame, steps, stepper.seen)
+
+            def step(hidden: Tensor = piece) -> Tensor:
+                return stepper.step(hidden[None])
+
+            logits = self.batcher.alone(step, session.deadline_s).cpu()
+            member.send_logits(Batch(steps, [steps], [piece], False), logits)
+            steps += 1
+            with self._lock:
+                self.report.tokens += int(piece.shape[0])
+
+    def _piece(self, frame: Frame, step: int, seen: int) -> Tensor:
+        """Return one piece (t, d), checked.
+
+        Raises:
+            FrameError: out of order, of another width, not finite, or longer than the bounds.
+        """
+        if frame.kind is not Kind.BATCH or frame["step"] != step:
+            raise FrameError(f"{frame.kind.name} frame: must be BATCH of step {step}, or DONE")
+        if frame["slots"] != [step] or frame["fresh"] != [step] or len(frame["lengths"]) != 1:
+            raise FrameError(f"BATCH of a text: must bring piece {step} and nothing else")
+        length = frame["lengths"][0]
+        left = self.config.model.max_tokens + self.config.serving.new_tokens - seen
+        if not 1 <= length <= left:
+            raise FrameError(f"BATCH of {length} tokens after {seen}: must be in [1, {left}]")
+        if frame["dim"] != self._top.hidden_size:
+            raise FrameError(f"BATCH width {frame['dim']}: must be {self._top.hidden_size}")
+        return decode_rows(frame.body, (length, self._top.hidden_size), frame["codec"])
+
+
+def quiet(top: Top) -> Top:
+    """Return ``top`` for answering alone: evaluation mode, no gradients."""
+    for parameter in top.parameters():
+        parameter.requires_grad_(False)
+    return top.eval()

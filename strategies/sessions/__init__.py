@@ -1,0 +1,1 @@
+"""Sessions with owners: transports, offers, received representations."""

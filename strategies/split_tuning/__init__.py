@@ -1,0 +1,1 @@
+"""Split tuning at the server."""

@@ -1,0 +1,298 @@
+"""Stepping the top with a cohort of connected owners: one forward and one backward for all.
+
+With the step's loss L = sum_i (n_i / n) L_i over owners i with n_i targets each, one cohort step
+equals a centralised step on the union of the owners' batches.  An owner that fails in the middle of
+a step loses its own rows; the others' weights are renormalised and the step goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.errors import FedsplitError
+from fedsplit.models.splitting.halves import Top
+from fedsplit.models.splitting.heads import select_positions
+from fedsplit.observe import bound
+
+from ..sessions.length_buckets import LengthBuckets
+from ..sessions.owner_session import Batch, Member
+from .denoising import CohortDenoiser
+from .optimisation import Optimisation
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a round is: so many steps of this group of this wave have been taken.
+
+    Attributes:
+        wave: index of the wave.
+        waves: of the round.
+        group: index of the owners that step together.
+        groups: of the wave (one where the schedule is parallel).
+        step: steps taken.
+        steps: of the group.
+    """
+
+    wave: int = 0
+    waves: int = 1
+    group: int = 0
+    groups: int = 1
+    step: int = 0
+    steps: int = 0
+
+
+@dataclass
+class CohortReport:
+    """What a cohort did in one round."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    compute_s: float = 0.0
+    waiting_s: float = 0.0
+    seconds: float = 0.0
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+class Cohort:
+    """Runs the sessions of connected owners against one top.
+
+    Args:
+        top: (hidden (B, T, d), mask (B, T)) -> logits (B, C) or (B, T, V).
+        positions: the owners hold the head, which reads these of the final hidden states
+            (:func:`fedsplit.models.splitting.heads.positions_read`); empty: the top's own head
+            answers.
+        optimisation: the top's optimizer.
+        joint: whether gradients of the representations go back.
+        per_token: whether logits are per token (language modelling).
+        window: batches an owner may send ahead.
+        denoise: replaces received representations by better estimates of them, or None.
+        on_step: called after every step with (step, steps of this wave).
+    """
+
+    def __init__(
+        self,
+        top: Top,
+        optimisation: Optimisation,
+        *,
+        joint: bool,
+        per_token: bool,
+        positions: str = "",
+        window: int,
+        on_step: Callable[[int, int], None],
+        denoise: CohortDenoiser | None = None,
+    ) -> None:
+        self._top = top
+        self._buckets = LengthBuckets(top)
+        self._optimisation = optimisation
+        self._joint = joint
+        self._per_token = positions == "all" if positions else per_token
+        self._positions = positions
+        self._window = window
+        self._on_step = on_step
+        self._denoise = denoise
+        self.place = Place()
+        self.live: list[str] = []  # who will take the next step
+        self.waiting: list[str] = []  # whose turn comes later in this wave
+
+    def train(
+        self,
+        members: Sequence[Member],
+        schedule: str,
+        progress: Callable[[float], float],
+        report: CohortReport,
+        begin: Place | None = None,
+    ) -> None:
+        """Train with ``members``, in their order.
+
+        Args:
+            members: connected owners, all greeted.
+            schedule: ``parallel`` or ``sequential``.
+            progress: share of this wave that is done -> share of the run that is done.
+            report: is added to.
+            begin: where an interrupted run had come to in this wave.
+        """
+        groups = [list(members)] if schedule == "parallel" else [[m] for m in members]
+        count = max(len(groups), begin.groups if begin else 0)
+        began = time.perf_counter()
+        self._top.train()
+        self.waiting = [m.name for m in members]
+        for index, group in enumerate(groups, start=count - len(groups)):
+            shared = partial(_progress, progress, index, count)
+            self.waiting = self.waiting[len(group) :]
+            self.place = Place(group=index, groups=count)
+            self._train_group(group, shared, report, begin)
+        report.seconds += time.perf_counter() - began
+
+    def _train_group(
+        self,
+        members: list[Member],
+        progress: Callable[[float], float],
+        report: CohortReport,
+        begin: Place | None = None,
+    ) -> None:
+        live = self._each(members, lambda m: m.start(1 if self._joint else self._window), report)
+        steps = max((m.steps for m, _ in live), default=0)
+        step = max((m.first for m, _ in live), default=0)
+        if begin is not None and step:  # whoever had the most steps may be gone
+            steps = max(steps, begin.steps)
+        while live:
+            waited = time.perf_counter()
+            batches = self._each([m for m, _ in live], lambda m: m.batch(), report)
+            report.waiting_s += time.perf_counter() - waited
+            live = [(m, None) for m, _ in batches]
+            if not batches:
+                return
+            survivors = self._step(batches, progress(step / steps), report)
+            ended = [m for m, batch in survivors if batch.last]
+            self._each(ended, lambda m: m.finish(), report)
+            live = [(m, None) for m, batch in survivors if not batch.last]
+            step += 1
+            self.live = [m.name for m, _ in live]
+            self.place = replace(self.place, step=step, steps=steps)
+            self._on_step(step, steps)
+
+    def _step(
+        self, batches: list[tuple[Member, Batch]], progress: float, report: CohortReport
+    ) -> list[tuple[Member, Batch]]:
+        """Do one step and return the members that are still there, with their batches."""
+        clock = time.perf_counter()
+        hidden, mask = self._padded(batches)
+        if self._joint:
+            hidden.requires_grad_()
+        rows = self._rows(hidden, mask)  # (R, C)
+        parts = self._parts(batches, rows)
+        report.compute_s += time.perf_counter() - clock
+
+        clock = time.perf_counter()
+        order = dict(batches)
+        sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
+        gradients = self._each(
+            [m for m, _ in sent], lambda m: m.gradient(order[m], tuple(parts[m].shape)), report
+        )
+        report.waiting_s += time.perf_counter() - clock
+        if not gradients:
+            return []
+
+        clock = time.perf_counter()
+        total = sum(weight for _, (_, weight) in gradients)
+        received = dict(gradients)
+        pieces = []
+        for member in order:
+            if member in received:
+                gradient, weight = received[member]
+                pieces.append(gradient * (weight / total))
+            else:  # lost since the forward: its rows contribute nothing
+                pieces.append(torch.zeros(parts[member].shape))
+        self._optimisation.zero_grad()
+        torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
+        self._optimisation.step(progress)
+        report.steps += 1
+        report.compute_s += time.perf_counter() - clock
+        kept = [m for m, _ in gradients]
+        if self._joint:
+            assert hidden.grad is not None
+            flat = torch.split(hidden.grad[mask.bool()], [sum(b.lengths) for _, b in batches])
+            back = dict(zip(order, flat, strict=True))
+            kept = [
+                m
+                for m, _ in self._each(
+                    kept,
+                    # The owner steps its own bottom by the gradient of its own mean loss.
+                    lambda m: m.send_hidden_gradient(order[m], back[m] * (total / received[m][1])),
+                    report,
+                )
+            ]
+        report.samples += sum(len(order[m].slots) for m in kept)
+        report.tokens += sum(sum(order[m].lengths) for m in kept)
+        return [(m, order[m]) for m in kept]
+
+    def evaluate(self, members: Sequence[Member], report: CohortReport) -> None:
+        """Answer the members' held-out batches; nothing is learned from them."""
+        began = time.perf_counter()
+        self._top.eval()
+        live = [m for m, _ in self._each(members, lambda m: m.start(self._window), report)]
+        while live:
+            answered = self._answer(self._each(live, lambda m: m.batch(), report), report)
+            self._each([m for m, b in answered if b.last], lambda m: m.finish(), report)
+            live = [m for m, b in answered if not b.last]
+        report.seconds += time.perf_counter() - began
+
+    def _answer(
+        self, batches: list[tuple[Member, Batch]], report: CohortReport
+    ) -> list[tuple[Member, Batch]]:
+        """Send each member the logits of its batch, without any gradient."""
+        if not batches:
+            return []
+        with torch.inference_mode():
+            hidden, mask = self._padded(batches)
+            rows = self._rows(hidden, mask)
+        order = dict(batches)
+        parts = self._parts(batches, rows)
+        sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
+        report.samples += sum(len(order[m].slots) for m, _ in sent)
+        return [(m, order[m]) for m, _ in sent]
+
+    def _padded(self, batches: list[tuple[Member, Batch]]) -> tuple[Tensor, Tensor]:
+        """Return the cohort's representations (B, T, d), denoised if so configured, and mask."""
+        rows = [row for _, batch in batches for row in batch.rows]
+        if self._denoise is not None:
+            keys = [(m.name, m.split, slot) for m, batch in batches for slot in batch.slots]
+            rows = self._denoise(keys, rows)
+        return pad_rows(rows)
+
+    def _rows(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return what goes down as rows: logits (B, C) or (tokens, V), or final hidden states."""
+        if self._positions:
+            states = self._top.hidden_states(hidden, mask)
+            return select_positions(states, mask, self._positions).float()
+        if not self._per_token:
+            answers: Tensor = self._buckets(hidden, mask)
+            return answers
+        logits: Tensor = self._top(hidden, mask)
+        return logits[mask.to(logits.device).bool()]
+
+    def _parts(self, batches: list[tuple[Member, Batch]], rows: Tensor) -> dict[Member, Tensor]:
+        """Cut rows into each member's own."""
+        counts = [sum(b.lengths) if self._per_token else len(b.slots) for _, b in batches]
+        parts = torch.split(rows.detach(), counts)
+        return dict(zip([m for m, _ in batches], parts, strict=True))
+
+    def _each(
+        self, members: Sequence[Member], action: Callable[[Member], T], report: CohortReport
+    ) -> list[tuple[Member, T]]:
+        """Apply ``action`` to each member; one that fails is told, recorded and left out."""
+        done = []
+        for member in members:
+            try:
+                done.append((member, action(member)))
+            except FedsplitError as error:
+                reason = member.last_word() or f"{type(error).__name__}: {error}"
+                report.lost[member.name] = reason
+                with bound(owner=member.name, node=str(member.hello.node)):
+                    log.warning("owner %s left out: %s", member.name, report.lost[member.name])
+                member.link.fail(error)
+        return done
+
+
+def _progress(whole: Callable[[float], float], index: int, groups: int, done: float) -> float:
+    return whole((index + done) / groups)
+
+
+def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return (hidden (B, T, d), mask (B, T)) from B tensors (T_i, d), right-padded with zeros."""
+    hidden = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    lengths = torch.tensor([r.shape[0] for r in rows])
+    mask = (torch.arange(hidden.shape[1])[None, :] < lengths[:, None]).long()
+    return hidden, mask

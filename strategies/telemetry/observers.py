@@ -1,0 +1,154 @@
+"""Who is told what happens in a run: the progress file, the JSON log, metrics, TensorBoard.
+
+All of them are at the model owner's side and hold only what the server knows anyway.  None of them
+may end a run: a full disk costs what would have been shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError
+from fedsplit.observe import JsonLines, bound, context, writing
+from fedsplit.wire.link import Link
+
+from .event_files import EventFile, scalars_of
+from .metrics_port import MetricsPort
+from .open_metrics import render
+from .status import Live
+
+log = logging.getLogger(__name__)
+
+PAGE = "progress.json"
+LOG = "log.jsonl"
+EVENTS = "tensorboard"
+EVERY_S = 1.0
+# An owner's own words stay out of the server's log, also where both run in one process, and also
+# from threads that its handlers started.
+OWNERS_SIDE = ("fedsplit.owners", "fedsplit.client")
+
+
+class Observers:
+    """Passes on what happens, as far as the settings ask for it.
+
+    Args:
+        config: the run's settings.
+        run: Flower's run id.
+
+    Raises:
+        ConfigError: a log or event files are asked for, but no ``output.dir`` to put them in.
+        RunError: the metrics port is taken, or a file cannot be made.
+    """
+
+    def __init__(self, config: RunConfig, run: int) -> None:
+        output = config.output
+        self._folder = Path(output.dir) if output.dir else None
+        if self._folder is None and (output.log_json or output.tensorboard):
+            raise ConfigError(
+                "output.dir='': must name a folder for output.log-json or output.tensorboard"
+            )
+        self.live = Live(config, run)
+        self._wrote = 0.0
+        self._writing = threading.Lock()
+        self._stack = contextlib.ExitStack()
+        self._log: JsonLines | None = None
+        self._events: EventFile | None = None
+        self.port: MetricsPort | None = None
+        with self._stack:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if output.log_json:
+                    self._log = self._stack.enter_context(self._lines(self._folder / LOG))
+                if output.tensorboard:
+                    self._events = EventFile(self._folder / EVENTS)
+                    self._stack.callback(self._events.close)
+            if output.metrics_port:
+                self.port = MetricsPort(output.metrics_port, lambda: render(self.live.page()))
+                self._stack.callback(self.port.close)
+                log.info("metrics at %s", self.port.url)
+            self._stack = self._stack.pop_all()  # all is well: closed by close() alone
+        self._note("run", strategy=config.strategy, model=config.model.name)
+
+    def _lines(self, path: Path) -> contextlib.AbstractContextManager[JsonLines]:
+        handler = JsonLines(
+            path,
+            where=lambda: self.live.where,
+            keep=_servers,
+        )
+        return writing(handler, ("fedsplit", "strategies", "flwr"))
+
+    def _note(self, event: str, **data: Any) -> None:
+        if self._log is not None:
+            self._log.note(event, **data)
+
+    def begin(self, number: int, mode: str, asked: int) -> None:
+        """A round's offers go out."""
+        self.live.begin(number, mode, asked)
+        self._note("round begins", asked=asked)
+        self.show(force=True)
+
+    def joined(self, name: str, node: int, link: Link) -> None:
+        """An owner's session was accepted."""
+        self.live.joined(name, node, link)
+        with bound(owner=name, node=str(node)):
+            self._note("session")
+        self.show()
+
+    def stepped(self, values: Mapping[str, Any]) -> None:
+        """One cohort step is done."""
+        self.live.stepped(values)
+        self.show()
+
+    def closed(self, row: Mapping[str, Any]) -> None:
+        """A round's row was recorded."""
+        self.live.closed(row)
+        scalars = dict(scalars_of(row))
+        self._note("round", number=row.get("round"), **scalars)
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.add(int(row.get("round", 0)), scalars)
+        self.show(force=True)
+
+    def told(self, values: Mapping[str, Any]) -> None:
+        """Top-level values of ``server.json`` were set."""
+        self.live.told(values)
+        if "status" in values:
+            self.show(force=values["status"] != "running")
+
+    def show(self, *, force: bool = False) -> None:
+        """Write the progress file, at most once a second unless ``force`` is given."""
+        now = time.monotonic()
+        if self._folder is None or (now - self._wrote < EVERY_S and not force):
+            return
+        with self._writing:
+            self._wrote = now
+            page = self.live.page()
+            draft = self._folder / f".{PAGE}-{os.getpid()}"
+            # Not fsynced: it shows a run that goes on, and is not what one is resumed from.
+            with contextlib.suppress(OSError, ValueError):
+                draft.write_text(json.dumps(page, allow_nan=False, default=str))
+                draft.replace(self._folder / PAGE)
+        if self._events is not None and page["steps_per_s"]:
+            speed = {"speed/steps_per_s": page["steps_per_s"]}
+            with contextlib.suppress(OSError):
+                self._events.add(page["steps_done"], speed)
+
+    def close(self) -> None:
+        """Write the last page and let everything go; harmless when called again."""
+        self.show(force=True)
+        self._stack.close()
+        self._events = self._log = None
+
+
+def _servers(record: logging.LogRecord) -> bool:
+    """Whether a record is the server's own (a simulation runs both sides in one process)."""
+    return context().get("side") != "owner" and not record.name.startswith(OWNERS_SIDE)

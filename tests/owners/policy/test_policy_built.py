@@ -1,0 +1,185 @@
+"""An owner's rules against what was really built and sent: mechanisms, noise, the outbox."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedsplit.errors import PolicyError
+from fedsplit.owners.ledger.chain import Ledger
+from fedsplit.owners.ledger.disclosure import Outbox, Trip
+from fedsplit.owners.policy.noise_ratio import noise_norm, noise_ratio, too_clear
+from fedsplit.owners.policy.rules import Policy
+from fedsplit.privacy import MECHANISMS, build
+from fedsplit.privacy.mechanisms.base import Mechanism
+from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.wire.frames import Kind
+
+DIGEST = "ab" * 32
+
+
+def policy(text: str) -> Policy:
+    return Policy.parse(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "mechanism", "parameters", "rules"),
+    [
+        ("max_eta = 5", "dchi", {"eta": 5.0}, []),
+        ("max_eta = 5", "dchi", {"eta": 5.1}, ["noise.max_eta"]),
+        ("max_eta = 5", "nearest-token", {"eta": 5.1}, ["noise.max_eta"]),
+        # Another mechanism, or one that nobody knows, is no way around a bound on eta.
+        ("max_eta = 5", "gaussian", {"epsilon": 1e6}, ["noise.max_eta"]),
+        ("max_eta = 5", "pac", {"budget": 1e6}, ["noise.max_eta"]),
+        ("max_eta = 5", "new", {}, ["noise.max_eta"]),
+        ("max_eta = 5", "none", {}, ["noise.max_eta"]),
+        ("max_eta = 5\nmax_epsilon = 1", "gaussian", {"epsilon": 1.0}, []),
+        ("max_eta = 5\nmax_epsilon = 1", "gaussian", {"epsilon": 1.1}, ["noise.max_epsilon"]),
+        ("max_nats = 0.5", "pac", {"budget": 0.6}, ["noise.max_nats"]),
+        ('mechanisms = ["dchi"]', "gaussian", {"epsilon": 0.1}, ["noise.mechanisms"]),
+        ("min_ratio = 2", "new", {}, ["noise.min_ratio"]),
+    ],
+)
+def test_what_was_really_built_is_judged(
+    text: str, mechanism: str, parameters: dict[str, float], rules: list[str]
+) -> None:
+    found = policy(f"[noise]\n{text}").mechanism_breaches(mechanism, parameters, None)
+    assert [breach.rule for breach in found] == rules
+
+
+class Embedding(nn.Module):
+    """A bottom whose vectors have a given length."""
+
+    def __init__(self, length: float, width: int = 48, vocab: int = 2048) -> None:
+        super().__init__()
+        self.vocab, self.k = vocab, 0
+        rows = torch.randn(vocab, width, generator=torch.Generator().manual_seed(0))
+        self.rows = rows / rows.norm(dim=1, keepdim=True) * length
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.rows[ids]
+
+
+def mechanisms(width: int) -> list[Mechanism]:
+    covariance = torch.diag(torch.linspace(0.1, 2.0, width, dtype=torch.float64))
+    return [
+        build("dchi", eta=6.0),
+        build("gaussian", epsilon=5.0, delta=1e-5, clip=3.0),
+        build("pac", budget=4.0, covariance=covariance),
+        build("none"),
+    ]
+
+
+def test_noise_is_as_long_as_it_is_said_to_be() -> None:
+    hidden = torch.zeros(600, 48)
+    for mechanism in mechanisms(48):
+        stream = OwnerSecret.for_simulation(0, "x").stream(mechanism.name)
+        found = float(mechanism.privatise(hidden, stream).norm(dim=1).mean())
+        assert found == pytest.approx(noise_norm(mechanism, 48), rel=0.05)
+    assert set(MECHANISMS) == {m.name for m in mechanisms(48)} | {"nearest-token"}
+
+
+def test_an_eta_is_worth_what_the_bottom_makes_of_it() -> None:
+    dchi = build("dchi", eta=6.0)
+    assert noise_ratio(dchi, Embedding(4.0), 2048) == pytest.approx(2.0)
+    assert noise_ratio(dchi, Embedding(400.0), 2048) == pytest.approx(0.02)
+    # A small clip shortens signal and noise alike: the ratio stays what epsilon makes it.
+    ratios = [
+        noise_ratio(build("gaussian", epsilon=50.0, delta=1e-5, clip=clip), Embedding(4.0), 2048)
+        for clip in (4.0, 4e-3, 4e-6)
+    ]
+    assert ratios == pytest.approx([ratios[0]] * 3)
+
+
+@pytest.mark.parametrize("width", [16, 48, 384])
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 8.0])
+def test_rows_are_refused_when_they_are_longer_than_the_noise_explains(
+    width: int, ratio: float
+) -> None:
+    bottom = Embedding(4.0, width)
+    mechanism = build("dchi", eta=width / (ratio * 4.0))
+    length = noise_norm(mechanism, width)
+    assert length is not None
+    for seed in range(40):
+        stream = OwnerSecret.for_simulation(seed, "x").stream("rows")
+        ids = torch.randint(0, 2048, (64,), generator=torch.Generator().manual_seed(seed))
+        clean = bottom.rows[ids]
+        assert not too_clear(mechanism.privatise(clean, stream), length, ratio)
+        # The same bottom, a hundred times as long on this very text.
+        assert too_clear(mechanism.privatise(100 * clean, stream), length, ratio)
+
+
+def outbox(rules: Policy) -> Outbox:
+    trip: Any = SimpleNamespace(labels={})
+    return Outbox(SimpleNamespace(), rules, trip, OwnerSecret.for_simulation(0, "x"))  # type: ignore[arg-type]
+
+
+def owner(mechanism: Mechanism, **parts: Any) -> Any:
+    perturber = SimpleNamespace(mechanism=mechanism, cti=None, rho=1.0)
+    perturber.__dict__.update(parts.pop("perturber", {}))
+    samples = SimpleNamespace(lengths=parts.pop("lengths", [3, 9]))
+    return SimpleNamespace(bottom=Embedding(4.0), perturber=perturber, samples=samples, **parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "rule"),
+    [
+        ("[noise]\nmin_ratio = 2.1", {}, "noise.min_ratio"),
+        ("[noise]\nmax_eta = 5", {}, "noise.max_eta"),
+        ("[model]\nmin_k = 1", {}, "model.min_k"),
+        ("[model]\nmax_tokens = 8", {}, "model.max_tokens"),
+        (
+            "[cti]\nmax_share = 0.01",
+            {"perturber": {"cti": SimpleNamespace(running_share=0.02), "rho": 0.5}},
+            "cti.max_share",
+        ),
+        (
+            "[cti]\nmin_rho = 0.6",
+            {"perturber": {"cti": SimpleNamespace(running_share=0.0), "rho": 0.5}},
+            "cti.min_rho",
+        ),
+    ],
+)
+def test_the_built_owner_is_checked_whatever_the_settings_said(
+    text: str, parts: dict[str, Any], rule: str
+) -> None:
+    with pytest.raises(PolicyError, match=rule):
+        outbox(policy(text)).attach(owner(build("dchi", eta=6.0), **parts))
+    outbox(policy("[noise]\nmin_ratio = 2.0\nmax_eta = 6")).attach(owner(build("dchi", eta=6.0)))
+
+
+def test_pieces_of_a_text_being_generated_are_one_view_each(tmp_path: Path) -> None:
+    """The same token after another text is other content, not another noise of the same one."""
+    trip = Trip(7, 0, "predict", "x", DIGEST, {})
+    box = Outbox(
+        Ledger(tmp_path),
+        policy("[budget]\nviews_total = 1"),
+        trip,
+        OwnerSecret.for_simulation(0, "x"),
+    )
+    ids = (torch.tensor([5, 6]), torch.tensor([9]), torch.tensor([9]))
+    samples: Any = type("Samples", (), {"ids": ids, "lengths": [2, 1, 1], "__len__": len})()
+    mechanism = build("dchi", eta=2.0)
+    perturber = SimpleNamespace(mechanism=mechanism, cti=None, rho=1.0, representation_id="b:0")
+    generating: Any = SimpleNamespace(
+        bottom=Embedding(4.0),
+        perturber=perturber,
+        samples=samples,
+        views=[0, 12345, 67890],
+        settings=SimpleNamespace(joint=False),
+    )
+    box.attach(generating)
+    for step, piece in enumerate(ids):
+        header = {"step": step, "slots": [step], "fresh": [step], "lengths": [len(piece)]}
+        header |= {"codec": "fp32", "dim": 4, "last": False}
+        line = box.record(Kind.BATCH, header, bytes(16 * len(piece)))
+    assert line["cumulative"]["samples"] == 3
+    assert line["cumulative"]["views"]["max"] == 1
+    perturber.mechanism = build("dchi", eta=1.0)
+    with pytest.raises(PolicyError, match=r"budget\.views_total: asked 2"):
+        box.record(Kind.BATCH, header, bytes(16))

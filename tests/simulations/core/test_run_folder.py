@@ -1,0 +1,247 @@
+"""One run, one folder: atomic, strict, honest about how the run ended."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsplit.errors import ConfigError, RunError
+from simulations.core.run_folder import (
+    REQUIRED,
+    RunFolder,
+    check_results,
+    default_folder,
+    read_results,
+    write_atomically,
+)
+
+TABLE = {"rows": [{"round": 1, "loss": 0.5}], "metrics": {"accuracy": 0.9}}
+
+
+def raw(path: Path) -> dict[str, object]:
+    document = json.loads((path / "results.json").read_text())
+    assert isinstance(document, dict)
+    return document
+
+
+def test_folder_records_versions_machine_time_and_results(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", name="demo", kind="table") as folder:
+        assert raw(folder.path)["status"] == "running"
+        folder.record(**TABLE)
+
+    document = read_results(tmp_path / "run")
+
+    assert document["status"] == "completed"
+    assert {key: document[key] for key in TABLE} == TABLE
+    assert document["versions"]["python"].startswith("3.")
+    assert document["versions"]["numpy"] == np.__version__
+    assert set(document["versions"]) == {
+        *("python", "fedsplit", "flwr", "ray", "torch", "transformers", "numpy")
+    }
+    assert document["machine"]["cores"] >= 1
+    assert document["machine"]["memory_bytes"] > 2**20
+    assert document["machine"]["cpu"]
+    assert document["started"] <= document["ended"]
+    assert document["time_s"] >= 0
+    assert document["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("boom"), "failed"),
+        (KeyboardInterrupt(), "interrupted"),
+        (SystemExit(143), "interrupted"),
+    ],
+)
+def test_partial_results_are_kept_and_marked(
+    tmp_path: Path, error: BaseException, status: str
+) -> None:
+    def run() -> None:
+        with RunFolder(tmp_path, name="demo", kind="table") as folder:
+            folder.record(rows=[{"round": 1}])
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+
+    document = read_results(tmp_path)
+
+    assert document["status"] == status
+    assert document["rows"] == [{"round": 1}]
+    assert type(error).__name__ in document["error"]
+
+
+def test_completed_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, name="first", kind="table") as folder:
+        folder.record(**TABLE)
+
+    with pytest.raises(RunError, match="holds a completed run"):
+        RunFolder(tmp_path, name="second", kind="table")
+    assert raw(tmp_path)["name"] == "first"
+
+    RunFolder(tmp_path, name="second", kind="table", force=True)
+    assert raw(tmp_path)["name"] == "second"
+
+
+def test_unfinished_run_may_be_repeated(tmp_path: Path) -> None:
+    RunFolder(tmp_path, name="first", kind="table").mark("interrupted")
+    assert RunFolder(tmp_path, name="second", kind="table").status == "running"
+
+
+def test_completing_without_required_keys_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    folder.record(metrics={})
+    with pytest.raises(RunError, match=r"rows: missing"):
+        folder.mark("completed")
+    assert raw(tmp_path)["status"] == "running"
+
+
+def test_values_that_json_lacks_become_null_with_a_note(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    folder.record(
+        metrics={"loss": math.nan, "best": -math.inf, "f1": np.float32(0.5), "p": tmp_path},
+        rounds=({"round": 1, "losses": np.array([1.0, np.nan])},),
+    )
+
+    text = (tmp_path / "results.json").read_text()
+    document = raw(tmp_path)
+
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert document["metrics"] == {"loss": None, "best": None, "f1": 0.5, "p": str(tmp_path)}
+    assert document["rounds"] == [{"round": 1, "losses": [1.0, None]}]
+    assert document["notes"] == [
+        "metrics.loss: nan written as null",
+        "metrics.best: -inf written as null",
+        "rounds[0].losses[1]: nan written as null",
+    ]
+
+
+def test_values_json_cannot_express_are_refused_and_the_file_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    with pytest.raises(ConfigError, match=r"metrics\.model=object"):
+        folder.record(metrics={"model": object()})
+    assert "metrics" not in raw(tmp_path)
+    folder.record(rows=[])  # the refused value is not remembered
+    assert raw(tmp_path)["rows"] == []
+    assert "metrics" not in raw(tmp_path)
+
+
+def test_keys_that_every_run_has_cannot_be_overwritten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    with pytest.raises(ConfigError, match="status"):
+        folder.record(status="completed")
+
+
+def test_full_disk_names_path_and_bytes_and_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    folder.record(rounds=[{"round": 1}])
+    before = (tmp_path / "results.json").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"results\.json: cannot write \d+ bytes: No space left"):
+        folder.record(rounds=[{"round": 1}, {"round": 2}])
+    monkeypatch.undo()
+
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["log", "results.json"]
+
+
+def test_failure_to_record_does_not_hide_the_runs_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> None:
+        with RunFolder(tmp_path, name="demo", kind="table") as folder:
+            monkeypatch.setattr(folder, "results_path", tmp_path / "gone" / "results.json")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_config_toml_reads_back(tmp_path: Path) -> None:
+    config = {"rounds": 3, "data": {"name": "sst2", "noise.eta": 1.5}, "dims": [1, 2], "none": None}
+    folder = RunFolder(tmp_path, name="demo", kind="table")
+    folder.write_config(config)
+    assert tomllib.loads((tmp_path / "config.toml").read_text()) == {
+        "rounds": 3,
+        "data": {"name": "sst2", "noise.eta": 1.5},
+        "dims": [1, 2],
+    }
+
+
+def test_write_atomically_leaves_ordinary_permissions(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "x", b"1")
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o644
+
+
+def test_default_folder_is_named_after_run_and_time(tmp_path: Path) -> None:
+    first = default_folder("split/base run", tmp_path)
+    assert first.name.startswith("split-base-run-2")
+    first.mkdir()
+    second = default_folder("split/base run", tmp_path)
+    assert second != first
+    assert not second.exists()
+    assert default_folder("../..", tmp_path).parent == tmp_path
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file: cannot be made a run folder"):
+        RunFolder(tmp_path / "file", name="demo", kind="table")
+
+
+def test_unknown_kind_and_status_list_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"kind='x'.*table"):
+        RunFolder(tmp_path, name="demo", kind="x")
+    folder = RunFolder(tmp_path, name="demo", kind="split")
+    with pytest.raises(ConfigError, match=r"status='done'.*interrupted"):
+        folder.mark("done")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "results", "message"),
+    [
+        ("table", {}, r"rows: missing"),
+        ("table", {"rows": {}}, r"rows: must be a list"),
+        ("table", {"rows": ["x"]}, r"rows\[0\]: must be a table"),
+        ("split", {"utility": {"metric": "accuracy"}}, r"utility: lacks federated"),
+        ("split", {"utility": []}, r"utility: must be a table"),
+        ("other", {}, r"kind='other': must be one of"),
+    ],
+)
+def test_schema_check_names_what_is_missing(
+    kind: str, results: dict[str, object], message: str
+) -> None:
+    with pytest.raises(RunError, match=message):
+        check_results(kind, results)
+
+
+@pytest.mark.parametrize("kind", sorted(REQUIRED))
+def test_every_kind_accepts_its_smallest_results(kind: str) -> None:
+    smallest: dict[str, object] = {}
+    for key, shape in REQUIRED[kind].items():
+        form, columns = shape or ("table", ())
+        smallest[key] = dict.fromkeys(columns) if form == "table" else []
+    check_results(kind, smallest)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 1}', '{"schema": NaN}'])
+def test_unreadable_results_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(RunError, match=r"results\.json"):
+        read_results(tmp_path)

@@ -1,0 +1,57 @@
+"""Experiment files and overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedsplit.errors import ConfigError
+from simulations.core.settings import load_experiment, names
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_experiment_that_ships_is_valid(name: str) -> None:
+    experiment = load_experiment(name)
+    assert experiment.about
+    assert experiment.config.seed == 0
+
+
+def test_overrides_are_typed_and_paths_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    changes = ["train.rounds=5", "privacy.eta=8.5", "model=gpt2", "data.path=texts.jsonl"]
+    config = load_experiment("demo", changes).config
+    assert config.train.rounds == 5
+    assert config.privacy.eta == 8.5
+    assert config.model.name == "gpt2"
+    assert config.data.path == str(tmp_path / "texts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("nothing", "seed=1", "experiment='nothing': must be one of"),
+        ("demo", "seed", "must be key=value"),
+        ("demo", "train.nothing=1", "train.nothing=1: unknown setting"),
+        ("demo", "privacy.eta=-2.0", "privacy.eta=-2.0: must be > 0"),
+        ("demo", "split.k=-1", "split.k=-1"),
+        ("demo", "train.rounds=many", "train.rounds='many': must be of type int"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_starts(
+    name: str, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(name, [override])
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('kind = "split"\nabout = "x"\n[run.train]\nrounds = 7\n')
+    assert load_experiment(str(path)).config.train.rounds == 7
+    path.write_text("kind = 3 = 4")
+    with pytest.raises(ConfigError, match=r"mine\.toml"):
+        load_experiment(str(path))

@@ -1,0 +1,183 @@
+"""The table of emulators: every method's row, finished cells kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedsplit.errors import ConfigError
+from simulations.bench.emulator import run as run_bench
+from simulations.core.run_folder import RunFolder, read_results
+from simulations.core.settings import Experiment
+from simulations.offsite.sweep import PLOT as SWEEP_PLOT
+from simulations.offsite.sweep import run as run_sweep
+from simulations.offsite.table import METHODS, run
+
+COLUMNS = {
+    *("method", "seed", "full_zero_shot", "full_ft", "emulator_zero_shot", "emulator_ft"),
+    *("plug_in", "adapters_in_full", "emulator_params", "build_s", "trained_params"),
+}
+
+
+def experiment(tiny_llama: Path, texts: Path, **options: Any) -> Experiment:
+    flat = {
+        "strategy": "offsite-tuning",
+        "model.name": str(tiny_llama),
+        "model.task": "causal-lm",
+        "data.kind": "file",
+        "data.path": str(texts),
+        "data.owners": 2,
+        "data.partition": "iid",
+        "offsite.block": 8,
+    }
+    small = {
+        "seeds": 1,
+        "steps": 2,
+        "batch": 4,
+        "held-out": 8,
+        "adapters": 1,
+        "importance-steps": 10,
+        "settle-steps": 2,
+        "distil-steps": 2,
+        "public-blocks": 64,
+    }
+    return Experiment("o", "offsite-table", "", flat, {**small, **options})
+
+
+def test_every_method_has_its_row_and_none_is_made_twice(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    console = Console(file=io.StringIO())
+    asked = experiment(tiny_llama, texts, methods=list(METHODS))
+    with RunFolder(tmp_path, name="o", kind="table") as folder:
+        run(asked, folder, console)
+    rows = read_results(tmp_path)["rows"]
+    assert [r["method"] for r in rows] == list(METHODS)
+    for row in rows:
+        assert row.keys() >= COLUMNS
+        assert all(math.isfinite(row[c]) for c in COLUMNS - {"method"})
+        # The base is as it was after every trial.
+        assert row["zero_shot_check"] == pytest.approx(row["full_zero_shot"], rel=1e-6)
+    with RunFolder(tmp_path, name="o", kind="table", force=True) as folder:
+        run(asked, folder, console)
+    assert read_results(tmp_path)["rows"] == rows
+    # One importance run a seed, kept with the run, and its scores told.
+    assert len(list(tmp_path.glob("importance-0-*/importance.json"))) == 1
+    assert (
+        len(read_results(tmp_path)["importance"]["0"])
+        == json.loads((tiny_llama / "config.json").read_text())["num_hidden_layers"]
+    )
+    by = {r["method"]: r for r in rows}
+    assert by["scaleot-src"]["adapters"] == by["scaleot"]["adapters"]
+    assert by["ot-large"]["emulator_params"] >= by["ot"]["emulator_params"]
+
+
+def test_unknown_methods_and_options_are_named(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    console = Console(file=io.StringIO())
+    for options, told in (({"methods": ["zip"]}, "zip"), ({"stepz": 1}, "stepz")):
+        with (
+            pytest.raises(ConfigError, match=told),
+            RunFolder(tmp_path / told, name="o", kind="table") as folder,
+        ):
+            run(experiment(tiny_llama, texts, **options), folder, console)
+
+
+def test_a_sweep_has_a_row_for_each_point_and_its_picture(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    asked = experiment(
+        tiny_llama, texts, alphas=[0.0, 1.0], betas=[1.0], targets=["mhsa", "ffn"], steps=1
+    )
+    options = {k: v for k, v in asked.options.items() if k != "distil-steps"}
+    asked = Experiment("s", "offsite-sweep", "", asked.run, options)
+    with RunFolder(tmp_path, name="s", kind="table") as folder:
+        run_sweep(asked, folder, Console(file=io.StringIO()))
+    rows = read_results(tmp_path)["rows"]
+    points = [(r["knob"], r["target"], r["value"]) for r in rows]
+    assert points == [
+        ("alpha", "", 0.0),
+        ("alpha", "", 1.0),
+        ("beta", "mhsa", 1.0),
+        ("beta", "ffn", 1.0),
+    ]
+    whole, small = rows[0], rows[1]
+    # alpha = 0 is the base itself: what is tuned in it is what plugs in.
+    assert whole["emulator_zero_shot"] == pytest.approx(whole["full_zero_shot"], rel=1e-5)
+    assert whole["plug_in"] == pytest.approx(whole["emulator_ft"], rel=1e-5)
+    assert small["emulator_params"] < whole["emulator_params"]
+    assert all(r["emulator_params"] <= whole["emulator_params"] for r in rows[2:])
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / SWEEP_PLOT).stat().st_size > 1000
+
+
+def test_a_bad_sweep_names_its_value(tiny_llama: Path, texts: Path, tmp_path: Path) -> None:
+    asked = experiment(tiny_llama, texts)
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"alphas": [1.5]}, "1.5"),
+        ({"targets": ["head"]}, "head"),
+        ({"x": 1}, "options.x"),
+    )
+    for number, (change, told) in enumerate(cases):
+        bad = Experiment("s", "offsite-sweep", "", asked.run, change)
+        with (
+            pytest.raises(ConfigError, match=told),
+            RunFolder(tmp_path / str(number), name="s", kind="table") as folder,
+        ):
+            run_sweep(bad, folder, Console(file=io.StringIO()))
+
+
+def test_a_run_in_another_setting_does_not_reuse_harmonizers(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    for steps in (10, 11):
+        asked = experiment(tiny_llama, texts, methods=["scaleot"], **{"importance-steps": steps})
+        with RunFolder(tmp_path, name="o", kind="table", force=True) as folder:
+            run(asked, folder, Console(file=io.StringIO()))
+    assert len(list(tmp_path.glob("importance-0-*"))) == 2
+
+
+def test_the_bench_counts_seconds_of_both_ways(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    small: dict[str, Any] = {
+        "steps": 2,
+        "batch": 4,
+        "held-out": 8,
+        "adapters": 2,
+        "importance-steps": 10,
+    }
+    small |= {"settle-steps": 2, "alpha": 0.5, "public-blocks": 64}
+    overrides = [f"options.{k}={v}" for k, v in small.items()]
+    overrides += [f"model={tiny_llama}", f"data.path={texts}", "offsite.public=", "data.owners=2"]
+    figures = run_bench(
+        Console(file=io.StringIO()),
+        tmp_path / "b.json",
+        [*overrides, "offsite.block=8"],
+        steps=(1, 2),
+        width=96,
+        rank=8,
+        repeats=1,
+    )
+    ours, rows = figures["scaleot"], figures["distillation"]
+    assert ours["seconds"] >= ours["importance_s"] + ours["settle_s"] > 0
+    assert figures["reached"] == (rows[-1]["plug_in"] <= ours["plug_in"])
+    assert figures["ratio"] == rows[-1]["seconds"] / ours["seconds"]
+    full, eigen, randomised = figures["svd"]
+    assert eigen["error"] == pytest.approx(full["error"], rel=1e-6)
+    assert full["error"] <= randomised["error"] < 1.05 * full["error"]
+    assert json.loads((tmp_path / "b.json").read_text())["svd"] == figures["svd"]
+
+
+@pytest.mark.parametrize("change", [{"steps": (2, 1)}, {"rank": 0}, {"repeats": 0}])
+def test_bench_numbers_out_of_range(change: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        run_bench(Console(file=io.StringIO()), **change)

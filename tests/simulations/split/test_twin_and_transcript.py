@@ -1,0 +1,101 @@
+"""The centralised twin differs from a federation by split, wire and noise alone; so do attacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsplit.errors import AttackError
+from simulations.core.shares import data_digest, owner_shares
+from simulations.split.centralised import CentralisedTwin
+from simulations.split.transcript import embedding_inversion, read_transcript
+from strategies.split_tuning.run import load_base
+
+
+def waves_of(run: Any) -> list[list[list[str]]]:
+    return [row["train"]["waves"] for row in run.server["rounds"]]
+
+
+@pytest.mark.parametrize("schedule", ["parallel", "sequential"])
+@pytest.mark.parametrize("k", [0, 2])
+def test_without_noise_the_twin_is_the_federation(
+    make_config: Any, run_locally: Any, k: int, schedule: str
+) -> None:
+    # Adam divides by the gradient's size, which makes rounding of zero gradients visible.
+    config = make_config(
+        split__k=k, session__schedule=schedule, train__optimizer="sgd", train__lr=0.1
+    )
+    run = run_locally(config)
+    twin = CentralisedTwin(config, owner_shares(config, load_base(config).tokenizer))
+
+    report = twin.run(waves_of(run))
+
+    federated = run.state
+    central = {n: p.detach() for n, p in twin.top.named_parameters() if n in federated}
+    assert central.keys() == federated.keys()
+    for name, value in central.items():
+        assert float((value - federated[name]).abs().max()) < 1e-5, name
+    evaluated = run.server["rounds"][-1]["evaluate"]["metrics"]
+    assert report.accuracy == pytest.approx(evaluated["accuracy"])
+    assert report.loss == pytest.approx(evaluated["loss"], rel=1e-3)
+
+
+def test_the_twin_of_a_language_model(make_config: Any, run_locally: Any, tiny_llama: Path) -> None:
+    config = make_config(model__name=str(tiny_llama), model__task="causal-lm", split__k=1)
+    run = run_locally(config)
+    twin = CentralisedTwin(config, owner_shares(config, load_base(config).tokenizer))
+    report = twin.run(waves_of(run))
+    evaluated = run.server["rounds"][-1]["evaluate"]["metrics"]
+    assert report.loss == pytest.approx(evaluated["loss"], rel=1e-3)
+    assert report.loss < report.zero_shot_loss
+
+
+def test_inversion_reads_everything_without_noise_and_less_with_more(
+    make_config: Any, run_locally: Any, tmp_path: Path
+) -> None:
+    success = []
+    for eta in (0.0, 5.0, 2.0):
+        noise = {"privacy__mechanism": "dchi", "privacy__eta": eta} if eta else {}
+        config = make_config(output__dir=str(tmp_path / f"eta-{eta}"), **noise)
+        run = run_locally(config)
+        shares = owner_shares(config, load_base(config).tokenizer)
+        transcript = run.folder / "transcript.safetensors"
+        found = embedding_inversion(config, transcript, shares, samples=1000)
+        success.append(found["embedding_inversion"]["success"])
+        assert ("map_inversion" in found) == bool(eta)
+    assert success[0] == 1.0
+    assert success[0] > success[1] > success[2]
+
+
+def test_attacks_need_a_transcript_and_an_embeddings_only_bottom(
+    make_config: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(AttackError, match="no transcript"):
+        read_transcript(tmp_path / "nothing.safetensors")
+    config = make_config(split__k=1)
+    with pytest.raises(AttackError, match=r"split\.k=1"):
+        embedding_inversion(config, tmp_path / "nothing.safetensors", [])
+
+
+def test_denoising_changes_what_the_top_reads_and_not_what_was_sent(
+    make_config: Any, run_locally: Any, tmp_path: Path
+) -> None:
+    noise = {"privacy__mechanism": "dchi", "privacy__eta": 10.0, "output__capture": True}
+    plain = run_locally(make_config(output__dir=str(tmp_path / "a"), **noise))
+    clean = run_locally(
+        make_config(output__dir=str(tmp_path / "b"), privacy__denoise="uniform", **noise)
+    )
+    first, second = (read_transcript(r.folder / "transcript.safetensors") for r in (plain, clean))
+    assert first.keys() == second.keys()
+    for key, held in first.items():
+        for slot, rows in held.items():
+            assert bool((rows == second[key][slot]).all())
+    assert any(bool((plain.state[n] != clean.state[n]).any()) for n in plain.state)
+
+
+def test_the_data_digest_depends_on_the_data_alone(make_config: Any) -> None:
+    base = data_digest(make_config())
+    assert base == data_digest(make_config(train__lr=0.5, privacy__mechanism="none"))
+    assert base != data_digest(make_config(data__limit=60))

@@ -1,0 +1,200 @@
+"""The top, the gate and the disk, when something goes wrong there."""
+
+from __future__ import annotations
+
+import errno
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsplit.errors import (
+    LineageError,
+    ModelError,
+    RunError,
+)
+from fedsplit.owners.split.label_side import LabelSide
+from strategies.rounds.recorder import Recorder
+from strategies.split_tuning.optimisation import Optimisation
+from strategies.split_tuning.strategy import SplitTuning
+from tests.strategies.failing import QUICK, warm
+from tests.strategies.local_grid import LocalGrid
+
+__all__ = ["warm"]  # a fixture that runs by itself
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_top_as_it_was() -> None:
+    from fedsplit.config import TrainConfig
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimisation = Optimisation([parameter], [], TrainConfig(clip=0.0))
+    for bad in (float("nan"), float("inf")):
+        parameter.grad = torch.tensor([1.0, bad, 1.0])
+        with pytest.raises(ModelError, match="must be finite; the step was not taken"):
+            optimisation.step(0.5)
+        assert torch.equal(parameter.detach(), torch.ones(3))
+        assert parameter.grad is None
+
+
+def plant(strategy: SplitTuning, number: int, value: float) -> None:
+    """Put noise into the top at the end of round ``number``, before the gate looks."""
+    honest = strategy._check_lineage
+
+    def check(round_: int) -> dict[str, Any]:
+        if round_ == number:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in strategy.parts.trainable.parameters():
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.copy_(noise * value)
+        return honest(round_)
+
+    strategy._check_lineage = check  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_the_gate_restores_the_last_good_top(
+    make_config: Any, run_locally: Any, tmp_path: Path, value: float
+) -> None:
+    # A rate that depends on the number of rounds would make the first rounds differ.
+    options = QUICK | {"lineage__gate": "reject", "train__schedule": "constant"}
+    options |= {"train__warmup": 0.0}
+    rounds = options | {"train__rounds": 2}
+
+    def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
+        plant(strategy, 2, value)
+
+    one = run_locally(make_config(**options))
+    two = run_locally(make_config(**rounds), prepare=prepare)
+    first, second = [row["lineage"] for row in two.server["rounds"]]
+    assert first["verdict"] == "in_lineage"
+    assert "rejected" not in first
+    assert second["verdict"] != "in_lineage"
+    assert second["rejected"] is True
+    for name, tensor in one.state.items():
+        assert torch.equal(two.state[name], tensor)
+
+
+def test_a_rejected_joint_round_takes_the_bottom_back_too(
+    make_config: Any, run_locally: Any
+) -> None:
+    options = QUICK | {"lineage__gate": "reject", "train__warmup": 0.0, "split__bottom": "joint"}
+    options |= {"train__schedule": "constant", "train__bottom_lr": 1e-2}
+
+    def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
+        plant(strategy, 2, 1.0)
+
+    one = run_locally(make_config(**options))
+    two = run_locally(make_config(**options | {"train__rounds": 2}), prepare=prepare)
+    for name, array in one.result.arrays.items():
+        assert np.array_equal(array.numpy(), two.result.arrays[name].numpy())
+
+
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_the_gate_stops_the_run_and_leaves_the_evidence(
+    make_config: Any, run_locally: Any, tmp_path: Path, value: float
+) -> None:
+    def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
+        plant(strategy, 1, value)
+
+    with pytest.raises(LineageError, match="round 1: lineage"):
+        run_locally(make_config(**QUICK | {"lineage__gate": "stop"}), prepare=prepare)
+    row = json.loads((tmp_path / "server" / "server.json").read_text())["rounds"][0]
+    assert row["lineage"]["verdict"] != "in_lineage"
+
+
+@pytest.mark.parametrize("call", ["fsync", "open", "replace"])
+def test_a_full_disk_names_the_file_and_keeps_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
+) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.write(status="running")
+    before = (tmp_path / "server.json").read_text()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = {
+        "fsync": "strategies.rounds.recorder.os.fsync",
+        "open": "builtins.open",
+        "replace": "pathlib.Path.replace",
+    }[call]
+    with monkeypatch.context() as patched:
+        patched.setattr(target, full)
+        with pytest.raises(RunError, match=r"cannot write .*server\.json.*No space left"):
+            recorder.round({"round": 1})
+    assert (tmp_path / "server.json").read_text() == before
+    recorder.write()  # there is room again
+    assert json.loads((tmp_path / "server.json").read_text())["rounds"] == [{"round": 1}]
+
+
+def test_a_disk_that_fills_during_the_run(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from strategies.rounds import recorder
+
+    honest, rounds_written = recorder.Recorder.round, 0
+
+    def fills(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def round_(self: Recorder, row: dict[str, Any]) -> None:
+        nonlocal rounds_written
+        rounds_written += 1
+        if rounds_written <= 1:
+            return honest(self, row)
+        with monkeypatch.context() as patched:  # owners' ledgers are on disks of their own
+            patched.setattr(recorder.os, "fsync", fills)
+            return honest(self, row)
+
+    monkeypatch.setattr(recorder.Recorder, "round", round_)
+    with pytest.raises(RunError, match=r"cannot write .*server\.json"):
+        run_locally(make_config(**QUICK | {"train__rounds": 3}))
+    rounds = json.loads((tmp_path / "server" / "server.json").read_text())["rounds"]
+    assert [row["round"] for row in rounds] == [1]
+
+
+def test_a_disk_too_full_for_the_transcript(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from strategies.sessions.representation_cache import RepresentationStore
+
+    store = RepresentationStore()
+    store.put("owner-0", "train", 0, torch.ones(2, 3), torch.float32)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("strategies.sessions.representation_cache.save_file", full)
+    with pytest.raises(RunError, match="cannot write the transcript"):
+        Recorder(tmp_path).transcript(store)
+    assert not (tmp_path / "transcript.safetensors").exists()
+
+
+def test_an_owner_refuses_logits_that_are_not_finite(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that sends NaN learns nothing from the owner, and the run ends with a reason."""
+    answered: list[int] = []
+    honest = LabelSide.answer
+
+    def answer(self: LabelSide, *args: Any) -> Any:
+        answered.append(1)
+        return honest(self, *args)
+
+    def poison(body: Any, codec: str) -> bytes:
+        data = encode(body, codec)
+        return struct.pack("<f", float("nan")) + data[4:]
+
+    from strategies.sessions import owner_session as member
+
+    encode = member.encode_rows
+    monkeypatch.setattr(member, "encode_rows", poison)
+    monkeypatch.setattr(LabelSide, "answer", answer)
+    with pytest.raises(RunError, match="must be finite"):
+        run_locally(make_config(**QUICK))
+    assert not answered

@@ -1,0 +1,201 @@
+"""Private inference: what the owner reads is what the whole model says, and nothing else leaves."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError, DataError, ModelError, PolicyError, SessionError
+from fedsplit.models import split
+from fedsplit.models.adapters.trainable import make_trainable
+from fedsplit.owners.serving.generation import sampler
+from fedsplit.owners.serving.inference import classify, generate
+from fedsplit.owners.serving.offers import take_leave
+from fedsplit.wire.authentication import Door
+from fedsplit.wire.messages import SessionOffer
+from fedsplit.wire.tokens import TokenBook
+from strategies.serving.inference_server import Desk
+from strategies.serving.run import Announcer, build_desk
+from strategies.sessions.transports import StreamHub
+from strategies.split_tuning.run import load_base
+from strategies.split_tuning.trained_weights import identity, load_trained
+from tests.strategies.local_grid import LocalGrid
+
+TEXTS = ["w1 w2 w3 w4", "w50 w7 w9", "w3 w3 w80 w81 w5 w6 w7 w8", "w11"]
+
+
+@contextmanager
+def served(config: RunConfig, *, tokens: int = 8) -> Iterator[tuple[Desk, Path, Announcer]]:
+    """Serve ``config`` on loopback and yield (desk, home of owner 0, announcer)."""
+    import os
+
+    desk = build_desk(config)
+    grid = LocalGrid(config, config.data.owners)
+    door = Door(TokenBook(), grid.run_id)
+    hub = StreamHub(
+        door,
+        host="127.0.0.1",
+        port=0,
+        tls=None,
+        max_frame_bytes=1 << 24,
+        on_bytes=None,
+    )
+    hub.begin(desk)
+    session = SessionOffer(
+        run=grid.run_id,
+        node=0,
+        round=0,
+        mode="predict",
+        transport="stream",
+        token="",
+        address=hub.address,
+        bottom=desk.digest,
+    )
+    announcer = Announcer(grid, door, session, tokens, 900.0)
+    announcer.round(20.0)
+    try:
+        yield desk, Path(os.environ["FEDSPLIT_HOME"]) / "owner-0", announcer
+    finally:
+        hub.stop()
+        desk.close()
+
+
+def whole(config: RunConfig, texts: list[str]) -> torch.Tensor:
+    """Return the tuned model's probabilities, computed in one piece."""
+    loaded = load_base(config)
+    bottom, top = split(loaded.model, config.split.k)
+    trainable = make_trainable(top, config.train.method)
+    if config.serving.weights:
+        belongs = identity(config, loaded.digest)
+        trainable.load(load_trained(Path(config.serving.weights), belongs).top)
+    top.eval()
+    out = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = loaded.tokenizer(text, truncation=True, max_length=config.model.max_tokens)
+            out.append(top(bottom(torch.tensor([ids["input_ids"]]))).softmax(1)[0])
+    return torch.stack(out).double()
+
+
+@pytest.mark.parametrize("protection", ["none", "client-head"])
+def test_a_tuned_model_answers_as_in_one_piece(
+    make_config: Any, run_locally: Any, protection: str
+) -> None:
+    config = make_config(labels__protection=protection, split__k=1)
+    run = run_locally(config)
+    weights = run.folder / "top.safetensors"
+    serving = replace(config.serving, weights=str(weights))
+    config = replace(config, serving=serving, strategy="serving")
+    with served(config) as (desk, home, announcer):
+        found, answered = classify(home, TEXTS)
+        again, _ = classify(home, TEXTS[1:2])
+    assert sorted(announcer.owners.values()) == ["owner-0", "owner-1", "owner-2"]
+    assert torch.allclose(found[1:2], again, atol=1e-6)
+    assert answered.tokens > len(TEXTS)
+    assert desk.report.texts == len(TEXTS) + 1
+    assert not desk.report.failed
+    untuned = whole(replace(config, serving=replace(serving, weights="")), TEXTS)
+    assert not torch.allclose(found, untuned, atol=1e-3)
+    if protection == "none":
+        assert torch.allclose(found, whole(config, TEXTS), atol=1e-5)
+    ledger = (home / "ledger.jsonl").read_text()
+    kinds = {json.loads(line).get("kind") for line in ledger.splitlines()}
+    assert "representations" in kinds
+    assert not any("w50" in line for line in ledger.splitlines())
+
+
+def test_the_same_question_shows_the_same_noise(make_config: Any) -> None:
+    config = make_config(privacy__mechanism="dchi", privacy__eta=5.0)
+    with served(config) as (_, home, _announcer):
+        first, told = classify(home, TEXTS)
+        second, _ = classify(home, list(reversed(TEXTS)))
+    assert torch.allclose(first, second.flip(0), atol=1e-6)
+    assert not torch.allclose(first, whole(config, TEXTS), atol=1e-3)
+    assert "exp(5 *" in told.mechanism
+
+
+def test_many_owners_at_once_get_their_own_answers(make_config: Any) -> None:
+    config = make_config()
+    expected = whole(config, TEXTS)
+    found: dict[int, torch.Tensor] = {}
+    with served(config, tokens=16) as (desk, home, _):
+
+        def ask(i: int) -> None:
+            found[i] = classify(home, [TEXTS[i % 4]])[0]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert desk.report.sessions == 4
+    for i, row in found.items():
+        assert torch.allclose(row[0], expected[i % 4], atol=1e-5)
+
+
+def test_generation_is_the_whole_models_own(make_config: Any, tiny_llama: Path) -> None:
+    config = make_config(
+        model__name=str(tiny_llama), model__task="causal-lm", split__k=1, data__owners=1
+    )
+    loaded = load_base(config)
+    ids = loaded.tokenizer(TEXTS[0])["input_ids"]
+    with torch.inference_mode():
+        expected = loaded.model.generate(
+            torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0
+        )[0, len(ids) :].tolist()
+    pieces: list[str] = []
+    with served(config) as (desk, home, _):
+        text, answered = generate(
+            home, TEXTS[0], choose=sampler(0.0, 1.0, 0), most=6, on_text=pieces.append
+        )
+        with pytest.raises(ConfigError, match="sequence-classification"):
+            classify(home, TEXTS)
+    assert text == loaded.tokenizer.decode(expected, skip_special_tokens=True)
+    assert "".join(pieces) == text
+    # Every token crossed once: the prompt, and all but the last of those chosen.
+    assert answered.tokens == len(ids) + len(expected) - 1 == desk.report.tokens
+
+
+def test_rules_and_tokens_hold(
+    make_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(privacy__mechanism="dchi", privacy__eta=5.0, data__owners=1)
+    with served(config, tokens=2) as (_, home, announcer):
+        with pytest.raises(DataError, match="texts=0"):
+            classify(home, [])
+        policy = tmp_path / "owner.toml"
+        policy.write_text("[noise]\nmax_eta = 1.0\n")
+        policy.chmod(0o600)
+        monkeypatch.setenv("FEDSPLIT_POLICY", str(policy))
+        with pytest.raises(PolicyError, match="eta"):
+            classify(home, TEXTS)
+        monkeypatch.delenv("FEDSPLIT_POLICY")
+        classify(home, TEXTS)
+        with pytest.raises(SessionError, match="tokens are used"):
+            classify(home, TEXTS)
+        monkeypatch.setenv("FEDSPLIT_POLICY", str(policy))
+        announcer._told.clear()
+        announcer.round(20.0)
+        assert "eta" in next(iter(announcer.refused.values()))
+    with pytest.raises(SessionError, match="no model serves"):
+        take_leave(tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_refused(make_config: Any, run_locally: Any) -> None:
+    config = make_config(train__rounds=1)
+    weights = str(run_locally(config).folder / "top.safetensors")
+    other = replace(config, serving=replace(config.serving, weights=weights))
+    with pytest.raises(ModelError, match=r"split\.k"):
+        build_desk(replace(other, split=replace(config.split, k=1)))
+    Path(weights).write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="no readable checkpoint"):
+        build_desk(other)
