@@ -33,9 +33,6 @@ LAYERS = {
     "fedsplit.owners": 3,
     "fedsplit.client_app": 4,
     "fedsplit.client": 4,
-    "fedsplit.client.task": 4,
-    "fedsplit.client.serving": 4,
-    "fedsplit.client.offsite": 4,
     "fedsplit.deploy": 4,
     "fedsplit.commands": 4,
     "fedsplit.cli": 4,
@@ -45,17 +42,12 @@ LAYERS = {
 # Layer 0 is one layer of small modules, and the ClientApp loads its heavy half when it works.
 TOGETHER = [
     {name for name, layer in LAYERS.items() if layer == 0},
-    {
-        "fedsplit.client_app",
-        "fedsplit.client.task",
-        "fedsplit.client.serving",
-        "fedsplit.client.offsite",
-    },
+    {"fedsplit.client_app", "fedsplit.client"},
     {"fedsplit.cli", "fedsplit.commands"},
     {"fedsplit.commands", "fedsplit.deploy"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
-NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client.task"}}
+NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client"}}
 
 # External package -> where it may be imported.
 ONLY_IN = {
@@ -66,9 +58,7 @@ ONLY_IN = {
     "flwr": (
         "fedsplit.wire",
         "fedsplit.client_app",
-        "fedsplit.client.task",
-        "fedsplit.client.serving",
-        "fedsplit.client.offsite",
+        "fedsplit.client",
         "fedsplit.deploy.guard",
         "strategies",
         "simulations",
