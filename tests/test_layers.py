@@ -38,6 +38,8 @@ LAYERS = {
     "fedsplit.cli": 4,
     "strategies": 4,
     "simulations": 5,
+    # A clone's second name of that folder: for users, not for the project's own modules.
+    "fedsplit.strategies": 5,
 }
 # Layer 0 is one layer of small modules, and the ClientApp loads its heavy half when it works.
 TOGETHER = [
@@ -241,6 +243,16 @@ def test_imports_go_down_and_nothing_is_unpickled(top: str) -> None:
     assert not found, "\n".join(found)
 
 
+def test_strategies_import_each_other_by_relative_names() -> None:
+    """The wheel carries the folder as ``fedsplit.strategies``: no module may name it otherwise."""
+    for path in sorted((ROOT / "strategies").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert "strategies" not in {name.split(".")[0] for name in names}, path
+
+
 def test_modules_stay_short() -> None:
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
     assert {p: n for p, n in lengths.items() if n > LONGEST} == {}
@@ -263,6 +275,9 @@ def test_modules_stay_short() -> None:
         ("strategies.x", "from fedsplit import client_app"),
         ("strategies.x", "if True:\n    import simulations.core.settings"),
         ("fedsplit.client_app", "import strategies"),
+        ("fedsplit.commands.x", "import fedsplit.strategies"),
+        ("strategies.x", "from fedsplit.strategies.rounds import averaging"),
+        ("simulations.x", "from fedsplit.strategies import STRATEGIES"),
         ("fedsplit.owners.x", "import transformers"),
         ("strategies.x", "from peft import LoraConfig"),
         ("simulations.x", "def f():\n    import transformers.models"),

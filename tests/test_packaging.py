@@ -1,4 +1,4 @@
-"""What travels: the wheel is the owner's library alone, the app bundle the model owner's alone."""
+"""What travels: the wheel is the library with the strategies, the app bundle these alone."""
 
 from __future__ import annotations
 
@@ -43,13 +43,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_fedsplit_alone(
-    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wheel = pytest.importorskip("hatchling.builders.wheel")
-    monkeypatch.chdir(clone)
-    path = next(iter(wheel.WheelBuilder(str(clone)).build(directory=str(tmp_path))))
-    with zipfile.ZipFile(path) as archive:
+@pytest.fixture(scope="module")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the clone."""
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(clone))
+    folder = tmp_path_factory.mktemp("wheel")
+    return Path(next(iter(builder.build(directory=str(folder), versions=["standard"]))))
+
+
+def test_the_wheel_holds_fedsplit_with_the_strategies_inside(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         entry = next(n for n in names if n.endswith("entry_points.txt"))
         assert "fedsplit = fedsplit.cli:app" in archive.read(entry).decode()
@@ -57,10 +60,41 @@ def test_the_wheel_holds_fedsplit_alone(
     assert len(tops) == 2
     assert "fedsplit" in tops
     assert (tops - {"fedsplit"}).pop().endswith(".dist-info")
-    held = {name for name in names if name.startswith("fedsplit/") and name.endswith(".py")}
     own = {name for name in project_files() if name.startswith("fedsplit/")}
-    assert held == {name for name in own if name.endswith(".py")}
+    own -= {"fedsplit/strategies.py"}  # a clone's stand-in for the folder
+    own |= {f"fedsplit/{name}" for name in project_files() if name.startswith("strategies/")}
+    assert {name for name in names if name.startswith("fedsplit/")} == own
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_an_editable_install_points_at_the_clone(clone: Path, tmp_path: Path) -> None:
+    """A copy of the strategies beside the path entry would go stale."""
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(clone))
+    path = next(iter(builder.build(directory=str(tmp_path), versions=["editable"])))
+    with zipfile.ZipFile(path) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".py")]
+        assert archive.read("_fedsplit.pth").decode() == str(clone)
+
+
+def test_a_clone_has_each_strategy_module_once_under_both_names() -> None:
+    code = """
+import fedsplit.strategies.rounds.averaging as one
+import strategies.rounds.averaging as other
+from fedsplit.strategies import STRATEGIES
+import fedsplit, strategies
+assert one is other and one.__spec__.name == "strategies.rounds.averaging"
+assert fedsplit.strategies is strategies and STRATEGIES is strategies.STRATEGIES
+try:
+    import fedsplit.strategies.absent
+except ModuleNotFoundError as error:
+    assert error.name == "fedsplit.strategies.absent"
+else:
+    raise AssertionError("a module that is not there was imported")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_console_script_is_there() -> None:
