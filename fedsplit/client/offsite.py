@@ -21,7 +21,8 @@ from fedsplit.owners.offsite.work import AdapterOwner, blocks_of
 from fedsplit.owners.split.prepare import OwnerIdentity
 from fedsplit.owners.split.session import hello, open_stream
 from fedsplit.wire.frames import Kind
-from fedsplit.wire.messages import WEIGHTS, SessionOffer, report, weights_record
+from fedsplit.wire.messages import WEIGHTS, SessionOffer, weights_record
+from fedsplit.wire.replies import reply_schema
 from fedsplit.wire.transfer import receive_files
 
 STRATEGY = "offsite-tuning"
@@ -59,7 +60,7 @@ def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
         weights = owner.weights()
     else:
         metrics = owner.evaluate()
-    content = report(metrics, identity.name)
+    content = reply_schema(STRATEGY, offer.mode).write(metrics, identity.name)
     outbox.report(metrics, weights)
     if weights:
         content[WEIGHTS] = weights_record({n: np.asarray(w.numpy()) for n, w in weights.items()})

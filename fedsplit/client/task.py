@@ -40,10 +40,10 @@ from fedsplit.wire.messages import (
     WHO,
     SessionOffer,
     pack_frames,
-    report,
     unpack_frames,
     weights_record,
 )
+from fedsplit.wire.replies import reply_schema
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def _session(message: Message, context: Context, desk: Desk) -> RecordDict:
         if owner.optimizer is not None:
             weights = owner.weights()
             save_joint_state(owner, work.job_folder, work.offer.round)
-    content = report(metrics, work.identity.name)
+    content = reply_schema("split-tuning", work.offer.mode).write(metrics, work.identity.name)
     work.outbox.report(metrics, weights)
     if weights:
         arrays = {n: np.asarray(w.float().numpy()) for n, w in weights.items()}

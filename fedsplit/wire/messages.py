@@ -1,4 +1,4 @@
-"""What Flower messages carry: a session's offer, an owner's report, and frames as a fallback.
+"""What Flower messages carry: a session's offer, weights, and frames as a fallback.
 
 One RecordDict per message, always new: Flower's own helper shares one among all nodes, which would
 hand every node's token to every other.
@@ -10,9 +10,9 @@ import struct
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedsplit.errors import FrameError, SessionError, WireError
+from fedsplit.errors import FrameError, SessionError
 from fedsplit.wire.message_types import STEP_TYPE as STEP_TYPE
 from fedsplit.wire.message_types import WHO_TYPE as WHO_TYPE
 from fedsplit.wire.tokens import MODES
@@ -135,36 +135,6 @@ class SessionOffer:
             first=number("first"),
             job=text("job", 64),
         )
-
-
-def report(metrics: dict[str, float | int], owner: str) -> RecordDict:
-    """Return an owner's reply: numbers that the strategy averages, and the owner's public name."""
-    content = RecordDict()
-    content[REPORT] = MetricRecord(dict(metrics))
-    content[WHO] = ConfigRecord({"owner": owner})
-    return content
-
-
-def read_report(content: RecordDict) -> tuple[dict[str, float], str]:
-    """Return (metrics, owner name) of a reply.
-
-    Raises:
-        WireError: if the reply has no report, a number in it is not finite, or its owner's name
-            cannot be shown in a log.
-    """
-    record = content.metric_records.get(REPORT)
-    who = content.config_records.get(WHO)
-    if record is None or who is None or not isinstance(who.get("owner"), str):
-        raise WireError("reply carries no report of its session")
-    metrics: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, list) or not abs(value) < 1e30:
-            raise WireError(f"reply metric {str(key)[:60]!r}: must be one finite number")
-        metrics[str(key)] = float(value)
-    owner = str(who["owner"])
-    if not owner or len(owner) > 200 or not owner.isprintable():
-        raise WireError("reply's owner name: must be 1 to 200 printable characters")
-    return metrics, owner
 
 
 def pack_frames(frames: list[bytes]) -> ArrayRecord:

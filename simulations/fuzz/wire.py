@@ -27,11 +27,10 @@ from fedsplit.wire.messages import (
     WHO,
     SessionOffer,
     pack_frames,
-    read_report,
-    report,
     unpack_frames,
 )
 from fedsplit.wire.reconnection import Lane, Seat
+from fedsplit.wire.replies import reply_schema
 from fedsplit.wire.serving import SERVING, ServingOffer
 from fedsplit.wire.tokens import TokenBook
 from fedsplit.wire.transfer import receive_files
@@ -212,10 +211,11 @@ def serving_offers(_: Path) -> Cases:
 
 def replies(_: Path) -> Cases:
     """Owners' reports as the server reads them."""
+    schema = reply_schema("offsite-tuning", "evaluate")
     metrics = {"num-examples": 3, "loss": 0.5, "targets": 3.0}
 
     def draw(rng: random.Random) -> Case:
-        content = report(dict(metrics), "a")
+        content = schema.write(metrics, "a")
         numbers: dict[str, Any] = dict(metrics)
         for _ in range(rng.randrange(3)):
             names = (*numbers, "", "x" * 9999, "\u202e")
@@ -233,10 +233,10 @@ def replies(_: Path) -> Cases:
         with contextlib.suppress(TypeError, ValueError):
             content[REPORT] = MetricRecord(numbers)
         if rng.random() < 0.5:
-            content[WHO] = _record({"owner": damaged_value("owner-1", rng)})
+            content[WHO] = _record({"owner": damaged_value("owner-1", rng), "schema": schema.name})
         if rng.random() < 0.1:
             del content[rng.choice((REPORT, WHO))]
-        return lambda: read_report(content)
+        return lambda: schema.read(content)
 
     return draw
 

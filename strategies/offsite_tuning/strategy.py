@@ -33,6 +33,7 @@ from fedsplit.errors import LineageError, ModelError, RunError
 from fedsplit.models.adapters.methods import BlockTuning
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.wire.authentication import Door
+from fedsplit.wire.replies import reply_schema
 
 from ..rounds.averaging import remember, restore, state_of
 from ..rounds.client_manager import Roll
@@ -224,9 +225,10 @@ class OffsiteTuning(Strategy):
         """Return (report, acceptable replies in the order of their owners' names, averages)."""
         report = RoundReport(mode)
         names = self._roll.names
+        schema = reply_schema("offsite-tuning", mode)
 
         def accept(node: int, reply: Message) -> Accepted:
-            metrics, name = read_reply(reply.content, names.get(node), report)
+            metrics, name = read_reply(schema, reply.content, names.get(node), report)
             if any(n == name and other != node for other, n in names.items()):
                 raise ModelError(f"owner's name {name!r}: another node has it already")
             names[node] = name  # before the weights: whose they are is to be told
@@ -237,7 +239,7 @@ class OffsiteTuning(Strategy):
 
         good, rows = collect(replies, self._asked, names, report, accept)
         report.finished.sort(key=natural)
-        report.cohort.steps = int(sum(r["steps"] for r in rows.values()))
+        report.cohort.steps = int(sum(r.get("steps", 0) for r in rows.values()))
         return report, good, average(rows)
 
     def _row(self, report: RoundReport, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
 from fedsplit.errors import ModelError, SessionError, WireError
-from fedsplit.wire.messages import WEIGHTS, read_report
+from fedsplit.wire.messages import WEIGHTS
+from fedsplit.wire.replies import ReplySchema
 
 from ..split_tuning.round import RoundReport, natural
 
@@ -18,32 +19,26 @@ log = logging.getLogger(__name__)
 
 Accepted = tuple[str, dict[str, float]]
 NO_REPLY = "no reply within session.round-s, or session.idle-s after its session"
-_REPORTED = ("num-examples", "targets", "steps", "loss", "accuracy", "share-touched")
 
 
 def read_reply(
-    content: RecordDict, known_as: str | None, report: RoundReport
+    schema: ReplySchema, content: RecordDict, known_as: str | None, report: RoundReport
 ) -> tuple[dict[str, float], str]:
     """Return (metrics, owner's name) of a reply.
 
     Args:
+        schema: of the replies that the round asked for.
         content: the reply's.
         known_as: the name that its node opened its session under, if it opened one.
         report: what the server itself saw of the round's sessions.
 
     Raises:
-        WireError: malformed, a number missing or out of its range, another owner's name, or another
-            weight in the average than the session's own steps had.
+        WireError: malformed, a number missing, unknown or out of its range, another owner's name,
+            or another weight in the average than the session's own steps had.
     """
-    metrics, name = read_report(content)
+    metrics, name = schema.read(content)
     if known_as is not None and name != known_as:
         raise SessionError(f"reply under the name {name!r}: must be {known_as!r}")
-    missing = [key for key in _REPORTED if key not in metrics]
-    if missing:
-        raise SessionError(f"reply's report: must have {missing[0]!r}")
-    for key in ("num-examples", "targets"):
-        if not metrics[key] > 0:
-            raise SessionError(f"reply's {key}={metrics[key]}: must be > 0")
     seen = report.targets.get(name)
     if seen is not None and name in report.finished and metrics["targets"] != seen:
         raise SessionError(f"reply's targets={metrics['targets']}: must be {seen}, as in its steps")
@@ -152,17 +147,18 @@ def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) 
             raise ModelError(f"bottom weight {name}: must be finite, of shape {expected[name]}")
 
 
+# Numbers that are averaged over owners, and what weights each.
+_WEIGHTS = {"loss": "targets", "accuracy": "targets", "share-touched": "num-examples"}
+
+
 def average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return weighted means over owners, sums of counts, and the owners' own rows."""
+    """Return weighted means of what the owners report, sums of counts, and the owners' own rows."""
     if not rows:
         return {"num-examples": 0, "owners": {}}
-    weight = sum(r["targets"] for r in rows.values())
-    samples = sum(r["num-examples"] for r in rows.values())
-    return {
-        "num-examples": int(samples),
-        "loss": sum(r["loss"] * r["targets"] for r in rows.values()) / weight,
-        "accuracy": sum(r["accuracy"] * r["targets"] for r in rows.values()) / weight,
-        "share-touched": sum(r["share-touched"] * r["num-examples"] for r in rows.values())
-        / samples,
-        "owners": dict(sorted(rows.items(), key=lambda item: natural(item[0]))),
-    }
+    found: dict[str, Any] = {"num-examples": int(sum(r["num-examples"] for r in rows.values()))}
+    for key, weight in _WEIGHTS.items():
+        if all(key in row for row in rows.values()):
+            whole = sum(row[weight] for row in rows.values())
+            found[key] = sum(row[key] * row[weight] for row in rows.values()) / whole
+    found["owners"] = dict(sorted(rows.items(), key=lambda item: natural(item[0])))
+    return found

@@ -33,6 +33,7 @@ from fedsplit.errors import LineageError, ModelError, RunError, SessionError
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
+from fedsplit.wire.replies import reply_schema
 
 from ..rounds.client_manager import Roll
 from ..rounds.lineage_setup import average_watched
@@ -359,9 +360,10 @@ class SplitTuning(Strategy):
         if report.error:
             raise RunError(f"{report.mode} round failed: {report.error}")
         names = self._roll.names
+        schema = reply_schema("split-tuning", report.mode)
 
         def accept(node: int, reply: Message) -> Accepted | None:
-            metrics, name = read_reply(reply.content, names.get(node), report)
+            metrics, name = read_reply(schema, reply.content, names.get(node), report)
             finished = name in report.finished and names.get(node) == name
             return (name, metrics) if finished else None
 

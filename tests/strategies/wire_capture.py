@@ -117,7 +117,7 @@ class Sent:
                 self.odd += [f"list {n!r}" for n, v in record.items() if isinstance(v, list)]
                 self.blobs.append(json.dumps(dict(record)).encode())
             for config in reply.content.config_records.values():
-                self.odd += [f"setting {name!r}" for name in set(config) - {"owner"}]
+                self.odd += [f"setting {name!r}" for name in set(config) - {"owner", "schema"}]
                 self.blobs.append(json.dumps(dict(config)).encode())
             if FRAMES in reply.content.array_records:
                 for data in unpack_frames(reply.content, BYTES):

@@ -1,4 +1,4 @@
-"""Flower messages: offers, reports and packed frames through real RecordDicts."""
+"""Flower messages: offers and packed frames through real RecordDicts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.errors import FrameError, SessionError, WireError
+from fedsplit.errors import FrameError, SessionError
 from fedsplit.wire.messages import (
     FRAMES,
     OFFER,
-    REPORT,
-    WHO,
     SessionOffer,
     pack_frames,
-    read_report,
-    report,
     unpack_frames,
     weights_record,
 )
@@ -94,42 +90,6 @@ def test_offers_with_missing_or_mistyped_fields(key: str, value: object):
 def test_offers_out_of_bounds(key: str, value: object):
     with pytest.raises(SessionError, match=f"offer {key}"):
         SessionOffer.from_content(content(**{key: value}))
-
-
-def test_report_round_trip():
-    metrics, owner = read_report(report({"loss": 0.5, "samples": 12}, "owner-1"))
-
-    assert metrics == {"loss": 0.5, "samples": 12.0}
-    assert owner == "owner-1"
-
-
-@pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), -float("inf"), 1e30, [1.0], [1, 2], []]
-)
-def test_reports_hold_finite_single_numbers(value: object):
-    reply = RecordDict({REPORT: MetricRecord({"loss": value}), WHO: ConfigRecord({"owner": "a"})})
-
-    with pytest.raises(WireError, match="'loss': must be one finite number"):
-        read_report(reply)
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        {},
-        {REPORT: MetricRecord({"loss": 1.0})},
-        {WHO: ConfigRecord({"owner": "a"})},
-        {REPORT: MetricRecord({}), WHO: ConfigRecord({})},
-        {REPORT: MetricRecord({}), WHO: ConfigRecord({"owner": 5})},
-        {REPORT: ConfigRecord({"loss": 1.0}), WHO: ConfigRecord({"owner": "a"})},
-        {REPORT: MetricRecord({}), WHO: ConfigRecord({"owner": ""})},
-        {REPORT: MetricRecord({}), WHO: ConfigRecord({"owner": "x" * 201})},
-        {REPORT: MetricRecord({}), WHO: ConfigRecord({"owner": "a\nb"})},
-    ],
-)
-def test_reports_that_are_none(records: dict[str, MetricRecord | ConfigRecord]):
-    with pytest.raises(WireError):
-        read_report(RecordDict(records))
 
 
 @settings(deadline=None)

@@ -139,8 +139,6 @@ class AdapterOwner:
             "targets": float(tokens),
             "steps": len(batches),
             "loss": loss_sum / max(1, tokens),
-            "accuracy": 0.0,
-            "share-touched": 0.0,
             "train-seconds": time.perf_counter() - began,
             **steps.spent(),
         }
@@ -151,10 +149,7 @@ class AdapterOwner:
         return {
             "num-examples": len(test),
             "targets": float(test.shape[0] * (test.shape[1] - 1)),
-            "steps": 0,
             "loss": mean_loss(self.emulator.model, test),
-            "accuracy": 0.0,
-            "share-touched": 0.0,
         }
 
     def weights(self) -> dict[str, Tensor]:

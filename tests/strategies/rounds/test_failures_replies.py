@@ -39,6 +39,14 @@ def _without_targets(reply: Message) -> None:
     del reply.content[REPORT]["targets"]
 
 
+def _made_up_number(reply: Message) -> None:
+    reply.content[REPORT]["labels"] = 3.0
+
+
+def _of_an_older_version(reply: Message) -> None:
+    del reply.content["fedsplit.who"]["schema"]
+
+
 def _nan_loss(reply: Message) -> None:
     reply.content[REPORT]["loss"] = float("nan")
 
@@ -58,6 +66,8 @@ def _another_name(reply: Message) -> None:
 BAD_REPORTS: dict[str, tuple[Callable[[Message], None], str]] = {
     "no report": (_without_report, "no report"),
     "a number is missing": (_without_targets, "must have 'targets'"),
+    "a number nobody asked for": (_made_up_number, "'labels' is no number of split-tuning/train"),
+    "an older owner's": (_of_an_older_version, "the owner needs the server's version of fedsplit"),
     "a number is NaN": (_nan_loss, "must be one finite number"),
     "more weight than it trained on": (_boast, "must be 8.0, as in its steps"),
     "no examples": (_nothing_learned, "num-examples=0.0: must be > 0"),
