@@ -44,8 +44,7 @@ def inspect(
 
 def _noise_table(bottom: Any) -> Table:
     """Return what common noise ratios are in eta, for this bottom's output."""
-    from fedsplit.privacy import eta_from_ratio
-    from fedsplit.privacy.mechanisms.factory import representation_norm
+    from fedsplit.privacy import eta_from_ratio, representation_norm
 
     norm = representation_norm(bottom, bottom.vocab)
     table = Table(

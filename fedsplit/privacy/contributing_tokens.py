@@ -20,7 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, check
+from fedsplit.privacy.mechanisms.table import mechanism_type
+from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.privacy.secret import Floats
 from fedsplit.registry import pick
 
@@ -342,3 +345,38 @@ def _take_turns(
 def _ranked(score: Floats) -> list[tuple[Floats, Ints]]:
     """Return each class's scores and ids, best first."""
     return [(row, np.argsort(-row, kind="stable")) for row in score]
+
+
+def choose_tokens(
+    config: RunConfig, ids: Sequence[Tensor], labels: Tensor | None, tokenizer: Any
+) -> ContributingTokens | None:
+    """Return an owner's contributing tokens as configured, or None where CTI is off.
+
+    Args:
+        config: the run's settings.
+        ids: the owner's token ids, ``(T_i,)`` each.
+        labels: their private classes, or None.
+        tokenizer: for its special tokens, and for public text where the statistic needs it.
+
+    Raises:
+        ConfigError: a statistic over labels where there are none.
+        DataError: no tokens.
+    """
+    c = config.privacy
+    if c.cti == "off" or not mechanism_type(c).protects():
+        return None
+    public: list[list[int]] = []
+    if c.cti in PUBLIC_STATISTICS:
+        # Never a file that the server names: owners read what the interpreter ships, and only the
+        # help topics, since every message may start a process that would parse all modules anew.
+        texts = public_texts(docstrings=False)
+        public = public_ids(tokenizer, texts, config.model.max_tokens)
+    return select_contributing_tokens(
+        [x.tolist() for x in ids],
+        None if labels is None else labels.tolist(),
+        statistic=c.cti,
+        m=c.cti_per_class,
+        max_share=c.cti_max_share,
+        special_ids={int(i) for i in tokenizer.all_special_ids},
+        public=public,
+    )

@@ -28,8 +28,7 @@ from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.data import TextDataset, load_dataset
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.models.splitting.halves import Bottom, Top, split
-from fedsplit.privacy.mechanisms.base import Mechanism
-from fedsplit.privacy.mechanisms.factory import build_mechanism, representation_norm
+from fedsplit.privacy import MECHANISMS, Mechanism, build_mechanism, representation_norm
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.privacy.public_text import public_ids
 from fedsplit.privacy.secret import OwnerSecret
@@ -135,10 +134,10 @@ def noise_levels(mechanisms: Sequence[str]) -> list[tuple[str, float]]:
     levels = []
     for text in mechanisms:
         name, _, level = str(text).partition(":")
-        if name == "none" and not level:
+        if not level and name in MECHANISMS and MECHANISMS[name].level is None:
             levels.append((name, 0.0))
             continue
-        if name not in ("dchi", "gaussian", "nearest-token", "pac"):
+        if name not in MECHANISMS or MECHANISMS[name].level is None:
             raise ConfigError(f"options.mechanisms={text!r}: must be none, or MECHANISM:ETA")
         try:
             eta = float(level)
@@ -233,11 +232,7 @@ class World:
     def _mechanism(self, name: str, eta: float, bottom: Bottom) -> Mechanism:
         """Return a mechanism whose mean noise norm is that of d_chi at ``eta``."""
         vocabulary = bottom.vocab
-        if name == "none":
-            return build_mechanism(PrivacyConfig(), bottom, vocabulary)
-        if name == "dchi":
-            return build_mechanism(PrivacyConfig(mechanism="dchi", eta=eta), bottom, vocabulary)
-        ratio = bottom.hidden_size / eta / representation_norm(bottom, vocabulary)
+        ratio = bottom.hidden_size / eta / representation_norm(bottom, vocabulary) if eta else 0.0
         config = PrivacyConfig(mechanism=name, noise_ratio=ratio)
         return build_mechanism(config, bottom, vocabulary, self.loaded.tokenizer)
 

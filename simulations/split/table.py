@@ -8,6 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.privacy import MECHANISMS
+from fedsplit.registry import pick
+
 # Attack -> the attacker in words, from the weakest to the strongest.
 ATTACKERS = {
     "embedding_inversion": "read as its nearest vocabulary vector",
@@ -131,8 +134,4 @@ def _lineage(row: Mapping[str, Any]) -> str:
 
 
 def _mechanism(privacy: Mapping[str, Any]) -> str:
-    if privacy["mechanism"] != "dchi":
-        return str(privacy["mechanism"])
-    if privacy["eta"]:
-        return f"d_chi, eta {privacy['eta']:g}"
-    return f"d_chi, ratio {privacy['noise_ratio']:g}"
+    return pick(MECHANISMS, privacy["mechanism"], "mechanism").label(privacy)

@@ -25,6 +25,7 @@ from typing import Any
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError, check
+from fedsplit.privacy import mechanism_type
 from simulations.core.settings import PATHS, Experiment, resolved
 
 # Settings that say where a run writes or how fast it computes, not what comes out of it.
@@ -59,7 +60,7 @@ class Cell:
     def columns(self) -> dict[str, Scalar]:
         """Return the cell's settings that tables and plots are made from."""
         c = self.config
-        touched = c.privacy.cti != "off" and c.privacy.mechanism != "none"
+        touched = c.privacy.cti != "off" and mechanism_type(c.privacy).protects()
         return {
             "variant": self.variant,
             "mechanism": c.privacy.mechanism,

@@ -21,7 +21,7 @@ from fedsplit.models.placing import place
 from fedsplit.models.splitting.cached_decoding import check_stepping
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.models.splitting.heads import Head, detach_head, positions_read
-from fedsplit.privacy.mechanisms.factory import build_mechanism
+from fedsplit.privacy import build_mechanism
 from fedsplit.wire.authentication import Door
 from fedsplit.wire.message_types import SERVE_TYPE
 from fedsplit.wire.messages import WHO, SessionOffer

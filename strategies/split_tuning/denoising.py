@@ -24,12 +24,12 @@ from torch import Tensor
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import Bottom
+from fedsplit.privacy import Mechanism, mechanism_type
 from fedsplit.privacy.denoising.contextual import BigramChain, ContextualDenoiser
 from fedsplit.privacy.denoising.learned import LearnedDenoiser, Practice, Recipe, cached
 from fedsplit.privacy.denoising.position_candidates import candidates_of
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched, unigram_log_prior
 from fedsplit.privacy.denoising.special_tokens import KnownEnds, ends_of
-from fedsplit.privacy.mechanisms.base import Mechanism
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.registry import pick
 
@@ -223,7 +223,7 @@ def build_denoiser(
         PrivacyError: the mechanism's law is not known.
     """
     name = config.privacy.denoise
-    if name == "off" or config.privacy.mechanism == "none":
+    if name == "off" or not mechanism_type(config.privacy).protects():
         return None
     build = pick(DENOISERS, name, "privacy.denoise")
     if config.split.bottom != "frozen":

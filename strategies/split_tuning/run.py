@@ -20,7 +20,7 @@ from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.placing import place
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.models.splitting.heads import Head, detach_head, head_parameters, positions_read
-from fedsplit.privacy.mechanisms.factory import build_mechanism
+from fedsplit.privacy import build_mechanism
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.authentication import Door
 from fedsplit.wire.messages import weights_record

@@ -20,6 +20,7 @@ from typing import Any
 
 import fedsplit
 from fedsplit.config import RunConfig
+from fedsplit.privacy import mechanism_type
 from fedsplit.wire.link import Link
 
 SCHEMA = 1
@@ -236,11 +237,7 @@ def quantile(values: Iterable[float], share: float) -> float | None:
 def spent_on(config: RunConfig) -> dict[str, Any]:
     """Return what protects representations in this run, as the settings say."""
     p = config.privacy
-    figures = {"eta": p.eta, "noise-ratio": p.noise_ratio, "epsilon": p.epsilon, "clip": p.clip}
-    told: dict[str, Any] = {"mechanism": p.mechanism}
-    told |= {key: value for key, value in figures.items() if value}
-    if p.mechanism != "none" and p.epsilon:
-        told["delta"] = p.delta
+    told: dict[str, Any] = {"mechanism": p.mechanism, **mechanism_type(p).public_settings(p)}
     if config.labels.protection != "none":
         told["labels"] = config.labels.protection
     if config.dp.noise_multiplier:

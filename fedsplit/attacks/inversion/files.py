@@ -73,7 +73,7 @@ def build_attacker(
     """
     from fedsplit.models.loading import load
     from fedsplit.models.splitting.halves import split
-    from fedsplit.privacy.mechanisms.factory import build_mechanism
+    from fedsplit.privacy import build_mechanism
 
     m = config.model
     labels = m.labels if m.task == "sequence-classification" else None
@@ -96,8 +96,10 @@ def build_attacker(
 
 def announced_touch(config: RunConfig) -> Touched | None:
     """Return what the settings say of tokens with reduced noise (CTI)."""
+    from fedsplit.privacy import mechanism_type
+
     p = config.privacy
-    if p.cti == "off" or p.mechanism == "none" or p.cti_rho == 1.0:
+    if p.cti == "off" or p.cti_rho == 1.0 or not mechanism_type(p).protects():
         return None
     return Touched(share=min(p.cti_max_share, 0.99), rho=p.cti_rho)
 

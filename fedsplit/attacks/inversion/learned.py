@@ -296,7 +296,7 @@ class _Noise:
     """The announced law, drawn afresh each time by the attacker itself."""
 
     def __init__(self, mechanism: Mechanism | None, seed: int) -> None:
-        self._mechanism = mechanism if mechanism is not None and mechanism.name != "none" else None
+        self._mechanism = mechanism if mechanism is not None and mechanism.protects() else None
         self._secret = OwnerSecret.for_simulation(seed, "attacker")
         self._draws = 0
 

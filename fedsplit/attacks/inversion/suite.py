@@ -111,11 +111,10 @@ class Attacker:
     def suited(self) -> tuple[str, ...]:
         """Return the names of the attacks that fit: strongest last."""
         if self.bottom.k == 0:
-            if self.mechanism.name == "nearest-token":
-                return ("nearest",)  # clean vectors of other tokens: their law is not a distance's
-            noisy = self.mechanism.name != "none"
+            # Clean vectors, of other tokens too, are read off by distance alone.
+            noisy = self.mechanism.adds_noise
             return ("nearest", "map", "contextual") if noisy else ("nearest",)
-        clean = self.mechanism.name in ("none", "nearest-token")
+        clean = not self.mechanism.adds_noise
         causal = self.bottom.task == "causal-lm"
         return ("optimisation", "learned", *(("exact_search",) if causal and clean else ()))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsplit.errors import LedgerError, PolicyError
 from fedsplit.owners.ledger.chain import Entry, Ledger, Totals, now
-from fedsplit.owners.policy.noise_ratio import noise_norm, noise_ratio, too_clear
+from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.owners.policy.rules import Breach, Policy, refuse
 from fedsplit.owners.split.owner import SplitOwner
@@ -90,10 +90,10 @@ class Outbox:
         ratio = None
         if "noise.min_ratio" in self.policy:
             vocabulary = int(getattr(bottom, "vocab", 0))
-            ratio = noise_ratio(mechanism, bottom, vocabulary) if vocabulary else None
+            ratio = mechanism.noise_ratio(bottom, vocabulary) if vocabulary else None
         found = self.policy.mechanism_breaches(mechanism.name, mechanism.describe(), ratio)
         checks: list[tuple[str, float]] = [("model.max_tokens", max(owner.samples.lengths))]
-        if perturber.cti is not None and mechanism.name != "none":
+        if perturber.cti is not None and mechanism.protects():
             checks.append(("cti.max_share", perturber.cti.running_share))
             found += self._below("cti.min_rho", perturber.rho)
         k = getattr(bottom, "k", None)
@@ -301,8 +301,8 @@ class Outbox:
         assert self._owner is not None
         mechanism = self._owner.perturber.mechanism
         width = int(header["dim"])
-        length = noise_norm(mechanism, width)
-        if length is None or mechanism.name == "nearest-token":
+        length = mechanism.mean_noise_norm(width)
+        if length is None or not mechanism.adds_noise:
             return  # refused when it was attached; clean vectors of other tokens carry no noise
         rows = decode_rows(body, (tokens, width), str(header["codec"]))
         ratio = float(self.policy["noise.min_ratio"])

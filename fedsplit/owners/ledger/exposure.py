@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# What one draw costs, by the mechanism's parameter that says so.
-UNITS = {"eta": "eta", "epsilon": "epsilon", "budget": "nats"}
+from fedsplit.privacy.mechanisms.table import cost_of_draw
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,7 @@ class Draw:
     @property
     def cost(self) -> tuple[str, float]:
         """Unit and amount per draw; unit ``none`` where the mechanism has no guarantee."""
-        for key, unit in UNITS.items():
-            value = self.mechanism.get(key)
-            if isinstance(value, int | float):
-                return unit, float(value)
-        return "none", 0.0
+        return cost_of_draw(self.mechanism)
 
 
 class Exposure:

@@ -134,8 +134,9 @@ def generate(
 
     def prepare(digest: str) -> SplitOwner:
         ground = ground_of(config, desk.identity, digest)
-        if ground.perturber.mechanism.name == "nearest-token":
-            raise PrivacyError("mechanism nearest-token: replaces tokens, cannot go token by token")
+        mechanism = ground.perturber.mechanism
+        if not mechanism.token_by_token:
+            raise PrivacyError(f"mechanism {mechanism.name}: must work token by token to generate")
         tokenizer = ground.tokenizer
         ids = tokenizer(prompt, truncation=True, max_length=config.model.max_tokens)["input_ids"]
         if not ids:

@@ -26,10 +26,14 @@ from fedsplit.owners.split.label_side import LabelSide
 from fedsplit.owners.split.own_training import DpSettings
 from fedsplit.owners.split.owner import SplitOwner, SplitSettings
 from fedsplit.owners.split.schedule import evaluation_steps, slot_order, train_steps
-from fedsplit.privacy import SamplePerturber
+from fedsplit.privacy import (
+    SamplePerturber,
+    build_mechanism,
+    choose_tokens,
+    mechanism_type,
+)
 from fedsplit.privacy.labels.table import GradientShield, build_protection, draw_labels
 from fedsplit.privacy.mechanisms.calibration import Store
-from fedsplit.privacy.mechanisms.factory import build_mechanism, choose_tokens
 from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)
@@ -197,7 +201,8 @@ def ground_of(config: RunConfig, identity: OwnerIdentity, digest: str) -> Ground
     bottom, tokenizer = _bottom(folder)
     train, shown = None, None
     p = config.privacy
-    if p.mechanism != "none" and (p.cti != "off" or p.mechanism == "pac"):
+    mechanism = mechanism_type(p)
+    if mechanism.protects() and (p.cti != "off" or mechanism.needs_own_text(p)):
         labelled = config.model.task == "sequence-classification"
         texts, _ = own_data(config.data, config.seed, labelled, identity.node_config)
         train = _tokenised(config, identity, tokenizer, folder, "train", texts)

@@ -1,15 +1,25 @@
-"""What every privacy mechanism is: a frozen set of parameters and one noisy map of vectors."""
+"""Base class of all privacy mechanisms: a frozen set of parameters and one noisy map of vectors."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsplit.errors import PrivacyError
+from fedsplit.config import PrivacyConfig
+from fedsplit.errors import PrivacyError, check
+from fedsplit.privacy.levels import Level
+from fedsplit.privacy.mechanisms.calibration import (
+    CalibrationInputs,
+    Norms,
+    norms_of,
+    public_vectors,
+)
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -20,9 +30,105 @@ class Mechanism(ABC):
     A mechanism is immutable and holds no randomness: the stream brings it, so the same stream gives
     the same output.  ``describe()`` is part of the noise's identity: two mechanisms that differ in
     any parameter must describe themselves differently.
+
+    Everything that other parts of the project need to know of a mechanism stands here: settings,
+    policy, ledger, reports, attacks and denoisers ask it and name none.
+
+    Attributes:
+        name: row of :data:`fedsplit.privacy.mechanisms.table.MECHANISMS`.
+        title: how reports name it.
+        level: the parameter that says how weak the noise is; None for a mechanism without noise.
+        adds_noise: whether what leaves is a representation plus noise; otherwise what leaves are
+            clean vectors, of the text itself or of another text.
+        replaces_tokens: whether what leaves are clean vectors of other tokens.
+        token_by_token: whether a text may be sent in pieces, as cached decoding does.
+        needs_frozen_bottom: whether a bottom that learns is refused.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
+    level: ClassVar[Level | None] = None
+    adds_noise: ClassVar[bool] = True
+    replaces_tokens: ClassVar[bool] = False
+    token_by_token: ClassVar[bool] = True
+    needs_frozen_bottom: ClassVar[bool] = False
+
+    # ---- from a run's settings --------------------------------------------------------------
+
+    @classmethod
+    def protects(cls) -> bool:
+        """Return whether anything is done to what leaves."""
+        return cls.adds_noise or cls.replaces_tokens
+
+    @classmethod
+    def check_settings(cls, config: PrivacyConfig) -> None:
+        """Refuse settings from which this mechanism cannot be built.
+
+        Raises:
+            ConfigError: names the setting, its value and what it must be.
+        """
+        if cls.level is None:
+            return
+        value = getattr(config, cls.level.setting)
+        check(
+            (value > 0) != (config.noise_ratio > 0),
+            f"privacy.{cls.level.key}",
+            value,
+            f"> 0 when privacy.noise-ratio ({config.noise_ratio}) is 0, and 0 otherwise",
+        )
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> Self:
+        """Return the mechanism that ``inputs.config`` asks for.
+
+        Raises:
+            ConfigError: a parameter out of range.
+            PrivacyError: an owner asked for a calibration on its own text and gave none.
+        """
+
+    @classmethod
+    def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
+        """Return the level at which the noise ratio is ``ratio``, rounded to 4 digits.
+
+        Raises:
+            ConfigError: ``ratio`` is out of range.
+            PrivacyError: this mechanism has no level.
+        """
+        raise PrivacyError(f"mechanism={cls.name!r}: must have a level to set a noise ratio")
+
+    @classmethod
+    def level_from(cls, inputs: CalibrationInputs) -> float:
+        """Return the configured level, through the noise ratio where that is what is set."""
+        assert cls.level is not None, cls.name
+        own = float(getattr(inputs.config, cls.level.setting))
+        return own or cls.level_at(inputs.config.noise_ratio, inputs)
+
+    @classmethod
+    def needs_own_text(cls, config: PrivacyConfig) -> bool:
+        """Return whether an owner builds this mechanism from its own training text."""
+        return False
+
+    @classmethod
+    def public_settings(cls, config: PrivacyConfig) -> dict[str, float]:
+        """Return the settings that say how strong this mechanism is, for a run's live status."""
+        names = [cls.level.setting, "noise_ratio"] if cls.level is not None else []
+        return {n.replace("_", "-"): getattr(config, n) for n in names if getattr(config, n)}
+
+    @classmethod
+    def label(cls, settings: Mapping[str, Any]) -> str:
+        """Return how a report names this mechanism at the settings of the group ``privacy``.
+
+        Args:
+            settings: names as in :class:`PrivacyConfig`, such as ``noise_ratio``.
+        """
+        title = cls.title or cls.name
+        if cls.level is not None and (own := settings.get(cls.level.setting)):
+            return f"{title}, {cls.level.setting} {own:g}"
+        ratio = settings.get("noise_ratio")
+        return f"{title}, ratio {ratio:g}" if cls.level is not None and ratio else title
+
+    # ---- what leaves ------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """Return the mechanism's name and parameters, JSON-able, for ledgers and noise identity."""
@@ -58,9 +164,47 @@ class Mechanism(ABC):
         """
         return self.privatise(hidden, stream, scale)
 
+    # ---- what it promises, and how it is measured -------------------------------------------
+
     @abstractmethod
     def guarantee(self, views: int = 1) -> str:
         """Say in words what the recipient can and cannot learn after ``views`` fresh draws."""
+
+    @classmethod
+    def cost_of(cls, description: Mapping[str, Any]) -> tuple[str, float]:
+        """Return unit and amount that one draw costs; unit ``none`` for no guarantee.
+
+        Args:
+            description: what :meth:`describe` returned when the draw was made.
+        """
+        value = None if cls.level is None else description.get(cls.level.setting)
+        if cls.level is None or not cls.level.total or not isinstance(value, int | float):
+            return "none", 0.0
+        return cls.level.total, float(value)
+
+    def mean_noise_norm(self, width: int) -> float | None:
+        """Return E||n|| per token in ``width`` dimensions; None where it cannot be told.
+
+        The unit is that of the vectors that the noise is put on.  A mechanism that returns None
+        satisfies no policy that bounds the noise ratio.
+        """
+        return None if self.protects() else 0.0
+
+    def covered_norms(self, bottom: nn.Module, vocabulary: int) -> Norms:
+        """Return the norms of the vectors that the noise covers, over public inputs."""
+        return norms_of(public_vectors(bottom, vocabulary))
+
+    def noise_ratio(self, bottom: nn.Module, vocabulary: int) -> float | None:
+        """Return E||n|| / median ||h|| over public inputs; None where it cannot be told.
+
+        A level alone says nothing: the length of the representation is the choice of whoever made
+        the bottom.  What a mechanism clips is measured as it is after clipping.
+        """
+        norms = self.covered_norms(bottom, vocabulary)
+        length = self.mean_noise_norm(norms.dim)
+        if length is None:
+            return None
+        return math.inf if norms.median == 0 else length / norms.median
 
     def log_likelihood(self, squared: Tensor) -> Tensor:
         """Return log p(received | candidate) up to a constant, from squared L2 distances.
@@ -69,9 +213,9 @@ class Mechanism(ABC):
         distances are between vectors times :meth:`whitener`, where there is one.
 
         Raises:
-            PrivacyError: if the mechanism's law is not a function of that distance.
+            PrivacyError: if the mechanism's likelihood is not a function of that distance.
         """
-        raise PrivacyError(f"mechanism={self.name!r}: must have noise whose law is known")
+        raise PrivacyError(f"mechanism={self.name!r}: must have a known noise distribution")
 
     def whitener(self) -> Tensor | None:
         """Return a public, invertible ``(d, d)`` after which the noise is isotropic, or None."""

@@ -1,4 +1,4 @@
-"""Numbers and shapes that noise is calibrated with: norms and covariances over known inputs.
+"""Calibration of noise: norms and covariances over known inputs.
 
 What noise a sample gets must never depend on how many threads computed a norm: a norm that differs
 in its last digit would draw a second noise for a sample that was sent before.  So numbers are
@@ -13,11 +13,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from fedsplit.config import PrivacyConfig
 from fedsplit.errors import check
 
 Forward = Callable[[Tensor, Tensor], Tensor]
@@ -132,3 +134,43 @@ def word_table(bottom: nn.Module) -> Tensor:
 
     embedding = probe(bottom.model).input_embeddings  # type: ignore[arg-type]
     return next(embedding.parameters()).detach().float().cpu()
+
+
+def representation_norm(bottom: nn.Module, vocabulary: int) -> float:
+    """Return the median L2 norm of the bottom's output over public inputs.
+
+    The inputs are 64 sequences of 16 ids spread evenly over the vocabulary: everyone who has the
+    bottom gets the same number, and no private text enters a privacy parameter.
+    """
+    return norms_of(public_vectors(bottom, vocabulary)).median
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """What a mechanism may be built from.
+
+    Attributes:
+        config: the settings.
+        bottom: the bottom, in evaluation mode.
+        vocabulary: V.
+        specials: ids of the tokenizer's special tokens.
+        own: the owner's token ids, ``(T_i,)`` each; None at the server.
+        store: the owner's calibrations on disk; None at the server.
+    """
+
+    config: PrivacyConfig
+    bottom: nn.Module
+    vocabulary: int
+    specials: frozenset[int] = frozenset()
+    own: Sequence[Tensor] | None = None
+    store: Store | None = None
+
+    @cached_property
+    def norms(self) -> Norms:
+        """Norms of the bottom's output over public inputs."""
+        return norms_of(public_vectors(self.bottom, self.vocabulary))
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The bottom's word embeddings, ``(V, d)`` float32."""
+        return word_table(self.bottom)

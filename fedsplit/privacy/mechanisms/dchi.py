@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import check
+from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.mechanisms.base import (
     Mechanism,
     add_noise,
@@ -22,7 +23,15 @@ from fedsplit.privacy.mechanisms.base import (
     check_hidden,
     check_views,
 )
+from fedsplit.privacy.mechanisms.calibration import CalibrationInputs
 from fedsplit.privacy.secret import Floats, SecretStream
+
+MAX_ETA = PolicyBound(
+    rule="noise.max_eta",
+    says="d_chi noise has eta <= {bound:g}; no noise, and mechanisms that no rule bounds, "
+    "are refused.",
+    absent="The server chooses how weak d_chi noise is, unless noise.min_ratio bounds it.",
+)
 
 
 def sample_dchi(stream: SecretStream, tokens: int, d: int, eta: float) -> Floats:
@@ -90,7 +99,7 @@ class DChi(Mechanism):
         distances between representations, so the same eta is strong on one model and none on
         another (see :func:`eta_from_ratio`).  A token with multiplier rho has eta/rho, and none at
         rho = 0.  Context helps an attacker: neighbouring tokens' vectors are noised independently,
-        but language is not.  The law is sampled in float64 with 52-bit uniforms and the sum is
+        but language is not.  Noise is sampled in float64 with 52-bit uniforms and the sum is
         rounded to the representation's dtype; the ratio bound holds up to that rounding (Mironov,
         CCS 2012), so send a coarser type than the one computed in (bf16, int8) where it matters.
     Source:
@@ -104,12 +113,26 @@ class DChi(Mechanism):
     """
 
     name: ClassVar[str] = "dchi"
+    title: ClassVar[str] = "d_chi"
+    level: ClassVar[Level | None] = Level(
+        "eta", "1/length units of the bottom's output", total="eta", bound=MAX_ETA
+    )
     eta: float
 
     def __post_init__(self) -> None:
         ok = isinstance(self.eta, int | float) and self.eta > 0 and math.isfinite(self.eta)
         check(ok, "eta", self.eta, "> 0 (1/length units of the representation)")
         object.__setattr__(self, "eta", float(self.eta))  # 8 and 8.0 are the same mechanism
+
+    @classmethod
+    def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
+        """See :meth:`Mechanism.level_at`."""
+        return eta_from_ratio(ratio, inputs.norms.dim, inputs.norms.median)
+
+    @classmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> DChi:
+        """See :meth:`Mechanism.from_settings`."""
+        return cls(eta=cls.level_from(inputs))
 
     @classmethod
     def from_noise_ratio(cls, ratio: float, d: int, median_norm: float) -> DChi:
@@ -124,6 +147,10 @@ class DChi(Mechanism):
         tokens, d = hidden.shape
         noise = torch.from_numpy(sample_dchi(stream, tokens, d, self.eta))
         return add_noise(hidden, noise, scale)
+
+    def mean_noise_norm(self, width: int) -> float:
+        """See :meth:`Mechanism.mean_noise_norm`; the mean of the Gamma radius."""
+        return width / self.eta
 
     def log_likelihood(self, squared: Tensor) -> Tensor:
         """See :meth:`Mechanism.log_likelihood`; -eta times the distance."""

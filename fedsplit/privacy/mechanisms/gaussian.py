@@ -11,16 +11,18 @@ The classical sigma = D sqrt(2 log(1.25/delta))/epsilon is valid for epsilon < 1
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedsplit.config import PrivacyConfig
 from fedsplit.errors import check
+from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.mechanisms.base import (
     Mechanism,
     add_noise,
@@ -28,6 +30,7 @@ from fedsplit.privacy.mechanisms.base import (
     check_hidden,
     check_views,
 )
+from fedsplit.privacy.mechanisms.calibration import CalibrationInputs, Norms
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -123,6 +126,17 @@ class Gaussian(Mechanism):
     """
 
     name: ClassVar[str] = "gaussian"
+    level: ClassVar[Level | None] = Level(
+        "epsilon",
+        "nats per token",
+        total="epsilon",
+        bound=PolicyBound(
+            rule="noise.max_epsilon",
+            says="Gaussian noise has epsilon <= {bound:g} nats per token and draw.",
+            absent="Gaussian noise may be as weak as the server asks, unless noise.min_ratio "
+            "bounds it.",
+        ),
+    )
     epsilon: float
     delta: float
     clip: float
@@ -135,6 +149,27 @@ class Gaussian(Mechanism):
             check(ok, field, value, f"> 0 ({unit[field]})")
             object.__setattr__(self, field, float(value))
         check(self.delta < 1, "delta", self.delta, "< 1 (probability)")
+
+    @classmethod
+    def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
+        """See :meth:`Mechanism.level_at`."""
+        norms, c = inputs.norms, inputs.config
+        return epsilon_from_ratio(ratio, norms.dim, norms.median, c.clip or norms.largest, c.delta)
+
+    @classmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> Gaussian:
+        """See :meth:`Mechanism.from_settings`; ``clip`` 0 is the largest norm of public inputs."""
+        c = inputs.config
+        clip = c.clip or inputs.norms.largest
+        return cls(epsilon=cls.level_from(inputs), delta=c.delta, clip=clip)
+
+    @classmethod
+    def public_settings(cls, config: PrivacyConfig) -> dict[str, float]:
+        """See :meth:`Mechanism.public_settings`."""
+        told = super().public_settings(config)
+        if config.clip:
+            told["clip"] = config.clip
+        return told | {"delta": config.delta} if config.epsilon else told
 
     @cached_property
     def sigma(self) -> float:
@@ -150,6 +185,15 @@ class Gaussian(Mechanism):
         clipped = hidden * (self.clip / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
         noise = torch.from_numpy(stream.normal(tuple(hidden.shape)) * self.sigma)
         return add_noise(clipped, noise, scale)
+
+    def mean_noise_norm(self, width: int) -> float:
+        """See :meth:`Mechanism.mean_noise_norm`."""
+        return self.sigma * mean_norm(width)
+
+    def covered_norms(self, bottom: nn.Module, vocabulary: int) -> Norms:
+        """See :meth:`Mechanism.covered_norms`; a small ``clip`` shortens noise and vector alike."""
+        norms = super().covered_norms(bottom, vocabulary)
+        return replace(norms, median=min(norms.median, self.clip))
 
     def log_likelihood(self, squared: Tensor) -> Tensor:
         """See :meth:`Mechanism.log_likelihood`; for candidates within ``clip``."""

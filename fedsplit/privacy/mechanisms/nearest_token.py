@@ -11,13 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsplit.errors import PrivacyError, check
+from fedsplit.config import PrivacyConfig
+from fedsplit.errors import ConfigError, PrivacyError, check
 from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates, MatrixCandidates
+from fedsplit.privacy.levels import Level
 from fedsplit.privacy.mechanisms.base import Mechanism, check_hidden
-from fedsplit.privacy.mechanisms.dchi import DChi
+from fedsplit.privacy.mechanisms.calibration import CalibrationInputs, Norms, norms_of, word_table
+from fedsplit.privacy.mechanisms.dchi import MAX_ETA, DChi, eta_from_ratio
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -54,6 +57,13 @@ class NearestToken(Mechanism):
     """
 
     name: ClassVar[str] = "nearest-token"
+    level: ClassVar[Level | None] = Level(
+        "eta", "1/length units of the word embeddings", total="eta", bound=MAX_ETA
+    )
+    adds_noise: ClassVar[bool] = False
+    replaces_tokens: ClassVar[bool] = True
+    token_by_token: ClassVar[bool] = False
+    needs_frozen_bottom: ClassVar[bool] = True
     eta: float
     candidates: Candidates = field(repr=False, compare=False)
     bottom: Callable[[Tensor, Tensor], Tensor] | None = field(
@@ -71,6 +81,32 @@ class NearestToken(Mechanism):
             "Candidates (see candidates_through)",
         )
         object.__setattr__(self, "eta", float(self.eta))
+
+    @classmethod
+    def check_settings(cls, config: PrivacyConfig) -> None:
+        """See :meth:`Mechanism.check_settings`; no denoiser that weighs noisy vectors fits."""
+        super().check_settings(config)
+        if config.denoise not in ("off", "learned"):
+            raise ConfigError(
+                f"privacy.denoise={config.denoise!r}: must be 'off' or 'learned' for {cls.name} "
+                "(what is received are clean vectors of other tokens)"
+            )
+
+    @classmethod
+    def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
+        """See :meth:`Mechanism.level_at`; beside the word embeddings."""
+        norms = norms_of(inputs.words)
+        return eta_from_ratio(ratio, norms.dim, norms.median)
+
+    @classmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> NearestToken:
+        """See :meth:`Mechanism.from_settings`."""
+        return cls(
+            eta=cls.level_from(inputs),
+            candidates=MatrixCandidates(inputs.words),
+            bottom=inputs.bottom,
+            specials=inputs.specials,
+        )
 
     def describe(self) -> dict[str, Any]:
         """See :meth:`Mechanism.describe`."""
@@ -156,6 +192,16 @@ class NearestToken(Mechanism):
             f"{DChi(self.eta).guarantee(views)}; distances are those of {on}; "
             "what is sent are other tokens' clean vectors"
         )
+
+    def mean_noise_norm(self, width: int) -> float:
+        """See :meth:`Mechanism.mean_noise_norm`; of the noise before the nearest token is taken."""
+        return width / self.eta
+
+    def covered_norms(self, bottom: nn.Module, vocabulary: int) -> Norms:
+        """See :meth:`Mechanism.covered_norms`; of words, where the noise is put on words."""
+        if self.bottom is None:
+            return super().covered_norms(bottom, vocabulary)
+        return norms_of(word_table(bottom))
 
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:
         """See :meth:`Mechanism.per_token_epsilon`; eta * distance * views."""

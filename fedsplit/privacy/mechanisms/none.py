@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedsplit.privacy.mechanisms.base import Mechanism, check_distance, check_hidden, check_views
+from fedsplit.privacy.mechanisms.calibration import CalibrationInputs
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -21,6 +22,12 @@ class NoNoise(Mechanism):
     """
 
     name: ClassVar[str] = "none"
+    adds_noise: ClassVar[bool] = False
+
+    @classmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> NoNoise:
+        """See :meth:`Mechanism.from_settings`."""
+        return cls()
 
     def privatise(
         self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None

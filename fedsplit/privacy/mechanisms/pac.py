@@ -20,13 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.errors import PrivacyError, check
+from fedsplit.config import PrivacyConfig
+from fedsplit.errors import ConfigError, PrivacyError, check
+from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.mechanisms.base import (
     Mechanism,
     add_noise,
     check_distance,
     check_hidden,
     check_views,
+)
+from fedsplit.privacy.mechanisms.calibration import (
+    CalibrationInputs,
+    covariance_over,
+    public_vectors,
 )
 from fedsplit.privacy.secret import Floats, SecretStream
 
@@ -96,6 +103,16 @@ class Pac(Mechanism):
     """
 
     name: ClassVar[str] = "pac"
+    level: ClassVar[Level | None] = Level(
+        "budget",
+        "nats per token",
+        total="nats",
+        bound=PolicyBound(
+            rule="noise.max_nats",
+            says="PAC noise lets out <= {bound:g} nats per token and draw, on average.",
+            absent="PAC noise may be as weak as the server asks, unless noise.min_ratio bounds it.",
+        ),
+    )
     budget: float
     covariance: Tensor = field(repr=False, compare=False)
     floor: float = FLOOR
@@ -124,6 +141,38 @@ class Pac(Mechanism):
         object.__setattr__(self, "_root", torch.from_numpy(root))
         object.__setattr__(self, "_digest", digest)
 
+    @classmethod
+    def check_settings(cls, config: PrivacyConfig) -> None:
+        """See :meth:`Mechanism.check_settings`; only public noise can be denoised."""
+        super().check_settings(config)
+        if config.denoise != "off" and config.covariance == "own":
+            raise ConfigError(
+                f"privacy.denoise={config.denoise!r}: must be 'off' where privacy.covariance is "
+                "'own' (the server does not know the noise's distribution)"
+            )
+
+    @classmethod
+    def needs_own_text(cls, config: PrivacyConfig) -> bool:
+        """See :meth:`Mechanism.needs_own_text`."""
+        return config.covariance == "own"
+
+    @classmethod
+    def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
+        """See :meth:`Mechanism.level_at`."""
+        return budget_from_ratio(ratio, inputs.norms.median, _covariance(inputs))
+
+    @classmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> Pac:
+        """See :meth:`Mechanism.from_settings`.
+
+        Raises:
+            PrivacyError: an owner asked for its own covariance and gave no text.
+        """
+        matrix = _covariance(inputs)
+        norm, c = inputs.norms.median, inputs.config
+        budget = c.budget or budget_from_ratio(c.noise_ratio, norm, matrix)
+        return cls(budget=budget, covariance=matrix)
+
     def describe(self) -> dict[str, Any]:
         """See :meth:`Mechanism.describe`."""
         return {
@@ -133,9 +182,8 @@ class Pac(Mechanism):
             "covariance_sha256": self._digest,
         }
 
-    @property
-    def mean_noise_norm(self) -> float:
-        """Root mean square length of the noise (length units of the representation)."""
+    def mean_noise_norm(self, width: int) -> float:
+        """See :meth:`Mechanism.mean_noise_norm`; root mean square, above the mean by little."""
         return float(self._root.norm())
 
     def information(self, covariance: Tensor) -> float:
@@ -185,3 +233,33 @@ class Pac(Mechanism):
         check_views(views)
         check_distance(distance)
         return math.inf if distance > 0 else 0.0
+
+
+def _covariance(inputs: CalibrationInputs) -> Tensor:
+    """Return the configured covariance, ``(d, d)``: an owner's from its disk where it has one."""
+    c = inputs.config
+    # A server does not know an owner's own covariance: the public one is its best guess.
+    guess = inputs.own is None and inputs.store is None
+    make = _public_covariance if c.covariance == "public" or guess else _own_covariance
+    if inputs.store is None:
+        return make(inputs)
+    recipe = ("pac", c.covariance, c.subsamples, inputs.vocabulary)
+    return inputs.store.matrix(recipe, lambda: make(inputs))
+
+
+def _public_covariance(inputs: CalibrationInputs) -> Tensor:
+    vectors = public_vectors(inputs.bottom, inputs.vocabulary, sequences=512)  # (512, 16, d)
+    return covariance_over(list(vectors), inputs.config.subsamples)
+
+
+@torch.no_grad()
+def _own_covariance(inputs: CalibrationInputs) -> Tensor:
+    if inputs.own is None:
+        raise PrivacyError(
+            "privacy.covariance='own': must be given the owner's text, which it is estimated on"
+        )
+    rows = []
+    for ids in inputs.own[:4096]:
+        batch = ids.unsqueeze(0)
+        rows.append(inputs.bottom(batch, torch.ones_like(batch))[0].float())
+    return covariance_over(rows, inputs.config.subsamples)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsplit.errors import PolicyError
 from fedsplit.owners.ledger.chain import Ledger
 from fedsplit.owners.ledger.disclosure import Outbox, Trip
-from fedsplit.owners.policy.noise_ratio import noise_norm, noise_ratio, too_clear
+from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.privacy import MECHANISMS, build
 from fedsplit.privacy.mechanisms.base import Mechanism
@@ -80,17 +80,17 @@ def test_noise_is_as_long_as_it_is_said_to_be() -> None:
     for mechanism in mechanisms(48):
         stream = OwnerSecret.for_simulation(0, "x").stream(mechanism.name)
         found = float(mechanism.privatise(hidden, stream).norm(dim=1).mean())
-        assert found == pytest.approx(noise_norm(mechanism, 48), rel=0.05)
+        assert found == pytest.approx(mechanism.mean_noise_norm(48), rel=0.05)
     assert set(MECHANISMS) == {m.name for m in mechanisms(48)} | {"nearest-token"}
 
 
 def test_an_eta_is_worth_what_the_bottom_makes_of_it() -> None:
     dchi = build("dchi", eta=6.0)
-    assert noise_ratio(dchi, Embedding(4.0), 2048) == pytest.approx(2.0)
-    assert noise_ratio(dchi, Embedding(400.0), 2048) == pytest.approx(0.02)
+    assert dchi.noise_ratio(Embedding(4.0), 2048) == pytest.approx(2.0)
+    assert dchi.noise_ratio(Embedding(400.0), 2048) == pytest.approx(0.02)
     # A small clip shortens signal and noise alike: the ratio stays what epsilon makes it.
     ratios = [
-        noise_ratio(build("gaussian", epsilon=50.0, delta=1e-5, clip=clip), Embedding(4.0), 2048)
+        build("gaussian", epsilon=50.0, delta=1e-5, clip=clip).noise_ratio(Embedding(4.0), 2048)
         for clip in (4.0, 4e-3, 4e-6)
     ]
     assert ratios == pytest.approx([ratios[0]] * 3)
@@ -103,7 +103,7 @@ def test_rows_are_refused_when_they_are_longer_than_the_noise_explains(
 ) -> None:
     bottom = Embedding(4.0, width)
     mechanism = build("dchi", eta=width / (ratio * 4.0))
-    length = noise_norm(mechanism, width)
+    length = mechanism.mean_noise_norm(width)
     assert length is not None
     for seed in range(40):
         stream = OwnerSecret.for_simulation(seed, "x").stream("rows")

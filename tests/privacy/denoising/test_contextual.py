@@ -135,5 +135,5 @@ def test_misfits_are_refused():
     with pytest.raises(ConfigError, match=r"chain\.vocab_size=7: must be 6"):
         ContextualDenoiser(MatrixCandidates(TABLE), DChi(eta=1.0), BigramChain(TEXTS, V + 1))
     text = NearestToken(eta=1.0, candidates=MatrixCandidates(TABLE[0]))
-    with pytest.raises(PrivacyError, match="noise whose law is known"):
+    with pytest.raises(PrivacyError, match="a known noise distribution"):
         ContextualDenoiser(MatrixCandidates(TABLE), text, BigramChain(TEXTS, V))

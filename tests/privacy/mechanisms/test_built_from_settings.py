@@ -13,9 +13,14 @@ from fedsplit.config import PrivacyConfig, RunConfig
 from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.models.loading import load
 from fedsplit.models.splitting.halves import split
-from fedsplit.privacy import OwnerSecret, SamplePerturber
+from fedsplit.privacy import (
+    OwnerSecret,
+    SamplePerturber,
+    build_mechanism,
+    choose_tokens,
+    representation_norm,
+)
 from fedsplit.privacy.mechanisms.calibration import Store, covariance_over, public_vectors
-from fedsplit.privacy.mechanisms.factory import build_mechanism, choose_tokens, representation_norm
 from fedsplit.privacy.mechanisms.pac import Pac
 from tests.tiny_models import save_tiny_bert
 
