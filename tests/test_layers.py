@@ -22,6 +22,7 @@ LAYERS = {
     "fedsplit.registry": 0,
     "fedsplit.seeding": 0,
     "fedsplit.observe": 0,
+    "fedsplit.storage": 0,
     "fedsplit.models": 1,
     "fedsplit.data": 1,
     "fedsplit.wire": 1,
@@ -345,6 +346,7 @@ def test_what_keeps_the_rules_is_not(module: str, text: str) -> None:
     [
         ("fedsplit", "flwr ray torch transformers numpy grpc"),
         ("fedsplit.errors", "flwr ray torch"),
+        ("fedsplit.storage", "flwr ray torch transformers numpy"),
         ("fedsplit.config", "flwr ray torch transformers"),
         ("fedsplit.wire.message_types", "flwr ray torch"),
         ("fedsplit.client_app", "ray torch transformers"),

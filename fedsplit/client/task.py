@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError, LedgerError, SessionError
 from fedsplit.owners.app_digest import digest_of_app, running_app
@@ -171,9 +172,7 @@ class _Work:
         if arrays:
             # On disk, because a session over messages meets a new process each time.
             tensors = {n: torch.from_numpy(a.numpy().copy()) for n, a in arrays.items()}
-            draft = self._averaged.with_suffix(".draft")
-            save_file(tensors, draft)
-            draft.replace(self._averaged)
+            storage.write_tensors(self._averaged, tensors, durable=False)
 
     @property
     def _session_path(self) -> Path:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsplit import storage
+
 console = Console()
 
 
@@ -172,9 +174,10 @@ def read_text(path: Path, option: str) -> str:
     from fedsplit.privacy.public_text import MAX_BYTES
 
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise DataError(f"{option} {path}: must be <= {MAX_BYTES} bytes")
-        return path.read_text(encoding="utf-8")
+        text = storage.read_bounded(path, MAX_BYTES).decode()
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+    except storage.FileTooLarge:
+        raise DataError(f"{option} {path}: must be <= {MAX_BYTES} bytes") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{option} {path}: must be a readable UTF-8 file: {error}") from None
 
@@ -182,11 +185,7 @@ def read_text(path: Path, option: str) -> str:
 def _write(path: Path, content: dict[str, Any]) -> None:
     from fedsplit.errors import ConfigError
 
-    draft = path.with_name(path.name + ".draft")
     try:
-        draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(path)
+        storage.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n", durable=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out {path}: cannot be written: {error}") from None
-    finally:
-        draft.unlink(missing_ok=True)

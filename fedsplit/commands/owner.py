@@ -33,11 +33,11 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("node.toml"),
 ) -> None:
     """Write a commented node.toml, to be read and changed."""
-    from fedsplit.deploy.keys import write_new
+    from fedsplit import storage
     from fedsplit.deploy.templates import NODE
 
     try:
-        write_new(path, NODE.encode(), 0o600)
+        storage.create(path, NODE.encode(), 0o600)
     except OSError as error:
         raise ConfigError(f"node file {path}: must be a new file: {error}") from None
     console.print(f"wrote {path}; when it is filled in: fedsplit owner check", highlight=False)

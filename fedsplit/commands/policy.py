@@ -62,11 +62,11 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("owner.toml"),
 ) -> None:
     """Write a commented policy with strict values, to be read and changed."""
-    from fedsplit.deploy.keys import write_new
+    from fedsplit import storage
     from fedsplit.owners.policy.description import TEMPLATE
 
     try:
-        write_new(path, TEMPLATE.encode(), 0o600)
+        storage.create(path, TEMPLATE.encode(), 0o600)
     except OSError as error:
         raise ConfigError(f"policy {path}: must be a new file: {error}") from None
     console.print(f"wrote {path}; what it means: fedsplit policy check {path}", highlight=False)

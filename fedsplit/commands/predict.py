@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit import storage
 from fedsplit.errors import ConfigError, DataError
 
 console = Console()
@@ -123,9 +124,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    draft = path.with_suffix(path.suffix + ".draft")
     try:
-        with open(draft, "w", encoding="utf-8", newline="") as file:
+        with (
+            storage.replacing(path, durable=False) as draft,
+            open(draft, "w", encoding="utf-8", newline="") as file,
+        ):
             if path.suffix == ".jsonl":
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             elif path.suffix == ".csv":
@@ -134,8 +137,5 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
                 writer.writerows([r["text"], r["class"], f"{r['probability']:.6f}"] for r in rows)
             else:
                 raise ConfigError(f"--out {path}: must end with .csv or .jsonl")
-        draft.replace(path)
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written: {error}") from None
-    finally:
-        draft.unlink(missing_ok=True)

@@ -19,9 +19,7 @@ from __future__ import annotations
 import datetime
 import os
 import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from fedsplit import storage
 from fedsplit.deploy.certificates import (
     LOOPBACK,
     Issued,
@@ -66,28 +65,6 @@ class Finding:
     grave: bool = True
 
 
-def write_new(path: Path, content: bytes, mode: int) -> None:
-    """Create ``path`` with exactly ``mode``, synced; never readable by others in between.
-
-    Raises:
-        FileExistsError: if it is there already.
-    """
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(fd, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _as_one(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Let ``fill`` make a folder's content and put it in place in one step.
 
@@ -99,20 +76,10 @@ def _as_one(folder: Path, fill: Callable[[Path], None]) -> Path:
         raise ConfigError(f"{folder}: exists already, and keys are never overwritten")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))  # mode 0700
-    except OSError as error:
-        raise ConfigError(f"{folder}: must be in a writable folder: {error}") from None
-    try:
-        fill(draft)
-        for inner in [p for p in draft.rglob("*") if p.is_dir()]:
-            _sync(inner)
-        _sync(draft)
-        draft.rename(folder)
-        _sync(folder.parent)
+        with storage.new_folder(folder, durable=True, concurrent=True) as draft:
+            fill(draft)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -143,8 +110,8 @@ def make_keys(
     server = issue(authority, hosts[0], days, [*hosts, *LOOPBACK])
 
     def fill(draft: Path) -> None:
-        write_new(draft / "ca.pem", authority.certificate, PUBLIC)
-        write_new(draft / "ca.key", authority.key, PRIVATE)
+        storage.create(draft / "ca.pem", authority.certificate, PUBLIC)
+        storage.create(draft / "ca.key", authority.key, PRIVATE)
         (draft / "server").mkdir(mode=FOLDER)
         _write_issued(draft / SERVER, server)
         (draft / "owners").mkdir(mode=FOLDER)
@@ -181,8 +148,8 @@ def make_node(folder: Path) -> Path:
     private, public = make_node_key()
 
     def fill(draft: Path) -> None:
-        write_new(draft / "node.key", private, PRIVATE)
-        write_new(draft / "node.pub", public, PUBLIC)
+        storage.create(draft / "node.key", private, PRIVATE)
+        storage.create(draft / "node.pub", public, PUBLIC)
 
     return _as_one(folder, fill)
 
@@ -205,11 +172,7 @@ def renew_server(folder: Path, *, days: float = 365.0) -> list[str]:
     hosts = hosts_of(old)
     new = issue(authority, hosts[0], days, hosts)
     for suffix, content, mode in ((".key", new.key, PRIVATE), (".pem", new.certificate, PUBLIC)):
-        draft = stem.with_suffix(f"{suffix}.draft")
-        draft.unlink(missing_ok=True)
-        write_new(draft, content, mode)
-        draft.replace(stem.with_suffix(suffix))
-    _sync(stem.parent)
+        storage.write(stem.with_suffix(suffix), content, mode=mode)
     return hosts
 
 
@@ -221,16 +184,16 @@ def _check_names(owners: Sequence[str]) -> None:
 
 
 def _write_issued(stem: Path, issued: Issued) -> None:
-    write_new(stem.with_suffix(".pem"), issued.certificate, PUBLIC)
-    write_new(stem.with_suffix(".key"), issued.key, PRIVATE)
+    storage.create(stem.with_suffix(".pem"), issued.certificate, PUBLIC)
+    storage.create(stem.with_suffix(".key"), issued.key, PRIVATE)
 
 
 def _fill_owner(folder: Path, name: str, authority: Issued, days: float, client: bool) -> None:
     folder.mkdir(mode=FOLDER)
     private, public = make_node_key()
-    write_new(folder / "ca.pem", authority.certificate, PUBLIC)
-    write_new(folder / "node.key", private, PRIVATE)
-    write_new(folder / "node.pub", public, PUBLIC)
+    storage.create(folder / "ca.pem", authority.certificate, PUBLIC)
+    storage.create(folder / "node.key", private, PRIVATE)
+    storage.create(folder / "node.pub", public, PUBLIC)
     if client:
         _write_issued(folder / "client", issue(authority, name, days))
 

@@ -13,7 +13,6 @@ A secret drawn at each start lets only this SuperExec ask the SuperNode for task
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import secrets
 import shlex
@@ -28,9 +27,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from fedsplit import storage
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.guard import CLIENT_APP, PATH_VARIABLE
-from fedsplit.deploy.keys import write_new
 from fedsplit.deploy.node import NodeFile, node_config_text
 from fedsplit.errors import ConfigError
 from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
@@ -79,19 +78,20 @@ def sole(home: Path) -> Iterator[Path]:
         ConfigError: another one runs on this home, or it cannot be written.
     """
     flower = home / "flower"
+    lock = storage.FileLock(flower / "lock", wait_s=0)
     try:
         for folder in (home, flower):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         flower.chmod(0o700)
-        lock = open(flower / "lock", "w")  # noqa: SIM115  held until the process ends
+        lock.acquire()
+    except BlockingIOError:
+        raise ConfigError(f"home {home}: a SuperNode runs on it already") from None
     except OSError as error:
         raise ConfigError(f"home {home}: must be a writable folder: {error}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"home {home}: a SuperNode runs on it already") from None
+    try:
         yield flower
+    finally:
+        lock.release()
 
 
 def make_shims(folder: Path) -> Path:
@@ -100,7 +100,7 @@ def make_shims(folder: Path) -> Path:
     python = shlex.quote(sys.executable)
     for name in COMMANDS:
         text = f'#!/bin/sh\nexec {python} -P -m fedsplit.deploy.guard {name} "$@"\n'
-        write_new(folder / name, text.encode(), 0o700)
+        storage.create(folder / name, text.encode(), 0o700)
     return folder
 
 
@@ -167,7 +167,7 @@ def start(node: NodeFile, policy: Path) -> int:
         shutil.rmtree(runtime, ignore_errors=True)
         runtime.mkdir(mode=0o700)
         secret = runtime / "superexec.secret"
-        write_new(secret, secrets.token_bytes(32), 0o600)
+        storage.create(secret, secrets.token_bytes(32), 0o600)
         shims = make_shims(runtime / "commands")
         env = owner_environment(node, policy, flower, os.environ)
         port = node.port or _free_port()

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedsplit import storage
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
 from fedsplit.emulators.compression.linears import LowRankLinear
 from fedsplit.emulators.compression.skeleton import FILE, describe, lay_out
@@ -119,10 +120,7 @@ def save_emulator(
     files = {"config.json": dump_json(without_private_keys(raw)), FILE: dump_json(about)}
     if tokenizer is not None:
         files.update(bundle_tokenizer.pack(tokenizer))
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
+    with storage.new_folder(folder, mode=0o777) as part:
         for name, content in files.items():
             (part / name).write_bytes(content)
         own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
@@ -131,11 +129,6 @@ def save_emulator(
         again = load_emulator(part)
         if verify:
             _compare(emulator, again)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     size = sum(p.stat().st_size for p in folder.iterdir())
     return Saved(folder, folder_digest(folder), size, emulator.parameter_count())
 
@@ -225,18 +218,12 @@ def receive(files: Mapping[str, bytes], cache: str | Path, digest: str) -> Path:
         _check_size(name, len(content), LIMITS)
     Path(cache).mkdir(parents=True, exist_ok=True)
     check_disk(folder, sum(map(len, files.values())))
-    part = folder.with_name(digest + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with storage.new_folder(folder, mode=0o777) as part:
         for name, content in files.items():
             (part / name).write_bytes(content)
         _check_files(part, None)
         if (found := folder_digest(part)) != digest:
             raise ModelError(f"emulator: digest {found}: must be {digest}")
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

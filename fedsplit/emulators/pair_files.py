@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.errors import ModelError
 from fedsplit.models.bundle.bounded_json import dump_json, parse_json
 
@@ -40,7 +40,7 @@ def write_pair(folder: Path, name: str, tensors: Mapping[str, Tensor], about: An
     """
     try:
         _write(folder, name, tensors, about)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ModelError(f"{folder / name}: cannot be written: {error}") from error
 
 
@@ -49,11 +49,9 @@ def _write(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Any) -
     check_disk(folder / name, sum(t.numel() * t.element_size() for t in tensors.values()))
     step = str(about["step"])
     weights = folder / f"{name}.{step}.safetensors"
-    part = folder / f"{name}.part"
-    save_file({n: t.contiguous() for n, t in tensors.items()}, str(part), metadata={"step": step})
-    part.replace(weights)
-    part.write_bytes(dump_json(about))
-    part.replace(folder / f"{name}.json")  # the moment from which the new pair counts
+    storage.write_tensors(weights, tensors, {"step": step}, durable=False)
+    # The moment from which the new pair counts.
+    storage.write(folder / f"{name}.json", dump_json(about), durable=False)
     for old in folder.glob(f"{name}.*.safetensors"):
         if old != weights:
             os.unlink(old)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedsplit import storage
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.evaluation.prompts import Prompt
 
@@ -188,10 +189,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        if path.stat().st_size > MAX_YAML:
-            raise DataError(f"{path}: {path.stat().st_size} bytes: must be <= {MAX_YAML}")
         # Tags such as !function name code; the safe loader knows none of them.
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(storage.read_bounded(path, MAX_YAML).decode())
+    except storage.FileTooLarge as error:
+        raise DataError(f"{path}: {error.strerror}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: must be a readable UTF-8 file: {error}") from None
     except yaml.constructor.ConstructorError as error:
@@ -264,9 +265,9 @@ def rows(file: Path) -> Iterable[tuple[str, dict[str, Any]]]:
         DataError: the file is missing, too large or malformed; names the line.
     """
     try:
-        if file.stat().st_size > MAX_DATA:
-            raise DataError(f"{file}: {file.stat().st_size} bytes: must be <= {MAX_DATA}")
-        text = file.read_text(encoding="utf-8-sig")
+        text = storage.read_bounded(file, MAX_DATA).decode("utf-8-sig")
+    except storage.FileTooLarge as error:
+        raise DataError(f"{file}: {error.strerror}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: must be a readable UTF-8 file: {error}") from None
     place = str(file)

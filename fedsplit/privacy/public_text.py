@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedsplit import storage
 from fedsplit.errors import ConfigError
 
 MAX_BYTES = 64 << 20
@@ -61,12 +62,12 @@ def _of_files(paths: str) -> list[str]:
 
 def _lines(path: Path, most: int) -> tuple[list[str], int]:
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise ConfigError(
-                f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes with the others"
-            )
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        content = storage.read_bounded(path, most)
+        lines = [line.strip() for line in content.decode().splitlines()]
+    except storage.FileTooLarge:
+        raise ConfigError(
+            f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes with the others"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"privacy.public-text={str(path)!r}: must be a readable UTF-8 file: {error}"
@@ -74,7 +75,7 @@ def _lines(path: Path, most: int) -> tuple[list[str], int]:
     found = [line for line in lines if line]
     if not found:
         raise ConfigError(f"privacy.public-text={str(path)!r}: must hold at least one line of text")
-    return found, size
+    return found, len(content)
 
 
 def public_ids(tokenizer: Any, texts: Iterable[str], max_tokens: int) -> list[list[int]]:

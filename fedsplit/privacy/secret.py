@@ -28,6 +28,7 @@ import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
 from scipy.special import gammaincinv, ndtri
 
+from fedsplit import storage
 from fedsplit.errors import PrivacyError
 
 SECRET_BYTES = 32
@@ -140,17 +141,8 @@ class OwnerSecret:
         except FileNotFoundError:
             pass
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.parent / f".{path.name}.{secrets.token_hex(8)}"
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(secrets.token_bytes(SECRET_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(draft, path)  # atomic, and fails where another process was faster
-        finally:
-            draft.unlink()
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            storage.create(path, secrets.token_bytes(SECRET_BYTES))
         return cls._load(path)
 
     @classmethod

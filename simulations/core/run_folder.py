@@ -40,15 +40,14 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import re
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from fedsplit import storage
 from fedsplit.errors import ConfigError, RunError, check
 from simulations.runtime.machine import machine, versions
 from simulations.runtime.toml_text import to_toml
@@ -280,29 +279,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         RunError: names the path and the bytes, for example when the disk is full.
     """
-    temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        storage.write(path, content, mode=0o644, concurrent=True)
     except OSError as error:
         raise RunError(
             f"{path}: cannot write {len(content)} bytes: {error.strerror or error}"
         ) from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def strict(value: Any, where: str, notes: list[str]) -> Any:

@@ -23,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedsplit import storage
 from fedsplit.errors import RunError
 
 PAGE, SERVER, EVIDENCE, LOG = "progress.json", "server.json", "lineage.jsonl", "log.jsonl"
@@ -106,9 +107,7 @@ def refresh(view: View) -> View:
 def _object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; empty if there is none that can be read."""
     try:
-        if path.stat().st_size > MOST_BYTES:
-            return {}
-        content = json.loads(path.read_bytes())
+        content = json.loads(storage.read_bounded(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

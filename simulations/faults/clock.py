@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import SessionError
 from simulations.faults.bench import Bench, Fault, Row, row_of
@@ -75,9 +76,7 @@ def in_a_process(config: RunConfig, folder: Path, case: str, moments: list[float
 def jump(offset: Path, seconds: int) -> str:
     """Move this process's wall clock and say by how much it moved, as seen from here."""
     before, steady = time.time(), time.monotonic()
-    draft = offset.with_suffix(".draft")
-    draft.write_text(f"{seconds:+d}")
-    draft.replace(offset)
+    storage.write(offset, f"{seconds:+d}", durable=False)
     moved = time.time() - before - (time.monotonic() - steady)
     return f"wall clock {moved:+.0f} s"
 
@@ -107,9 +106,7 @@ def main(folder: Path) -> None:
     if "FAKETIME_TIMESTAMP_FILE" not in os.environ:
         raise SystemExit("this needs libfaketime around it: python -m simulations run faults")
     rows = list(_rows(folder))
-    draft = folder / "rows.draft"
-    draft.write_text(json.dumps(rows))
-    draft.replace(folder / "rows.json")
+    storage.write(folder / "rows.json", json.dumps(rows), durable=False)
 
 
 if __name__ == "__main__":

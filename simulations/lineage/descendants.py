@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 from collections import Counter
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fedsplit import storage
 from fedsplit.errors import ConfigError, check
 from fedsplit.fingerprints.evasion.editor import Editor
 from fedsplit.fingerprints.evasion.transforms import pruning
@@ -297,16 +297,14 @@ class Shelf:
         found = _facts(path / MADE)
         if found is None or found["settings"] != wanted:
             loaded, facts = make()
-            partial = self.folder / f".{name}"
-            shutil.rmtree(partial, ignore_errors=True)
-            loaded.model.config.save_pretrained(partial)
             weights = {n: p.detach().contiguous() for n, p in loaded.model.named_parameters()}
-            save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-            loaded.tokenizer.save_pretrained(partial)
             found = {"settings": wanted, "facts": facts}
-            (partial / MADE).write_text(json.dumps(found, indent=2) + "\n")
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(partial, path)
+            with storage.new_folder(path, mode=0o777) as draft:
+                loaded.model.config.save_pretrained(draft)
+                save_file(weights, draft / "model.safetensors", metadata={"format": "pt"})
+                loaded.tokenizer.save_pretrained(draft)
+                (draft / MADE).write_text(json.dumps(found, indent=2) + "\n")
+                shutil.rmtree(path, ignore_errors=True)
         return load(path, "causal-lm"), dict(found["facts"])
 
     def descendant(

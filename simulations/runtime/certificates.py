@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsplit import storage
 from fedsplit.deploy import certificates
-from fedsplit.deploy.keys import write_new
 from fedsplit.errors import check
 
 
@@ -29,7 +29,7 @@ class NodeKey:
 
 
 def _write(path: Path, content: bytes, mode: int) -> Path:
-    write_new(path, content, mode)
+    storage.create(path, content, mode)
     return path
 
 

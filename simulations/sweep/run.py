@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fedsplit import storage
 from fedsplit.errors import ConfigError, RunError, check
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder, strict, write_atomically
@@ -181,9 +182,8 @@ def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = {name: [row.get(name) for row in rows] for name in names}
-    draft = path.with_suffix(".draft")
-    pyarrow.parquet.write_table(pyarrow.table(columns), draft)
-    draft.replace(path)
+    with storage.replacing(path, durable=False) as draft:
+        pyarrow.parquet.write_table(pyarrow.table(columns), draft)
 
 
 def read_parquet(path: Path) -> dict[str, dict[str, Any]]:

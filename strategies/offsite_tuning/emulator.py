@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.config import OffsiteConfig, RunConfig
 from fedsplit.emulators import Emulator, Material, make_compressor
 from fedsplit.emulators.compressors.scaleot import ScaleOT
@@ -201,10 +202,9 @@ def shipped_emulator(
     emulator, facts = make_emulator(config, loaded, tokens, folder / "importance")
     saved = save_emulator(emulator, shipped, tokenizer=loaded.tokenizer)
     facts |= {"digest": saved.digest, "bytes": saved.bytes}
-    draft = folder / f"{RECIPE}.draft"
     try:
-        draft.write_text(json.dumps({"recipe": recipe, "facts": facts}, indent=1))
-        draft.replace(folder / RECIPE)
+        content = json.dumps({"recipe": recipe, "facts": facts}, indent=1)
+        storage.write(folder / RECIPE, content, durable=False)
     except OSError as error:
         raise RunError(f"cannot write {folder / RECIPE}: {error}") from None
     return Shipped(emulator, shipped, saved.digest, {**facts, "kept": False})

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.errors import ModelError, RunError, UnsupportedModelError
 from fedsplit.models.adapters.files import save_adapter
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
@@ -86,14 +85,8 @@ def kept_averaging(folder: Path, number: int, digest: str) -> AveragingState:
 def _replace(
     path: Path, previous: Path, state: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    draft = path.with_name(f"{path.name}.draft")
     try:
-        save_file({n: t.contiguous() for n, t in state.items()}, draft, metadata=metadata)
-        _sync(draft)
-        if path.exists():
-            path.replace(previous)
-        draft.replace(path)
-        _sync(path.parent)
+        storage.write_tensors(path, state, metadata, previous=previous)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}") from None
 
@@ -136,14 +129,6 @@ def _read(
 def _identity(settings: MethodSettings) -> str:
     """What decides the names and shapes of adapters, and what they mean."""
     return json.dumps({k: v for k, v in asdict(settings).items() if k != "seed"}, sort_keys=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def export(folder: Path, loaded: LoadedModel, tuning: BlockTuning) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
+from fedsplit import storage
 from fedsplit.config import LineageConfig
 from fedsplit.errors import LineageError, ModelError
 from fedsplit.fingerprints.evidence.chain import Chain
@@ -84,10 +85,7 @@ def mend_tail(path: Path) -> None:
             end = whole.rfind(b"\n") + 1
             if end == len(whole):
                 return
-            with path.with_suffix(".torn").open("ab") as torn:
-                torn.write(whole[end:])
-                torn.flush()
-                os.fsync(torn.fileno())
+            storage.append(path.with_suffix(".torn"), whole[end:])
             file.truncate(end)
             os.fsync(file.fileno())
         log.warning("%s: its last %d bytes were cut off by a crash", path, len(whole) - end)

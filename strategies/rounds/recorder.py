@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
 from fedsplit.wire.link import Link
@@ -81,13 +81,8 @@ class Recorder:
         if self._folder is None:
             return
         path = self._folder / "server.json"
-        draft = path.with_suffix(".draft")
         try:
-            with open(draft, "w") as file:
-                json.dump(self.content, file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            storage.write(path, json.dumps(self.content, indent=1, allow_nan=False))
         except OSError as error:
             raise RunError(f"cannot write {path}: {error}") from None
 

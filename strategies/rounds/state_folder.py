@@ -16,11 +16,9 @@ Nothing is pickled.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -29,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -106,30 +105,16 @@ class StateFolder:
         self._kept: list[tuple[str, set[str]]] = []
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = self._hold(wait_s)
+            self._lock = storage.FileLock(path / "lock", wait_s)
+            self._lock.acquire()
             numbers = [int(m[1]) for p in path.iterdir() if (m := _NUMBER.search(p.name))]
+        except BlockingIOError:
+            raise RunError(
+                f"{path}: another run works in this folder; end it, or choose another output.dir"
+            ) from None
         except OSError as error:
             raise RunError(f"cannot use {path}: {error}") from None
         self._next = max(numbers, default=0) + 1
-
-    def _hold(self, wait_s: float) -> int:
-        until = time.monotonic() + wait_s
-        while True:
-            held = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                same = os.fstat(held).st_ino == os.stat(self.path / "lock").st_ino
-            except (BlockingIOError, FileNotFoundError):
-                same = False
-            if same:
-                return held
-            os.close(held)
-            if time.monotonic() > until:
-                raise RunError(
-                    f"{self.path}: another run works in this folder; end it, or choose another "
-                    "output.dir"
-                )
-            time.sleep(0.2)
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -235,8 +220,9 @@ class StateFolder:
                 "store": [asdict(file) for file in self._segments],
             }
             digest = hashlib.sha256(_text(document)).hexdigest()
-            self._replace(name, _text({**document, "sha256": digest}))
-        except (OSError, SafetensorError) as error:
+            # Each data file is there for good, name and all, before anything names it.
+            storage.write(self.path / name, _text({**document, "sha256": digest}))
+        except OSError as error:
             raise RunError(f"cannot write {self.path / name}: {error}") from None
         files = {self._tensors.name, *(file.name for file in self._segments)}
         self._kept = [*self._kept, (name, files)][-KEPT:]
@@ -250,23 +236,11 @@ class StateFolder:
         return len(self._segments) >= MOST_SEGMENTS
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> StateFile:
-        draft = self.path / f"{name}.draft"
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, draft)
-        file = StateFile(name, draft.stat().st_size, _sha256(draft))
-        _sync(draft)
-        draft.replace(self.path / name)
+        path = self.path / name
+        storage.write_tensors(path, tensors)
+        file = StateFile(name, path.stat().st_size, _sha256(path))
         self.bytes += file.bytes
         return file
-
-    def _replace(self, name: str, content: bytes) -> None:
-        draft = self.path / f"{name}.draft"
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(self.path)  # the data files are there for good before anything names them
-        draft.replace(self.path / name)
-        _sync(self.path)
 
     def _sweep(self) -> None:
         """Remove what no kept state names."""
@@ -290,9 +264,7 @@ class StateFolder:
 
     def close(self) -> None:
         """Let the folder go."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.release()
 
 
 def _text(document: Mapping[str, Any]) -> bytes:
@@ -302,11 +274,3 @@ def _text(document: Mapping[str, Any]) -> bytes:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

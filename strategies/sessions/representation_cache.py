@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.errors import FrameError
 
 
@@ -79,9 +79,7 @@ class RepresentationStore:
 
         Keys ``owner/split/rows`` (N, d), ``.../slots`` (n,), ``.../lengths`` (n,).
         """
-        draft = path.with_suffix(".draft")
-        save_file(self.tensors(), draft)
-        draft.replace(path)
+        storage.write_tensors(path, self.tensors(), durable=False)
 
     def tensors(self, *, unsaved: bool = False) -> dict[str, Tensor]:
         """Return what is held, under the keys of :meth:`save`.

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import ModelError, RunError
 
@@ -67,14 +67,12 @@ def save_trained(
     Raises:
         RunError: it cannot be written.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in top.items()}
+    tensors = dict(top)
     for name, array in (arrays or {}).items():
         tensors[OWNERS + name] = torch.from_numpy(array.numpy().copy())
-    draft = path.with_suffix(".draft")
     try:
         metadata = {"format": FORMAT, "belongs": json.dumps(dict(belongs), sort_keys=True)}
-        save_file(tensors, draft, metadata=metadata)
-        draft.replace(path)
+        storage.write_tensors(path, tensors, metadata, durable=False)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}") from None
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
 from fedsplit.observe import JsonLines, bound, context, writing
@@ -132,11 +132,10 @@ class Observers:
         with self._writing:
             self._wrote = now
             page = self.live.page()
-            draft = self._folder / f".{PAGE}-{os.getpid()}"
-            # Not fsynced: it shows a run that goes on, and is not what one is resumed from.
+            # Not synced: it shows a run that goes on, and is not what one is resumed from.
             with contextlib.suppress(OSError, ValueError):
-                draft.write_text(json.dumps(page, allow_nan=False, default=str))
-                draft.replace(self._folder / PAGE)
+                text = json.dumps(page, allow_nan=False, default=str)
+                storage.write(self._folder / PAGE, text, durable=False, concurrent=True)
         if self._events is not None and page["steps_per_s"]:
             speed = {"speed/steps_per_s": page["steps_per_s"]}
             with contextlib.suppress(OSError):

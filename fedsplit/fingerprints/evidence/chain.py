@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.errors import LineageError
 from fedsplit.fingerprints.evidence.public_file import canonical_json
 from fedsplit.fingerprints.gate.lineage_gate import LineageReport
@@ -99,10 +100,7 @@ def append(
     signature = key.sign(bytes.fromhex(digest)).hex()
     line = json.dumps(body | {"hash": digest, "signature": signature}, sort_keys=True)
     try:
-        with where.open("a", encoding="utf-8") as handle:
-            handle.write(line + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        storage.append(where, line.encode() + b"\n")
     except OSError as error:
         raise LineageError(f"{where}: cannot be written: {error.strerror or error}") from error
     return digest

@@ -7,7 +7,6 @@ digits that can be published anywhere.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
+from fedsplit import storage
 from fedsplit.errors import LineageError
 
 MAX_BYTES = 1 << 14
@@ -44,10 +44,7 @@ def create_key(path: str | Path) -> Ed25519PrivateKey:
     pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
-        # Made with its mode, and never over another: no moment in which others can read it.
-        descriptor = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
+        storage.create(where, pem)
         public_path(where).write_text(public_hex(key) + "\n")
     except FileExistsError:
         raise LineageError(f"{where}: exists already; a key is never overwritten") from None
@@ -112,8 +109,6 @@ def _is_hex(text: str) -> bool:
 
 def _read(where: Path) -> bytes:
     try:
-        if where.stat().st_size > MAX_BYTES:
-            raise LineageError(f"{where}: {where.stat().st_size} bytes, must be <= {MAX_BYTES}")
-        return where.read_bytes()
+        return storage.read_bounded(where, MAX_BYTES)
     except OSError as error:
         raise LineageError(f"{where}: no readable key: {error.strerror or error}") from error

@@ -40,6 +40,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 from torch import Tensor
 
+from fedsplit import storage
 from fedsplit.errors import LineageError
 from fedsplit.fingerprints.methods.aligned_products import (
     KINDS,
@@ -273,9 +274,7 @@ def read(path: str | Path, *, signer: str | None = None) -> PublicFingerprint:
     """
     where = Path(path)
     try:
-        if where.stat().st_size > MAX_BYTES:
-            raise LineageError(f"{where}: {where.stat().st_size} bytes, must be <= {MAX_BYTES}")
-        document = json.loads(where.read_text())
+        document = json.loads(storage.read_bounded(where, MAX_BYTES))
         kind, version = document["kind"], document["version"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LineageError(f"{where}: not a fingerprint file: {error!r}") from error

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedsplit import storage
 from fedsplit.errors import LineageError, ModelError
 
 DIMENSION = 512
@@ -124,10 +125,7 @@ def _packages() -> tuple[Any, Any]:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ModelError(f"{path}: {size} bytes, must be <= {max_bytes}")
-        return path.read_bytes()
+        return storage.read_bounded(path, max_bytes)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from error
 

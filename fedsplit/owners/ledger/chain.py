@@ -25,7 +25,6 @@ the last of them; the line ``ready`` of their session tells how many batches the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +36,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedsplit import storage
 from fedsplit.errors import LedgerError, check
 from fedsplit.owners.ledger.exposure import Draw, Exposure
 
@@ -197,6 +197,7 @@ class Ledger:
         self._saved = 0
         self._broken = ""
         self._mutex = threading.Lock()
+        self._lock = storage.FileLock(folder / LOCK)
         self._fds: dict[str, int] = {}
         with self._held():
             self._restore()
@@ -254,11 +255,8 @@ class Ledger:
         """Hold the ledger against all other threads and processes."""
         with self._mutex:
             try:
-                fcntl.flock(self._fd(LOCK), fcntl.LOCK_EX)
-                try:
+                with self._lock:
                     yield
-                finally:
-                    fcntl.flock(self._fd(LOCK), fcntl.LOCK_UN)
             except OSError as error:
                 self._broken = f"{self.path}: must be readable and writable: {error}"
                 raise LedgerError(self._broken) from None
@@ -355,10 +353,8 @@ class Ledger:
 
     def _save(self) -> None:
         content = {**vars(self._at), "totals": self.totals.to_json()}
-        draft = self._folder / f"{STATE}.draft"
-        with open(draft, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            json.dump(content, file, allow_nan=False)
-        draft.replace(self._folder / STATE)
+        text = json.dumps(content, allow_nan=False)
+        storage.write(self._folder / STATE, text, mode=storage.PRIVATE, durable=False)
         self._saved = self._at.n
 
 

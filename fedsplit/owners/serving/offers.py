@@ -6,15 +6,14 @@ another process of the same owner, takes tokens from it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, SessionError
 from fedsplit.wire.messages import SessionOffer
@@ -117,26 +116,20 @@ def _leave(content: Mapping[str, Any]) -> Leave:
 
 
 def _write(root: Path, content: Mapping[str, Any]) -> None:
-    draft = root / f".{FILE}.draft"
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(root / FILE)
+        storage.write(root / FILE, json.dumps(content), mode=storage.PRIVATE)
     except OSError as error:
         raise ConfigError(f"{root / FILE}: cannot be written: {error}") from None
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
+    lock = storage.FileLock(root / ".serving.lock")
     try:
-        descriptor = os.open(root / ".serving.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock.acquire()
     except OSError as error:
         raise ConfigError(f"owner home {root}: must be a writable folder: {error}") from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

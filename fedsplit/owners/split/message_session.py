@@ -7,14 +7,14 @@ memory is used only if it is the very state that the last message left.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import SessionError
 from fedsplit.owners.home import OwnerHome
@@ -157,9 +157,8 @@ class MessageSession:
         learns = live.owner is not None and live.owner.optimizer is not None
         if learns:
             assert live.owner is not None
-            draft = self._folder / "joint.draft"
-            save_file(live.owner.weights(), draft)
-            os.replace(draft, self._folder / "joint.safetensors")
+            path = self._folder / "joint.safetensors"
+            storage.write_tensors(path, live.owner.weights(), durable=False)
             save_joint_state(live.owner, self._job, self._offer.round)
         sent, received = live.link.counters
         state = {
@@ -174,9 +173,7 @@ class MessageSession:
             "done": bool(live.owner and live.owner.done),
             "weights": learns,
         }
-        draft = self._path.with_suffix(".draft")
-        draft.write_text(json.dumps(state))
-        os.replace(draft, self._path)
+        storage.write(self._path, json.dumps(state), durable=False)
         _LIVE.clear()  # one session per node is under way; older ones only cost memory
         _LIVE[self._key] = live
 

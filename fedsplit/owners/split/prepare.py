@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
 from fedsplit.data import TextDataset
@@ -324,19 +325,16 @@ def save_joint_state(owner: SplitOwner, folder: Path, round_: int) -> None:
     optimizer = owner.optimizer
     if optimizer is None:
         return
-    from safetensors.torch import save_file
-
     tensors = {}
     scalars: dict[str, float] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.contiguous()
+                tensors[f"{index}.{key}"] = value
             else:
                 scalars[f"{index}.{key}"] = float(value)
-    draft = folder / "optimizer.draft"
-    save_file(tensors, draft, metadata={"scalars": json.dumps(scalars)})
-    draft.replace(folder / f"optimizer-{round_}.safetensors")
+    path = folder / f"optimizer-{round_}.safetensors"
+    storage.write_tensors(path, tensors, {"scalars": json.dumps(scalars)}, durable=False)
     for old in sorted(_optimizers(folder))[:-ROUNDS_KEPT]:
         (folder / f"optimizer-{old}.safetensors").unlink(missing_ok=True)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import fedsplit
+from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, ModelError, SessionError
 from fedsplit.models.bundle.bottom import Bundle
@@ -158,9 +157,9 @@ def keep_bundle(files: dict[str, bytes], digest: str, home: OwnerHome) -> None:
         raise ModelError(f"bottom received has digest {bundle.digest}: must be {digest}")
     folder = home.bottom_dir(digest)
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = Path(tempfile.mkdtemp(prefix=".bottom-", dir=folder.parent))
-    bundle.save(draft)
     try:
-        draft.rename(folder)
-    except OSError:  # another process of this owner was faster; both have the same digest
-        shutil.rmtree(draft, ignore_errors=True)
+        with storage.new_folder(folder, concurrent=True) as draft:
+            bundle.save(draft)
+    except OSError:
+        if not folder.exists():  # else another process of this owner made it, of the same digest
+            raise

@@ -12,8 +12,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fedsplit import storage
 from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.denoising.posterior import Touched
 from fedsplit.privacy.mechanisms.base import Mechanism
@@ -272,10 +271,9 @@ def cached(
 
 def _keep(path: Path, denoiser: LearnedDenoiser) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     tensors = {k: v.contiguous() for k, v in denoiser.network.state_dict().items()}
-    draft.write_bytes(save(tensors, metadata={"facts": json.dumps(denoiser.facts)}))
-    os.replace(draft, path)
+    content = save(tensors, metadata={"facts": json.dumps(denoiser.facts)})
+    storage.write(path, content, durable=False, concurrent=True)
 
 
 def _read(path: Path, recipe: Recipe) -> LearnedDenoiser:

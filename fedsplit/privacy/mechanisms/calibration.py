@@ -7,10 +7,9 @@ rounded to 4 digits, and an owner keeps matrices on its disk (:class:`Store`) on
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fedsplit import storage
 from fedsplit.config import PrivacyConfig
 from fedsplit.errors import check
 
@@ -113,14 +113,9 @@ class Store:
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-            draft.write_bytes(save({"matrix": make().contiguous()}, metadata={"recipe": key}))
-            try:
-                os.link(draft, path)  # atomic; whoever was first is right
-            except FileExistsError:
-                pass
-            finally:
-                draft.unlink()
+            content = save({"matrix": make().contiguous()}, metadata={"recipe": key})
+            with contextlib.suppress(FileExistsError):  # whoever was first is right
+                storage.create(path, content)
         return load_file(path)["matrix"]
 
 

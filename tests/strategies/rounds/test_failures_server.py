@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import struct
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedsplit.owners.split.label_side import LabelSide
 from strategies.rounds.recorder import Recorder
 from strategies.split_tuning.optimisation import Optimisation
 from strategies.split_tuning.strategy import SplitTuning
+from tests.disks import small_files
 from tests.strategies.failing import QUICK, warm
 from tests.strategies.local_grid import LocalGrid
 
@@ -107,26 +107,12 @@ def test_the_gate_stops_the_run_and_leaves_the_evidence(
     assert row["lineage"]["verdict"] != "in_lineage"
 
 
-@pytest.mark.parametrize("call", ["fsync", "open", "replace"])
-def test_a_full_disk_names_the_file_and_keeps_what_is_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str
-) -> None:
+def test_a_full_disk_names_the_file_and_keeps_what_is_there(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path)
     recorder.write(status="running")
     before = (tmp_path / "server.json").read_text()
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    target = {
-        "fsync": "strategies.rounds.recorder.os.fsync",
-        "open": "builtins.open",
-        "replace": "pathlib.Path.replace",
-    }[call]
-    with monkeypatch.context() as patched:
-        patched.setattr(target, full)
-        with pytest.raises(RunError, match=r"cannot write .*server\.json.*No space left"):
-            recorder.round({"round": 1})
+    with small_files(), pytest.raises(RunError, match=r"cannot write .*server\.json.*too large"):
+        recorder.round({"round": 1})
     assert (tmp_path / "server.json").read_text() == before
     recorder.write()  # there is room again
     assert json.loads((tmp_path / "server.json").read_text())["rounds"] == [{"round": 1}]
@@ -139,16 +125,12 @@ def test_a_disk_that_fills_during_the_run(
 
     honest, rounds_written = recorder.Recorder.round, 0
 
-    def fills(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     def round_(self: Recorder, row: dict[str, Any]) -> None:
         nonlocal rounds_written
         rounds_written += 1
         if rounds_written <= 1:
             return honest(self, row)
-        with monkeypatch.context() as patched:  # owners' ledgers are on disks of their own
-            patched.setattr(recorder.os, "fsync", fills)
+        with small_files():  # owners' ledgers are on disks of their own
             return honest(self, row)
 
     monkeypatch.setattr(recorder.Recorder, "round", round_)
@@ -158,21 +140,15 @@ def test_a_disk_that_fills_during_the_run(
     assert [row["round"] for row in rounds] == [1]
 
 
-def test_a_disk_too_full_for_the_transcript(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_disk_too_full_for_the_transcript(tmp_path: Path) -> None:
     from strategies.sessions.representation_cache import RepresentationStore
 
     store = RepresentationStore()
     store.put("owner-0", "train", 0, torch.ones(2, 3), torch.float32)
 
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("strategies.sessions.representation_cache.save_file", full)
-    with pytest.raises(RunError, match="cannot write the transcript"):
+    with small_files(), pytest.raises(RunError, match="cannot write the transcript"):
         Recorder(tmp_path).transcript(store)
-    assert not (tmp_path / "transcript.safetensors").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_owner_refuses_logits_that_are_not_finite(
