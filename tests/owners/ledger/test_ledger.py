@@ -138,7 +138,7 @@ def test_a_changed_ledger_takes_no_more_lines(whole: Any, scratch: Any) -> None:
 WRITER = """
 import os, sys
 from pathlib import Path
-from fedsplit.owners.ledger import Ledger
+from fedsplit.owners.ledger.chain import Ledger
 who = sys.argv[2]
 with Ledger(Path(sys.argv[1]), sync_every=1 + 7 * (who[-1] == "1")) as ledger:
     for i in range(10**6):
