@@ -22,7 +22,8 @@ T = 64
 def windows(topic: int) -> Tensor:
     """Return the bytes of one topic's docstrings in rows, (N, T)."""
     data = load_dataset("docstrings", limit=3000)
-    text = "\n\n".join(t for t, label in zip(data.texts, data.labels, strict=True) if label == topic)
+    pairs = zip(data.texts, data.labels, strict=True)
+    text = "\n\n".join(text for text, label in pairs if label == topic)
     ids = torch.tensor(list(text.encode()), dtype=torch.int64)
     return ids[: len(ids) // T * T].view(-1, T)
 

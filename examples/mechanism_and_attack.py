@@ -34,12 +34,13 @@ def main() -> None:
         hidden = [bottom(ids[None])[0] for ids in private]  # (T, d) each
     norm = torch.cat(hidden).norm(dim=1).median().item()
 
+    secret = OwnerSecret(secrets.token_bytes(32))  # stays with the owner
     shares = []
     for ratio in (0.5, 2.0, 4.0):
         eta = eta_from_ratio(ratio, bottom.hidden_size, norm)
         mechanism = build("dchi", eta=eta)
-        perturber = SamplePerturber(mechanism, OwnerSecret(secrets.token_bytes(32)), "minilm, k = 0")
-        sent = [perturber.perturb(h, ids) for h, ids in zip(hidden, private, strict=True)]
+        noise = SamplePerturber(mechanism, secret, "minilm, k = 0")
+        sent = [noise.perturb(h, ids) for h, ids in zip(hidden, private, strict=True)]
         found = MapInversion().invert(sent, candidates, mechanism, frequency)
         result = score_tokens("map", found, private, special_ids=loaded.tokenizer.all_special_ids)
         low, high = result.interval

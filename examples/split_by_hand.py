@@ -31,8 +31,9 @@ def main() -> None:
     server = torch.optim.SGD(top.parameters(), lr=0.05)
     for step in range(STEPS):
         rows = slice(step * BATCH, (step + 1) * BATCH)
+        texts = list(data.texts[rows])
         batch = whole.tokenizer(
-            list(data.texts[rows]), return_tensors="pt", padding=True, truncation=True, max_length=48
+            texts, return_tensors="pt", padding=True, truncation=True, max_length=48
         )
         ids, mask = batch["input_ids"], batch["attention_mask"]
         labels = torch.tensor(data.labels[rows])

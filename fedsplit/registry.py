@@ -1,4 +1,4 @@
-"""Choosing one row of a literal table by name.
+"""Choosing one row of a literal table by name; names of a package that load on first use.
 
 Each family (mechanisms, attacks, strategies ...) is one dict in its package's ``__init__``.  There
 are no decorators, no scanning and no dotted paths: the run config comes from the other party, so a
@@ -7,7 +7,8 @@ name may select only what the code lists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TypeVar
 
 from fedsplit.errors import ConfigError
@@ -31,3 +32,19 @@ def pick(table: Mapping[str, T], name: str, kind: str) -> T:
     except KeyError:
         known = ", ".join(sorted(table))
         raise ConfigError(f"{kind}={name!r}: must be one of {known}") from None
+
+
+def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """Return a package's ``__getattr__`` that imports a name's module on first use (PEP 562).
+
+    Args:
+        package: the package's ``__name__``.
+        homes: public name -> module below the package that defines it.
+    """
+
+    def get(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return get

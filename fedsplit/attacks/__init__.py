@@ -4,6 +4,16 @@ An attack is given arrays of a recorded transcript and public material (the init
 corpus), never an owner object.  ``ATTACKS`` is the family's table; a new attack is a file here and
 one row below.  Every row has a ``name``, says its ``knowledge`` and names the fields that are its
 ``budget``; a defence is called private only against the attacker named beside it.
+
+Example:
+    >>> import torch
+    >>> from fedsplit.privacy.denoising.candidates import MatrixCandidates
+    >>> table = torch.eye(6)  # what each of 6 tokens looks like at k = 0
+    >>> truth = [torch.tensor([1, 4, 2])]
+    >>> received = [table[truth[0]] + 0.1]
+    >>> guesses = NearestNeighbour(top_k=2).invert(received, MatrixCandidates(table))
+    >>> score_tokens("nearest", guesses, truth).success
+    1.0
 """
 
 from __future__ import annotations

@@ -1,4 +1,15 @@
-"""The run's settings; see :mod:`fedsplit.config.run` for how they travel."""
+"""The run's settings; see :mod:`fedsplit.config.run` for how they travel.
+
+Example:
+    >>> from fedsplit.config import RunConfig
+    >>> config = RunConfig.from_flat({"split.k": 2, "privacy.eta": 8.0})
+    >>> config.split.k, config.train.rounds
+    (2, 3)
+    >>> RunConfig.from_flat({"split.K": 2})
+    Traceback (most recent call last):
+        ...
+    fedsplit.errors.ConfigError: split.K=2: unknown setting; split.* has k, bottom
+"""
 
 from fedsplit.config.groups import (
     TASKS,

@@ -1,6 +1,13 @@
 """Texts and labels of the owners: where they come from, and who has which.
 
 Layer 1.  Nothing is read, downloaded or imported from ``datasets`` until it is asked for.
+
+Example:
+    >>> from fedsplit.data import TextDataset, train_test_split
+    >>> data = TextDataset(("good", "bad", "fine", "poor"), (1, 0, 1, 0), ("no", "yes"))
+    >>> train, test = train_test_split(range(4), data.labels, 0.5, seed=0)
+    >>> len(data.select(train)), len(data.select(test))
+    (2, 2)
 """
 
 from __future__ import annotations

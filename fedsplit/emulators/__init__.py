@@ -12,6 +12,15 @@ into the full model.  Layer 2; models are handled through :mod:`fedsplit.models`
 | :mod:`~fedsplit.emulators.build` | emulator from a plan; ``plug_in``, ``adapter_state`` |
 | :mod:`~fedsplit.emulators.files` | an emulator on disk, by content digest |
 | :mod:`~fedsplit.emulators.planning.planner` | sizes and costs before anything is built |
+
+Example:
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=16, n_head=2, vocab_size=50))
+    >>> compressor = make_compressor("layerdrop", adapters=ends(6, 1, 1), keep=2)
+    >>> emulator = compressor.build(model, Material())
+    >>> emulator.plan.adapters, emulator.model.config.n_layer
+    ((0, 5), 4)
+    >>> before = plug_in(model, adapter_state(emulator), emulator.plan)
 """
 
 from __future__ import annotations

@@ -1,27 +1,28 @@
 """Fingerprints of models, the lineage gate, evidence and portraits.
 
-| module | what it does |
+| folder | what it holds |
 | --- | --- |
-| :mod:`.view`, :mod:`.weights_file` | what a fingerprint reads: a live model, a half, or files |
-| :mod:`.pcs` | parameter cosine |
-| :mod:`.ics` | HuRef's invariants, corrected and as published |
-| :mod:`.whitened` | the same through orthonormal embeddings: publishable, not fooled by twins |
-| :mod:`.align`, :mod:`.awm` | residual alignment, unbiased CKA of aligned weights |
-| :mod:`.aligned_products` | the gate's score: weight products in a common basis |
-| :mod:`.reef` | CKA of representations |
-| :mod:`.gate` | :class:`LineageGate`, the check after every aggregate |
-| :mod:`.verdict` | calibrated test: p-value, error rates, three outcomes |
-| :mod:`.public_file`, :mod:`.evidence` | signed fingerprint file, signed chain of rounds |
-| :mod:`.owner_updates` | the same for what an owner returns; leave-one-out |
-| :mod:`.keys`, :mod:`.sources` | signing keys; what a command's argument may name |
-| :mod:`.transforms` | evasion suite of function-preserving maps |
-| :mod:`.encoder`, :mod:`.training` | HuRef's encoder: invariants to vector, and its recipe |
-| :mod:`.portrait`, :mod:`.sheet`, :mod:`.onnx_generator` | vector to picture: dog, any ONNX |
+| :mod:`~fedsplit.fingerprints.view` | what a fingerprint reads: a live model, a half, or files |
+| :mod:`~fedsplit.fingerprints.methods` | fingerprints: cosine, invariants, aligned products, CKA |
+| :mod:`~fedsplit.fingerprints.gate` | the check after every aggregate; verdicts with error rates |
+| :mod:`~fedsplit.fingerprints.evidence` | keys, signed fingerprint files, signed chain of rounds |
+| :mod:`~fedsplit.fingerprints.evasion` | maps that change weights and keep the function |
+| :mod:`~fedsplit.fingerprints.portraits` | pictures of a fingerprint |
 
 What separates and where each breaks is measured in ``docs/results/lineage.md``: the score and the
 whitened invariants keep twins (same data and tokenizer, another seed) near 0 and descendants near
 1; corrected ICS and REEF see function, which twins share; PCS is lost under any map that preserves
 the function.
+
+Example:
+    >>> from copy import deepcopy
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))
+    >>> gate = LineageGate(base)
+    >>> gate.check(deepcopy(base), commit=False).verdict
+    'in_lineage'
+    >>> gate.check(GPT2LMHeadModel(base.config), commit=False).verdict
+    'independent'
 """
 
 from __future__ import annotations

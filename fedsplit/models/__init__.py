@@ -12,32 +12,33 @@ importing this package costs nothing until a model is really handled.
 | :mod:`fedsplit.models.placing` | a top on another device, or on several |
 | :mod:`fedsplit.models.bundle.bottom` | a bottom as bounded, checked files |
 | :mod:`fedsplit.models.adapters.trainable` | what is trained of a top |
+
+Example:
+    >>> import torch
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from fedsplit.models import split
+    >>> config = GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=50, use_cache=False)
+    >>> model = GPT2LMHeadModel(config).eval()
+    >>> bottom, top = split(model, k=1)
+    >>> ids = torch.tensor([[3, 1, 4, 1, 5]])
+    >>> torch.allclose(top(bottom(ids)), model(ids).logits, atol=1e-5)
+    True
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from fedsplit.registry import lazy
+
 if TYPE_CHECKING:
-    from fedsplit.models.adapters.trainable import TRAINABLE as TRAINABLE
-    from fedsplit.models.adapters.trainable import Trainable as Trainable
-    from fedsplit.models.adapters.trainable import make_trainable as make_trainable
-    from fedsplit.models.anatomy import Anatomy as Anatomy
-    from fedsplit.models.anatomy import probe as probe
-    from fedsplit.models.bundle.bottom import Bundle as Bundle
-    from fedsplit.models.bundle.bottom import pack_bottom as pack_bottom
-    from fedsplit.models.bundle.bottom import unpack_bottom as unpack_bottom
-    from fedsplit.models.loading import TASKS as TASKS
-    from fedsplit.models.loading import LoadedModel as LoadedModel
-    from fedsplit.models.loading import load as load
-    from fedsplit.models.loading import weights_digest as weights_digest
-    from fedsplit.models.placing import place as place
-    from fedsplit.models.splitting.halves import Bottom as Bottom
-    from fedsplit.models.splitting.halves import Top as Top
-    from fedsplit.models.splitting.halves import split as split
-    from fedsplit.models.splitting.heads import Head as Head
-    from fedsplit.models.splitting.heads import detach_head as detach_head
+    from fedsplit.models.adapters.trainable import TRAINABLE, Trainable, make_trainable
+    from fedsplit.models.anatomy import Anatomy, probe
+    from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
+    from fedsplit.models.loading import TASKS, LoadedModel, load, weights_digest
+    from fedsplit.models.placing import place
+    from fedsplit.models.splitting.halves import Bottom, Top, split
+    from fedsplit.models.splitting.heads import Head, detach_head
 
 _HOME = {
     "Anatomy": "anatomy",
@@ -60,11 +61,25 @@ _HOME = {
     "make_trainable": "adapters.trainable",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "TASKS",
+    "TRAINABLE",
+    "Anatomy",
+    "Bottom",
+    "Bundle",
+    "Head",
+    "LoadedModel",
+    "Top",
+    "Trainable",
+    "detach_head",
+    "load",
+    "make_trainable",
+    "pack_bottom",
+    "place",
+    "probe",
+    "split",
+    "unpack_bottom",
+    "weights_digest",
+]
 
-
-def __getattr__(name: str) -> object:
-    """Import the module that defines ``name`` (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy(__name__, _HOME)

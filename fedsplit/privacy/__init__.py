@@ -1,6 +1,15 @@
 """What an owner does to representations before they leave: mechanisms, noise secret, accounting.
 
 A new mechanism is a file in :mod:`fedsplit.privacy.mechanisms` and one row of its table.
+
+Example:
+    >>> import torch
+    >>> mechanism = build("dchi", eta=30.0)
+    >>> noise = SamplePerturber(mechanism, OwnerSecret(bytes(range(32))), "toy bottom, k = 0")
+    >>> hidden, ids = torch.zeros(3, 8), torch.tensor([5, 6, 7])
+    >>> sent = noise.perturb(hidden, ids)  # (T, d)
+    >>> sent.equal(noise.perturb(hidden, ids))  # the same sample, the same noise
+    True
 """
 
 from fedsplit.privacy.contributing_tokens import (
