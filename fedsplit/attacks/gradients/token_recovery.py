@@ -106,7 +106,8 @@ def log_posterior(
     check(targets >= 1, "targets", targets, ">= 1")
     weights = None if head is None else head.float()
     norms = None if weights is None else weights.pow(2).sum(1)  # (V,)
-    for rows, own in zip(gradients.split(ROWS_AT_ONCE), logits.split(ROWS_AT_ONCE), strict=True):
+    blocks = (torch.split(x, ROWS_AT_ONCE) for x in (gradients, logits))
+    for rows, own in zip(*blocks, strict=True):
         g, prior = rows.float() * targets, own.float().log_softmax(1)  # in units of N = 1
         p = prior.exp()
         if weights is None or norms is None:
@@ -116,7 +117,7 @@ def log_posterior(
             mean = p @ weights  # (block, d)
             dot = (g * mean).sum(1, keepdim=True) - g @ weights.T
             length = mean.pow(2).sum(1, keepdim=True) - 2 * mean @ weights.T + norms
-        shrink = 1.0
+        shrink: float | Tensor = 1.0
         if math.isfinite(noise.clip):
             norm = length.clamp(min=1e-30).sqrt()
             shrink = (noise.clip * targets / norm).clamp(max=1.0)
