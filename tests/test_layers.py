@@ -73,6 +73,11 @@ ONLY_IN = {
     "flwr_datasets": ("fedsplit.data",),
     "onnx": ("fedsplit.fingerprints", "simulations.fuzz.lineage"),
     "onnxruntime": ("fedsplit.fingerprints",),
+    "PIL": ("fedsplit.fingerprints.portraits",),
+    "prometheus_client": ("strategies.telemetry",),
+    "tensorboard": ("strategies.telemetry",),
+    "tomli_w": ("simulations",),
+    "jinja2": ("fedsplit.evaluation", "simulations.core.report"),
 }
 # What turns foreign bytes into code, or unpacks foreign paths: neither called nor even named.
 UNSAFE_MODULES = {

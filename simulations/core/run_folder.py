@@ -47,10 +47,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import tomli_w
+
 from fedsplit import storage
 from fedsplit.errors import ConfigError, RunError, check
 from simulations.runtime.machine import machine, versions
-from simulations.runtime.toml_text import to_toml
 
 Status = Literal["running", "completed", "failed", "interrupted"]
 STATUSES: tuple[Status, ...] = ("running", "completed", "failed", "interrupted")
@@ -157,13 +158,18 @@ class RunFolder:
         return dict(self._results)
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        """Write the effective configuration, flat or nested, to ``config.toml``.
+        """Write the effective configuration, flat or nested, to ``config.toml``; None is left out.
 
         Raises:
             ConfigError: if it holds something that TOML cannot express.
             RunError: if the file cannot be written.
         """
-        write_atomically(self.path / "config.toml", to_toml(config).encode())
+        path = self.path / "config.toml"
+        try:
+            content = tomli_w.dumps(_without_none(config)).encode()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+        write_atomically(path, content)
 
     def record(self, **results: Any) -> None:
         """Set keys of the experiment's own and write the file, so that a crash loses nothing.
@@ -271,6 +277,14 @@ def _check_columns(where: str, row: object, columns: tuple[str, ...]) -> None:
     absent = [c for c in columns if c not in row]
     if absent:
         raise RunError(f"{where}: lacks {', '.join(absent)}")
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in table.items()
+        if value is not None
+    }
 
 
 def write_atomically(path: Path, content: bytes) -> None:

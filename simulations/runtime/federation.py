@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import psutil
+import tomli_w
 
 import fedsplit
 from fedsplit.deploy.flower_commands import find_command
@@ -42,7 +43,6 @@ from simulations.runtime.submission import (
     route_app_line,
     started_run,
 )
-from simulations.runtime.toml_text import to_toml
 from simulations.runtime.watchdog import lives
 
 OnLine = Callable[[LogLine], None]
@@ -216,7 +216,7 @@ class Federation(ABC):
             connection["insecure"] = True
         else:
             connection["root-certificates"] = str(tls.ca)
-        text = to_toml({"superlink": {"default": CONNECTION, CONNECTION: connection}})
+        text = tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
         (self.nursery.folder("home", "cli") / "config.toml").write_text(text, encoding="utf-8")
 
     def _answers(self, superlink: Child, tls: Certificates | None) -> bool:
@@ -266,7 +266,7 @@ class Federation(ABC):
         arguments = [find_command("flwr"), "run", str(app_dir), CONNECTION, "--stream"]
         if run_config:
             config_file = self.nursery.folder("run-config") / f"{time.monotonic_ns()}.toml"
-            config_file.write_text(to_toml(run_config), encoding="utf-8")
+            config_file.write_text(tomli_w.dumps(run_config), encoding="utf-8")
             arguments += ["-c", str(config_file)]
         began = time.monotonic()
         stream = self.nursery.add(

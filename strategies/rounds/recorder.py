@@ -62,12 +62,12 @@ class Recorder:
     def begin(self, number: int, mode: str, asked: int) -> None:
         """Take note that the offers of round ``number`` go out to so many owners."""
         if self._observers is not None:
-            self._observers.begin(number, mode, asked)
+            self._observers.round_started(number, mode, asked)
 
     def joined(self, owner: str, node: int, link: Link) -> None:
         """Take note that an owner's session was accepted."""
         if self._observers is not None:
-            self._observers.joined(owner, node, link)
+            self._observers.session_opened(owner, node, link)
 
     def write(self, **values: Any) -> None:
         """Set top-level values and write the file (complete or not at all).
@@ -77,7 +77,7 @@ class Recorder:
         """
         self.content.update(values)
         if self._observers is not None:
-            self._observers.told(self.content)
+            self._observers.results_changed(self.content)
         if self._folder is None:
             return
         path = self._folder / "server.json"
@@ -94,13 +94,13 @@ class Recorder:
         else:
             rows.append(row)
         if self._observers is not None:
-            self._observers.closed(row)
+            self._observers.round_recorded(row)
         self.write()
 
     def progress(self, **values: Any) -> None:
         """Log one machine-readable line, at most twice a second unless ``force`` is given."""
         if self._observers is not None and "step" in values:
-            self._observers.stepped(values)
+            self._observers.step_done(values)
         now = time.monotonic()
         if not values.pop("force", False) and now - self._spoke < 0.5:
             return

@@ -1,7 +1,7 @@
-"""Who is told what happens in a run: the progress file, the JSON log, metrics, TensorBoard.
+"""What shows a run while it goes on: the progress file, the JSON log, metrics, TensorBoard.
 
-All of them are at the model owner's side and hold only what the server knows anyway.  None of them
-may end a run: a full disk costs what would have been shown.
+All of it is at the model owner's side and holds only what the server knows anyway.  None of it may
+end a run: a full disk costs what would have been shown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsplit import storage
 from fedsplit.config import RunConfig
@@ -21,10 +21,11 @@ from fedsplit.errors import ConfigError
 from fedsplit.observe import JsonLines, bound, context, writing
 from fedsplit.wire.link import Link
 
-from .event_files import EventFile, scalars_of
-from .metrics_port import MetricsPort
-from .open_metrics import render
 from .status import Live
+from .tensorboard import EventFile, scalars_of
+
+if TYPE_CHECKING:
+    from .metrics import MetricsPort
 
 log = logging.getLogger(__name__)
 
@@ -32,20 +33,21 @@ PAGE = "progress.json"
 LOG = "log.jsonl"
 EVENTS = "tensorboard"
 EVERY_S = 1.0
-# An owner's own words stay out of the server's log, also where both run in one process, and also
-# from threads that its handlers started.
+# What an owner's code logs stays out of the server's log, also where both run in one process, and
+# also from threads that its handlers started.
 OWNERS_SIDE = ("fedsplit.owners", "fedsplit.client")
 
 
 class Observers:
-    """Passes on what happens, as far as the settings ask for it.
+    """Observers of one run, as far as the settings ask for them.
 
     Args:
         config: the run's settings.
         run: Flower's run id.
 
     Raises:
-        ConfigError: a log or event files are asked for, but no ``output.dir`` to put them in.
+        ConfigError: a log or event files are asked for, but no ``output.dir`` to put them in, or
+            TensorBoard is not installed.
         RunError: the metrics port is taken, or a file cannot be made.
     """
 
@@ -72,6 +74,8 @@ class Observers:
                     self._events = EventFile(self._folder / EVENTS)
                     self._stack.callback(self._events.close)
             if output.metrics_port:
+                from .metrics import MetricsPort, render
+
                 self.port = MetricsPort(output.metrics_port, lambda: render(self.live.page()))
                 self._stack.callback(self.port.close)
                 log.info("metrics at %s", self.port.url)
@@ -82,7 +86,7 @@ class Observers:
         handler = JsonLines(
             path,
             where=lambda: self.live.where,
-            keep=_servers,
+            keep=_is_servers,
         )
         return writing(handler, ("fedsplit", "strategies", "flwr"))
 
@@ -90,27 +94,27 @@ class Observers:
         if self._log is not None:
             self._log.note(event, **data)
 
-    def begin(self, number: int, mode: str, asked: int) -> None:
-        """A round's offers go out."""
-        self.live.begin(number, mode, asked)
+    def round_started(self, number: int, mode: str, asked: int) -> None:
+        """Show that a round's offers go out to ``asked`` owners."""
+        self.live.round_started(number, mode, asked)
         self._note("round begins", asked=asked)
         self.show(force=True)
 
-    def joined(self, name: str, node: int, link: Link) -> None:
-        """An owner's session was accepted."""
-        self.live.joined(name, node, link)
+    def session_opened(self, name: str, node: int, link: Link) -> None:
+        """Show that an owner's session was accepted."""
+        self.live.session_opened(name, node, link)
         with bound(owner=name, node=str(node)):
             self._note("session")
         self.show()
 
-    def stepped(self, values: Mapping[str, Any]) -> None:
-        """One cohort step is done."""
-        self.live.stepped(values)
+    def step_done(self, values: Mapping[str, Any]) -> None:
+        """Show that a cohort step is done; ``values`` are a progress line's."""
+        self.live.step_done(values)
         self.show()
 
-    def closed(self, row: Mapping[str, Any]) -> None:
-        """A round's row was recorded."""
-        self.live.closed(row)
+    def round_recorded(self, row: Mapping[str, Any]) -> None:
+        """Show a round's row of ``server.json``."""
+        self.live.round_recorded(row)
         scalars = dict(scalars_of(row))
         self._note("round", number=row.get("round"), **scalars)
         if self._events is not None:
@@ -118,9 +122,9 @@ class Observers:
                 self._events.add(int(row.get("round", 0)), scalars)
         self.show(force=True)
 
-    def told(self, values: Mapping[str, Any]) -> None:
-        """Top-level values of ``server.json`` were set."""
-        self.live.told(values)
+    def results_changed(self, values: Mapping[str, Any]) -> None:
+        """Show top-level values of ``server.json`` that were set."""
+        self.live.results_changed(values)
         if "status" in values:
             self.show(force=values["status"] != "running")
 
@@ -142,12 +146,12 @@ class Observers:
                 self._events.add(page["steps_done"], speed)
 
     def close(self) -> None:
-        """Write the last page and let everything go; harmless when called again."""
+        """Write the last page and close everything; harmless when called again."""
         self.show(force=True)
         self._stack.close()
         self._events = self._log = None
 
 
-def _servers(record: logging.LogRecord) -> bool:
-    """Whether a record is the server's own (a simulation runs both sides in one process)."""
+def _is_servers(record: logging.LogRecord) -> bool:
+    """Return whether a record is the server's own (a simulation runs both sides in one process)."""
     return context().get("side") != "owner" and not record.name.startswith(OWNERS_SIDE)

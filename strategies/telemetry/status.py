@@ -1,7 +1,7 @@
 """What a server knows of its run at this moment, as one JSON-able page.
 
 The page is the only source of what is shown: ``progress.json`` in ``output.dir`` is the page, the
-metrics endpoint writes the same page as OpenMetrics (:mod:`strategies.telemetry.open_metrics`), and
+metrics endpoint writes the same page as OpenMetrics (:mod:`strategies.telemetry.metrics`), and
 ``python -m simulations watch`` reads the file.  It holds counts, sizes, times, owners' public names
 and what ``server.json`` says after each round; no text, no label, no tensor.
 """
@@ -73,7 +73,7 @@ class _Owner:
 
 
 class Live:
-    """Collects what happens and makes the page; any thread may call anything.
+    """State of a run and the page that shows it; any thread may call anything.
 
     Args:
         config: the run's settings.
@@ -110,14 +110,14 @@ class Live:
 
     # ---- what happens -----------------------------------------------------------------------
 
-    def begin(self, number: int, mode: str, asked: int) -> None:
-        """A round's offers go out."""
+    def round_started(self, number: int, mode: str, asked: int) -> None:
+        """Note that a round's offers go out to ``asked`` owners."""
         with self._lock:
             self._times.clear()
             self._facts |= {"round": number, "mode": mode, "asked": asked, "step": 0, "steps": 0}
 
-    def joined(self, name: str, node: int, link: Link) -> None:
-        """An owner's session was accepted."""
+    def session_opened(self, name: str, node: int, link: Link) -> None:
+        """Note that an owner's session was accepted."""
         with self._lock:
             owner = self._owners.setdefault(name, _Owner(node))
             owner.settle()
@@ -126,8 +126,8 @@ class Live:
             owner.round = self._facts["round"]
             owner.sessions += 1
 
-    def stepped(self, values: Mapping[str, Any]) -> None:
-        """One cohort step is done; ``values`` are a progress line's."""
+    def step_done(self, values: Mapping[str, Any]) -> None:
+        """Note that a cohort step is done; ``values`` are a progress line's."""
         now = time.monotonic()
         with self._lock:
             known = ("round", "rounds", "mode", "step", "steps")
@@ -139,8 +139,8 @@ class Live:
                 self._seconds += took
             self._times.append(now)
 
-    def closed(self, row: Mapping[str, Any]) -> None:
-        """A round's row was recorded; one that comes twice (train, then evaluate) is added to."""
+    def round_recorded(self, row: Mapping[str, Any]) -> None:
+        """Note a round's row; one that comes twice (train, then evaluate) is added to."""
         with self._lock:
             for mode in ("train", "evaluate"):
                 part = row.get(mode)
@@ -179,8 +179,8 @@ class Live:
         owner.settle()
         owner.state, owner.reason, owner.round = state, reason, self._facts["round"]
 
-    def told(self, values: Mapping[str, Any]) -> None:
-        """Top-level values of ``server.json`` were set."""
+    def results_changed(self, values: Mapping[str, Any]) -> None:
+        """Note top-level values of ``server.json`` that were set."""
         kept = ("status", "error", "serving", "run_s")
         with self._lock:
             self._facts |= {key: values[key] for key in kept if key in values}
@@ -189,10 +189,9 @@ class Live:
 
     @property
     def where(self) -> dict[str, Any]:
-        """Run, round and mode, for log lines."""
+        """Return run, round and mode, for log lines."""
         facts = self._facts
-        place = {key: facts[key] for key in ("round", "mode") if facts[key]}
-        return {"run": facts["run"], **place}
+        return {"run": facts["run"], **{k: facts[k] for k in ("round", "mode") if facts[k]}}
 
     def page(self) -> dict[str, Any]:
         """Return the page."""
@@ -235,7 +234,7 @@ def quantile(values: Iterable[float], share: float) -> float | None:
 
 
 def spent_on(config: RunConfig) -> dict[str, Any]:
-    """Return what protects representations in this run, as the settings say."""
+    """Return the settings that protect representations in this run."""
     p = config.privacy
     told: dict[str, Any] = {"mechanism": p.mechanism, **mechanism_type(p).public_settings(p)}
     if config.labels.protection != "none":

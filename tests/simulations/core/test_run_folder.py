@@ -174,14 +174,18 @@ def test_failure_to_record_does_not_hide_the_runs_own_error(
 
 
 def test_config_toml_reads_back(tmp_path: Path) -> None:
-    config = {"rounds": 3, "data": {"name": "sst2", "noise.eta": 1.5}, "dims": [1, 2], "none": None}
+    data = {"name": 'an "é"\n', "noise.eta": 1.5, "none": None}
+    config = {"rounds": 3, "data": data, "dims": [1, 2], "none": None}
     folder = RunFolder(tmp_path, name="demo", kind="table")
     folder.write_config(config)
     assert tomllib.loads((tmp_path / "config.toml").read_text()) == {
         "rounds": 3,
-        "data": {"name": "sst2", "noise.eta": 1.5},
+        "data": {"name": 'an "é"\n', "noise.eta": 1.5},
         "dims": [1, 2],
     }
+    for wrong in (object(), "\ud800"):
+        with pytest.raises(ConfigError, match=r"config\.toml: "):
+            folder.write_config({"a": {"b": wrong}})
 
 
 def test_write_atomically_leaves_ordinary_permissions(tmp_path: Path) -> None:

@@ -135,6 +135,6 @@ def test_clean_keeps_what_can_be_shown() -> None:
 def test_observers_do_not_disturb_a_run_whose_disk_is_gone(tmp_path: Path) -> None:
     observers = Observers(RunConfig.from_flat({"output.dir": str(tmp_path / "x")}), 1)
     (tmp_path / "x").rmdir()
-    observers.begin(1, "train", 1)
-    observers.closed({"round": 1, "train": {"finished": [], "metrics": {}}})
+    observers.round_started(1, "train", 1)
+    observers.round_recorded({"round": 1, "train": {"finished": [], "metrics": {}}})
     observers.close()

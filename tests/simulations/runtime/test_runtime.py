@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from pathlib import Path
 
 import psutil
@@ -25,8 +24,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 from flwr.common.config import parse_config_args
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.node import node_config_text
@@ -55,7 +52,6 @@ from simulations.runtime.flower_runtime import (
 from simulations.runtime.hooks import CLIENT_ENVIRONMENT_VARIABLE, FOLDER, RAY_HOOK
 from simulations.runtime.hooks.fedsplit_ray_hook import add_client_environment
 from simulations.runtime.submission import route_app_line
-from simulations.runtime.toml_text import to_toml
 from simulations.runtime.watchdog import MARK_VARIABLE, end_marked, marked_processes
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -207,23 +203,6 @@ def test_run_config_overrides_only_what_the_app_declares(tmp_path: Path) -> None
         check_run_config(app, {"rounds": 2**63})
     with pytest.raises(ConfigError, match=r"app_dir=.*must hold a pyproject\.toml"):
         check_run_config(tmp_path, {})
-
-
-scalars = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False)
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-
-
-@given(st.dictionaries(texts, scalars | texts | st.lists(scalars, max_size=3), max_size=5))
-def test_toml_reads_back(config: dict[str, object]) -> None:
-    assert tomllib.loads(to_toml(config)) == config
-    assert tomllib.loads(to_toml({"a": {"b c": config}, "z": 1})) == {"a": {"b c": config}, "z": 1}
-
-
-def test_toml_refuses_what_it_cannot_express() -> None:
-    with pytest.raises(ConfigError, match=r"a\.b=.*: must be a bool"):
-        to_toml({"a": {"b": object()}})
-    with pytest.raises(ConfigError, match="valid Unicode"):
-        to_toml({"a": "\ud800"})
 
 
 @pytest.mark.parametrize(

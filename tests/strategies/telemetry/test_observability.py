@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import struct
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,18 +15,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.owners.own_log import own_log
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link, loopback
-from strategies.telemetry.event_files import EventFile, crc32c, record
-from strategies.telemetry.metrics_port import MOST_CALLERS, MetricsPort
+from strategies.telemetry.metrics import MOST_CALLERS, MetricsPort, render
 from strategies.telemetry.observers import Observers
-from strategies.telemetry.open_metrics import render
 from strategies.telemetry.status import Live, quantile
+from strategies.telemetry.tensorboard import EventFile
+from tests.disks import small_files
 
+ROOT = Path(__file__).parents[3]
 BYE = {"reason": "done"}
 
 
@@ -113,11 +116,11 @@ def test_a_log_needs_a_folder() -> None:
 
 def test_bytes_of_open_and_closed_sessions_add_up() -> None:
     live = Live(RunConfig(), 1)
-    live.begin(1, "train", 2)
+    live.round_started(1, "train", 2)
     total = 0
     for number in range(3):
         left, right = loopback(1 << 16)
-        live.joined("a", 5, left)
+        live.session_opened("a", 5, left)
         total += exchange(left, right)
         assert live.page()["bytes_up"] == total
         assert live.page()["states"]["connected"] == 1
@@ -129,13 +132,15 @@ def test_bytes_of_open_and_closed_sessions_add_up() -> None:
 
 def test_an_owner_left_out_is_shown_with_its_reason_until_it_is_back() -> None:
     live = Live(RunConfig(), 1)
-    live.begin(1, "train", 1)
-    live.closed({"round": 1, "train": {"lost": {"a": "DeadlineError: slow"}, "metrics": {}}})
+    live.round_started(1, "train", 1)
+    live.round_recorded(
+        {"round": 1, "train": {"lost": {"a": "DeadlineError: slow"}, "metrics": {}}}
+    )
     assert live.page()["owners"][0]["reason"] == "DeadlineError: slow"
     assert live.page()["lost"] == 1
-    live.closed({"round": 2, "train": {"benched": {"a": "failed twice"}, "metrics": {}}})
+    live.round_recorded({"round": 2, "train": {"benched": {"a": "failed twice"}, "metrics": {}}})
     assert live.page()["states"]["benched"] == 1
-    live.joined("a", 5, loopback(1 << 16)[0])
+    live.session_opened("a", 5, loopback(1 << 16)[0])
     assert live.page()["owners"][0]["state"] == "connected"
     assert "reason" not in live.page()["owners"][0]
 
@@ -154,24 +159,23 @@ def test_a_quantile_is_a_value_that_so_many_do_not_exceed(
 
 def a_page() -> dict[str, Any]:
     live = Live(RunConfig(), 2**64 - 1)
-    live.begin(1, "train", 2)
+    live.round_started(1, "train", 2)
     for step in range(1, 6):
-        live.stepped({"round": 1, "rounds": 3, "mode": "train", "step": step, "steps": 5})
-    live.joined('an "owner"\n', 5, loopback(1 << 16)[0])
+        live.step_done({"round": 1, "rounds": 3, "mode": "train", "step": step, "steps": 5})
+    live.session_opened('an "owner"\n', 5, loopback(1 << 16)[0])
     train = {"finished": ["a"], "metrics": {"loss": 0.5}, "samples": 4, "row_tokens": 9}
     lineage = {"verdict": "not_shown", "score": 0.5}
-    live.closed({"round": 1, "train": train, "lineage": lineage})
-    live.told({"serving": {"texts": 3, "sessions": 1, "owners": ["a"]}})
+    live.round_recorded({"round": 1, "train": train, "lineage": lineage})
+    live.results_changed({"serving": {"texts": 3, "sessions": 1, "owners": ["a"]}})
     return live.page()
 
 
 def families(text: str) -> dict[str, Any]:
-    parser = pytest.importorskip("prometheus_client.openmetrics.parser")
-    return {family.name: family for family in parser.text_string_to_metric_families(text)}
+    return {family.name: family for family in text_string_to_metric_families(text)}
 
 
 def test_others_can_read_the_metrics() -> None:
-    found = families(render(a_page()))
+    found = families(render(a_page()).decode())
     samples = {(s.name, *s.labels.values()): s.value for f in found.values() for s in f.samples}
     assert samples["fedsplit_steps_total",] == 5
     assert samples["fedsplit_step_seconds_count",] == 4  # from one step's end to the next one's
@@ -184,7 +188,7 @@ def test_others_can_read_the_metrics() -> None:
 
 
 def test_metrics_are_well_formed_and_name_no_owner() -> None:
-    text = render(a_page())
+    text = render(a_page()).decode()
     body = text.splitlines()
     assert body[-1] == "# EOF"
     assert 'owner"' not in text.replace("fedsplit_owners", "")
@@ -196,8 +200,9 @@ def test_metrics_are_well_formed_and_name_no_owner() -> None:
 @given(st.fixed_dictionaries({}, optional={"round": st.floats(), "rounds": st.floats()}))
 @settings(max_examples=30, deadline=None)
 def test_a_number_that_is_none_is_left_out(page: dict[str, Any]) -> None:
-    assert not {"nan", "inf"} & set(render(page).lower().split())
-    families(render(page))
+    text = render(page).decode()
+    assert not {"nan", "inf"} & set(text.lower().split())
+    families(text)
 
 
 # ---- the port -----------------------------------------------------------------------------------
@@ -251,7 +256,7 @@ def test_slow_callers_cost_themselves(port: MetricsPort) -> None:
 
 def test_a_port_that_is_taken_is_named(port: MetricsPort) -> None:
     with pytest.raises(RunError, match=f"output.metrics-port={port.port}: must be free"):
-        MetricsPort(port.port, str)
+        MetricsPort(port.port, bytes)
 
 
 def test_what_was_opened_is_closed_when_the_next_cannot_be(
@@ -266,52 +271,12 @@ def test_what_was_opened_is_closed_when_the_next_cannot_be(
 # ---- event files --------------------------------------------------------------------------------
 
 
-def test_crc32c_is_castagnolis() -> None:
-    # RFC 3720, B.4
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA
-    assert crc32c(bytes(range(32))) == 0x46DD794E
-
-
 def read_events(path: Path) -> list[tuple[tuple[str, int], float]]:
-    """Return ((tag, step), value) of an event file, by a reader of its own."""
-    data, at, found = path.read_bytes(), 0, []
-    while at < len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        body = data[at + 12 : at + 12 + length]
-        assert record(body) == data[at : at + length + 16]
-        at += length + 16
-        message = dict(fields(body))
-        if 5 in message:
-            for _, value in fields(message[5]):
-                parts = dict(fields(value))
-                key = parts[1].decode(), int(message[2])
-                found.append((key, struct.unpack("<f", parts[2])[0]))
-    return found
-
-
-def fields(data: bytes) -> Any:
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(data):
-        tag = varint()
-        if tag & 7 == 0:
-            yield tag >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(tag & 7) or varint()
-        yield tag >> 3, data[at : at + size]
-        at += size
+    """Return ((tag, step), value) of an event file, as TensorBoard reads it."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    version, *events = loader.LegacyEventFileLoader(str(path)).Load()
+    assert version.file_version == "brain.Event:2"
+    return [((v.tag, e.step), v.simple_value) for e in events for v in e.summary.value]
 
 
 SCALARS = st.dictionaries(st.text(min_size=1, max_size=20), st.floats(width=32), max_size=5)
@@ -322,6 +287,7 @@ SCALARS = st.dictionaries(st.text(min_size=1, max_size=20), st.floats(width=32),
 def test_scalars_come_back_and_no_number_that_is_none(
     tmp_path_factory: Any, rows: list[tuple[int, dict[str, float]]]
 ) -> None:
+    pytest.importorskip("tensorboard")
     file = EventFile(tmp_path_factory.mktemp("events"))
     for step, scalars in rows:
         file.add(step, scalars)
@@ -335,12 +301,26 @@ def test_scalars_come_back_and_no_number_that_is_none(
     assert read_events(file.path) == expected
 
 
-def test_tensorboard_reads_it(tmp_path: Path) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
-    file = EventFile(tmp_path)
-    file.add(3, {"train/loss": 0.25})
-    file.close()
-    events = list(reader.EventFileLoader(str(file.path)).Load())
-    assert events[0].file_version == "brain.Event:2"
-    assert events[1].step == 3
-    assert events[1].summary.value[0].tag == "train/loss"
+def test_a_full_disk_costs_curves_alone(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    flat = {"output.dir": str(tmp_path), "output.tensorboard": True}
+    observers = Observers(RunConfig.from_flat(flat), 1)
+    with small_files():
+        observers.round_recorded({"round": 1, "train": {"metrics": {"loss": 0.5}}})
+    observers.round_recorded({"round": 2, "train": {"metrics": {"loss": 0.25}}})
+    observers.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert dict(read_events(file)) == {("train/loss", 2): 0.25}
+
+
+def test_without_tensorboard_the_extra_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['tensorboard'] = None\n"
+        "from pathlib import Path; from strategies.telemetry.tensorboard import EventFile\n"
+        f"EventFile(Path({str(tmp_path)!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert "ConfigError" in done.stderr
+    assert "pip install fedsplit[tensorboard]" in done.stderr
