@@ -52,11 +52,7 @@ def render(results: Mapping[str, Any], pictures: Sequence[Path], config: str = "
         results=results,
         machine=_machine(results["machine"]),
         pictures=[_picture(path) for path in pictures],
-        # What summarises comes first, long lists last.
-        sections=sorted(
-            own.items(),
-            key=lambda kv: (kv[0] not in ("summary", "utility", "privacy"), kv[0] == "rows"),
-        ),
+        sections=[(key, own[key]) for key in sorted(own, key=_position)],
         config=config,
         columns=_columns,
         tables=_tables,
