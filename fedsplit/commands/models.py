@@ -64,7 +64,7 @@ def load_running(text: str) -> Any:
 
 
 def painter(generator: Path | None) -> Painter:
-    """The chosen generator of pictures.
+    """Return the chosen generator of pictures.
 
     Raises:
         ModelError: for an ONNX file that is no generator.
@@ -113,12 +113,11 @@ def write_picture(
     if kind == ".svg":
         from fedsplit.fingerprints.portraits.portrait import portrait_svg
 
-        data = portrait_svg(vector, size).encode()
+        data = portrait_svg(vector, size)
+        write_file(path, lambda p: p.write_text(data, encoding="utf-8"))
     else:
-        from fedsplit.fingerprints.portraits.canvas import encode_png
-
-        data = encode_png(painter(generator)(vector, size))
-    write_file(path, lambda p: p.write_bytes(data))
+        picture = painter(generator)(vector, size)
+        write_file(path, lambda p: picture.save(p, format="PNG", optimize=True))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from fedsplit import storage
 from fedsplit.errors import LineageError, ModelError
@@ -68,8 +69,8 @@ class OnnxGenerator:
             raise ModelError(f"{self.path}: cannot be run: {_first(error)}") from error
         self._proved = False
 
-    def __call__(self, vector: ArrayLike, size: int = 0) -> NDArray[np.uint8]:
-        """The (H, W, 3) picture of a 512-vector; ``size`` is ignored (a ``Painter`` has one).
+    def __call__(self, vector: ArrayLike, size: int = 0) -> Image.Image:
+        """Return the RGB picture of a 512-vector; ``size`` is ignored (a ``Painter`` has one).
 
         Raises:
             LineageError: for a vector that is not 512 finite numbers.
@@ -79,15 +80,15 @@ class OnnxGenerator:
         z = np.asarray(vector, dtype=np.float32)
         if z.shape != (DIMENSION,) or not bool(np.isfinite(z).all()):
             raise LineageError(f"vector of shape {z.shape}: must be ({DIMENSION},) and finite")
-        picture = self._picture(self._run(z))
+        picture = self._pixels(self._run(z))
         if not self._proved:
-            if not np.array_equal(picture, self._picture(self._run(z))):
+            if not np.array_equal(picture, self._pixels(self._run(z))):
                 raise ModelError(
                     f"{self.path}: gives another picture for the same vector; export it with "
                     f"constant noise"
                 )
             self._proved = True
-        return picture
+        return Image.fromarray(picture)
 
     def _run(self, z: NDArray[np.float32]) -> NDArray[Any]:
         try:
@@ -96,7 +97,7 @@ class OnnxGenerator:
             raise ModelError(f"{self.path}: failed while running: {_first(error)}") from error
         return np.asarray(found)
 
-    def _picture(self, found: NDArray[Any]) -> NDArray[np.uint8]:
+    def _pixels(self, found: NDArray[Any]) -> NDArray[np.uint8]:
         shape = found.shape
         if len(shape) != 4 or shape[0] != 1 or 3 not in (shape[1], shape[3]):
             raise ModelError(f"{self.path}: answered {shape}: must be (1, 3, H, W) or (1, H, W, 3)")

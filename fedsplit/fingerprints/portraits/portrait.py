@@ -8,18 +8,14 @@ people; decisions are :mod:`fedsplit.fingerprints.gate.verdict`'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fedsplit.errors import LineageError
 from fedsplit.fingerprints.portraits.canvas import (
     Canvas,
     Colour,
     Points,
     ellipse,
-    encode_png,
     mirrored,
     smooth,
     stroke,
@@ -335,29 +331,5 @@ def _eyes(canvas: Canvas, t: dict[str, float], coat: Colour) -> None:
 
 
 def portrait_svg(vector: ArrayLike, size: int = 512) -> str:
-    """The portrait as an SVG document."""
+    """Return the portrait as an SVG document."""
     return draw(vector).svg(size)
-
-
-def portrait_png(vector: ArrayLike, size: int = 512) -> bytes:
-    """The portrait as PNG bytes."""
-    return draw(vector).png(size)
-
-
-def sheet_png(rows: Sequence[Sequence[ArrayLike | None]], size: int = 256, gap: int = 8) -> bytes:
-    """Portraits in a grid: bases in the first row, descendants under them; None leaves a gap.
-
-    Raises:
-        LineageError: for an empty sheet.
-    """
-    across = max((len(r) for r in rows), default=0)
-    if across == 0:
-        raise LineageError("sheet: has no portraits")
-    pitch = size + gap
-    page = np.full((len(rows) * pitch + gap, across * pitch + gap, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, vector in enumerate(row):
-            if vector is not None:
-                top, left = gap + i * pitch, gap + j * pitch
-                page[top : top + size, left : left + size] = draw(vector).pixels(size)
-    return encode_png(page)

@@ -10,46 +10,55 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fedsplit.errors import LineageError, check
-from fedsplit.fingerprints.portraits.canvas import encode_png
-from fedsplit.fingerprints.portraits.lettering import CELL, HEIGHT, wrap, write_text
 
-Painter = Callable[[ArrayLike, int], NDArray[np.uint8]]
-"""(512-vector, side) -> (side, side, 3) picture."""
+Painter = Callable[[ArrayLike, int], Image.Image]
+"""(512-vector, side in pixels) -> RGB picture."""
 
 Column = tuple[str, Sequence[tuple[str, ArrayLike]]]
 GAP = 10
 BAND = (226, 232, 240)
+TITLE, LABEL = (40, 40, 40), (70, 70, 70)
 LINES = 2
 
 
-def paint_dog(vector: ArrayLike, size: int) -> NDArray[np.uint8]:
-    """The built-in generator's picture."""
+def paint_dog(vector: ArrayLike, size: int) -> Image.Image:
+    """Return the built-in generator's picture."""
     from fedsplit.fingerprints.portraits.portrait import draw
 
-    return draw(vector).pixels(size)
+    return draw(vector).image(size)
 
 
-def fit(picture: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """A picture of any shape in a (size, size, 3) square, nearest pixels, white around it."""
-    height, width, _ = picture.shape
-    scale = size / max(height, width)
-    rows = np.minimum((np.arange(max(1, int(height * scale))) / scale).astype(int), height - 1)
-    columns = np.minimum((np.arange(max(1, int(width * scale))) / scale).astype(int), width - 1)
-    small = picture[rows][:, columns]
-    page = np.full((size, size, 3), 255, np.uint8)
-    top, left = (size - small.shape[0]) // 2, (size - small.shape[1]) // 2
-    page[top : top + small.shape[0], left : left + small.shape[1]] = small
-    return page
+def wrap(text: str, fits: Callable[[str], bool], lines: int = LINES) -> list[str]:
+    """Break a label at spaces, hyphens, underscores and slashes into at most ``lines`` lines.
+
+    Args:
+        text: the label; what does not fit is cut off, with an ellipsis, and what is not printable
+            ASCII becomes a question mark, since Pillow's own font may lack it.
+        fits: whether a line is short enough.
+        lines: most lines.
+    """
+    found: list[str] = []
+    rest = "".join(c if " " <= c <= "~" else "?" for c in text.strip())
+    while rest and not fits(rest) and len(found) < lines - 1:
+        end = next((n for n in range(len(rest), 1, -1) if fits(rest[:n].rstrip())), 1)
+        cuts = [i + 1 for i, c in enumerate(rest[:end]) if c in " -_/"]
+        cut = cuts[-1] if cuts else end
+        found.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    if rest and not fits(rest):
+        end = next((n for n in range(len(rest), 1, -1) if fits(rest[:n].rstrip() + "...")), 1)
+        rest = rest[:end].rstrip() + "..."
+    return [*found, rest] if rest else found
 
 
-def sheet_pixels(
+def sheet_image(
     columns: Sequence[Column], *, size: int = 192, painter: Painter | None = None
-) -> NDArray[np.uint8]:
-    """The sheet as an (h, w, 3) picture.
+) -> Image.Image:
+    """Return the sheet as an RGB picture.
 
     Args:
         columns: one per base: (title, [(label, vector of 512), ...]), the base's own vector first.
@@ -65,25 +74,29 @@ def sheet_pixels(
     if not columns or any(not entries for _, entries in columns):
         raise LineageError("sheet: every column needs at least its base's portrait")
     paint = painter or paint_dog
-    scale = max(1, round(size / 110))
-    line = scale * HEIGHT
-    letters = size // (scale * CELL)
-    titles = [wrap(name, letters, LINES) for name, _ in columns]
+    font = ImageFont.load_default(size=max(9, size // 13))
+    line = sum(font.getmetrics())
+
+    def fits(text: str) -> bool:
+        return font.getlength(text) <= size
+
+    titles = [wrap(name, fits) for name, _ in columns]
     title, label = max(map(len, titles)) * line + 4, LINES * line + 6
     down = max(len(entries) for _, entries in columns)
     pitch_x, pitch_y = size + GAP, size + label + GAP
-    height = title + GAP + down * pitch_y + GAP
-    page = np.full((height, len(columns) * pitch_x + GAP, 3), 255, np.uint8)
-    page[: title + GAP + pitch_y] = BAND
+    width, height = len(columns) * pitch_x + GAP, title + GAP + down * pitch_y + GAP
+    page = Image.new("RGB", (width, height), "white")
+    page.paste(BAND, (0, 0, width, title + GAP + pitch_y))
+    pen = ImageDraw.Draw(page)
     for i, (_, entries) in enumerate(columns):
         left = GAP + i * pitch_x
         for n, words in enumerate(titles[i]):
-            write_text(page, words, left, GAP // 2 + 2 + n * line, scale=scale)
+            pen.text((left, GAP // 2 + 2 + n * line), words, TITLE, font)
         for j, (what, vector) in enumerate(entries):
             top = title + GAP + j * pitch_y
-            page[top : top + size, left : left + size] = fit(paint(vector, size), size)
-            for n, words in enumerate(wrap(what, letters, LINES)):
-                write_text(page, words, left, top + size + 4 + n * line, scale=scale, grey=70)
+            page.paste(ImageOps.pad(paint(vector, size), (size, size), color="white"), (left, top))
+            for n, words in enumerate(wrap(what, fits)):
+                pen.text((left, top + size + 4 + n * line), words, LABEL, font)
     return page
 
 
@@ -94,13 +107,13 @@ def draw_sheet(
     size: int = 192,
     painter: Painter | None = None,
 ) -> None:
-    """Write :func:`sheet_pixels` as a PNG file.
+    """Write :func:`sheet_image` as a PNG file.
 
     Raises:
-        LineageError, ConfigError: see :func:`sheet_pixels`; LineageError if it cannot be written.
+        LineageError, ConfigError: see :func:`sheet_image`; LineageError if it cannot be written.
     """
-    data = encode_png(sheet_pixels(columns, size=size, painter=painter))
+    page = sheet_image(columns, size=size, painter=painter)
     try:
-        Path(path).write_bytes(data)
+        page.save(path, format="PNG", optimize=True)
     except OSError as error:
         raise LineageError(f"{path}: cannot be written: {error}") from error

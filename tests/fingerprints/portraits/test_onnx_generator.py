@@ -11,7 +11,7 @@ import pytest
 
 from fedsplit.errors import LineageError, ModelError
 from fedsplit.fingerprints.portraits.onnx_generator import OnnxGenerator
-from fedsplit.fingerprints.portraits.sheet import fit, sheet_pixels
+from fedsplit.fingerprints.portraits.sheet import sheet_image
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -73,7 +73,8 @@ def _vector(seed: int = 0) -> Any:
 @pytest.mark.parametrize("output", [(1, 3, H, W), (1, H, W, 3)])
 def test_a_picture_in_either_order_of_axes(build: Build, output: tuple[int, ...]) -> None:
     draw = OnnxGenerator(build(output=output))
-    near, again, far = draw(_vector()), draw(_vector() + 1e-3), draw(_vector(1))
+    vectors = (_vector(), _vector() + 1e-3, _vector(1))
+    near, again, far = (np.asarray(draw(vector)) for vector in vectors)
     assert near.shape == (H, W, 3)
     assert near.dtype == np.uint8
     moved = np.abs(near.astype(int) - again.astype(int)).mean()
@@ -81,8 +82,9 @@ def test_a_picture_in_either_order_of_axes(build: Build, output: tuple[int, ...]
 
 
 def test_the_stated_range_of_values(build: Build) -> None:
-    plain = OnnxGenerator(build())(_vector()).astype(float)
-    stated = OnnxGenerator(build(metadata={"image_range": "0,1"}))(_vector()).astype(float)
+    plain = np.asarray(OnnxGenerator(build())(_vector()), dtype=float)
+    unit = OnnxGenerator(build(metadata={"image_range": "0,1"}))
+    stated = np.asarray(unit(_vector()), dtype=float)
     expected = np.rint((2 * plain - 255).clip(0, 255))
     assert np.abs(stated - expected).max() <= 2
     with pytest.raises(ModelError, match="image_range='0,2'"):
@@ -90,11 +92,11 @@ def test_the_stated_range_of_values(build: Build) -> None:
 
 
 def test_a_sheet_of_a_generators_pictures(build: Build) -> None:
-    page = sheet_pixels([("base", [("base", _vector())])], size=32, painter=OnnxGenerator(build()))
-    assert page.shape[2] == 3
-    wide = fit(np.zeros((2, 8, 3), np.uint8), 16)
-    assert wide.shape == (16, 16, 3)
-    assert (wide[0] == 255).all()
+    wide = OnnxGenerator(build(output=(1, 3, 2, 8)))
+    page = np.asarray(sheet_image([("", [("base", _vector())])], size=32, painter=wide))
+    portrait = page[14:46, 10:42]
+    assert (portrait[[0, -1]] == 255).all()  # the picture is in the middle, white around it
+    assert (portrait[16] != 255).any()
 
 
 def _input(kind: Any, shape: list[Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,15 +10,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fedsplit.errors import ConfigError, LineageError, ModelError
 from fedsplit.fingerprints import WeightView
 from fedsplit.fingerprints.evidence import public_file
 from fedsplit.fingerprints.portraits import encoder
-from fedsplit.fingerprints.portraits.canvas import encode_png
-from fedsplit.fingerprints.portraits.lettering import text_mask, wrap, write_text
-from fedsplit.fingerprints.portraits.portrait import draw, portrait_png, portrait_svg, sheet_png
-from fedsplit.fingerprints.portraits.sheet import draw_sheet, sheet_pixels
+from fedsplit.fingerprints.portraits.canvas import Canvas, ellipse
+from fedsplit.fingerprints.portraits.portrait import draw, portrait_svg
+from fedsplit.fingerprints.portraits.sheet import draw_sheet, sheet_image, wrap
 from fedsplit.fingerprints.portraits.traits import COATS, around, hue, projection, traits
 from fedsplit.seeding import numpy_generator
 
@@ -30,7 +29,7 @@ def _vectors(count: int) -> list[Any]:
 
 
 def _pixels(vector: Any) -> Any:
-    return draw(vector).pixels(64, 2).astype(float)
+    return np.asarray(draw(vector).image(64), dtype=float)
 
 
 def test_near_vectors_look_alike_and_strangers_differ() -> None:
@@ -48,12 +47,26 @@ def test_near_vectors_look_alike_and_strangers_differ() -> None:
 
 def test_identical_vectors_give_identical_files_that_parse() -> None:
     vector = _vectors(1)[0]
-    svg, png = portrait_svg(vector), portrait_png(vector, 96)
+    svg, image = portrait_svg(vector), draw(vector).image(96)
     assert svg == portrait_svg(vector)
     assert ElementTree.fromstring(svg).tag.endswith("svg")
-    image = pytest.importorskip("PIL.Image").open(BytesIO(png))
-    assert image.size == (96, 96)
-    np.testing.assert_array_equal(np.asarray(image.convert("RGB")), draw(vector).pixels(96))
+    assert (image.size, image.mode) == ((96, 96), "RGB")
+    assert image.tobytes() == draw(vector).image(96).tobytes()
+
+
+def test_a_shape_covers_its_area_within_its_clip() -> None:
+    size = 100
+    disc, half = Canvas(), Canvas()
+    disc.add(ellipse(100, 100, 60, 40, n=200), (0.0, 0.0, 0.0))
+    left = np.array([(0.0, 0.0), (100.0, 0.0), (100.0, 200.0), (0.0, 200.0)])
+    half.add(ellipse(100, 100, 60, 40, n=200), (0.0, 0.0, 0.0), 0.5, left)
+    half.add(ellipse(300, 300, 60, 40), (0.0, 0.0, 0.0))  # outside of the picture
+    dark = [1 - np.asarray(c.image(size), dtype=float)[..., 0] / 255 for c in (disc, half)]
+    area = np.pi * 60 * 40 * (size / 200) ** 2
+    assert dark[0].sum() == pytest.approx(area, rel=0.01)
+    assert dark[1].sum() == pytest.approx(area / 4, rel=0.02)
+    assert dark[1][:, 51:].max() == 0
+    assert np.abs(dark[0] - dark[0][::-1, ::-1]).max() < 0.15  # symmetric but for rounding
 
 
 def test_projection_is_orthonormal_and_traits_are_bounded() -> None:
@@ -74,43 +87,36 @@ def test_colours_do_not_jump_where_an_angle_would() -> None:
 def test_a_drawn_sheet_has_bases_in_a_band_and_labels(tmp_path: Path) -> None:
     a, b = _vectors(2)
     columns = [("one", [("base", a), ("tuned on something long", a)]), ("two", [("base", b)])]
-    page = sheet_pixels(columns, size=48)
+    page = np.asarray(sheet_image(columns, size=48))
     band, rest = page[0, 0], page[-1, 0]
     assert not np.array_equal(band, rest)
     left, right = page[:, : page.shape[1] // 2], page[:, page.shape[1] // 2 :]
     assert (left[-60:] != 255).any()
     assert (right[-60:] == 255).all()
     draw_sheet(columns, tmp_path / "sheet.png", size=48)
-    assert (tmp_path / "sheet.png").read_bytes() == encode_png(page)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "sheet.png")), page)
     with pytest.raises(LineageError, match="at least its base"):
-        sheet_pixels([("one", [])])
+        sheet_image([("one", [])])
     with pytest.raises(ConfigError, match="size=8"):
-        sheet_pixels(columns, size=8)
+        sheet_image(columns, size=8)
     with pytest.raises(LineageError, match="cannot be written"):
         draw_sheet(columns, tmp_path / "none" / "sheet.png", size=24)
 
 
-def test_lettering_keeps_words_apart_and_inside() -> None:
-    mask = text_mask("Wg", 2)
-    assert mask.shape == (18, 24)
-    assert mask[:, :10].any()
-    assert not mask[:, 10:12].any()
-    assert not np.array_equal(text_mask("O"), text_mask("0"))
-    assert np.array_equal(text_mask("é"), text_mask("?"))
-    assert wrap("further-trained on text", 12, 2) == ["further-", "trained on.."]
-    assert wrap("short", 12, 2) == ["short"]
-    page = np.full((6, 8, 3), 255, np.uint8)
-    write_text(page, "WWWW", 4, 2)
-    assert (page[:2] == 255).all()
-    assert (page[2:, 4:] != 255).any()
+def test_labels_break_between_words_and_end_where_there_is_no_room() -> None:
+    def fits(text: str) -> bool:
+        return len(text) <= 12
+
+    assert wrap("short", fits) == ["short"]
+    assert wrap("further-trained", fits) == ["further-", "trained"]
+    assert wrap("further-trained on text", fits) == ["further-", "trained o..."]
+    assert wrap("x" * 30, fits) == ["x" * 12, "x" * 9 + "..."]
+    assert wrap("né\n", fits) == ["n?"]
+    assert wrap(" ", fits) == []
+    assert wrap("ab", lambda _: False) == ["a", "b..."]
 
 
-def test_sheet_and_bad_vectors() -> None:
-    a, b = _vectors(2)
-    assert sheet_png([[a, b], [a, None]], size=24)[:4] == b"\x89PNG"
-    assert encode_png(np.zeros((2, 3, 3), np.uint8)).endswith(b"IEND\xaeB`\x82")
-    with pytest.raises(LineageError, match="no portraits"):
-        sheet_png([])
+def test_bad_vectors() -> None:
     for bad in (np.zeros(511), np.full(512, np.nan)):
         with pytest.raises(LineageError, match="must be"):
             draw(bad)
