@@ -20,6 +20,7 @@ LAYERS = {
     "fedsplit.errors": 0,
     "fedsplit.config": 0,
     "fedsplit.registry": 0,
+    "fedsplit.statistics": 0,
     "fedsplit.seeding": 0,
     "fedsplit.observe": 0,
     "fedsplit.storage": 0,

@@ -1,27 +1,28 @@
 """What the other party could learn: attacks on what really left, with public knowledge.
 
-An attack is given arrays of a recorded transcript and public material (the initial bottom, a public
-corpus), never an owner object.  ``ATTACKS`` is the family's table; a new attack is a file here and
-one row below.  Every row has a ``name``, says its ``knowledge`` and names the fields that are its
-``budget``; a defence is called private only against the attacker named beside it.
+An attack reads a :class:`View`: arrays of a recorded transcript and public material (the initial
+bottom, a public corpus), never an owner object.  ``attack.run(view, truth)`` carries it out and
+scores it; the truth is the scorer's alone.  ``ATTACKS`` is the family's table
+(:mod:`fedsplit.attacks.table`).  Every row has a ``name``, says what it ``reads`` and ``needs``,
+its ``knowledge`` and the fields that are its ``budget``; a defence is called private only against
+the attacker named beside it.
 
 Example:
     >>> import torch
     >>> from fedsplit.privacy.denoising.candidates import MatrixCandidates
     >>> table = torch.eye(6)  # what each of 6 tokens looks like at k = 0
     >>> truth = [torch.tensor([1, 4, 2])]
-    >>> received = [table[truth[0]] + 0.1]
-    >>> guesses = NearestNeighbour(top_k=2).invert(received, MatrixCandidates(table))
-    >>> score_tokens("nearest", guesses, truth).success
+    >>> view = View(Public(candidate_set=MatrixCandidates(table)), rows=[table[truth[0]] + 0.1])
+    >>> make_attack("nearest", top_k=2).run(view, Truth(ids=truth)).success
     1.0
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+from fedsplit.attacks.base import Attack, Confidences, Public, TokenAttack, Truth, Update, View
 from fedsplit.attacks.extraction.attack import Extraction
 from fedsplit.attacks.gradients.update_inversion import GradientInversion
+from fedsplit.attacks.gradients.update_sets import BiasGradient, EmbeddingUpdate
 from fedsplit.attacks.inversion.averaging import AveragingInversion
 from fedsplit.attacks.inversion.contextual import ContextualInversion
 from fedsplit.attacks.inversion.learned import LearnedInversion
@@ -32,30 +33,19 @@ from fedsplit.attacks.inversion.token_search import ExactSearch
 from fedsplit.attacks.labels.leakage import LabelLeakage
 from fedsplit.attacks.membership.attribute import AttributeInference
 from fedsplit.attacks.membership.lira import MembershipInference
-from fedsplit.attacks.ngram import NgramModel
 from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
-
-ATTACKS: dict[str, type[Any]] = {
-    "attribute": AttributeInference,
-    "averaging": AveragingInversion,
-    "contextual": ContextualInversion,
-    "exact_search": ExactSearch,
-    "extraction": Extraction,
-    "gradient": GradientInversion,
-    "label_leakage": LabelLeakage,
-    "learned": LearnedInversion,
-    "map": MapInversion,
-    "membership": MembershipInference,
-    "nearest": NearestNeighbour,
-    "optimisation": OptimisationInversion,
-}
+from fedsplit.attacks.table import ATTACKS, make_attack, suited
 
 __all__ = [
     "ATTACKS",
+    "Attack",
     "AttackResult",
     "AttributeInference",
     "AveragingInversion",
+    "BiasGradient",
+    "Confidences",
     "ContextualInversion",
+    "EmbeddingUpdate",
     "ExactSearch",
     "Extraction",
     "GradientInversion",
@@ -65,7 +55,13 @@ __all__ = [
     "MapInversion",
     "MembershipInference",
     "NearestNeighbour",
-    "NgramModel",
     "OptimisationInversion",
+    "Public",
+    "TokenAttack",
+    "Truth",
+    "Update",
+    "View",
+    "make_attack",
     "score_tokens",
+    "suited",
 ]

@@ -7,7 +7,6 @@ sample fall together, so intervals are clustered over samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from fedsplit.errors import AttackError
 from fedsplit.seeding import numpy_generator
+from fedsplit.statistics import Z95, Floats, auc, wilson_interval
 
-Z95 = 1.959963984540054
-Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class AttackResult:
         top10: share of targets among the ten best guesses; None if the attack ranks fewer.
         knowledge: what the attacker was given.
         seconds: what the attack took.
+        extra: more figures, JSON-able.
+        per_text: (tokens recovered, tokens scored) of each text with a scored token.
+        detail: what else the attack found, for its own command or experiment.
     """
 
     name: str
@@ -63,6 +65,15 @@ class AttackResult:
     knowledge: str
     seconds: float
     extra: dict[str, Any] = field(default_factory=dict)
+    per_text: tuple[tuple[int, int], ...] = ()
+    detail: Any = None
+
+    @property
+    def text_recovery(self) -> float | None:
+        """Share of texts of which every scored token was read; None where tokens are not read."""
+        if not self.per_text:
+            return None
+        return sum(right == of for right, of in self.per_text) / len(self.per_text)
 
     @property
     def empirical_privacy(self) -> float:
@@ -83,16 +94,6 @@ class AttackResult:
             "seconds": self.seconds,
             **self.extra,
         }
-
-
-def wilson_interval(success: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Return Wilson's score interval of a share ``success`` seen in ``n`` independent trials."""
-    if n <= 0:
-        return 0.0, 1.0
-    centre = success + z * z / (2 * n)
-    half = z * math.sqrt(success * (1 - success) / n + z * z / (4 * n * n))
-    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-    return max(0.0, min(low, success)), min(1.0, max(high, success))
 
 
 def clustered_interval(correct: Floats, total: Floats, z: float = Z95) -> tuple[float, float]:
@@ -117,15 +118,22 @@ def clustered_interval(correct: Floats, total: Floats, z: float = Z95) -> tuple[
     return wilson_interval(p, n / effect, z)
 
 
-def bootstrap_interval(
-    correct: Floats, total: Floats, *, draws: int = 2000, seed: int = 0
+def auc_interval(
+    scores: Floats, positive: Bools, groups: npt.NDArray[np.int64] | None = None, seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval that resamples whole samples."""
-    rng = numpy_generator(seed, "attacks", "bootstrap")
-    samples = len(total)
-    weight = rng.multinomial(samples, np.full(samples, 1.0 / samples), size=draws)  # (draws, S)
-    share = (weight @ correct) / np.maximum(weight @ total, 1)
-    low, high = np.quantile(share, [0.025, 0.975])
+    """Return the 95 % percentile bootstrap interval of the AUC, over samples or groups."""
+    rng = numpy_generator(seed, "attacks", "auc")
+    group = np.arange(len(scores)) if groups is None else np.asarray(groups)
+    names, group = np.unique(group, return_inverse=True)
+    rows = [np.flatnonzero(group == g) for g in range(len(names))] if groups is not None else None
+    found = []
+    for _ in range(500):
+        drawn = rng.integers(0, len(names), len(names))
+        at = drawn if rows is None else np.concatenate([rows[g] for g in drawn])
+        if positive[at].all() or not positive[at].any():
+            continue
+        found.append(auc(scores[at][positive[at]], scores[at][~positive[at]]))
+    low, high = np.quantile(found, [0.025, 0.975]) if found else (0.0, 1.0)
     return float(low), float(high)
 
 
@@ -184,4 +192,5 @@ def score_tokens(
         knowledge=knowledge,
         seconds=inversion.seconds,
         extra=dict(extra or {}),
+        per_text=tuple((h, n) for h, n in zip(hits, totals, strict=True) if n),
     )

@@ -1,45 +1,105 @@
 """Files that attacks read: what a server received, and, in a simulation, what was true.
 
-Both are safetensors.  Per owner and split (``train`` or ``test``):
+All are safetensors.  A transcript has, per owner and split (``train`` or ``test``):
 
 ================================ ======= =====================================================
 ``OWNER/SPLIT/slots``            int64   (S,), the owner's names for its samples
 ``OWNER/SPLIT/lengths``          int64   (S,), tokens per sample
-``OWNER/SPLIT/rows``             float   transcript: (sum of lengths, d), as received
-``OWNER/SPLIT/ids``              int64   truth: (sum of lengths,), the token ids
+``OWNER/SPLIT/rows``             float   (sum of lengths, d), as received
+``OWNER/SPLIT/rows.N``           float   the same again: view N = 1, 2 ... of every sample
+``OWNER/SPLIT/gradients``        float   (S, C) or (sum of lengths, c): what was returned
+``OWNER/SPLIT/gradients.N``      float   the same in pass N = 1, 2 ... over the samples
 ================================ ======= =====================================================
 
-A truth file exists in simulations alone (whoever runs one knows all texts); no server can write it.
+(any of the last four may be missing), and a truth file, which exists in simulations alone, since
+whoever runs one knows all texts: slots, lengths and ``ids`` int64 (sum of lengths,), and where
+there are classes ``labels`` int64 (S,).
+
+An update of weights has ``before/NAME`` and ``after/NAME``, or ``gradient/NAME`` of one batch's
+mean loss with ``shape`` (2,) = B, T and ``labels`` (B,); its truth lists the batch's samples.  A
+tuned model's answers have ``logits`` (N, C) and ``labels`` (N,), and where there are shadow models
+``shadow_logits`` (K, N, C) and ``shadow_members`` (K, N); their truth is ``members`` (N,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedsplit.errors import AttackError
+from fedsplit.errors import AttackError, FrameError
+from fedsplit.seeding import numpy_generator
+from fedsplit.wire.codecs import decode_rows
+from fedsplit.wire.frames import Frame, Kind, decode
 
 Samples = dict[tuple[str, str], dict[int, Tensor]]
 """(owner, split) -> slot -> one sample's tensor."""
 
+TRANSCRIPT = "transcript.safetensors"
+CAPTURE = "capture"
 TRUTH = "truth.safetensors"
 
 
+@dataclass
+class Transcript:
+    """What crossed, sample by sample.
+
+    Attributes:
+        rows: representations, one view after another; of a view, ``(T, d)`` float32 a sample.
+        gradients: what was returned, pass after pass: ``(c,)`` or ``(T, c)`` a sample.
+    """
+
+    rows: list[Samples] = field(default_factory=list)
+    gradients: list[Samples] = field(default_factory=list)
+
+    @property
+    def received(self) -> Samples:
+        """The first view of every sample, of representations or else of gradients."""
+        found = self.rows or self.gradients
+        return found[0] if found else {}
+
+
 def read_transcript(path: Path) -> Samples:
-    """Return every received sample, ``(T, d)`` float32.
+    """Return the first view of every received sample, ``(T, d)`` float32.
+
+    Raises:
+        AttackError: if there is no transcript, or it is damaged.
+    """
+    found = read_whole_transcript(path).rows
+    return found[0] if found else {}
+
+
+def read_whole_transcript(path: Path) -> Transcript:
+    """Return everything that a transcript holds.
 
     Raises:
         AttackError: if there is no transcript, or it is damaged.
     """
     if not path.exists():
         raise AttackError(f"{path}: no transcript; run with output.transcript = true")
-    found = _read(path, "rows")
-    return {key: {slot: x.float() for slot, x in held.items()} for key, held in found.items()}
+    found = Transcript()
+    for name, into in (("rows", found.rows), ("gradients", found.gradients)):
+        for number in range(1 << 16):
+            held = _read(path, f"{name}.{number}" if number else name)
+            if not held:
+                break
+            into.append({k: {slot: x.float() for slot, x in v.items()} for k, v in held.items()})
+    return found
+
+
+def write_transcript(path: Path, transcript: Transcript) -> None:
+    """Write a transcript; samples of one owner and split are the same in every view."""
+    tensors: dict[str, Tensor] = {}
+    for name, views in (("rows", transcript.rows), ("gradients", transcript.gradients)):
+        for number, held in enumerate(views):
+            _put(tensors, f"{name}.{number}" if number else name, held)
+    save_file(tensors, path)
 
 
 def read_truth(path: Path) -> Samples:
@@ -48,27 +108,144 @@ def read_truth(path: Path) -> Samples:
     Raises:
         AttackError: if there is no such file, or it is damaged.
     """
-    if not path.exists():
-        raise AttackError(f"{path}: no truth to score against; simulations write one")
-    return _read(path, "ids")
+    return _read(_truth(path), "ids")
 
 
-def write_truth(path: Path, samples: Mapping[tuple[str, str], Mapping[int, Tensor]]) -> None:
+def read_true_labels(path: Path) -> Samples:
+    """Return every sample's private label, ``()`` int64; nothing where there are no classes.
+
+    Raises:
+        AttackError: if there is no such file, or it is damaged.
+    """
+    return _read(_truth(path), "labels")
+
+
+def write_truth(
+    path: Path,
+    samples: Mapping[tuple[str, str], Mapping[int, Tensor]],
+    labels: Mapping[tuple[str, str], Mapping[int, int]] | None = None,
+) -> None:
     """Write the truth of a simulation.
 
     Args:
         path: the file, replaced if it exists.
         samples: (owner, split) -> slot -> ids ``(T,)``.
+        labels: (owner, split) -> slot -> private label, of the same samples.
     """
     tensors: dict[str, Tensor] = {}
+    _put(tensors, "ids", {k: {i: x.long() for i, x in v.items()} for k, v in samples.items()})
+    for (owner, part), held in (labels or {}).items():
+        if held:
+            slots = tensors[f"{owner}/{part}/slots"].tolist()
+            tensors[f"{owner}/{part}/labels"] = torch.tensor([held[slot] for slot in slots])
+    save_file(tensors, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a file.
+
+    Raises:
+        AttackError: if there is no such file, or it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise AttackError(f"{path}: must be a safetensors file: {error}") from None
+
+
+def read_capture(folder: Path) -> Transcript:
+    """Put together what a run with ``output.capture = true`` recorded of its owners' sessions.
+
+    Gradients are scaled to each sample's own loss: a batch's mean divides them.
+
+    Args:
+        folder: one file of frames per node and mode, session after session, and the node's
+            owner's name in ``NODE.owner`` (else its node number stands for it).
+
+    Raises:
+        AttackError: nothing was recorded, or a file is damaged.
+    """
+    found = Transcript()
+    for path in sorted(folder.glob("*.bin")):
+        node, _, mode = path.stem.partition("-")
+        key = (_owner(folder, node), "train" if mode == "train" else "test")
+        batches: dict[int, list[int]] = {}
+        lengths: dict[int, int] = {}
+        for frame in frames(path):
+            if frame.kind is Kind.BATCH:
+                slots, fresh = list(frame["slots"]), list(frame["fresh"])
+                batches[frame["step"]] = slots
+                sizes = list(frame["lengths"])
+                lengths |= dict(zip(fresh, sizes, strict=True))
+                if fresh:
+                    body = decode_rows(frame.body, (sum(sizes), frame["dim"]), frame["codec"])
+                    for slot, row in zip(fresh, torch.split(body, sizes), strict=True):
+                        _append(found.rows, key, slot, row)
+            elif frame.kind is Kind.GRAD:
+                slots = batches[frame["step"]]
+                body = decode_rows(frame.body, tuple(frame["shape"]), frame["codec"])
+                body = body.double() * len(slots)
+                rows: Any = body
+                if len(body) != len(slots):
+                    rows = torch.split(body, [lengths[slot] for slot in slots])
+                for slot, row in zip(slots, rows, strict=True):
+                    _append(found.gradients, key, slot, row)
+    if not found.received:
+        raise AttackError(f"{folder}: must hold recorded sessions; run with output.capture = true")
+    return found
+
+
+def frames(path: Path) -> Iterator[Frame]:
+    """Yield the frames of one recorded session after another.
+
+    Raises:
+        AttackError: the file is damaged.
+    """
+    data = path.read_bytes()
+    at = 0
+    while at < len(data):
+        length = int.from_bytes(data[at : at + 8], "little")
+        try:
+            yield decode(data[at + 8 : at + 8 + length], length)
+        except FrameError as error:
+            raise AttackError(f"{path}: byte {at}: {error}") from None
+        at += 8 + length
+
+
+def _owner(folder: Path, node: str) -> str:
+    path = folder / f"{node}.owner"
+    return path.read_text(encoding="utf-8") if path.is_file() else node
+
+
+def _append(views: list[Samples], key: tuple[str, str], slot: int, row: Tensor) -> None:
+    for held in views:
+        if slot not in held.setdefault(key, {}):
+            held[key][slot] = row
+            return
+    views.append({key: {slot: row}})
+
+
+def _truth(path: Path) -> Path:
+    if not path.exists():
+        raise AttackError(f"{path}: no truth to score against; simulations write one")
+    return path
+
+
+def _put(
+    tensors: dict[str, Tensor], name: str, samples: Mapping[tuple[str, str], Mapping[int, Tensor]]
+) -> None:
     for (owner, part), held in samples.items():
         if not held:
             continue
-        rows = [held[slot].to(torch.int64).cpu() for slot in held]
-        tensors[f"{owner}/{part}/slots"] = torch.tensor(list(held), dtype=torch.int64)
-        tensors[f"{owner}/{part}/lengths"] = torch.tensor([len(x) for x in rows])
-        tensors[f"{owner}/{part}/ids"] = torch.cat(rows)
-    save_file(tensors, path)
+        prefix, rows = f"{owner}/{part}", [held[slot].cpu() for slot in held]
+        tensors[f"{prefix}/slots"] = torch.tensor(list(held), dtype=torch.int64)
+        if rows[0].dim() == 1 and name.startswith("gradients"):
+            tensors[f"{prefix}/{name}"] = torch.stack(rows)
+            tensors.setdefault(f"{prefix}/lengths", torch.ones(len(rows), dtype=torch.int64))
+        else:
+            tensors[f"{prefix}/lengths"] = torch.tensor([len(x) for x in rows])
+            tensors[f"{prefix}/{name}"] = torch.cat(rows)
 
 
 def _read(path: Path, what: str) -> Samples:
@@ -79,7 +256,10 @@ def _read(path: Path, what: str) -> Samples:
                 owner, part, _ = key.rsplit("/", 2)
                 lengths = file.get_tensor(f"{owner}/{part}/lengths").tolist()
                 slots = file.get_tensor(f"{owner}/{part}/slots").tolist()
-                rows = torch.split(file.get_tensor(key), lengths)
+                whole = file.get_tensor(key)
+                # One value a sample, or one a token.
+                single = what == "labels" or (what.startswith("grad") and len(whole) == len(slots))
+                rows = whole.unbind(0) if single else torch.split(whole, lengths)
                 out[owner, part] = dict(zip(slots, rows, strict=True))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise AttackError(f"{path}: must hold slots, lengths and {what}: {error}") from None
@@ -94,14 +274,10 @@ def chosen_samples(
     Raises:
         AttackError: if a sample was received whose truth is missing or of another length.
     """
-    from fedsplit.seeding import numpy_generator
-
-    pool = [(key, slot) for key, held in sorted(received.items()) for slot in sorted(held)]
-    order = numpy_generator(seed, "attack").permutation(len(pool))[:samples]
     rows, ids = [], []
-    for key, slot in (pool[i] for i in sorted(order)):
+    for key, slot in choose(received, samples, seed):
         row, true = received[key][slot], truth.get(key, {}).get(slot)
-        if true is None or len(true) != len(row):
+        if true is None or (row.dim() == 2 and len(true) != len(row)):
             found = "missing" if true is None else f"{len(true)} tokens"
             raise AttackError(
                 f"truth of {key[0]}/{key[1]} slot {slot}: {found}: must be {len(row)}"
@@ -109,3 +285,10 @@ def chosen_samples(
         rows.append(row)
         ids.append(true)
     return rows, ids
+
+
+def choose(received: Samples, samples: int, seed: int = 0) -> list[tuple[tuple[str, str], int]]:
+    """Return which samples are attacked, (owner, split) and slot, drawn over all by the seed."""
+    pool = [(key, slot) for key, held in sorted(received.items()) for slot in sorted(held)]
+    order = numpy_generator(seed, "attack").permutation(len(pool))[:samples]
+    return [pool[i] for i in sorted(order)]

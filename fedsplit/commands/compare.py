@@ -15,6 +15,7 @@ from rich.table import Table
 from fedsplit.commands.models import CodedCommand
 
 if TYPE_CHECKING:
+    from fedsplit.fingerprints import Fingerprint
     from fedsplit.fingerprints.gate.verdict import Judgement
     from fedsplit.fingerprints.sources import Source
     from fedsplit.fingerprints.view import Similarity
@@ -26,16 +27,6 @@ WORDS = {
     "in_lineage": "[green]in lineage[/green]: B descends from A",
     "not_shown": "[yellow]not shown[/yellow]: neither a descendant nor plainly a stranger",
     "independent": "[red]independent[/red]: B is as far from A as strangers are",
-}
-# What strangers reached at most and descendants at least (docs/lineage.md says on what).
-REFERENCE = {
-    "score": ("0.02", "0.963"),
-    "pcs": ("0.06", "0.993"),
-    "ics_whitened": ("0.06", "0.959"),
-    "awm": ("0.43", "0.974"),
-    "ics_published": ("0.41", "0.709"),
-    "reef": ("0.71", "0.932"),
-    "ics": ("0.80", "0.837"),
 }
 
 
@@ -113,12 +104,12 @@ def between_weights(base: Source, suspect: Source, run: bool | None) -> Comparis
     same_width(base.view, suspect.view)
     score = FINGERPRINTS["score"]().compare(base.view, suspect.view)
     found = Comparison(judge(score, base.width), "score", score, {"score": score.value})
-    for name in REFERENCE:
+    for name, fingerprint in FINGERPRINTS.items():
         try:
-            if name == "reef":
-                found.values[name] = _reef(base, suspect, run)
+            if fingerprint.needs_running:
+                found.values[name] = _of_running(fingerprint(), base, suspect, run)
             elif name != "score":
-                found.values[name] = FINGERPRINTS[name]().compare(base.view, suspect.view).value
+                found.values[name] = fingerprint().compare(base.view, suspect.view).value
         except LineageError as error:
             found.reasons[name] = str(error)
     return found
@@ -149,10 +140,9 @@ def between_public(base: Source, suspect: Source) -> Comparison:
     return Comparison(judgement, "ics_whitened", found, {"ics_whitened": found.value})
 
 
-def _reef(base: Source, suspect: Source, run: bool | None) -> float:
+def _of_running(fingerprint: Fingerprint, base: Source, suspect: Source, run: bool | None) -> float:
     from fedsplit.commands.models import load_running
     from fedsplit.errors import FedsplitError, LineageError
-    from fedsplit.fingerprints import FINGERPRINTS
     from fedsplit.fingerprints.view import WeightView
 
     if run is False:
@@ -165,7 +155,7 @@ def _reef(base: Source, suspect: Source, run: bool | None) -> float:
         ours, theirs = (WeightView.of_module(load_running(str(s.folder))) for s in (base, suspect))
     except FedsplitError as error:
         raise LineageError(f"not run: {error}") from error
-    return FINGERPRINTS["reef"]().compare(ours, theirs).value
+    return fingerprint.compare(ours, theirs).value
 
 
 def _bytes(source: Source) -> int:
@@ -175,6 +165,8 @@ def _bytes(source: Source) -> int:
 
 def show(found: Comparison, base: Source, suspect: Source) -> None:
     """Print the table of fingerprints, the blocks and the verdict."""
+    from fedsplit.fingerprints import FINGERPRINTS
+
     console.print(f"A = {escape(_described(base))}\nB = {escape(_described(suspect))}")
     for source in (base, suspect):
         if source.public is not None and not source.public.standard_tokens:
@@ -183,7 +175,8 @@ def show(found: Comparison, base: Source, suspect: Source) -> None:
                 f"chose it could forge likeness[/yellow]"
             )
     table = Table("fingerprint", "B to A", "strangers, most", "descendants, least", "")
-    for name, (strangers, descendants) in REFERENCE.items():
+    for name, fingerprint in FINGERPRINTS.items():
+        strangers, descendants = fingerprint.strangers, fingerprint.descendants
         if name in found.values:
             remark = "the verdict's" if name == found.judged else ""
             value = f"{found.values[name]:.4f}"

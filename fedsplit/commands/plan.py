@@ -78,24 +78,12 @@ def plan(
 def _grid(
     layers: int, counts: list[int], alphas: list[float], betas: list[float]
 ) -> dict[str, Compressor]:
-    from fedsplit.emulators import make_compressor
+    from fedsplit.emulators import COMPRESSORS
 
     grid: dict[str, Compressor] = {}
     for count in counts:
-        half = max(1, count // 2)
-        ends = tuple(sorted({*range(half), *range(layers - (count - half), layers)}))
-        for alpha in alphas:
-            for beta in betas:
-                if alpha == 1.0 and beta > 0:
-                    continue  # nothing remains to be compressed
-                name = f"scaleot A={count} alpha={alpha:g} beta={beta:g}"
-                grid[name] = make_compressor("scaleot", n_adapters=count, alpha=alpha, beta=beta)
-        left = layers - len(ends)
-        if left > 1:
-            kept = max(1, left // 2)
-            grid[f"layerdrop A={count} keep={kept}"] = make_compressor(
-                "layerdrop", adapters=ends, keep=kept
-            )
+        for row in COMPRESSORS.values():
+            grid |= row.variants(layers, count, alphas, betas)
     return grid
 
 

@@ -9,12 +9,6 @@ from fedsplit.errors import ConfigError, check
 
 AVERAGINGS = ("fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum")
 
-METHODS = ("full", "lora", "bottleneck", "bitfit", "prefix")
-"""The rows of ``fedsplit.models.adapters.methods.METHODS``, which this layer cannot import."""
-
-RANKS = ("costs", "scores")
-"""Those of ``fedsplit.emulators.compressors.scaleot.RANKS``, which this layer cannot import."""
-
 IMPORTANCE = "importance"
 
 NO_SECURE_AGGREGATION = (
@@ -92,7 +86,10 @@ class OffsiteConfig:
     secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
-        check(bool(self.compressor), "offsite.compressor", self.compressor, "a compressor's name")
+        # Their families are in higher layers: fedsplit.emulators.settings.check_offsite knows them.
+        for name in ("compressor", "method", "rank_by"):
+            value = getattr(self, name)
+            check(bool(value), f"offsite.{name.replace('_', '-')}", value, "a name")
         one_of("offsite.averaging", self.averaging, AVERAGINGS)
         _ = self.chosen
         for name in ("adapters", "keep", "importance_steps"):
@@ -104,8 +101,6 @@ class OffsiteConfig:
             check(0 <= value <= 1, f"offsite.{name}", value, "in [0, 1]")
         check(2 <= self.block <= 131_072, "offsite.block", self.block, "in [2, 131072] tokens")
         check(0 <= self.proximal <= 1e6, "offsite.proximal", self.proximal, "in [0, 1e6]; 0 = off")
-        one_of("offsite.method", self.method, METHODS)
-        one_of("offsite.rank-by", self.rank_by, RANKS)
         for name in ("rank", "width", "prefix"):
             value = getattr(self, name)
             check(1 <= value <= 65_536, f"offsite.{name}", value, "in [1, 65536]")
@@ -136,7 +131,7 @@ class OffsiteConfig:
     @property
     def chosen(self) -> tuple[int, ...]:
         """A's blocks as given; empty where importance, or the compressor, decides."""
-        if self.positions.strip() == IMPORTANCE:
+        if self.asks_importance:
             return ()
         try:
             found = tuple(int(x) for x in self.positions.split(",") if x.strip())
@@ -150,8 +145,6 @@ class OffsiteConfig:
         return found
 
     @property
-    def by_importance(self) -> bool:
-        """Whether an importance run decides which blocks are A."""
-        return self.positions.strip() == IMPORTANCE or (
-            self.compressor == "scaleot" and not self.chosen
-        )
+    def asks_importance(self) -> bool:
+        """Whether ``positions`` leaves A's blocks to an importance run."""
+        return self.positions.strip() == IMPORTANCE

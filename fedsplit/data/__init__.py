@@ -32,6 +32,7 @@ __all__ = [
     "TextDataset",
     "Value",
     "balanced_groups",
+    "docstrings_are_public",
     "epoch_batches",
     "load_dataset",
     "load_splits",
@@ -40,12 +41,18 @@ __all__ = [
 ]
 
 DATASETS: dict[str, Source] = {
-    "docstrings": Source(docstrings.splits, docstrings.read),
-    "file": Source(files.splits, files.read),
-    "hub": Source(hub.splits, hub.read),
+    "docstrings": docstrings.SOURCE,
+    "file": files.SOURCE,
+    "hub": hub.SOURCE,
 }
+"""kind -> its source; a new kind is a file and a row here."""
 
 HELD_OUT = ("test", "dev", "valid", "validation", "val")
+
+
+def docstrings_are_public(kind: str) -> bool:
+    """Return whether the interpreter's docstrings are public text beside owners' data of a kind."""
+    return kind not in DATASETS or not DATASETS[kind].public
 
 
 def load_dataset(

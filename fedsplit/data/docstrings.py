@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from fedsplit.data.areas import AREAS
-from fedsplit.data.table import Request, Table
+from fedsplit.data.table import Request, Source, Table
 from fedsplit.errors import DataError
 
 MIN_WORDS = 8  # plain words, identifiers and signatures not counted
@@ -147,3 +147,6 @@ def _scopes(
             yield from _scopes(getattr(node, field, []))
         for handler in getattr(node, "handlers", []):
             yield from _scopes(handler.body)
+
+
+SOURCE = Source(splits, read, public=True)

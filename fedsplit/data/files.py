@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedsplit.data.table import Request, Table, Value
+from fedsplit.data.table import Request, Source, Table, Value
 from fedsplit.errors import DataError
 
 MAX_LINE = 1 << 20  # bytes of one line; a field of a CSV file is bounded by csv's own 131,072
@@ -266,3 +266,6 @@ def _value(where: str, row: Mapping[str, Any], column: str) -> Value:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise DataError(f"{where}: {column}={value!r:.80}: must be a string, a number or a boolean")
+
+
+SOURCE = Source(splits, read)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedsplit.data.table import Request, Table, Value
+from fedsplit.data.table import Request, Source, Table, Value
 from fedsplit.errors import DataError
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
@@ -113,3 +113,6 @@ def _quiet(path: str) -> Iterator[Any]:
     finally:
         if not disabled:
             datasets.enable_progress_bars()
+
+
+SOURCE = Source(splits, read)

@@ -67,7 +67,10 @@ class Source:
     Attributes:
         splits: the names of the splits that are there.
         read: reads one of them.
+        public: whether its texts are what the interpreter ships, which everyone has: owners' own
+            texts of this kind are then left out of public text.
     """
 
     splits: Callable[[Request], tuple[str, ...]]
     read: Callable[[Request, str], Table]
+    public: bool = False

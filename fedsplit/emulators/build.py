@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.compression.structure import Model, OwnStorage, configs_outside, with_blocks
 from fedsplit.emulators.planning.plan import COMPRESS, HARMONIZER, SHARE, EmulatorPlan
 from fedsplit.errors import ConfigError
@@ -185,18 +184,6 @@ def plug_in(model: Model, state: Mapping[str, Tensor], plan: EmulatorPlan) -> di
     before = {n: p.detach().to("cpu", copy=True) for n, p in named.items()}
     load_named(named, state)
     return before
-
-
-def method_settings(offsite: OffsiteConfig, seed: int) -> MethodSettings:
-    """Return what a run's settings say about what is trained inside A."""
-    return MethodSettings(
-        method=offsite.method,
-        rank=offsite.rank,
-        lora_alpha=offsite.lora_alpha,
-        width=offsite.width,
-        prefix=offsite.prefix,
-        seed=seed,
-    )
 
 
 def tune_inside(emulator: Emulator, settings: MethodSettings) -> BlockTuning:

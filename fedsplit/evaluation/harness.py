@@ -20,6 +20,7 @@ from scipy import stats
 from fedsplit.errors import ConfigError, DataError, FedsplitError, check
 from fedsplit.evaluation.likelihood import Likelihood
 from fedsplit.evaluation.task_files import Doc, LocalTask
+from fedsplit.statistics import wilson_interval
 
 log = logging.getLogger(__name__)
 
@@ -230,8 +231,7 @@ def mean_interval(
     """
     n, mean = len(values), float(values.mean())
     if bool(np.isin(values, (0.0, 1.0)).all()):
-        found = stats.binomtest(round(float(values.sum())), n).proportion_ci(method="wilson")
-        return mean, (float(found.low), float(found.high))
+        return mean, wilson_interval(mean, n)
     if n < 2:
         return mean, (mean, mean)
     half = float(stats.t.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)

@@ -27,40 +27,26 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
-
 from fedsplit.fingerprints.gate.lineage_gate import GateConfig, LineageGate, LineageReport
 from fedsplit.fingerprints.methods.aligned_products import AlignedProducts
 from fedsplit.fingerprints.methods.awm import AWM
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.methods.ics import ICS, PublishedICS
 from fedsplit.fingerprints.methods.pcs import PCS
 from fedsplit.fingerprints.methods.reef import REEF
 from fedsplit.fingerprints.methods.whitened import WhitenedICS
 from fedsplit.fingerprints.view import Similarity, WeightView
 
-
-class Fingerprint(Protocol):
-    """One way to compare two models."""
-
-    name: str
-
-    def compare(
-        self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
-    ) -> Similarity:
-        """Similarity of ``suspect`` to ``base``; ``tokens`` are the base's public list."""
-        ...
-
-
 FINGERPRINTS: dict[str, type[Fingerprint]] = {
+    "score": AlignedProducts,
     "pcs": PCS,
-    "ics": ICS,
-    "ics_published": PublishedICS,
     "ics_whitened": WhitenedICS,
     "awm": AWM,
+    "ics_published": PublishedICS,
     "reef": REEF,
-    "score": AlignedProducts,
+    "ics": ICS,
 }
+"""The family's table, in the order in which tables show it; a new one is a file and a row here."""
 
 __all__ = [
     "FINGERPRINTS",

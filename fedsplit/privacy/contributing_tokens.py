@@ -26,6 +26,7 @@ from fedsplit.privacy.mechanisms.table import mechanism_type
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.privacy.secret import Floats
 from fedsplit.registry import pick
+from fedsplit.statistics import wilson_bounds
 
 Ints = npt.NDArray[np.int64]
 
@@ -122,12 +123,8 @@ def purity(counts: TokenCounts) -> Floats:
     share of all samples: evidence per occurrence, which is what a budget of running tokens should
     buy.  A word seen once is never certain; a word seen in both classes scores below zero.
     """
-    z = 1.959963984540054
     n = np.maximum(counts.documents.sum(axis=0), 1)  # (V,)
-    p = counts.documents / n  # (C, V)
-    centre = p + z * z / (2 * n)
-    half = z * np.sqrt(p * (1 - p) / n + z * z / (4.0 * n * n))
-    lower = (centre - half) / (1 + z * z / n)
+    lower, _ = wilson_bounds(counts.documents / n, n.astype(np.float64))  # (C, V)
     prior = counts.samples / counts.samples.sum()
     return np.asarray(lower - prior[:, None], dtype=np.float64)
 

@@ -61,7 +61,12 @@ class Experiment:
         Raises:
             ConfigError: names the setting, its value and its bound.
         """
-        return RunConfig.from_flat(dict(self.run))
+        config = RunConfig.from_flat(dict(self.run))
+        if any(key.startswith("offsite.") for key in self.run):
+            from fedsplit.emulators.settings import check_offsite
+
+            check_offsite(config.offsite)
+        return config
 
 
 def names() -> list[str]:

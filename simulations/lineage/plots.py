@@ -7,18 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import RunError
-from fedsplit.fingerprints import WeightView
+from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.models.loading import LoadedModel
-
-STYLES: dict[str, tuple[str, str]] = {
-    "score": ("#111111", "score (aligned products)"),
-    "pcs": ("#1f77b4", "PCS"),
-    "ics": ("#d62728", "ICS, corrected"),
-    "ics_published": ("#ff9896", "ICS, published"),
-    "ics_whitened": ("#9467bd", "ICS, whitened"),
-    "awm": ("#2ca02c", "AWM"),
-    "reef": ("#8c8c8c", "REEF-style CKA"),
-}
 
 
 def _pyplot() -> Any:
@@ -49,7 +39,8 @@ def breaking_plot(
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
     steps = [row["steps"] for row in series]
-    for name, (colour, label) in STYLES.items():
+    for name, fingerprint in FINGERPRINTS.items():
+        colour, label = fingerprint.colour, fingerprint.label
         values = [row[name] for row in series]
         if any(v is None for v in values):
             continue
@@ -80,7 +71,7 @@ def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> 
     figure, axes = plt.subplots(figsize=(6.4, 4.8))
     ordered = sorted(points, key=lambda row: float(row["weight"]))
     for name in ("score", "ics_whitened", "awm", "pcs"):
-        colour, label = STYLES[name]
+        colour, label = FINGERPRINTS[name].colour, FINGERPRINTS[name].label
         axes.plot(
             [row[name] for row in ordered],
             [row["perplexity"] for row in ordered],

@@ -23,8 +23,9 @@ from torch import nn
 from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
-from fedsplit.fingerprints.gate.verdict import NullDistribution, auc, separation
+from fedsplit.fingerprints.gate.verdict import NullDistribution, separation
 from fedsplit.models.loading import LoadedModel
+from fedsplit.statistics import auc
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder, write_atomically
 from simulations.core.settings import Experiment
@@ -60,7 +61,7 @@ OPTIONS: dict[str, Any] = {
     "breaking-steps": "10,30,100,300,600,1000",
     "portrait-size": 128,
 }
-COLUMNS = ("pcs", "ics", "ics_published", "ics_whitened", "awm", "reef", "score")
+COLUMNS = tuple(FINGERPRINTS)
 Live = Mapping[str, LoadedModel]
 
 

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedsplit.attacks.extraction.attack import Extraction
-from fedsplit.attacks.extraction.measure import Task, measure
+from fedsplit.attacks import Truth, View, make_attack
+from fedsplit.attacks.extraction.attack import Gap, Task
+from fedsplit.data import docstrings_are_public
 from fedsplit.emulators import Emulator, Material, adapter_state
 from fedsplit.emulators.lm import pack
 from fedsplit.emulators.planning.trial import tune
@@ -129,7 +130,7 @@ class Attacked:
             tokenizer = self.world.loaded.tokenizer
             length = self.world.config.offsite.block
             own = str(self.options["attack-text"]) or self.world.config.offsite.public
-            docstrings = self.world.config.data.kind != "docstrings"
+            docstrings = docstrings_are_public(self.world.config.data.kind)
             ids = text_ids(tokenizer, public_texts(own, docstrings=docstrings))
             if self.options["attack-held-out"]:
                 path = Path(str(self.options["attack-held-out"]))
@@ -171,32 +172,29 @@ class Attacked:
         queries, regrow = ATTACKERS[attack]
         budget = sorted(set(self.options["budget"]))
         work = self.world.tokens[1].flatten()[: self._measured]
-        looks = measure(
-            Extraction(
-                steps=budget[-1],
-                batch_size=int(self.options["attack-batch"]),
-                lr=float(self.options["attack-lr"]),
-                queries=queries,
-                regrow=regrow,
-                bf16=bool(self.options["bf16"]),
-                seed=derive_seed(seed, "extraction") % 2**31,
-            ),
-            emulator,
-            self.world.loaded.model,
-            public,
-            held_out,
-            marks=budget,
-            task=Task(tuned, work),
+        made = make_attack(
+            "extraction",
+            derive_seed(seed, "extraction") % 2**31,
+            steps=budget[-1],
+            batch_size=int(self.options["attack-batch"]),
+            lr=float(self.options["attack-lr"]),
+            queries=queries,
+            regrow=regrow,
+            bf16=bool(self.options["bf16"]),
             window=self.world.config.offsite.block,
+            marks=tuple(budget),
             control=attack == CONTROL,
         )
+        base = self.world.loaded.model
+        view = View(emulator=emulator, text=public, teacher=base if queries else None)
+        result = made.run(view, Truth(gap=Gap(base, held_out, Task(tuned, work))))
         about: Row = {
             "method": method,
             "attack": attack,
             "seed": seed,
             "emulator_params": emulator.parameter_count(),
         }
-        return [{**about, **look.to_json()} for look in looks]
+        return [{**about, **row} for row in result.extra["rows"]]
 
 
 def table(rows: list[Row]) -> Table:

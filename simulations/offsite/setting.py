@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.config import RunConfig
+from fedsplit.data import docstrings_are_public
 from fedsplit.emulators import Material
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.importance.files import (
@@ -120,7 +121,7 @@ class World:
             wanted = int(self.options["public-blocks"]) * length
             ids: list[int] = []
             for text in public_texts(
-                self.config.offsite.public, docstrings=self.config.data.kind != "docstrings"
+                self.config.offsite.public, docstrings=docstrings_are_public(self.config.data.kind)
             ):
                 ids += tokenizer(text, add_special_tokens=False)["input_ids"]
                 if len(ids) >= wanted:

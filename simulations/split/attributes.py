@@ -21,8 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from fedsplit.attacks import Truth, View, make_attack
 from fedsplit.attacks.inversion.learned import padded, represent
-from fedsplit.attacks.membership.attribute import AttributeInference, pool
+from fedsplit.attacks.membership.attribute import known_part, pool
 from fedsplit.config import RunConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.data import TextDataset, load_dataset
@@ -254,9 +255,18 @@ def through(top: Top, sent: Sequence[Tensor], batch: int = 64) -> list[Tensor]:
 def measure(texts: Texts, seen: Sequence[Tensor], known_share: float, seed: int) -> Row:
     """Return the attack's figures and the task's, from the same features and the same split."""
     pooled = [x.unsqueeze(0) for x in pool(seen)]  # both classifiers read one vector per text
-    attack = AttributeInference(known_share=known_share, seed=seed)
-    found = attack.evaluate(pooled, texts.attribute, texts.groups)
-    task = attack.evaluate(pooled, texts.labels, texts.groups)
+    attack = make_attack("attribute", seed)
+    found, task = (
+        attack.run(
+            View(
+                rows=pooled,
+                known=known_part(target, texts.groups, known_share, seed),
+                groups=texts.groups,
+            ),
+            Truth(labels=torch.tensor(target)),
+        )
+        for target in (texts.attribute, texts.labels)
+    )
     return {
         "auc": found.extra["auc"],
         "auc_low": found.extra["auc_interval"][0],

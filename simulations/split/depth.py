@@ -19,18 +19,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from fedsplit.attacks.inversion.learned import LearnedInversion, padded_ids
-from fedsplit.attacks.inversion.nearest import NearestNeighbour
-from fedsplit.attacks.inversion.optimisation import OptimisationInversion, embedding_table
-from fedsplit.attacks.ngram import NgramModel
-from fedsplit.attacks.scoring import Inversion, score_tokens
+from fedsplit.attacks import ATTACKS, Attack, Public, Truth, View, make_attack
+from fedsplit.attacks.inversion.learned import padded_ids
 from fedsplit.config import RunConfig
-from fedsplit.data import load_dataset
+from fedsplit.data import docstrings_are_public, load_dataset
 from fedsplit.errors import ConfigError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
-from fedsplit.privacy.denoising.position_candidates import candidates_of
+from fedsplit.privacy.denoising.ngram import NgramModel
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.registry import pick
 from fedsplit.seeding import numpy_generator
@@ -39,6 +36,7 @@ from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment
 from strategies.split_tuning.run import load_base
 
+LONE = "white box: the initial bottom; each token alone, and public text's mean states"
 OPTIONS: dict[str, Any] = {
     "seeds": 3,
     "depths": [0, 1, 2, 3, 4, 5],
@@ -61,7 +59,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """
     options = read_options(experiment, OPTIONS)
     for name in options["attacks"]:
-        pick(ATTACKERS, name, "attack")
+        pick(ATTACKS, name, "attack")
     folder.write_config({**experiment.config.to_flat(), "options": options})
     # The choice of cells changes none of them.
     same = {k: v for k, v in options.items() if k not in ("seeds", "depths")}
@@ -124,7 +122,7 @@ class World:
     def public(self) -> list[Tensor]:
         """The attacker's texts' ids."""
         texts = public_texts(
-            str(self.options["public"]), docstrings=self.config.data.kind != "docstrings"
+            str(self.options["public"]), docstrings=docstrings_are_public(self.config.data.kind)
         )
         ids = [torch.tensor(x) for x in self.tokens(texts) if len(x) > 3]
         order = numpy_generator(0, "depth", "public").permutation(len(ids))
@@ -134,16 +132,6 @@ class World:
     def public_states(self) -> list[list[Tensor]]:
         """Per depth, the public texts' states."""
         return states(self.deepest, self.public)
-
-    @cached_property
-    def table(self) -> Tensor:
-        """Token embeddings, ``(V, d_e)``."""
-        return embedding_table(self.embedding, self.deepest.vocab, torch.device("cpu"))
-
-    @property
-    def embedding(self) -> nn.Module:
-        """The module that looks up token embeddings."""
-        return probe(self.deepest.model).input_embeddings
 
     @cached_property
     def frequent(self) -> Tensor:
@@ -169,14 +157,18 @@ class World:
         rows = []
         for name in self.options["attacks"]:
             began = time.perf_counter()
-            inversion, knowledge = ATTACKERS[name](self, k, seed, received)
-            result = score_tokens(
-                name,
-                inversion,
-                truth[: len(inversion.ids)],
-                special_ids=special,
-                knowledge=knowledge,
-            )
+            attack = self.attack(name, seed)
+            view = View(rows=received, public=self.knowledge(k, special), seed=seed)
+            knowledge = ""
+            if (
+                k > 0 and name == "nearest"
+            ):  # the candidates of a bottom with blocks are lone tokens
+                lone, means = self.lone_candidates(k)
+                view.rows = [x - means[: len(x)] for x in received]
+                view.public.candidate_set = MatrixCandidates(lone)
+                knowledge = LONE
+            result = attack.run(view, Truth(ids=truth))
+            samples = int(result.extra["samples"])
             row = {
                 "k": k,
                 "attack": name,
@@ -188,16 +180,38 @@ class World:
                 "top10": result.top10,
                 "seconds": time.perf_counter() - began,
                 "tokens": result.tokens,
-                "samples": len(inversion.ids),
+                "samples": samples,
                 "baseline": result.baseline,
-                "knowledge": knowledge,
+                "knowledge": knowledge or result.knowledge,
             }
             if name == "optimisation":  # no other token can be found
-                ids = torch.cat(truth[: len(inversion.ids)])
+                ids = torch.cat(truth[:samples])
                 scored = ids[~torch.isin(ids, torch.tensor(sorted(special)))]
                 row["reachable"] = float(torch.isin(scored, self.frequent).double().mean())
             rows.append(row)
         return rows
+
+    def attack(self, name: str, seed: int) -> Attack:
+        """Return a row of the attacks' table with this experiment's budget."""
+        own: dict[str, dict[str, Any]] = {
+            "optimisation": {
+                "steps": int(self.options["optimisation-steps"]),
+                "samples": int(self.options["optimisation-samples"]),
+                "shortlist": int(self.options["shortlist"]),
+                "batch": 12,
+            },
+            "learned": {"steps": int(self.options["learned-steps"])},
+        }
+        return make_attack(name, seed, own)
+
+    def knowledge(self, k: int, special: set[int]) -> Public:
+        """Return what every attacker knows of a split at ``k``."""
+        return Public(
+            bottom=split(self.loaded.model, k, verify=False)[0].eval(),
+            public_ids=[x.tolist() for x in self.public],
+            special_ids=frozenset(special),
+            states=self.public_states[k],
+        )
 
     @cached_property
     def _lone(self) -> list[Tensor]:
@@ -231,49 +245,6 @@ class World:
         )
         centre = torch.from_numpy(np.exp(weight)).float() @ lone
         return lone - centre, means
-
-
-def _nearest(world: World, k: int, seed: int, received: Sequence[Tensor]) -> tuple[Inversion, str]:
-    attack = NearestNeighbour()
-    if k == 0:
-        bottom = split(world.loaded.model, 0, verify=False)[0].eval()
-        longest = max(len(x) for x in received)
-        return attack.invert(received, candidates_of(bottom, bottom.vocab, longest)), (
-            attack.knowledge
-        )
-    lone, means = world.lone_candidates(k)
-    centred = [x - means[: len(x)] for x in received]
-    found = attack.invert(centred, MatrixCandidates(lone))
-    return found, "white box: the initial bottom; each token alone, and public text's mean states"
-
-
-def _optimisation(
-    world: World, k: int, seed: int, received: Sequence[Tensor]
-) -> tuple[Inversion, str]:
-    bottom = split(world.loaded.model, k, verify=False)[0].eval()
-    attack = OptimisationInversion(
-        steps=int(world.options["optimisation-steps"]), batch=12, seed=seed
-    )
-    found = attack.invert(
-        received[: int(world.options["optimisation-samples"])],
-        bottom,
-        probe(bottom.model).input_embeddings,
-        bottom.vocab,
-        world.frequent,
-    )
-    if len(world.frequent) == bottom.vocab:
-        return found, attack.knowledge
-    return found, f"{attack.knowledge}; {len(world.frequent)} ids, public text's most frequent"
-
-
-def _learned(world: World, k: int, seed: int, received: Sequence[Tensor]) -> tuple[Inversion, str]:
-    attack = LearnedInversion(steps=int(world.options["learned-steps"]), seed=seed)
-    found = attack.invert(received, world.public_states[k], world.public, world.table)
-    return found, attack.knowledge
-
-
-# attack -> (world, k, seed, received) -> guesses and the knowledge that they took
-ATTACKERS = {"nearest": _nearest, "optimisation": _optimisation, "learned": _learned}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,11 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from fedsplit.attacks.labels.leakage import LabelLeakage, labels_from_direction
-from fedsplit.attacks.scoring import wilson_interval
+from fedsplit.attacks import Truth, View, make_attack
+from fedsplit.attacks.transcripts import Transcript, read_capture
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError, check
 from fedsplit.seeding import torch_generator
-from fedsplit.wire.codecs import decode_rows
-from fedsplit.wire.frames import Frame, Kind, decode
 from simulations.core.cells import Cells, Row
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment
@@ -120,8 +118,8 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
         config, server = run_in_process(config, folder)
         shares = owner_shares(config, load_base(config).tokenizer)
         nodes = LocalGrid(config, config.data.owners).nodes
-        recorded = read_capture(
-            folder / "server" / "capture", {n: shares[i] for n, i in nodes.items()}
+        recorded = recorded_of(
+            read_capture(folder / "server" / "capture"), [shares[nodes[n]] for n in sorted(nodes)]
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,70 +146,28 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
     return rows
 
 
-def read_capture(folder: Path, shares: Mapping[int, OwnerShare]) -> Recorded:
+def recorded_of(transcript: Transcript, shares: Sequence[OwnerShare]) -> Recorded:
     """Put the recorded gradients of all owners' training samples together.
 
     Args:
-        folder: one file of frames per node, session after session.
-        shares: node -> its owner's samples; their labels are for scoring.
+        transcript: what the server received.
+        shares: the owners' samples, in the order of their nodes; their labels are for scoring.
 
     Raises:
         RunError: nothing was recorded.
     """
-    first: dict[tuple[int, int], Tensor] = {}
-    whole: dict[tuple[int, int], Tensor] = {}
-    for path in sorted(folder.glob("*-train.bin")):
-        node = int(path.name.partition("-")[0])
-        batches: dict[int, list[int]] = {}
-        for frame in frames(path):
-            if frame.kind is Kind.BATCH:
-                batches[frame["step"]] = list(frame["slots"])
-            elif frame.kind is Kind.GRAD:
-                gradients = decode_rows(frame.body, tuple(frame["shape"]), frame["codec"])
-                slots = batches[frame["step"]]
-                for slot, row in zip(slots, gradients, strict=True):
-                    row = row.double() * len(slots)  # of the sample's own loss
-                    first.setdefault((node, slot), row)
-                    whole[node, slot] = whole.get((node, slot), torch.zeros_like(row)) + row
+    first, whole, truth = [], [], []
+    for share in shares:
+        key = (share.name, "train")
+        for slot in sorted(transcript.gradients[0].get(key, {})) if transcript.gradients else ():
+            passes = [p[key][slot].double() for p in transcript.gradients if slot in p.get(key, {})]
+            first.append(passes[0])
+            whole.append(sum(passes[1:], passes[0]))
+            assert share.train.labels is not None, "the experiment is about classes"
+            truth.append(int(share.train.labels[slot]))
     if not first:
-        raise RunError(f"{folder}: must hold recorded gradients")
-    order = sorted(first)
-    truth = []
-    for node, slot in order:
-        labels = shares[node].train.labels
-        assert labels is not None, "the experiment is about classes"
-        truth.append(int(labels[slot]))
-    return Recorded(
-        torch.stack([first[k] for k in order]),
-        torch.stack([whole[k] for k in order]),
-        torch.tensor(truth),
-    )
-
-
-def frames(path: Path) -> Iterator[Frame]:
-    """Yield the frames of one recorded session after another."""
-    data = path.read_bytes()
-    at = 0
-    while at < len(data):
-        length = int.from_bytes(data[at : at + 8], "little")
-        yield decode(data[at + 8 : at + 8 + length], length)
-        at += 8 + length
-
-
-def labels_from_norm(gradients: Tensor, known: Mapping[int, int]) -> Tensor:
-    """Return two-class labels by gradient norm: one threshold, fitted to >= 2 ``known`` rows."""
-    norms = gradients.norm(dim=1)
-    mine = norms[list(known)]
-    labels = torch.tensor(list(known.values()))
-    best, guess = -1, torch.zeros(len(norms), dtype=torch.int64)
-    levels = mine.sort().values
-    for threshold in ((levels[1:] + levels[:-1]) / 2).tolist():
-        for above in (0, 1):
-            found = torch.where(mine >= threshold, above, 1 - above)
-            right = int((found == labels).sum())
-            if right > best:
-                best, guess = right, torch.where(norms >= threshold, above, 1 - above)
-    return guess
+        raise RunError("capture: must hold recorded gradients")
+    return Recorded(torch.stack(first), torch.stack(whole), torch.tensor(truth))
 
 
 def attack_all(
@@ -221,29 +177,26 @@ def attack_all(
     n = len(recorded.truth)
     generator = torch_generator(seed, "label-leakage", "known")
     given = {int(i): int(recorded.truth[i]) for i in torch.randperm(n, generator=generator)[:known]}
-    attacks: dict[str, Callable[[Tensor], Tensor]] = {
-        "norm": lambda rows: labels_from_norm(rows, given),
-        "direction": lambda rows: labels_from_direction(rows, given),
-    }
+    methods = {"norm": "norm", "direction": "direction"}
     if not client_head:
-        attacks = {"sign": LabelLeakage("logits").infer, **attacks}
-    scored = torch.ones(n, dtype=torch.bool)
-    scored[list(given)] = False
-    truth = recorded.truth[scored]
+        methods = {"sign": "logits", **methods}
+    truth = Truth(labels=recorded.truth)
     result: dict[str, dict[str, Any]] = {}
-    for name, attack in attacks.items():
-        once = float((attack(recorded.first)[scored] == truth).double().mean())
-        whole = float((attack(recorded.whole)[scored] == truth).double().mean())
-        leaked = max(once, whole)
-        low, high = wilson_interval(leaked, len(truth))
+    for name, method in methods.items():
+        attack = make_attack("label_leakage", method=method)
+        once, whole = (
+            attack.run(View(gradients=list(rows.unbind(0)), known=given), truth)
+            for rows in (recorded.first, recorded.whole)
+        )
+        most = max(once, whole, key=lambda found: found.success)
         result[name] = {
-            "leaked": leaked,
-            "leaked_low": low,
-            "leaked_high": high,
-            "leaked_one_pass": once,
-            "leaked_all_passes": whole,
-            "baseline": int(torch.bincount(truth).max()) / len(truth),
-            "samples": len(truth),
+            "leaked": most.success,
+            "leaked_low": most.interval[0],
+            "leaked_high": most.interval[1],
+            "leaked_one_pass": once.success,
+            "leaked_all_passes": whole.success,
+            "baseline": most.baseline,
+            "samples": most.tokens,
         }
     return result
 

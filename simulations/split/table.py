@@ -8,18 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.attacks import ATTACKS
 from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
 
-# Attack -> the attacker in words, from the weakest to the strongest.
-ATTACKERS = {
-    "embedding_inversion": "read as its nearest vocabulary vector",
-    "map_inversion": "an attacker who also knows the noise and word frequencies",
-    "contextual_inversion": "... and which words follow which",
-    "optimisation_inversion": "inputs fitted to what left",
-    "learned_inversion": "a model taught on public text behind the same bottom",
-    "exact_inversion": "every next token tried",
-}
+# Result -> the attacker in words, from the weakest to the strongest.
+ATTACKERS = {row.result_key: row.words for row in ATTACKS.values() if row.words}
 
 
 def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[str]) -> None:

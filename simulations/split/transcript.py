@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsplit.attacks.inversion.files import build_attacker
-from fedsplit.attacks.inversion.suite import Budget
+from fedsplit.attacks import Truth, View, suited
+from fedsplit.attacks.files import Budget, public_knowledge
 from fedsplit.attacks.transcripts import (
     TRUTH,
     Samples,
@@ -29,16 +29,6 @@ __all__ = [
     "write_truth_file",
 ]
 
-KEYS = {
-    "nearest": "embedding_inversion",
-    "map": "map_inversion",
-    "contextual": "contextual_inversion",
-    "optimisation": "optimisation_inversion",
-    "learned": "learned_inversion",
-    "exact_search": "exact_inversion",
-}
-"""attack -> its key among a run's results."""
-
 
 def truth_of(shares: Sequence[OwnerShare]) -> Samples:
     """Return what only the experimenter knows: (owner, split) -> slot -> token ids."""
@@ -46,10 +36,20 @@ def truth_of(shares: Sequence[OwnerShare]) -> Samples:
     return {(name, part): dict(enumerate(held.ids)) for name, part, held in parts}
 
 
+def labels_of(shares: Sequence[OwnerShare]) -> dict[tuple[str, str], dict[int, int]]:
+    """Return the private labels, where there are classes: (owner, split) -> slot -> label."""
+    parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
+    return {
+        (name, part): dict(enumerate(held.labels.tolist()))
+        for name, part, held in parts
+        if held.labels is not None
+    }
+
+
 def write_truth_file(folder: Path, shares: Sequence[OwnerShare]) -> Path:
     """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
     path = folder / TRUTH
-    write_truth(path, truth_of(shares))
+    write_truth(path, truth_of(shares), labels_of(shares))
     return path
 
 
@@ -74,7 +74,7 @@ def attack_transcript(
         budget: what the attackers may spend.
 
     Returns:
-        Per attack (see :data:`KEYS`) its result.  At k = 0 ``embedding_inversion``, the nearest
+        Per attack (its ``result_key``) its result.  At k = 0 ``embedding_inversion``, the nearest
         neighbour, which knows nothing of the noise, and with noise ``map_inversion`` and
         ``contextual_inversion``, which know its law and the language; with blocks
         ``optimisation_inversion`` and ``learned_inversion``.
@@ -83,8 +83,11 @@ def attack_transcript(
         AttackError: no transcript.
     """
     rows, ids = _chosen(config, transcript, shares, samples)
-    attacker = build_attacker(config, public=public, budget=budget, seed=config.seed)
-    return {KEYS[name]: attacker.run(name, rows, ids).to_dict() for name in attacker.suited()}
+    view = View(public=public_knowledge(config, public=public), rows=rows, seed=config.seed)
+    return {
+        attack.result_key: attack.run(view, Truth(ids=ids)).to_dict()
+        for attack in suited(view, config.seed, budget)
+    }
 
 
 def embedding_inversion(

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from fedsplit import storage
-from fedsplit.config import OffsiteConfig, RunConfig
-from fedsplit.emulators import Emulator, Material, make_compressor
+from fedsplit.config import RunConfig
+from fedsplit.data import docstrings_are_public
+from fedsplit.emulators import COMPRESSORS, Emulator, Material, make_compressor
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.files import load_emulator, save_emulator
 from fedsplit.emulators.importance.files import Importance, ImportanceSettings
 from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.emulators.lm import pack
-from fedsplit.errors import ConfigError, FedsplitError, RunError
+from fedsplit.emulators.settings import by_importance, compressor_settings, needs_importance
+from fedsplit.errors import FedsplitError, RunError
 from fedsplit.models.loading import LoadedModel
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
@@ -63,17 +65,13 @@ def public_blocks(config: RunConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: less than two blocks.
     """
-    texts = public_texts(config.offsite.public, docstrings=config.data.kind != "docstrings")
+    texts = public_texts(config.offsite.public, docstrings=docstrings_are_public(config.data.kind))
     ids: list[int] = []
     for text in texts:
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
     blocks = pack(torch.tensor(ids, dtype=torch.int64), config.offsite.block)
     held = max(1, min(64, len(blocks) // 8))
     return blocks[held:], blocks[:held]
-
-
-def _needs_importance(o: OffsiteConfig) -> bool:
-    return o.by_importance or (o.compressor == "scaleot" and o.alpha > 0)
 
 
 def _importance_settings(config: RunConfig) -> ImportanceSettings:
@@ -88,7 +86,7 @@ def importance_for(
 
     One in ``folder`` that was made with the same text is gone on with.
     """
-    if not _needs_importance(config.offsite):
+    if not needs_importance(config.offsite):
         return None
     half = max(1, len(tokens) // 2)
     resume = None
@@ -110,45 +108,6 @@ def importance_for(
     return run.run(checkpoint=folder)
 
 
-def compressor_settings(
-    o: OffsiteConfig, layers: int, placed: tuple[int, ...] = ()
-) -> dict[str, Any]:
-    """Return the compressor's own settings from the run's.
-
-    Args:
-        o: the run's.
-        layers: blocks of the model.
-        placed: A's blocks where importance decides and the compressor knows nothing of it.
-
-    Raises:
-        ConfigError: a compressor that has no choice of blocks was given none.
-    """
-    if o.compressor == "scaleot":
-        where: dict[str, Any] = {"adapters": o.chosen} if o.chosen else {"n_adapters": o.adapters}
-        return {
-            **where,
-            "alpha": o.alpha,
-            "beta": o.beta,
-            "rank_by": o.rank_by,
-            "settle_steps": o.settle_steps,
-        }
-    chosen = o.chosen or placed
-    if not chosen:
-        half = max(1, o.adapters // 2)
-        chosen = tuple(sorted({*range(half), *range(layers - (o.adapters - half), layers)}))
-    own: dict[str, dict[str, Any]] = {
-        "layerdrop": {"keep": o.keep, "distil_steps": o.settle_steps},
-        "crash": {"clusters": o.keep},
-        "gradot": {"attention": o.beta, "ffn": o.beta},
-        "magnitude": {"sparsity": o.beta},
-        "quantised": {},
-    }
-    if o.compressor not in own:
-        known = ", ".join(sorted([*own, "scaleot"]))
-        raise ConfigError(f"offsite.compressor={o.compressor!r}: must be one of {known}")
-    return {"adapters": chosen, **own[o.compressor]}
-
-
 def make_emulator(
     config: RunConfig, loaded: LoadedModel, tokens: Tensor, folder: Path | None
 ) -> tuple[Emulator, dict[str, Any]]:
@@ -160,7 +119,7 @@ def make_emulator(
     o = config.offsite
     material = Material(tokens=tokens, importance=importance, base_digest=loaded.digest)
     placed: tuple[int, ...] = ()
-    if o.by_importance and o.compressor != "scaleot":
+    if by_importance(o) and not COMPRESSORS[o.compressor].places:
         ranking = ScaleOT(n_adapters=o.adapters, rank_by=o.rank_by)
         placed = ranking.plan(loaded.model, material).adapters
         material = replace(material, importance=None)
@@ -238,11 +197,11 @@ def _recipe(config: RunConfig, loaded: LoadedModel, tokens: Tensor) -> dict[str,
     """Return all that decides an emulator, as JSON gives it back."""
     o = config.offsite
     layers = int(loaded.model.config.num_hidden_layers)
-    scored = _importance_settings(config) if _needs_importance(o) else None
+    scored = _importance_settings(config) if needs_importance(o) else None
     about = {
         "compressor": o.compressor,
         "settings": compressor_settings(o, layers),
-        "placed": [o.adapters, o.rank_by] if o.by_importance else None,
+        "placed": [o.adapters, o.rank_by] if by_importance(o) else None,
         "importance": asdict(scored) if scored is not None else None,
         "base": loaded.digest,
         "dtype": config.model.dtype,

@@ -66,6 +66,10 @@ class Recorder:
 
     def joined(self, owner: str, node: int, link: Link) -> None:
         """Take note that an owner's session was accepted."""
+        if self._capture and self._folder is not None:
+            folder = self._folder / "capture"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{node}.owner").write_text(owner, encoding="utf-8")
         if self._observers is not None:
             self._observers.session_opened(owner, node, link)
 

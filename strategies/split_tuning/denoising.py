@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from fedsplit.config import RunConfig
+from fedsplit.data import docstrings_are_public
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.privacy import Mechanism, mechanism_type
@@ -113,7 +114,7 @@ class Material:
     def texts(self) -> list[str]:
         """Return public text; docstrings are none where they are the owners' data."""
         c = self.config
-        return public_texts(c.privacy.public_text, docstrings=c.data.kind != "docstrings")
+        return public_texts(c.privacy.public_text, docstrings=docstrings_are_public(c.data.kind))
 
     def ids(self) -> list[list[int]]:
         """Return public text as token ids."""
@@ -204,7 +205,9 @@ def _text_identity(config: RunConfig) -> str:
     path = config.privacy.public_text
     if path:
         return hashlib.sha256("\n".join(public_texts(path)).encode()).hexdigest()
-    return f"python {platform.python_version()} docstrings={config.data.kind != 'docstrings'}"
+    return (
+        f"python {platform.python_version()} docstrings={docstrings_are_public(config.data.kind)}"
+    )
 
 
 def build_denoiser(

@@ -10,12 +10,11 @@ import torch
 
 from fedsplit.attacks.scoring import (
     Inversion,
-    bootstrap_interval,
     clustered_interval,
     score_tokens,
-    wilson_interval,
 )
 from fedsplit.errors import AttackError
+from fedsplit.statistics import wilson_interval
 
 
 def guesses(*rows: list[int]) -> Inversion:
@@ -34,6 +33,8 @@ def test_accuracy_is_positional_and_skips_specials():
     assert result.empirical_privacy == pytest.approx(2 / 3)
     assert result.baseline == pytest.approx(2 / 3)
     assert result.top10 is None
+    assert result.per_text == ((0, 2), (1, 1))
+    assert result.text_recovery == 0.5
     assert json.loads(json.dumps(result.to_dict()))["seconds"] == 0.5
 
 
@@ -52,8 +53,7 @@ def test_wilson_reference_value():
     assert wilson_interval(0.0, 100)[1] == pytest.approx(0.0370, abs=1e-4)
 
 
-@pytest.mark.parametrize("interval", [clustered_interval, bootstrap_interval])
-def test_clustered_intervals_cover(interval):
+def test_clustered_intervals_cover():
     """Samples differ in difficulty (beta), tokens of one fall together: about 95 % coverage."""
     rng = np.random.default_rng(1)
     covered = naive = 0
@@ -61,11 +61,7 @@ def test_clustered_intervals_cover(interval):
     for _ in range(runs):
         total = rng.integers(5, 40, 80).astype(float)
         correct = rng.binomial(total.astype(int), rng.beta(2, 3, 80)).astype(float)
-        low, high = (
-            interval(correct, total, draws=300)
-            if interval is bootstrap_interval
-            else interval(correct, total)
-        )
+        low, high = clustered_interval(correct, total)
         covered += low <= 0.4 <= high
         low, high = wilson_interval(correct.sum() / total.sum(), total.sum())
         naive += low <= 0.4 <= high

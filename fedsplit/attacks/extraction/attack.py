@@ -17,41 +17,109 @@ which was never tuned on it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsplit.attacks.base import Attack, Truth, View
+from fedsplit.attacks.extraction.gap import Closed, closed_share
+from fedsplit.attacks.extraction.regrow import regrown
+from fedsplit.attacks.scoring import AttackResult
 from fedsplit.data.batches import epoch_batches
-from fedsplit.emulators.build import Emulator
-from fedsplit.emulators.compression.linears import LowRankLinear, QuantisedLinear
-from fedsplit.emulators.compression.structure import (
-    Model,
-    evaluating,
-    frozen,
-    tiny_logits,
-    with_blocks,
+from fedsplit.emulators.build import (
+    Emulator,
+    adapter_state,
+    build_emulator,
+    load_adapters,
+    plug_in,
 )
+from fedsplit.emulators.compression.structure import Model, evaluating, frozen
 from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
-from fedsplit.emulators.planning.plan import DROP, HARMONIZER
-from fedsplit.errors import AttackError, UnsupportedModelError, check
-from fedsplit.evaluation.perplexity import TextLoss
+from fedsplit.emulators.planning.plan import EmulatorPlan
+from fedsplit.errors import AttackError, check
+from fedsplit.evaluation.perplexity import TextLoss, text_loss
 from fedsplit.models.anatomy import probe
-from fedsplit.models.layout.projections import layout_of
-from fedsplit.models.splitting.structure import mirror
-from fedsplit.seeding import derive_seed, numpy_generator
+from fedsplit.seeding import derive_seed
 
 Progress = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
-class Extraction:
+class Task:
+    """Private work that the owner tuned adapters for.
+
+    Attributes:
+        adapters: the tuned ones, by their names in the full model.
+        tokens: the work's held-out ids (n,).
+    """
+
+    adapters: Mapping[str, Tensor]
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the attack had reached with part of its budget.
+
+    Attributes:
+        steps: done.
+        tokens: of public text run so far, repeats counted.
+        queried: of these sent to the full model.
+        public: the gap on held-out public text, adapters as they were sent.
+        task: the gap between the owner's tuned emulator and the plug-in; None without a task.
+    """
+
+    steps: int
+    tokens: int
+    queried: int
+    public: Closed
+    task: Closed | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one flat row."""
+        row: dict[str, Any] = {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "queried_tokens": self.queried,
+        }
+        for name, closed in (("public", self.public), ("task", self.task)):
+            if closed is None:
+                continue
+            low, high = closed.interval or (None, None)
+            row |= {
+                f"{name}_full": closed.full,
+                f"{name}_emulator": closed.emulator,
+                f"{name}_attacked": closed.attacked,
+                f"{name}_closed": closed.share,
+                f"{name}_low": low,
+                f"{name}_high": high,
+            }
+        return row
+
+
+@dataclass(frozen=True)
+class Gap:
+    """What an extraction is measured on.
+
+    Attributes:
+        base: the full model; as it was afterwards.
+        held_out: ids (n,) of public text that the attacker did not train on.
+        task: what the owner tuned adapters for.
+    """
+
+    base: Model
+    held_out: Tensor
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class Extraction(Attack):
     """An owner who trains the emulator's middle on public text.
 
     Attributes:
@@ -64,6 +132,10 @@ class Extraction:
         regrow: start from :func:`regrown`.
         bf16: autocast to bfloat16 (weights stay as they are).
         seed: of the order of the blocks.
+        window: tokens of the losses' windows; intervals are over half-windows.
+        marks: steps at which the gap is measured, besides the last.
+        control: train the full model's own blocks outside A instead of the emulator's.  What that
+            closes beyond 1 is adaptation to the public text, which needs no extraction.
     """
 
     steps: int = 200
@@ -73,14 +145,22 @@ class Extraction:
     regrow: bool = False
     bf16: bool = False
     seed: int = 0
+    window: int = 128
+    marks: tuple[int, ...] = ()
+    control: bool = False
 
     name: ClassVar[str] = "extraction"
-    budget: ClassVar[tuple[str, ...]] = ("steps", "batch_size", "regrow")
+    reads: ClassVar[str] = "the emulator's gap"
+    needs: ClassVar[tuple[str, ...]] = ("emulator", "text")
+    budget: ClassVar[tuple[str, ...]] = ("steps", "batch_size", "queries", "regrow")
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, "steps", self.steps, ">= 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1 (blocks)")
         check(self.lr > 0, "lr", self.lr, "> 0")
+        outside = [m for m in self.marks if not 0 <= m <= self.steps]
+        if outside:
+            raise AttackError(f"mark={outside[0]}: must be in 0..{self.steps} steps")
 
     @property
     def knowledge(self) -> str:
@@ -89,6 +169,47 @@ class Extraction:
         return f"the emulator, public text{more}"
 
     def run(
+        self,
+        view: View,
+        truth: Truth,
+        *,
+        on_look: Callable[[Look], None] | None = None,
+    ) -> AttackResult:
+        """Train an emulator toward its model, and say what share of the gap is closed.
+
+        ``detail`` of the result holds every :class:`Look`; its success is the last one's share on
+        public text (0 where there is no gap to close).
+
+        Args:
+            view: with the emulator, the attacker's text and, with ``queries``, the model's answers.
+            truth: its ``gap`` is a :class:`Gap`.
+            on_look: called with each look as it is made.
+
+        Raises:
+            AttackError: the attack cannot be run, or the truth is of another kind.
+            DataError: tokens are not ids of the right shape.
+        """
+        self.check(view)
+        gap = truth.gap
+        if not isinstance(gap, Gap) or view.text is None:
+            raise AttackError("truth.gap: must be what the extraction is measured on")
+        start = time.perf_counter()
+        looks = measure(self, view.emulator, gap, view.text, view.teacher, on_look)
+        last = looks[-1].public
+        return AttackResult(
+            name=self.name,
+            success=last.share or 0.0,
+            interval=last.interval or (0.0, 0.0),
+            tokens=looks[-1].tokens,
+            baseline=0.0,
+            top10=None,
+            knowledge=self.knowledge,
+            seconds=time.perf_counter() - start,
+            extra={"rows": [look.to_json() for look in looks]},
+            detail=tuple(looks),
+        )
+
+    def train(
         self,
         emulator: Emulator,
         public: Tensor,
@@ -173,129 +294,70 @@ def _outside_adapters(model: Model, emulator: Emulator) -> list[nn.Parameter]:
     return list(chosen.values())
 
 
-def regrown(emulator: Emulator) -> Model:
-    """Return the emulator's model at the full model's size, computing what it did.
+def measure(
+    attack: Extraction,
+    emulator: Emulator,
+    gap: Gap,
+    public: Tensor,
+    teacher: Model | None = None,
+    on_look: Callable[[Look], None] | None = None,
+) -> list[Look]:
+    """Run an attack and measure it at its marks and at its end; see :meth:`Extraction.run`."""
+    check_tokens("public", public)
+    base, held_out, task = gap.base, gap.held_out, gap.task
 
-    Low-rank and quantised matrices become plain ones.  Wherever the plan has no block of full size
-    there is a new one: a copy of the nearest whole block, with the projections onto the residual
-    stream set to zero (a harmonizer stays, with the new block behind it).
+    def loss(model: Model, ids: Tensor) -> TextLoss:
+        return text_loss(model, ids, window=attack.window)
 
-    Args:
-        emulator: its adapters stay the very same tensors; other parts may be changed.
+    full, sent = loss(base, held_out), loss(emulator.model, held_out)
+    task_full = task_sent = None
+    if task is not None:
+        with _Swapped(emulator, task.adapters):
+            task_sent = loss(emulator.model, task.tokens)
+        before = plug_in(base, task.adapters, emulator.plan)
+        try:
+            task_full = loss(base, task.tokens)
+        finally:
+            plug_in(base, before, emulator.plan)
+    victim = emulator
+    if attack.control:
+        plan = EmulatorPlan.with_adapters(emulator.plan.num_layers, emulator.plan.adapters)
+        victim = build_emulator(base, plan, base_digest=emulator.base_digest)
+    looks: list[Look] = []
 
-    Raises:
-        AttackError: if nothing is missing.
-        UnsupportedModelError: if the family's blocks have no such projections, or the new model
-            computes something else.
-    """
-    before = tiny_logits(emulator.model)
-    plan, anatomy = emulator.plan, probe(emulator.model)
-    widened = sum(_plain_matrices(block) for block in anatomy.blocks)
-    where = {position: index for index, position in enumerate(plan.positions)}
-    blocks: list[nn.Module] = []
-    places: list[int] = []
-    for position, role in enumerate(plan.roles):
-        if role != DROP:
-            blocks.append(anatomy.blocks[where[position]])
-            places.append(where[position])
-        if role in (DROP, HARMONIZER):
-            near = min(
-                (i for i in plan.positions if plan.roles[i] != HARMONIZER),
-                key=lambda i: (abs(i - position), i),
-            )
-            blocks.append(_silent_copy(anatomy.blocks[where[near]], emulator))
-            places.append(where[near])
-    made = emulator.model
-    if len(blocks) > len(anatomy.blocks):
-        made = with_blocks(made, [mirror(block) for block in blocks], places).eval()
-    elif not widened:
-        raise AttackError("regrow: the emulator has its full size: must lack something")
-    after = tiny_logits(made)
-    if before is None or after is None or not torch.allclose(before, after, atol=1e-4, rtol=1e-3):
-        kind = emulator.base_config.get("model_type")
-        raise UnsupportedModelError(f"regrow: a {kind} at full size computes something else")
-    return made
+    def look(step: int, model: Model, own: Emulator) -> None:
+        reached = closed_share(full, sent, loss(model, held_out), seed=attack.seed)
+        work = None
+        if task is not None and task_full is not None and task_sent is not None:
+            with _Swapped(own, task.adapters):
+                work = closed_share(
+                    task_full, task_sent, loss(model, task.tokens), seed=attack.seed
+                )
+        tokens = step * min(attack.batch_size, len(public)) * public.shape[1]
+        looks.append(Look(step, tokens, tokens if attack.queries else 0, reached, work))
+        if on_look is not None:
+            on_look(looks[-1])
 
-
-def _plain_matrices(block: nn.Module) -> int:
-    """Replace low-rank and quantised layers by plain ones, in place; return how many."""
-    found = [
-        (name, module)
-        for name, module in block.named_modules()
-        if isinstance(module, LowRankLinear | QuantisedLinear)
-    ]
-    for name, module in found:
-        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-        plain.weight = nn.Parameter(module.weight.detach().clone())
-        if module.bias is not None:
-            plain.bias = nn.Parameter(module.bias.detach().clone())
-        parent, _, child = name.rpartition(".")
-        setattr(block.get_submodule(parent), child, plain)
-    return len(found)
+    attack.train(
+        victim,
+        public,
+        teacher=teacher,
+        look=look,
+        marks=[*attack.marks, attack.steps],
+    )
+    return looks
 
 
-def _silent_copy(block: nn.Module, emulator: Emulator) -> nn.Module:
-    layout = layout_of(emulator.model.config)
-    fresh = copy.deepcopy(block)
-    for site in (layout.o, layout.down):
-        module = fresh.get_submodule(site.weight.rpartition(".")[0])
+class _Swapped:
+    """Other adapters in an emulator, for as long as it takes to measure."""
+
+    def __init__(self, emulator: Emulator, state: Mapping[str, Tensor]) -> None:
+        self._emulator, self._state = emulator, state
+
+    def __enter__(self) -> None:
+        self._before = adapter_state(self._emulator)
         with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.zero_()
-    return fresh
+            load_adapters(self._emulator, self._state)
 
-
-@dataclass(frozen=True)
-class Closed:
-    """What share of a gap was closed.
-
-    Attributes:
-        full: mean loss of the full model (nats a token); likewise the next two.
-        emulator: of the emulator as it was sent.
-        attacked: of the emulator after the attack.
-        share: (emulator - attacked) / (emulator - full); None where the emulator is not clearly
-            worse than the full model (the gap's own 95 % interval reaches 0): there is nothing to
-            close.
-        interval: 95 % interval of the share over blocks.
-    """
-
-    full: float
-    emulator: float
-    attacked: float
-    share: float | None
-    interval: tuple[float, float] | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        low_high = None if self.interval is None else list(self.interval)
-        return {**vars(self), "interval": low_high}
-
-
-def closed_share(
-    full: TextLoss, emulator: TextLoss, attacked: TextLoss, *, draws: int = 2000, seed: int = 0
-) -> Closed:
-    """Compare three losses of the same blocks of text.
-
-    The interval is a percentile bootstrap over blocks, all three losses of a block together.
-
-    Raises:
-        AttackError: if the blocks are not the same, or less than two.
-    """
-    tokens = full.block_tokens
-    for other in (emulator, attacked):
-        if not np.array_equal(other.block_tokens, tokens):
-            raise AttackError("losses: must be of the same blocks of one text")
-    if len(tokens) < 2:
-        raise AttackError(f"blocks={len(tokens)}: must be >= 2, for an interval")
-    gap = emulator.block_nats - full.block_nats
-    gain = emulator.block_nats - attacked.block_nats
-    spread = float(stats.t.ppf(0.975, len(gap) - 1)) * float(gap.std(ddof=1)) / len(gap) ** 0.5
-    share: float | None = None
-    interval: tuple[float, float] | None = None
-    if float(gap.mean()) > spread:
-        rng = numpy_generator(seed, "attacks", "extraction")
-        weight = rng.multinomial(len(gap), np.full(len(gap), 1.0 / len(gap)), size=draws)
-        shares = (weight @ gain) / (weight @ gap)
-        share = float(gain.sum() / gap.sum())
-        interval = (float(np.quantile(shares, 0.025)), float(np.quantile(shares, 0.975)))
-    return Closed(full.nats, emulator.nats, attacked.nats, share, interval)
+    def __exit__(self, *_: object) -> None:
+        load_adapters(self._emulator, self._before)

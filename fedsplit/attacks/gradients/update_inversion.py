@@ -1,12 +1,7 @@
-"""What an averaged update tells: tokens from moved embedding rows, labels from a head's bias, texts
-from matching gradients.
+"""A small batch's texts from its gradient: inputs are optimised until they cause it.
 
-- A token embedding's gradient is zero in every row whose token is not in the batch, so a joint
-  bottom's update names its tokens exactly (Fowl et al., ICLR 2023, arXiv 2201.12675).
-- The gradient of a head's bias is the mean of softmax(z) - onehot(y), so its entries count the
-  labels (iDLG, arXiv 2001.02610, for one sample; LLG, arXiv 2105.09369, for batches).
-- Deep leakage (Zhu et al., NeurIPS 2019, arXiv 1906.08935; for text with an added L1 term, TAG,
-  arXiv 2103.06819): inputs are optimised until they cause the observed gradient.
+Deep leakage (Zhu et al., NeurIPS 2019, arXiv 1906.08935; for text with an added L1 term, TAG, arXiv
+2103.06819).
 """
 
 from __future__ import annotations
@@ -21,112 +16,16 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedsplit.attacks.scoring import AttackResult, Inversion, wilson_interval
+from fedsplit.attacks.base import TokenAttack, Truth, View
+from fedsplit.attacks.gradients.update_sets import tokens_from_embedding_update
+from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
 from fedsplit.errors import AttackError, check
+from fedsplit.models.anatomy import probe
 from fedsplit.seeding import torch_generator
 
 
-def tokens_from_embedding_update(
-    before: Tensor, after: Tensor, *, tolerance: float = 1e-4
-) -> Tensor:
-    """Return the ids whose embedding rows moved other than by weight decay, sorted, ``(n,)``.
-
-    Decoupled weight decay shrinks every row by one common factor, which is estimated as the median
-    over rows and taken out.
-
-    Args:
-        before: the embedding that was sent out, ``(V, d)``.
-        after: the one that came back, or a mean of several, ``(V, d)``.
-        tolerance: of a row's move, relative to the largest.
-
-    Raises:
-        AttackError: if the shapes differ.
-    """
-    if before.shape != after.shape or before.dim() != 2:
-        raise AttackError(f"after={tuple(after.shape)}: must be {tuple(before.shape)}, (V, d)")
-    start = before.detach().double()
-    move = after.detach().double() - start
-    power = start.square().sum(1)
-    alive = power > 0
-    if not bool(alive.any()):
-        raise AttackError("before: all rows are 0: must be a model's embedding")
-    decay = ((move * start).sum(1)[alive] / power[alive]).median()
-    moved = (move - decay * start).norm(dim=1)
-    if float(moved.max()) <= 1e-12:
-        return torch.zeros(0, dtype=torch.int64)
-    ids: Tensor = (moved > tolerance * moved.max()).nonzero().squeeze(1)
-    return ids
-
-
-def label_counts_from_bias_gradient(
-    gradient: Tensor, batch: int, mean_probability: Tensor | None = None
-) -> Tensor:
-    """Return how many samples of each label a batch had, ``(C,) -> (C,)``, summing to ``batch``.
-
-    Args:
-        gradient: of the mean loss with respect to the last layer's bias, ``(C,)``.
-        batch: B.
-        mean_probability: mean softmax of the model on public text, ``(C,)``; None: uniform, which
-            is right for a new head.
-
-    Raises:
-        AttackError: for another shape.
-    """
-    if gradient.dim() != 1:
-        raise AttackError(f"gradient.shape={tuple(gradient.shape)}: must be (C,)")
-    check(batch >= 1, "batch", batch, ">= 1 (samples)")
-    classes = len(gradient)
-    p = torch.full((classes,), 1 / classes) if mean_probability is None else mean_probability
-    expected = (batch * (p.double() - gradient.detach().cpu().double())).clamp(min=0)
-    expected *= batch / expected.sum().clamp(min=1e-12)
-    whole = expected.floor()
-    missing = batch - int(whole.sum())
-    whole[(expected - whole).argsort(descending=True)[:missing]] += 1
-    return whole.long()
-
-
-def score_token_set(found: Tensor, truth: Sequence[Tensor], seconds: float = 0.0) -> AttackResult:
-    """Score ids read off an update: success is the share of the batch's distinct ids found.
-
-    Precision is reported beside it; guessing that same number of ids at random is the baseline
-    only where the vocabulary is known, so the baseline is 0 here.
-    """
-    start = time.perf_counter()
-    real = torch.unique(torch.cat(list(truth)).cpu())
-    hits = int(torch.isin(found.cpu(), real).sum())
-    success = hits / max(1, len(real))
-    return AttackResult(
-        name="gradient:tokens",
-        success=success,
-        interval=wilson_interval(success, len(real)),
-        tokens=len(real),
-        baseline=0.0,
-        top10=None,
-        knowledge="the joint bottom's embedding before and after an owner's update",
-        seconds=seconds + time.perf_counter() - start,
-        extra={"precision": hits / max(1, len(found)), "metric": "recall of distinct tokens"},
-    )
-
-
-def score_label_counts(found: Tensor, truth: Tensor, seconds: float = 0.0) -> AttackResult:
-    """Score counted labels: success is the share of the batch's labels that are accounted for."""
-    real = torch.bincount(truth.cpu(), minlength=len(found))
-    n = int(real.sum())
-    success = int(torch.minimum(found.cpu(), real).sum()) / n
-    return AttackResult(
-        name="gradient:labels",
-        success=success,
-        interval=wilson_interval(success, n),
-        tokens=n,
-        baseline=int(real.max()) / n,
-        top10=None,
-        knowledge="the head's bias gradient and the batch size",
-        seconds=seconds,
-    )
-
-
 @dataclass(frozen=True)
-class GradientInversion:
+class GradientInversion(TokenAttack):
     """The optimisation attack on a small batch's gradient, over relaxed token choices.
 
     Args:
@@ -140,7 +39,8 @@ class GradientInversion:
     """
 
     name: ClassVar[str] = "gradient"
-    knowledge: ClassVar[str] = (
+    needs: ClassVar[tuple[str, ...]] = ("update",)
+    knows: ClassVar[str] = (
         "white box: the model, one batch's gradient, its labels and shape; from the embedding's "
         "moved rows, its tokens"
     )
@@ -158,6 +58,67 @@ class GradientInversion:
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         check(self.lr > 0, "lr", self.lr, "> 0")
         check(self.l1 >= 0, "l1", self.l1, ">= 0")
+
+    def applies(self, view: View) -> bool:
+        """Return whether one batch's gradient, its shape and the model are known."""
+        return super().applies(view) and not _incomplete(view)
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses for the batch, in the attacker's own order.
+
+        Raises:
+            AttackError: the gradient, the batch's shape, its labels or the model are missing.
+        """
+        lacking = _incomplete(view)
+        if lacking:
+            raise AttackError(f"{lacking}: must be known to the attack {self.name!r}")
+        update, model = view.update, view.public.model
+        assert update is not None, "checked"
+        assert update.shape is not None, "checked"
+        if hasattr(model, "set_attn_implementation"):
+            model.set_attn_implementation("eager")  # differentiated twice
+        model.eval()
+        weight = probe(model).input_embeddings.get_parameter("weight")
+        named = dict(model.named_parameters())
+        names = [n for n in update.gradient if n in named and named[n] is not weight]
+        table = weight.detach()
+        moved = [n for n in update.gradient if named.get(n) is weight]
+        candidates = None
+        if moved:  # the rows that have a gradient are the batch's tokens
+            candidates = tokens_from_embedding_update(table, table - update.gradient[moved[0]])
+        labels = update.labels
+        mask = torch.ones(update.shape, dtype=torch.int64)
+
+        def loss(soft: Tensor) -> Tensor:
+            out = model(inputs_embeds=soft, attention_mask=mask, labels=labels)
+            found: Tensor = out.loss
+            return found
+
+        return self.invert(
+            [update.gradient[n] for n in names],
+            [named[n] for n in names],
+            loss,
+            table,
+            update.shape,
+            candidates,
+        )
+
+    def run(self, view: View, truth: Truth) -> AttackResult:
+        """Read the batch, and score it in the order that fits best: a mean has none.
+
+        Raises:
+            AttackError: the view lacks something, or the truth is of another shape.
+        """
+        self.check(view)
+        found = align_batch(self.read(view), truth.ids)
+        return score_tokens(
+            self.name,
+            found,
+            list(truth.ids),
+            special_ids=view.public.special_ids,
+            knowledge=self.knowledge,
+            extra={"samples": len(truth.ids)},
+        )
 
     def invert(
         self,
@@ -242,6 +203,16 @@ class GradientInversion:
             (logits.grad,) = torch.autograd.grad(squared + self.l1 * absolute, [logits])
             optimiser.step()
         return best, lowest
+
+
+def _incomplete(view: View) -> str:
+    """Return what the view lacks for a batch to be read from its gradient."""
+    update = view.update
+    if update is None or not update.gradient:
+        return "gradient"
+    if update.shape is None or update.labels is None:
+        return "the batch's shape and labels"
+    return "" if view.public.model is not None else "the model"
 
 
 def align_batch(inversion: Inversion, truth: Sequence[Tensor]) -> Inversion:

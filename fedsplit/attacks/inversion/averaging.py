@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.privacy.denoising.candidate_search import search
@@ -50,7 +52,7 @@ def average_views(views: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], floa
 
 
 @dataclass(frozen=True)
-class AveragingInversion:
+class AveragingInversion(TokenAttack):
     """The attack: the nearest neighbour of each sample's mean view.
 
     Args:
@@ -58,14 +60,22 @@ class AveragingInversion:
     """
 
     name: ClassVar[str] = "averaging"
-    knowledge: ClassVar[str] = (
+    knows: ClassVar[str] = (
         "white box: the initial bottom (k = 0), and every view of each sample (epochs, runs)"
     )
-    budget: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ("rows", "repeats")
     top_k: int = 10
 
     def __post_init__(self) -> None:
         check(self.top_k >= 1, "top_k", self.top_k, ">= 1 (guesses)")
+
+    def applies(self, view: View) -> bool:
+        """Return whether samples were seen more than once, and rows have a candidate set."""
+        return super().applies(view) and has_candidates(view)
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses."""
+        return self.invert([view.rows, *view.repeats], view.public.candidates(view.rows))
 
     def invert(self, views: Sequence[Sequence[Tensor]], candidates: Candidates) -> Inversion:
         """Guess the tokens behind samples seen several times; see :func:`average_views`.

@@ -10,7 +10,7 @@ posterior's order, so its first guess minimises the expected number of wrong tok
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,18 +19,20 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
-from fedsplit.attacks.ngram import Floats, Ints, NgramModel
+from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates
+from fedsplit.privacy.denoising.ngram import Floats, Ints, NgramModel
 from fedsplit.privacy.denoising.position_candidates import in_coordinates
 from fedsplit.privacy.denoising.posterior import Touched, likelihood_of, whiten
 from fedsplit.privacy.mechanisms.base import Mechanism
 
 
 @dataclass(frozen=True)
-class ContextualInversion:
+class ContextualInversion(TokenAttack):
     """The attack: unigram MAP's best candidates, re-read in context.
 
     Args:
@@ -40,11 +42,14 @@ class ContextualInversion:
     """
 
     name: ClassVar[str] = "contextual"
-    knowledge: ClassVar[str] = (
+    knows: ClassVar[str] = (
         "white box: the initial bottom (k = 0), the mechanism's law, bigrams and trigrams of "
         "public text"
     )
     budget: ClassVar[tuple[str, ...]] = ("shortlist", "order")
+    keys: ClassVar[Mapping[str, tuple[str, int]]] = {"shortlist": ("shortlist", 1)}
+    result_key: ClassVar[str] = "contextual_inversion"
+    words: ClassVar[str] = "... and which words follow which"
     order: int = 2
     shortlist: int = 64
     top_k: int = 10
@@ -53,6 +58,16 @@ class ContextualInversion:
         check(self.order in (2, 3), "order", self.order, "2 or 3 (tokens)")
         check(self.shortlist >= 2, "shortlist", self.shortlist, ">= 2 (candidates)")
         check(1 <= self.top_k <= self.shortlist, "top_k", self.top_k, "in 1..shortlist (guesses)")
+
+    def applies(self, view: View) -> bool:
+        """Return whether there are candidates and noise of a known law."""
+        return super().applies(view) and has_candidates(view) and view.public.noisy
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses."""
+        of = view.public
+        candidates = of.candidates(view.rows)
+        return self.invert(view.rows, candidates, of.known_mechanism, of.language, of.touched)
 
     def invert(
         self,

@@ -15,7 +15,7 @@ so a token that the public text never had can be read as well.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.nearest import has_candidates
+from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.privacy.mechanisms.base import Mechanism
@@ -84,7 +87,7 @@ class Inverter(nn.Module):
 
 
 @dataclass(frozen=True)
-class LearnedInversion:
+class LearnedInversion(TokenAttack):
     """The attack: a small inverter, trained before anything was received.
 
     Args:
@@ -95,33 +98,55 @@ class LearnedInversion:
         lr: of AdamW, warmed up and decayed linearly.
         negatives: tokens drawn by frequency that each batch is told apart from, beside its own.
         ridge: of the regression, relative to the received vectors' mean square.
+        public_samples: public texts that it is trained on at most.
         seed: of initialisation, batches and simulated noise.
         top_k: guesses ranked per token.
     """
 
     name: ClassVar[str] = "learned"
-    knowledge: ClassVar[str] = (
-        "white box: the initial bottom (any k), the mechanism's law, public text"
-    )
-    budget: ClassVar[tuple[str, ...]] = ("steps", "batch", "width", "layers")
-    steps: int = 300
+    knows: ClassVar[str] = "white box: the initial bottom (any k), the mechanism's law, public text"
+    budget: ClassVar[tuple[str, ...]] = ("steps", "batch", "width", "layers", "public_samples")
+    keys: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "learned-steps": ("steps", 1),
+        "public-samples": ("public_samples", 1),
+    }
+    result_key: ClassVar[str] = "learned_inversion"
+    words: ClassVar[str] = "a model taught on public text behind the same bottom"
+    steps: int = 200
     batch: int = 32
     width: int = 192
     layers: int = 1
     lr: float = 1e-3
     negatives: int = 2048
     ridge: float = 1e-4
+    public_samples: int = 3000
     seed: int = 0
     top_k: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("batch", "negatives", "top_k"):
+        for name in ("batch", "negatives", "public_samples", "top_k"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("steps", "layers"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         check(self.width >= 4 and self.width % 4 == 0, "width", self.width, "a multiple of 4")
         for name in ("lr", "ridge"):
             check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+
+    def applies(self, view: View) -> bool:
+        """Return whether blocks are in front of the cut."""
+        return super().applies(view) and not has_candidates(view)
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses, after training on the view's public text."""
+        of = view.public
+        table = embedding_table(of.embedding, of.vocab, torch.device("cpu"))
+        if of.states is not None:
+            ids = [torch.as_tensor(x) for x in of.public_ids]
+            return self.invert(view.rows, of.states, ids, table, of.mechanism)
+        order = numpy_generator(self.seed, "attacks", "public").permutation(len(of.public_ids))
+        chosen = order[: self.public_samples]
+        ids = [torch.tensor(of.public_ids[i]) for i in chosen if len(of.public_ids[i]) >= 2]
+        return self.invert(view.rows, represent(of.bottom, ids), ids, table, of.mechanism)
 
     def invert(
         self,

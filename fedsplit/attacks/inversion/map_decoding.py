@@ -13,6 +13,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.privacy.denoising.candidate_search import search
@@ -23,7 +25,7 @@ from fedsplit.privacy.mechanisms.base import Mechanism
 
 
 @dataclass(frozen=True)
-class MapInversion:
+class MapInversion(TokenAttack):
     """The attack: each received vector is read as its most probable candidate.
 
     Args:
@@ -31,15 +33,26 @@ class MapInversion:
     """
 
     name: ClassVar[str] = "map"
-    knowledge: ClassVar[str] = (
+    knows: ClassVar[str] = (
         "white box: the initial bottom (k = 0), the mechanism's law, a unigram prior from public "
         "text"
     )
-    budget: ClassVar[tuple[str, ...]] = ()
+    result_key: ClassVar[str] = "map_inversion"
+    words: ClassVar[str] = "an attacker who also knows the noise and word frequencies"
     top_k: int = 10
 
     def __post_init__(self) -> None:
         check(self.top_k >= 1, "top_k", self.top_k, ">= 1 (guesses)")
+
+    def applies(self, view: View) -> bool:
+        """Return whether there are candidates and noise of a known law."""
+        return super().applies(view) and has_candidates(view) and view.public.noisy
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses."""
+        of = view.public
+        candidates = of.candidates(view.rows)
+        return self.invert(view.rows, candidates, of.known_mechanism, of.log_prior(), of.touched)
 
     def invert(
         self,

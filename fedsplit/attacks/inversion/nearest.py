@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.inversion.filtered_search import BLOCK, filtered_search, pays_off
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
@@ -23,8 +24,13 @@ from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates, MatrixCandidates
 
 
+def has_candidates(view: View) -> bool:
+    """Return whether every token has one vector: no block is in front of the cut."""
+    return view.public.candidate_set is not None or view.public.bottom.k == 0
+
+
 @dataclass(frozen=True)
-class NearestNeighbour:
+class NearestNeighbour(TokenAttack):
     """The attack: each received vector is read as its nearest candidate.
 
     Args:
@@ -32,12 +38,21 @@ class NearestNeighbour:
     """
 
     name: ClassVar[str] = "nearest"
-    knowledge: ClassVar[str] = "white box: the initial bottom (k = 0), nothing about the noise"
-    budget: ClassVar[tuple[str, ...]] = ()
+    knows: ClassVar[str] = "white box: the initial bottom (k = 0), nothing about the noise"
+    result_key: ClassVar[str] = "embedding_inversion"
+    words: ClassVar[str] = "read as its nearest vocabulary vector"
     top_k: int = 10
 
     def __post_init__(self) -> None:
         check(self.top_k >= 1, "top_k", self.top_k, ">= 1 (guesses)")
+
+    def applies(self, view: View) -> bool:
+        """Return whether the rows have a finite candidate set."""
+        return super().applies(view) and has_candidates(view)
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses."""
+        return self.invert(view.rows, view.public.candidates(view.rows))
 
     def invert(self, representations: Sequence[Tensor], candidates: Candidates) -> Inversion:
         """Guess the tokens behind ``representations``, per sample ``(T_i, d)``."""

@@ -10,7 +10,7 @@ norms, masks and rotary angles are the model's own.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.seeding import torch_generator
@@ -64,7 +66,7 @@ def frozen_eval(bottom: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class OptimisationInversion:
+class OptimisationInversion(TokenAttack):
     """The attack: gradient descent on relaxed token choices.
 
     What it needs: memory and time of ``batch * T * V`` floats per step.  Noise on the vectors only
@@ -79,20 +81,31 @@ class OptimisationInversion:
         check_every: steps between looks at the hard tokens.
         tolerance: stop once every sample's hard tokens fit with a relative squared error below
             this (exact recovery gives rounding error alone).
+        samples: read at most (it is slow); 0 for all.
+        shortlist: ids tried, public text's most frequent; 0 for the whole vocabulary.
         seed: of the starting logits.
         top_k: guesses ranked per token.
     """
 
     name: ClassVar[str] = "optimisation"
-    knowledge: ClassVar[str] = "white box: the initial bottom (any k), nothing about the noise"
-    budget: ClassVar[tuple[str, ...]] = ("steps", "restarts")
-    steps: int = 500
+    knows: ClassVar[str] = "white box: the initial bottom (any k), nothing about the noise"
+    budget: ClassVar[tuple[str, ...]] = ("steps", "restarts", "samples", "shortlist")
+    keys: ClassVar[Mapping[str, tuple[str, int]]] = {
+        "optimisation-steps": ("steps", 1),
+        "optimisation-samples": ("samples", 1),
+        "shortlist": ("shortlist", 128),
+    }
+    result_key: ClassVar[str] = "optimisation_inversion"
+    words: ClassVar[str] = "inputs fitted to what left"
+    steps: int = 200
     lr: float = 0.09
     temperature: float = 0.2
     restarts: int = 1
     batch: int = 8
     check_every: int = 10
     tolerance: float = 1e-5
+    samples: int = 16
+    shortlist: int = 8192
     seed: int = 0
     top_k: int = 10
 
@@ -101,6 +114,31 @@ class OptimisationInversion:
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("lr", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        for name in ("samples", "shortlist"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0 (0 = all)")
+
+    def applies(self, view: View) -> bool:
+        """Return whether blocks are in front of the cut."""
+        return super().applies(view) and not has_candidates(view)
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses for the first samples."""
+        of = view.public
+        rows = view.rows[: self.samples or None]
+        return self.invert(rows, of.bottom, of.embedding, of.vocab, self._frequent(view))
+
+    def knowledge_of(self, view: View) -> str:
+        """Return what the attacker is given, with the number of ids that it tries."""
+        tried = self._frequent(view)
+        if tried is None:
+            return self.knowledge
+        return f"{self.knowledge}; tries the {len(tried)} ids most frequent in public text"
+
+    def _frequent(self, view: View) -> Tensor | None:
+        """Return the ids tried; None for all."""
+        if not 0 < self.shortlist < view.public.vocab:
+            return None
+        return view.public.log_prior().argsort(descending=True)[: self.shortlist]
 
     def invert(
         self,

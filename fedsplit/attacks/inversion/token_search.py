@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,6 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table, frozen_eval, soft_embeddings
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
@@ -44,7 +46,7 @@ class SearchEffort:
 
 
 @dataclass(frozen=True)
-class ExactSearch:
+class ExactSearch(TokenAttack):
     """The attack: the first token that reproduces the received state, for causal bottoms.
 
     Noise ends exactness: then the best token within the budget is kept, errors included, and later
@@ -52,24 +54,29 @@ class ExactSearch:
 
     Args:
         tolerance: relative squared error under which a state counts as reproduced (codec and
-            rounding: 1e-6 suits float32, 1e-4 bf16).
+            rounding: 1e-6 suits float32, 1e-5 what was sent as bf16).
         max_trials: candidate tokens tried per position at most; 0 for the whole vocabulary.
         chunk: candidates run together.
         guide_steps: gradient steps for the order of the candidates; 0: by distance to the received
             state alone.
         guide_lr: of Adam, relative to the embeddings' root mean square.
         top_k: guesses ranked per token.
+        samples: read at most (it is slow); 0 for all.
     """
 
     name: ClassVar[str] = "exact_search"
-    knowledge: ClassVar[str] = "white box: the initial causal bottom (any k), no noise"
-    budget: ClassVar[tuple[str, ...]] = ("max_trials", "guide_steps")
-    tolerance: float = 1e-6
+    knows: ClassVar[str] = "white box: the initial causal bottom (any k), no noise"
+    budget: ClassVar[tuple[str, ...]] = ("max_trials", "guide_steps", "samples")
+    keys: ClassVar[Mapping[str, tuple[str, int]]] = {"search-samples": ("samples", 1)}
+    result_key: ClassVar[str] = "exact_inversion"
+    words: ClassVar[str] = "every next token tried"
+    tolerance: float = 1e-5
     max_trials: int = 0
     chunk: int = 256
     guide_steps: int = 10
     guide_lr: float = 0.3
     top_k: int = 10
+    samples: int = 8
     effort: SearchEffort = field(default_factory=SearchEffort, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,8 +84,18 @@ class ExactSearch:
         check(self.guide_lr > 0, "guide_lr", self.guide_lr, "> 0")
         for name in ("chunk", "top_k"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("max_trials", "guide_steps"):
+        for name in ("max_trials", "guide_steps", "samples"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+
+    def applies(self, view: View) -> bool:
+        """Return whether a causal model's clean states were received, behind blocks."""
+        causal = super().applies(view) and view.public.bottom.task == "causal-lm"
+        return causal and not has_candidates(view) and not view.public.noisy
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses for the first samples."""
+        of = view.public
+        return self.invert(view.rows[: self.samples or None], of.bottom, of.embedding, of.vocab)
 
     def invert(
         self,

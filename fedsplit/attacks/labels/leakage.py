@@ -14,15 +14,17 @@ labels trades utility for it.  Labels are never arguments here except a few ``kn
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedsplit.attacks.scoring import AttackResult, wilson_interval
+from fedsplit.attacks.base import Attack, Truth, View
+from fedsplit.attacks.scoring import AttackResult
 from fedsplit.errors import AttackError, check
+from fedsplit.statistics import wilson_interval
 
 
 def labels_from_logit_gradients(gradients: Tensor) -> Tensor:
@@ -64,66 +66,107 @@ def labels_from_direction(gradients: Tensor, known: Mapping[int, int]) -> Tensor
     return guess
 
 
+def labels_from_norm(gradients: Tensor, known: Mapping[int, int]) -> Tensor:
+    """Return two-class labels by gradient norm, ``(N, d) -> (N,)``.
+
+    One threshold and its side are fitted to the ``known`` rows (row -> label), at least two.
+
+    Raises:
+        AttackError: fewer are known.
+    """
+    if len(known) < 2:
+        raise AttackError(f"known={dict(known)}: must hold at least two rows")
+    norms = gradients.norm(dim=1)
+    mine = norms[list(known)]
+    labels = torch.tensor(list(known.values()))
+    best, guess = -1, torch.zeros(len(norms), dtype=torch.int64)
+    levels = mine.sort().values
+    for threshold in ((levels[1:] + levels[:-1]) / 2).tolist():
+        for above in (0, 1):
+            found = torch.where(mine >= threshold, above, 1 - above)
+            right = int((found == labels).sum())
+            if right > best:
+                best, guess = right, torch.where(norms >= threshold, above, 1 - above)
+    return guess
+
+
+METHODS: dict[str, tuple[Callable[[Tensor, Mapping[int, int]], Tensor], str]] = {
+    "logits": (
+        lambda gradients, known: labels_from_logit_gradients(gradients),
+        "the returned gradients of the logits",
+    ),
+    "direction": (
+        labels_from_direction,
+        "the returned gradients at the cut and the labels of a few rows",
+    ),
+    "norm": (
+        labels_from_norm,
+        "the norms of the returned gradients and the labels of a few rows",
+    ),
+}
+"""method -> (gradients, known labels) -> labels; and what it is given."""
+
+
 @dataclass(frozen=True)
-class LabelLeakage:
-    """The attack, scored.
+class LabelLeakage(Attack):
+    """The attack, scored on the rows whose label was not given.
 
     Args:
-        method: ``"logits"`` (gradients of the logits) or ``"direction"`` (gradients at the cut, two
-            classes).
+        method: ``"logits"`` (gradients of the logits), or, for two classes and any gradients,
+            ``"direction"`` or ``"norm"``.
     """
 
     name: ClassVar[str] = "label_leakage"
-    budget: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[str] = "labels"
+    needs: ClassVar[tuple[str, ...]] = ("gradients",)
+    budget: ClassVar[tuple[str, ...]] = ("method",)
     method: str = "logits"
 
     def __post_init__(self) -> None:
-        check(self.method in {"logits", "direction"}, "method", self.method, "logits or direction")
+        check(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
 
     @property
     def knowledge(self) -> str:
         """What the attacker is given."""
-        if self.method == "logits":
-            return "the returned gradients of the logits"
-        return "the returned gradients at the cut and the labels of a few rows"
+        return METHODS[self.method][1]
+
+    def applies(self, view: View) -> bool:
+        """Return whether one gradient a sample was received."""
+        return super().applies(view) and all(g.dim() == 1 for g in view.gradients)
 
     def infer(self, gradients: Tensor, known: Mapping[int, int] | None = None) -> Tensor:
-        """Return the guessed labels, ``(N,)``."""
-        if self.method == "logits":
-            return labels_from_logit_gradients(gradients)
-        return labels_from_direction(gradients, known or {})
+        """Return the guessed labels of gradients ``(N, C)`` or ``(N, d)``, ``(N,)``."""
+        return METHODS[self.method][0](gradients, known or {})
 
-    def evaluate(
-        self, gradients: Tensor, truth: Tensor, known: Mapping[int, int] | None = None
-    ) -> AttackResult:
-        """Guess, and score on the rows whose label was not given.
-
-        Args:
-            gradients: recorded, ``(N, C)`` or ``(N, d)``.
-            truth: private labels, ``(N,)``; for scoring alone.
-            known: row -> label, given to the attacker.
+    def run(self, view: View, truth: Truth) -> AttackResult:
+        """Guess, and score.
 
         Raises:
-            AttackError: if shapes do not fit or nothing is left to score.
+            AttackError: shapes do not fit, or nothing is left to score.
         """
-        if truth.shape != gradients.shape[:1]:
-            raise AttackError(f"truth.shape={tuple(truth.shape)}: must be ({len(gradients)},)")
+        self.check(view)
+        if any(g.dim() != 1 for g in view.gradients):
+            raise AttackError("gradients: must be one row a sample, of its logits or summed")
+        n, labels = len(view.gradients), truth.labels
+        if labels is None or labels.shape != (n,):
+            found = None if labels is None else tuple(labels.shape)
+            raise AttackError(f"truth.labels={found}: must be ({n},)")
         start = time.perf_counter()
-        guess = self.infer(gradients, known)
+        guess = self.infer(torch.stack(list(view.gradients)), view.known)
         seconds = time.perf_counter() - start
-        scored = torch.ones(len(truth), dtype=torch.bool)
-        scored[list(known or {})] = False
+        scored = torch.ones(n, dtype=torch.bool)
+        scored[list(view.known)] = False
         n = int(scored.sum())
         if not n:
             raise AttackError("truth: 0 rows to score: must be >= 1")
-        truth = truth.cpu().long()[scored]
-        success = float((guess.cpu()[scored] == truth).double().mean())
+        labels = labels.cpu().long()[scored]
+        success = float((guess.cpu()[scored] == labels).double().mean())
         return AttackResult(
             name=f"{self.name}:{self.method}",
             success=success,
             interval=wilson_interval(success, n),
             tokens=n,
-            baseline=int(torch.bincount(truth).max()) / n,
+            baseline=int(torch.bincount(labels).max()) / n,
             top10=None,
             knowledge=self.knowledge,
             seconds=seconds,

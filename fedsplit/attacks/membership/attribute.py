@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsplit.attacks.membership.lira import auc, auc_interval
-from fedsplit.attacks.scoring import AttackResult, clustered_interval
+from fedsplit.attacks.base import Attack, Truth, View
+from fedsplit.attacks.scoring import AttackResult, auc_interval, clustered_interval
 from fedsplit.errors import AttackError, check
 from fedsplit.seeding import numpy_generator
+from fedsplit.statistics import auc
 
 
 def pool(representations: Sequence[Tensor], pooling: str = "mean") -> Tensor:
@@ -75,12 +77,39 @@ def choose_penalty(features: Tensor, target: Tensor, held: Tensor, classes: int)
     return min(PENALTIES, key=loss)
 
 
+def group_order(groups: int, seed: int) -> npt.NDArray[np.int64]:
+    """Return the order in which groups become known to the attacker."""
+    return numpy_generator(seed, "attacks", "attribute").permutation(groups)
+
+
+def known_part(
+    attribute: Sequence[int], groups: Sequence[int | str], share: float, seed: int = 0
+) -> dict[int, int]:
+    """Return what an attacker knows who has the attribute of part of the people.
+
+    Args:
+        attribute: per sample, any integers.
+        groups: who wrote each sample; the first groups of :func:`group_order` are known.
+        share: of the groups, in (0, 1).
+        seed: of the order.
+
+    Raises:
+        AttackError: if lengths differ.
+        ConfigError: if the share is out of range.
+    """
+    check(0 < share < 1, "share", share, "in (0, 1)")
+    if len(attribute) != len(groups):
+        raise AttackError(f"attribute={len(attribute)}: must be {len(groups)}")
+    names, group = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
+    chosen = group_order(len(names), seed)[: round(share * len(names))]
+    return {i: int(attribute[i]) for i in np.flatnonzero(np.isin(group, chosen)).tolist()}
+
+
 @dataclass(frozen=True)
-class AttributeInference:
+class AttributeInference(Attack):
     """The attack, scored on people it has not seen.
 
     Args:
-        known_share: share of the groups whose attribute the attacker knows.
         l2: penalty of the classifier; None: the best of ``PENALTIES`` on a fifth of the known
             groups, held out for that.
         pooling: see :func:`pool`.
@@ -88,56 +117,51 @@ class AttributeInference:
     """
 
     name: ClassVar[str] = "attribute"
-    knowledge: ClassVar[str] = "what left, and the private attribute of part of the people"
-    budget: ClassVar[tuple[str, ...]] = ("known_share",)
-    known_share: float = 0.5
+    reads: ClassVar[str] = "an attribute"
+    needs: ClassVar[tuple[str, ...]] = ("rows", "known")
+    knows: ClassVar[str] = "what left, and the private attribute of part of the people"
     l2: float | None = None
     pooling: str = "mean"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check(0 < self.known_share < 1, "known_share", self.known_share, "in (0, 1)")
         check(self.l2 is None or self.l2 >= 0, "l2", self.l2, ">= 0, or None to choose it")
         check(self.pooling in ("mean", "mean_max"), "pooling", self.pooling, "mean or mean_max")
 
-    def evaluate(
-        self,
-        representations: Sequence[Tensor],
-        attribute: Sequence[int],
-        groups: Sequence[int | str] | None = None,
-    ) -> AttackResult:
-        """Train on some groups, score on the others.
+    def run(self, view: View, truth: Truth) -> AttackResult:
+        """Train on the samples whose attribute is known, and score on the others.
 
-        Args:
-            representations: what was received, per sample ``(T_i, d)``, T_i >= 1.
-            attribute: private attribute per sample, any integers.
-            groups: who wrote each sample, so that nobody is on both sides; None: one each.
+        Samples of one group (``view.groups``: who wrote them) must be all known or all unknown.
 
         Raises:
             AttackError: if lengths differ or a side would hold nothing or one class alone.
         """
-        n = len(representations)
-        groups = list(range(n)) if groups is None else list(groups)
-        if len(attribute) != n or len(groups) != n:
-            raise AttackError(f"attribute={len(attribute)}, groups={len(groups)}: must be {n}")
+        self.check(view)
+        n = len(view.rows)
+        groups = list(view.groups) or list(range(n))
+        attribute = truth.labels
+        if attribute is None or len(attribute) != n or len(groups) != n:
+            found = 0 if attribute is None else len(attribute)
+            raise AttackError(f"attribute={found}, groups={len(groups)}: must be {n}")
         start = time.perf_counter()
         names, group = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
-        order = numpy_generator(self.seed, "attacks", "attribute").permutation(len(names))
-        known_groups = order[: round(self.known_share * len(names))]
-        known = torch.from_numpy(np.isin(group, known_groups))
-        values, labels = np.unique(np.asarray(attribute), return_inverse=True)
+        known = torch.zeros(n, dtype=torch.bool)
+        known[list(view.known)] = True
+        values, labels = np.unique(attribute.numpy(), return_inverse=True)
         target = torch.from_numpy(labels)
         seen, rest = target[known], target[~known]
         if not len(rest) or len(torch.bincount(seen).nonzero()) < 2:
             raise AttackError(
                 f"known samples={len(seen)}, others={len(rest)}: must hold two classes and one"
             )
-        features = pool(representations, self.pooling)  # (N, f)
+        features = pool(view.rows, self.pooling)  # (N, f)
         mean, std = features[known].mean(0), features[known].std(0).clamp(min=1e-6)
         features = (features - mean) / std
         l2 = self.l2
         if l2 is None:
-            held = torch.from_numpy(np.isin(group, known_groups[: -(-len(known_groups) // 5)]))
+            order = group_order(len(names), self.seed)
+            mine = order[np.isin(order, group[known.numpy()])]
+            held = torch.from_numpy(np.isin(group, mine[: -(-len(mine) // 5)]))
             l2 = choose_penalty(features[known], seen, held[known], len(values))
         weight = fit_logistic(features[known], seen, len(values), l2)
         logits = F.pad(features[~known], (0, 1), value=1.0) @ weight  # (M, C)
@@ -149,7 +173,7 @@ class AttributeInference:
         if len(values) == 2 and len(torch.unique(rest)) == 2:
             score = (logits[:, 1] - logits[:, 0]).double().numpy()
             positive = (rest == 1).numpy()
-            extra["auc"] = auc(score, positive)
+            extra["auc"] = auc(score[positive], score[~positive])
             extra["auc_interval"] = list(auc_interval(score, positive, cluster, self.seed))
         return AttackResult(
             name=self.name,

@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedsplit.attacks.scoring import AttackResult, Floats
+from fedsplit.attacks.base import Attack, Confidences, Truth, View
+from fedsplit.attacks.scoring import AttackResult, Bools, auc_interval
 from fedsplit.errors import AttackError, check
 from fedsplit.seeding import numpy_generator
-
-Bools = npt.NDArray[np.bool_]
+from fedsplit.statistics import Floats, auc
 
 
 def confidence(logits: Tensor, labels: Tensor) -> Floats:
@@ -97,17 +96,6 @@ def lira_scores(target: Floats, shadows: Floats, members: Bools) -> Floats:
     return np.asarray(near - far, dtype=np.float64)
 
 
-def auc(scores: Floats, positive: Bools) -> float:
-    """Return the area under the ROC curve: P(a positive scores higher), ties count half."""
-    order = np.argsort(scores, kind="stable")
-    _, tied, count = np.unique(scores[order], return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    rank = (last - (count - 1) / 2)[tied]  # mean rank of each tie, from 1
-    own = positive[order]
-    n, m = int(own.sum()), int((~own).sum())
-    return float((rank[own].sum() - n * (n + 1) / 2) / (n * m))
-
-
 def tpr_at(scores: Floats, positive: Bools, fpr: float) -> float:
     """Return the highest true-positive rate whose false-positive rate is at most ``fpr``."""
     negatives = np.sort(scores[~positive])[::-1]
@@ -116,37 +104,20 @@ def tpr_at(scores: Floats, positive: Bools, fpr: float) -> float:
     return float((scores[positive] > bar).mean())
 
 
-def auc_interval(
-    scores: Floats, positive: Bools, groups: npt.NDArray[np.int64] | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of :func:`auc`, over samples or groups."""
-    rng = numpy_generator(seed, "attacks", "auc")
-    group = np.arange(len(scores)) if groups is None else np.asarray(groups)
-    names, group = np.unique(group, return_inverse=True)
-    rows = [np.flatnonzero(group == g) for g in range(len(names))] if groups is not None else None
-    found = []
-    for _ in range(500):
-        drawn = rng.integers(0, len(names), len(names))
-        at = drawn if rows is None else np.concatenate([rows[g] for g in drawn])
-        if positive[at].all() or not positive[at].any():
-            continue
-        found.append(auc(scores[at], positive[at]))
-    low, high = np.quantile(found, [0.025, 0.975]) if found else (0.0, 1.0)
-    return float(low), float(high)
-
-
 @dataclass(frozen=True)
-class MembershipInference:
+class MembershipInference(Attack):
     """The attack, scored.
 
     Args:
         method: ``"loss"`` or ``"lira"``.
-        shadows: shadow tops trained by :meth:`attack`, for ``lira``.
+        shadows: shadow tops trained by :meth:`with_shadows`, for ``lira``.
         seed: of the shadows' splits.
     """
 
     name: ClassVar[str] = "membership"
-    budget: ClassVar[tuple[str, ...]] = ("shadows",)
+    reads: ClassVar[str] = "membership"
+    needs: ClassVar[tuple[str, ...]] = ("confidences",)
+    budget: ClassVar[tuple[str, ...]] = ("method", "shadows")
     method: str = "loss"
     shadows: int = 8
     seed: int = 0
@@ -165,64 +136,46 @@ class MembershipInference:
             f"train {self.shadows} shadow tops on"
         )
 
-    def attack(
-        self, target: Floats, member: Bools, train: Callable[[Bools, int], Floats]
-    ) -> AttackResult:
-        """Train the shadows where the method needs them, then :meth:`evaluate`.
+    def with_shadows(self, target: Floats, train: Callable[[Bools, int], Floats]) -> Confidences:
+        """Return what ``lira`` reads, after training the shadows; see :func:`train_shadows`.
 
         Args:
             target: the tuned top's :func:`confidence` on every sample, ``(N,)``.
-            member: whether it was trained on, for scoring alone, ``(N,)``.
-            train: see :func:`train_shadows`.
+            train: (members (N,), number of the shadow) -> its confidence on every sample.
         """
-        if self.method == "loss":
-            return self.evaluate(target, member)
-        start = time.perf_counter()
         shadows, members = train_shadows(train, len(target), self.shadows, self.seed)
-        spent = time.perf_counter() - start
-        return self.evaluate(target, member, shadows, members, spent)
+        return Confidences(target, shadows, members)
 
-    def evaluate(
-        self,
-        target: Floats,
-        member: Bools,
-        shadows: Floats | None = None,
-        shadow_members: Bools | None = None,
-        seconds: float = 0.0,
-    ) -> AttackResult:
+    def run(self, view: View, truth: Truth) -> AttackResult:
         """Score every sample and compare with the truth.
-
-        Args:
-            target: the tuned top's :func:`confidence`, ``(N,)``.
-            member: the truth, ``(N,)``.
-            shadows: the shadows' confidences, ``(S, N)``, for ``lira``.
-            shadow_members: what they were trained on, ``(S, N)``.
-            seconds: spent before.
 
         Raises:
             AttackError: if shapes do not fit, shadows are missing, or there is but one class.
         """
+        self.check(view)
+        seen = view.confidences
+        assert seen is not None, "checked"
         start = time.perf_counter()
-        member = np.asarray(member, dtype=np.bool_)
-        if target.shape != member.shape or member.all() or not member.any():
+        member = np.asarray(truth.members, dtype=np.bool_)
+        if seen.target.shape != member.shape or member.all() or not member.any():
             raise AttackError(
-                f"member={member.shape}, {int(member.sum())} true: must be {target.shape} with "
-                "members and others"
+                f"members={member.shape}, {int(member.sum())} true: must be {seen.target.shape} "
+                "with members and others"
             )
-        scores = target
+        scores = seen.target
         if self.method == "lira":
-            if shadows is None or shadow_members is None:
+            if seen.shadows is None or seen.shadow_members is None:
                 raise AttackError("shadows: missing: must be given for method 'lira'")
-            scores = lira_scores(target, shadows, shadow_members)
+            scores = lira_scores(seen.target, seen.shadows, seen.shadow_members)
         return AttackResult(
             name=f"{self.name}:{self.method}",
-            success=auc(scores, member),
+            success=auc(scores[member], scores[~member]),
             interval=auc_interval(scores, member, seed=self.seed),
-            tokens=len(target),
+            tokens=len(scores),
             baseline=0.5,
             top10=None,
             knowledge=self.knowledge,
-            seconds=seconds + time.perf_counter() - start,
+            seconds=time.perf_counter() - start,
             extra={
                 "metric": "auc",
                 "tpr_at_fpr_1": tpr_at(scores, member, 0.01),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fedsplit.attacks.extraction.measure import Look
+    from fedsplit.attacks import Truth, View
+    from fedsplit.attacks.extraction.attack import Look
 
 console = Console()
 
@@ -50,23 +52,86 @@ def extraction(
     json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
 ) -> None:
     """Train an emulator back toward the full model, and say what share of the gap is closed."""
-    from fedsplit.attacks.extraction.attack import Extraction
-    from fedsplit.attacks.extraction.measure import Task, measure
-    from fedsplit.commands.evaluate import read_text
-    from fedsplit.commands.evaluate_subjects import read_adapters
-    from fedsplit.emulators.files import load_emulator
-    from fedsplit.emulators.lm import pack
-    from fedsplit.errors import ConfigError, ModelError, check
-    from fedsplit.evaluation.perplexity import text_ids
-    from fedsplit.models import load
+    from fedsplit.attacks import Extraction
+    from fedsplit.errors import ConfigError, check
 
     check(looks >= 1, "--looks", looks, ">= 1")
     check(windows >= 2, "--windows", windows, ">= 2")
     if (adapters is None) != (task is None):
         raise ConfigError("--adapters, --task: must be given together")
     attack = Extraction(
-        steps=steps, batch_size=batch, lr=lr, queries=queries, regrow=regrow, seed=seed
+        steps=steps,
+        batch_size=batch,
+        lr=lr,
+        queries=queries,
+        regrow=regrow,
+        seed=seed,
+        window=block,
+        marks=tuple(sorted({round(steps * i / looks) for i in range(looks + 1)})),
     )
+    view, truth = emulator_case(
+        emulator,
+        base,
+        public,
+        held_out=held_out,
+        adapters=adapters,
+        task=task,
+        block=block,
+        windows=windows,
+        answers=queries,
+    )
+    with console.status("attacking ...") as status:
+        result = attack.run(
+            view,
+            truth,
+            on_look=lambda look: status.update(f"{look.steps} of {steps} steps"),
+        )
+    console.print(table(result.detail, attack.knowledge))
+    if json_ is not None:
+        method = view.emulator.method
+        content = {"knowledge": attack.knowledge, "method": method, "rows": result.extra["rows"]}
+        json_.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def emulator_case(
+    emulator: Path,
+    base: str,
+    public: Path,
+    *,
+    held_out: Path | None = None,
+    adapters: Path | None = None,
+    task: Path | None = None,
+    block: int = 128,
+    windows: int = 128,
+    answers: bool = False,
+) -> tuple[View, Truth]:
+    """Return what an owner with an emulator has, and what an extraction is measured on.
+
+    Args:
+        emulator: its folder, as it is sent.
+        base: the full model.
+        public: the attacker's UTF-8 text.
+        held_out: public text to measure on; None: the last tenth of ``public``.
+        adapters: tuned ones of a run, with ``task``.
+        task: held-out text that they were tuned for.
+        block: tokens in a block.
+        windows: measured on so many windows of each text.
+        answers: whether the full model answers queries.
+
+    Raises:
+        ModelError: the emulator is of another base.
+        ConfigError: the adapters are not full ones.
+    """
+    from fedsplit.attacks import Truth, View
+    from fedsplit.attacks.extraction.attack import Gap, Task
+    from fedsplit.commands.evaluate import read_text
+    from fedsplit.commands.evaluate_subjects import read_adapters
+    from fedsplit.emulators.files import load_emulator
+    from fedsplit.emulators.lm import pack
+    from fedsplit.errors import ModelError, check
+    from fedsplit.evaluation.perplexity import text_ids
+    from fedsplit.models import load
+
     sent, full = load_emulator(emulator), load(base, "causal-lm")
     if sent.base_digest != full.digest:
         raise ModelError(f"--base {base}: digest {full.digest}: must be {sent.base_digest}")
@@ -85,27 +150,11 @@ def extraction(
         state, settings = read_adapters(adapters)
         check(settings.method == "full", "--adapters", settings.method, "full adapters")
         work = Task(state, ids(task)[:longest])
-    marks = sorted({round(steps * i / looks) for i in range(looks + 1)})
-    with console.status("attacking ...") as status:
-        found = measure(
-            attack,
-            sent,
-            full.model,
-            pack(train, block),
-            measured[:longest],
-            marks=marks,
-            task=work,
-            window=block,
-            on_look=lambda look: status.update(f"{look.steps} of {steps} steps"),
-        )
-    console.print(table(found, attack.knowledge))
-    if json_ is not None:
-        rows = [look.to_json() for look in found]
-        content = {"knowledge": attack.knowledge, "method": sent.method, "rows": rows}
-        json_.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    view = View(emulator=sent, text=pack(train, block), teacher=full.model if answers else None)
+    return view, Truth(gap=Gap(full.model, measured[:longest], work))
 
 
-def table(looks: list[Look], knowledge: str) -> Table:
+def table(looks: Sequence[Look], knowledge: str) -> Table:
     """One row for each look at the attack."""
     shown = Table(
         title=f"share of the gap closed by an owner with {knowledge} (95 % intervals over blocks)",

@@ -29,10 +29,10 @@ def list_() -> None:
     """List the attacks, what each is given, and what its budget is."""
     from fedsplit.attacks import ATTACKS
 
-    table = Table("attack", "knowledge", "budget")
+    table = Table("attack", "reads", "needs", "knowledge", "budget")
     for name, attack in sorted(ATTACKS.items()):
-        known = attack.knowledge if isinstance(attack.knowledge, str) else attack().knowledge
-        table.add_row(name, known, ", ".join(attack.budget) or "none")
+        needs, budget = ", ".join(attack.needs), ", ".join(attack.budget) or "none"
+        table.add_row(name, attack.reads, needs, attack().knowledge, budget)
     console.print(table)
 
 
@@ -68,20 +68,87 @@ def inversion(
     A run's folder says by itself which model, split and mechanism it had; any setting can be given
     or changed with --set, which is how an attacker's wrong belief about the noise is measured.
     """
-    import json
-
-    from fedsplit.attacks.inversion.files import attack_files, parse_budget
+    from fedsplit.attacks.files import attack_files, parse_budget
 
     results = attack_files(
         transcript,
         settings=[*(set_ or []), *([f"model.name={model}"] if model else [])],
         truth=truth,
         attacks=attack or [],
+        reads="tokens",
         public=public,
         samples=samples,
         budget=parse_budget(budget or []),
         seed=seed,
     )
+    report(results, json_)
+
+
+@attack_app.command("run")
+def run(
+    name: Annotated[str, typer.Argument(help="one of `fedsplit attack list`")],
+    recorded: Annotated[
+        Path,
+        typer.Argument(
+            help="a run's folder, a transcript, an update, a tuned model's answers, or (for "
+            "extraction) an emulator's folder"
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="the initial model; default: the run's")] = "",
+    truth: Annotated[
+        Path | None, typer.Option(help="truth.safetensors; default: beside what was recorded")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a run setting: privacy.eta=8, split.k=2 ...; repeatable"),
+    ] = None,
+    public: Annotated[
+        str, typer.Option(help="the attacker's text, one per line; default: what Python ships")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="samples attacked")] = 400,
+    known: Annotated[
+        int, typer.Option(help="samples whose private label the attacker has been told")
+    ] = 8,
+    budget: Annotated[
+        list[str] | None, typer.Option(help="ATTACK.FIELD=VALUE or a short name; repeatable")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the samples and the attackers")] = 0,
+    json_: Annotated[Path | None, typer.Option("--json", help="also write the results")] = None,
+) -> None:
+    """Run one attack of the list on what was recorded, and score it against the truth."""
+    from fedsplit.attacks import ATTACKS, make_attack
+    from fedsplit.attacks.files import attack_files, parse_budget
+    from fedsplit.commands.attacks.extraction import emulator_case
+    from fedsplit.errors import ConfigError
+    from fedsplit.registry import pick
+
+    spent = parse_budget(budget or [])
+    if "emulator" in pick(ATTACKS, name, "attack").needs:
+        if not model or not public:
+            raise ConfigError(f"--model, --public: must be given to the attack {name!r}")
+        attack = make_attack(name, seed, spent)
+        answers = bool(getattr(attack, "queries", False))
+        view, true = emulator_case(recorded, model, Path(public), answers=answers)
+        results = [attack.run(view, true)]
+    else:
+        results = attack_files(
+            recorded,
+            settings=[*(set_ or []), *([f"model.name={model}"] if model else [])],
+            truth=truth,
+            attacks=[name],
+            public=public,
+            samples=samples,
+            known=known,
+            budget=spent,
+            seed=seed,
+        )
+    report(results, json_)
+
+
+def report(results: list[Any], json_: Path | None) -> None:
+    """Print attack results, and write them where asked."""
+    import json
+
     console.print(result_table(results))
     if json_ is not None:
         text = json.dumps([r.to_dict() for r in results], indent=2, allow_nan=False)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 console = Console()
-NAMES = ("score", "ics_whitened", "awm", "ics", "reef", "pcs", "ics_published")
 PRUNED = "pruning 30 %"
 
 
@@ -82,9 +81,9 @@ def measured(base: nn.Module, suspect: nn.Module) -> dict[str, float | None]:
 
     views = WeightView.of_module(base), WeightView.of_module(suspect)
     found: dict[str, float | None] = {}
-    for name in NAMES:
+    for name, fingerprint in FINGERPRINTS.items():
         try:
-            found[name] = FINGERPRINTS[name]().compare(*views).value
+            found[name] = fingerprint().compare(*views).value
         except LineageError:
             found[name] = None
     return found
@@ -106,12 +105,14 @@ def pruned(base: nn.Module) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]], model: str) -> Table:
+    from fedsplit.fingerprints import FINGERPRINTS
+
     table = Table(title=f"{model}: the function stays, do the fingerprints?", title_justify="left")
     table.add_column("map")
-    for name in ("output moved by", *NAMES):
+    for name in ("output moved by", *FINGERPRINTS):
         table.add_column(name, justify="right")
     for row in rows:
-        values = [row[name] for name in NAMES]
+        values = [row[name] for name in FINGERPRINTS]
         cells = ["-" if v is None else _coloured(float(v)) for v in values]
         table.add_row(str(row["map"]), f"{row['difference']:.1e}", *cells)
     return table

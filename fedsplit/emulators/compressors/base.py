@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.importance.files import Importance
@@ -126,7 +127,14 @@ class Compressor(Protocol):
     """A frozen dataclass of settings that builds emulators.
 
     At :meth:`identity` the emulator computes what the base computes, bit for bit.
+
+    Attributes:
+        name: its row in :data:`fedsplit.emulators.COMPRESSORS`.
+        places: whether it chooses A's blocks itself, from an importance run, where none are given.
     """
+
+    name: ClassVar[str]
+    places: ClassVar[bool] = False
 
     def build(self, model: Model, material: Material) -> Emulator:
         """Return the emulator; ``model`` is left as it was."""
@@ -140,6 +148,23 @@ class Compressor(Protocol):
     def identity(cls, adapters: Sequence[int]) -> Self:
         """Return the settings that compress nothing."""
         ...
+
+    @classmethod
+    def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
+        """Return its own settings from a run's, without A's positions."""
+        return {}
+
+    @classmethod
+    def needs_importance(cls, offsite: OffsiteConfig) -> bool:
+        """Return whether a run's settings ask it for an importance run."""
+        return cls.places and not offsite.chosen
+
+    @classmethod
+    def variants(
+        cls, layers: int, adapters: int, alphas: Sequence[float], betas: Sequence[float]
+    ) -> dict[str, Self]:
+        """Return what ``fedsplit plan`` compares for one number of adapter blocks, by its label."""
+        return {}
 
 
 def adapters_in(layers: int, adapters: Sequence[int]) -> tuple[int, ...]:

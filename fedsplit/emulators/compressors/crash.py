@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.structure import Model, first, frozen
 from fedsplit.emulators.compressors.base import (
+    Compressor,
     Forecast,
     Material,
     Sizes,
@@ -27,7 +29,7 @@ MAX_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Crash:
+class Crash(Compressor):
     """Adjacent blocks whose outputs look alike form a cluster; its centre runs for all of them.
 
     Attributes:
@@ -37,6 +39,7 @@ class Crash:
             others ("clustering and removing" alone).
     """
 
+    name: ClassVar[str] = "crash"
     adapters: tuple[int, ...]
     clusters: int | None = None
     share: bool = True
@@ -49,6 +52,11 @@ class Crash:
     def identity(cls, adapters: Sequence[int]) -> Self:
         """Return the settings in which every block is its own cluster."""
         return cls(adapters=tuple(adapters))
+
+    @classmethod
+    def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
+        """Return its own settings from a run's."""
+        return {"clusters": offsite.keep}
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it."""
@@ -76,7 +84,7 @@ class Crash:
         total, count = sum(len(r) for r in runs), self._count(runs)
         similar, clusters = torch.eye(layers), [[i] for run in runs for i in run]
         if count < total:
-            tokens = material.needed_tokens("crash")
+            tokens = material.needed_tokens(self.name)
             similar = cka_matrix(block_features(model, tokens[: material.batch_size]))
             clusters = cluster(similar, runs, count)
         centres = {i: centre_of(similar, c) for c in clusters for i in c}
@@ -88,7 +96,7 @@ class Crash:
         return build_emulator(
             model,
             EmulatorPlan(roles, source),
-            method="crash",
+            method=self.name,
             base_digest=material.base_digest,
             details={"settings": asdict(self), "clusters": clusters},
         )

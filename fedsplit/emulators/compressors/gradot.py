@@ -25,11 +25,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.linears import bias_of, matrix_of, set_matrix
 from fedsplit.emulators.compression.moments import Moments, collect
@@ -37,6 +38,7 @@ from fedsplit.emulators.compression.src import ATTENTION, apply_factors, module_
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compression.svd import Factors
 from fedsplit.emulators.compressors.base import (
+    Compressor,
     Forecast,
     Material,
     Sizes,
@@ -52,7 +54,7 @@ Key = tuple[int, str]  # (block, role)
 
 
 @dataclass(frozen=True)
-class GradOT:
+class GradOT(Compressor):
     """Settings of GradOT.
 
     Attributes:
@@ -63,6 +65,7 @@ class GradOT:
         calibration: token blocks used at most, the first ones.
     """
 
+    name: ClassVar[str] = "gradot"
     adapters: tuple[int, ...]
     attention: float = 0.0
     ffn: float = 0.0
@@ -80,6 +83,11 @@ class GradOT:
         """Return the settings that compress nothing."""
         return cls(adapters=tuple(adapters))
 
+    @classmethod
+    def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
+        """Return its own settings from a run's."""
+        return {"attention": offsite.beta, "ffn": offsite.beta}
+
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size, to some per cent, without building it."""
         chosen = len(adapters_in(sizes.layers, self.adapters))
@@ -87,7 +95,7 @@ class GradOT:
         whole = plain_forecast(sizes, chosen, rest)
         if self.attention == 0 and self.ffn == 0:
             return whole
-        sizes.known_layout("gradot")
+        sizes.known_layout(self.name)
         gone = int(self.attention * sizes.attention + self.ffn * sizes.ffn) * rest
         lossy = (sizes.attention if self.attention > 0 else 0) + self.ffn * sizes.ffn
         return replace(
@@ -130,7 +138,7 @@ class GradOT:
             model,
             plan,
             edit=edit,
-            method="gradot",
+            method=self.name,
             base_digest=material.base_digest,
             details=details,
         )
@@ -143,7 +151,7 @@ class GradOT:
         down = module_of(sites["down"])
         moments = collect(
             model,
-            material.needed_tokens("gradot")[: self.calibration],
+            material.needed_tokens(self.name)[: self.calibration],
             [(i, n) for i in blocks for n in names],
             [(i, down) for i in blocks] if self.ffn else [],
             material.batch_size,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
+    Compressor,
     Forecast,
     Material,
     Sizes,
@@ -16,13 +18,13 @@ from fedsplit.emulators.compressors.base import (
     plain_forecast,
 )
 from fedsplit.emulators.compressors.distil import Distil, distil
-from fedsplit.emulators.planning.plan import ADAPTER, DROP, KEEP, EmulatorPlan
+from fedsplit.emulators.planning.plan import ADAPTER, DROP, KEEP, EmulatorPlan, outer_blocks
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 
 
 @dataclass(frozen=True)
-class LayerDrop:
+class LayerDrop(Compressor):
     """Keep n of the N middle blocks, at even distances; drop the others.
 
     Attributes:
@@ -34,6 +36,7 @@ class LayerDrop:
         seed: of the distillation.
     """
 
+    name: ClassVar[str] = "layerdrop"
     adapters: tuple[int, ...]
     keep: int | None = None
     distil_steps: int = 0
@@ -49,6 +52,23 @@ class LayerDrop:
     def identity(cls, adapters: Sequence[int]) -> Self:
         """Return the settings that drop nothing."""
         return cls(adapters=tuple(adapters))
+
+    @classmethod
+    def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
+        """Return its own settings from a run's."""
+        return {"keep": offsite.keep, "distil_steps": offsite.settle_steps}
+
+    @classmethod
+    def variants(
+        cls, layers: int, adapters: int, alphas: Sequence[float], betas: Sequence[float]
+    ) -> dict[str, Self]:
+        """Return the variant that keeps half of the blocks outside A."""
+        chosen = outer_blocks(layers, adapters)
+        left = layers - len(chosen)
+        if left <= 1:
+            return {}
+        kept = max(1, left // 2)
+        return {f"{cls.name} A={adapters} keep={kept}": cls(adapters=chosen, keep=kept)}
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it."""
@@ -77,7 +97,7 @@ class LayerDrop:
         emulator = build_emulator(
             model,
             EmulatorPlan(roles),
-            method="layerdrop",
+            method=self.name,
             base_digest=material.base_digest,
             details={"settings": asdict(self)},
         )
@@ -89,7 +109,7 @@ class LayerDrop:
                 bf16=self.bf16,
                 seed=self.seed,
             )
-            distil(emulator, model, material.needed_tokens("layerdrop distil_steps"), settings)
+            distil(emulator, model, material.needed_tokens(f"{self.name} distil_steps"), settings)
         return emulator
 
 

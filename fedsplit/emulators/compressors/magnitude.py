@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
+    Compressor,
     Forecast,
     Material,
     Sizes,
@@ -23,7 +25,7 @@ from fedsplit.models.anatomy import probe
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Compressor):
     """Unstructured pruning of every matrix in the blocks outside A (Han et al. 2015).
 
     The emulator's tensors keep their shapes: ``details["nonzero"]`` counts what is left.  The
@@ -34,6 +36,7 @@ class Magnitude:
         sparsity: share of each matrix set to zero, in [0, 1].
     """
 
+    name: ClassVar[str] = "magnitude"
     adapters: tuple[int, ...]
     sparsity: float = 0.0
 
@@ -44,6 +47,11 @@ class Magnitude:
     def identity(cls, adapters: Sequence[int]) -> Self:
         """Return the settings that prune nothing."""
         return cls(adapters=tuple(adapters))
+
+    @classmethod
+    def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
+        """Return its own settings from a run's."""
+        return {"sparsity": offsite.beta}
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it (zeros are stored too)."""
@@ -62,7 +70,7 @@ class Magnitude:
             model,
             plan,
             edit=lambda _, block: prune_block(block, self.sparsity),
-            method="magnitude",
+            method=self.name,
             base_digest=material.base_digest,
             details={"settings": asdict(self)},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.linears import QuantisedLinear, bias_of, is_linear, matrix_of
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
+    Compressor,
     Forecast,
     Material,
     Sizes,
@@ -27,7 +28,7 @@ BITS = (4, 8, 32)
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantised(Compressor):
     """Round-to-nearest, symmetric, per output channel; the blocks' linear layers outside A.
 
     Expert matrices that are not linear layers (mixtures) stay as they are.  Codes are stored as
@@ -38,6 +39,7 @@ class Quantised:
         bits: 8, 4, or 32 for "as it is".
     """
 
+    name: ClassVar[str] = "quantised"
     adapters: tuple[int, ...]
     bits: int = 8
 
@@ -75,7 +77,7 @@ class Quantised:
             model,
             plan,
             edit=lambda _, block: quantise_block(block, self.bits),
-            method="quantised",
+            method=self.name,
             base_digest=material.base_digest,
             details={"settings": asdict(self)},
         )

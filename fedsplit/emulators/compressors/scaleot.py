@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.src import compress_block, compressed_numel
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
+    Compressor,
     Forecast,
     Material,
     Sizes,
@@ -37,7 +39,7 @@ RANKS = ("scores", "costs")
 
 
 @dataclass(frozen=True)
-class ScaleOT:
+class ScaleOT(Compressor):
     """ScaleOT (arXiv 2412.09812): one importance run serves emulators of any size.
 
     Attributes:
@@ -57,6 +59,8 @@ class ScaleOT:
         seed: of a randomised SVD and of settling.
     """
 
+    name: ClassVar[str] = "scaleot"
+    places: ClassVar[bool] = True
     n_adapters: int = 0
     adapters: tuple[int, ...] = ()
     alpha: float = 0.0
@@ -105,6 +109,35 @@ class ScaleOT:
             count = len(chosen)
         return EmulatorPlan.from_scores(scores, count, self.alpha, self.beta)
 
+    @classmethod
+    def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
+        """Return its own settings from a run's."""
+        return {
+            "alpha": offsite.alpha,
+            "beta": offsite.beta,
+            "rank_by": offsite.rank_by,
+            "settle_steps": offsite.settle_steps,
+        }
+
+    @classmethod
+    def needs_importance(cls, offsite: OffsiteConfig) -> bool:
+        """Return whether blocks are ranked, or replaced by harmonizers."""
+        return offsite.alpha > 0 or not offsite.chosen
+
+    @classmethod
+    def variants(
+        cls, layers: int, adapters: int, alphas: Sequence[float], betas: Sequence[float]
+    ) -> dict[str, Self]:
+        """Return one variant for each pair of alpha and beta."""
+        return {
+            f"{cls.name} A={adapters} alpha={alpha:g} beta={beta:g}": cls(
+                n_adapters=adapters, alpha=alpha, beta=beta
+            )
+            for alpha in alphas
+            for beta in betas
+            if alpha < 1.0 or beta == 0  # else nothing remains to be compressed
+        }
+
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it (harmonizers of the default width)."""
         count = self.n_adapters or len(adapters_in(sizes.layers, self.adapters))
@@ -115,7 +148,7 @@ class ScaleOT:
         harmonizers = replaced * (2 * sizes.hidden * width + 3 * sizes.hidden + width)
         saved = lossy = 0
         if self.beta > 0 and kept:
-            layout = sizes.known_layout("scaleot")
+            layout = sizes.known_layout(self.name)
             saved = compressed_numel(layout, self.beta, self.attention, self.ffn)
             lossy = self.attention * sizes.attention + self.ffn * sizes.ffn
         frozen = kept * (sizes.block - saved) + harmonizers
@@ -161,7 +194,7 @@ class ScaleOT:
             plan,
             harmonizers=dict(enumerate(importance.harmonizers)) if importance else None,
             edit=edit if plan.having(COMPRESS) else None,
-            method="scaleot",
+            method=self.name,
             base_digest=digest,
             details=details,
         )
@@ -202,7 +235,7 @@ class ScaleOT:
                 bf16=self.bf16,
                 seed=self.seed,
             )
-            distil(whole, model, material.needed_tokens("scaleot settle_steps"), settings)
+            distil(whole, model, material.needed_tokens(f"{self.name} settle_steps"), settings)
             trained = dict(zip(plan.positions, probe(whole.model).blocks, strict=True))
             for position in plan.having(HARMONIZER):
                 block = trained[position]

@@ -183,6 +183,12 @@ def ends(layers: int, first: int, last: int) -> tuple[int, ...]:
     return (*range(first), *range(layers - last, layers))
 
 
+def outer_blocks(layers: int, count: int) -> tuple[int, ...]:
+    """Return the first and last blocks, ``count`` of them, one more at the end where it is odd."""
+    first = max(1, count // 2)
+    return tuple(sorted({*range(first), *range(layers - (count - first), layers)}))
+
+
 def check_positions(layers: int, positions: Sequence[int]) -> set[int]:
     """Return ``positions`` as a set.
 

@@ -14,10 +14,11 @@ from fedsplit.emulators.compression.linears import is_linear, matrix_of
 from fedsplit.emulators.compression.src import ATTENTION, FFN
 from fedsplit.emulators.compressors.base import Compressor, Sizes
 from fedsplit.errors import ConfigError, FedsplitError, UnsupportedModelError, check
-from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
+from fedsplit.models.adapters.methods import METHODS, BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import BlockLayout, Site, dense_layout_of, read_config
 from fedsplit.models.loading import TASKS
+from fedsplit.registry import pick
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,18 @@ def describe_base(source: Any, width: int = 4, method: MethodSettings | None = N
         vocab=int(text.vocab_size),
         heads=int(getattr(text, "num_attention_heads", 1)),
         trained=trained,
-        added=0 if method.method in ("full", "bitfit") else trained,
+        added=0 if METHODS[method.method].own else trained,
     )
 
 
 def _trained(model: Any, block: nn.Module, layout: BlockLayout | None, m: MethodSettings) -> int:
-    if m.method == "prefix":  # attached by running the block, which has no memory here
+    row = pick(METHODS, m.method, "method")
+    if row.count is not None:  # attached by running the block, which has no memory here
         if layout is None:
-            raise UnsupportedModelError("method='prefix': this family's projections cannot be told")
-        return 2 * layout.kv_heads * m.prefix * layout.head_dim + layout.heads
+            raise UnsupportedModelError(
+                f"method={m.method!r}: this family's projections cannot be told"
+            )
+        return row.count(layout, m)
     with torch.device("meta"):
         return BlockTuning(model, {"block.": block}, m).count()
 

@@ -18,7 +18,7 @@ also replaced the token embeddings cannot be told from a stranger by weights alo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -304,19 +304,6 @@ def judge_public(
         per_block=public_null(size, depth, block=True),
         config=config,
     )
-
-
-def auc(positives: Iterable[float], negatives: Iterable[float]) -> float:
-    """Area under the ROC curve: the share of pairs in the right order, ties counting half.
-
-    Raises:
-        LineageError: if either side is empty.
-    """
-    high, low = list(positives), list(negatives)
-    if not high or not low:
-        raise LineageError(f"auc: {len(high)} positives and {len(low)} negatives, need both")
-    right = sum((p > n) + 0.5 * (p == n) for p in high for n in low)
-    return right / (len(high) * len(low))
 
 
 def separation(positives: Sequence[float], negatives: Sequence[float]) -> float:

@@ -27,11 +27,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsplit.fingerprints.methods.align import ROTATED, Alignment, align, procrustes
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.view import Similarity, WeightView, same_width, shared_rows
 from fedsplit.models.layout.projections import BlockProjections
 
@@ -139,10 +141,14 @@ def match_blocks(table: Tensor) -> list[int | None]:
     return found
 
 
-class AlignedProducts:
+class AlignedProducts(Fingerprint):
     """Mean cosine of V/O and FFN products after aligning the residual bases."""
 
-    name = "score"
+    name: ClassVar[str] = "score"
+    label: ClassVar[str] = "score (aligned products)"
+    colour: ClassVar[str] = "#111111"
+    strangers: ClassVar[str] = "0.02"
+    descendants: ClassVar[str] = "0.963"
     kinds: tuple[str, ...] = ("vo", "ffn")
 
     def compare(

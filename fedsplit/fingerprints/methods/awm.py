@@ -21,6 +21,7 @@ gate's score), new embeddings (no alignment), an expanded or cut width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from fedsplit.fingerprints.methods.aligned_products import (
     embedding_alignment,
     match_blocks,
 )
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.methods.cka import unbiased_cka
 from fedsplit.fingerprints.view import Similarity, WeightView
 from fedsplit.models.layout.projections import BlockProjections
@@ -103,10 +105,14 @@ def compare_features(
     return out
 
 
-class AWM:
+class AWM(Fingerprint):
     """Mean unbiased CKA of the Q/K weights after alignment; V/O and FFN in ``parts``."""
 
-    name = "awm"
+    name: ClassVar[str] = "awm"
+    label: ClassVar[str] = "AWM"
+    colour: ClassVar[str] = "#2ca02c"
+    strangers: ClassVar[str] = "0.43"
+    descendants: ClassVar[str] = "0.974"
 
     def compare(
         self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None

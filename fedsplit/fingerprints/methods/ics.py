@@ -29,11 +29,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsplit.errors import LineageError
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, shared_rows
 from fedsplit.models.layout.projections import BlockProjections
 
@@ -194,7 +196,7 @@ def _in_bf16(block: BlockProjections) -> BlockProjections:
     return replace(block, **tensors, biases=biases)
 
 
-class ICS:
+class ICS(Fingerprint):
     """Invariant-terms cosine similarity over the last two blocks.
 
     Args:
@@ -203,7 +205,11 @@ class ICS:
             time.  Weights stored otherwise are always multiplied in float32.
     """
 
-    name = "ics"
+    name: ClassVar[str] = "ics"
+    label: ClassVar[str] = "ICS, corrected"
+    colour: ClassVar[str] = "#d62728"
+    strangers: ClassVar[str] = "0.80"
+    descendants: ClassVar[str] = "0.837"
     makers = CORRECTED
     folded = True
 
@@ -267,7 +273,11 @@ class ICS:
 class PublishedICS(ICS):
     """ICS as the public code computes it: norms ignored, weights multiplied elementwise."""
 
-    name = "ics_published"
+    name: ClassVar[str] = "ics_published"
+    label: ClassVar[str] = "ICS, published"
+    colour: ClassVar[str] = "#ff9896"
+    strangers: ClassVar[str] = "0.41"
+    descendants: ClassVar[str] = "0.709"
     makers = PUBLISHED
     folded = False
 

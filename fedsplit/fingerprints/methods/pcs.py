@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsplit.errors import LineageError, ModelError
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.view import Similarity, WeightView, same_width
 
 _CHUNK = 1 << 22
@@ -68,7 +70,7 @@ def moments(base: Tensor, suspect: Tensor, name: str = "tensor") -> Moments:
     return total
 
 
-class PCS:
+class PCS(Fingerprint):
     """Parameter cosine by canonical name.
 
     Args:
@@ -77,7 +79,11 @@ class PCS:
             the same names.
     """
 
-    name = "pcs"
+    name: ClassVar[str] = "pcs"
+    label: ClassVar[str] = "PCS"
+    colour: ClassVar[str] = "#1f77b4"
+    strangers: ClassVar[str] = "0.06"
+    descendants: ClassVar[str] = "0.993"
 
     def __init__(self, *, vectors: bool = False, min_coverage: float = 0.9) -> None:
         self.vectors = vectors

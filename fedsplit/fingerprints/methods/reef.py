@@ -14,12 +14,13 @@ sequences from a public seed stand in unless ``inputs`` are given (the default i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import LineageError
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.methods.cka import linear_cka
 from fedsplit.fingerprints.view import Similarity, WeightView, shared_rows
 from fedsplit.seeding import torch_generator
@@ -49,7 +50,7 @@ def representations(model: nn.Module, inputs: Tensor, depth: float = DEPTH) -> T
     return torch.cat([s[index][:, -1].float() for s in states])
 
 
-class REEF:
+class REEF(Fingerprint):
     """Linear CKA of middle-layer representations.
 
     Args:
@@ -57,7 +58,12 @@ class REEF:
         inputs: token ids to use instead, (n, T).
     """
 
-    name = "reef"
+    name: ClassVar[str] = "reef"
+    label: ClassVar[str] = "REEF-style CKA"
+    colour: ClassVar[str] = "#8c8c8c"
+    strangers: ClassVar[str] = "0.71"
+    descendants: ClassVar[str] = "0.932"
+    needs_running: ClassVar[bool] = True
 
     def __init__(
         self, *, samples: int = 200, length: int = 16, inputs: Tensor | None = None

@@ -19,6 +19,7 @@ products.  Own construction (not in HuRef or AWM).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from fedsplit.fingerprints.methods.aligned_products import (
     product_factors,
     products,
 )
+from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, shared_rows
 
 
@@ -70,10 +72,14 @@ def overlap(p: Tensor, q: Tensor, a: Tensor) -> float:
     return float((p.double() * (a @ q @ a.T).double()).sum())
 
 
-class WhitenedICS:
+class WhitenedICS(Fingerprint):
     """Mean cosine of the whitened V/O and FFN invariants over all blocks."""
 
-    name = "ics_whitened"
+    name: ClassVar[str] = "ics_whitened"
+    label: ClassVar[str] = "ICS, whitened"
+    colour: ClassVar[str] = "#9467bd"
+    strangers: ClassVar[str] = "0.06"
+    descendants: ClassVar[str] = "0.959"
 
     def compare(
         self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None

@@ -7,6 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedsplit.models.adapters.method import AdapterMethod, MethodSettings
+from fedsplit.models.anatomy import probe
+
 NAME = "fedsplit_adapter"
 
 
@@ -46,3 +49,10 @@ def _apply(block: nn.Module, args: Any, output: Any) -> Any:
     if isinstance(output, tuple):
         return (adapter(output[0]), *output[1:])
     return adapter(output)
+
+
+def _choose(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
+    return add_adapters(nn.ModuleList([block]), probe(model).hidden_size, settings.width)
+
+
+BOTTLENECK = AdapterMethod(_choose, foldable=False, mark=NAME)

@@ -12,7 +12,6 @@ PEFT's loads by ``PeftModel.from_pretrained(base, folder)``, ours by :func:`atta
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
+from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
 
@@ -30,7 +28,6 @@ OWN_SETTINGS = "fedsplit_adapter.json"
 OWN_WEIGHTS = "fedsplit_adapter.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 WRAPPED = "base_model.model."  # before every name in PEFT's files
-_DEFAULT = ".default"
 FORMAT = 1
 
 
@@ -52,17 +49,18 @@ def save_adapter(tuning: BlockTuning, model: Any, folder: str | Path, base: str)
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if tuning.method in ("bottleneck", "prefix"):
+    if tuning.row.peft_form is None:
         prefixes = [int(p.rstrip(".").rpartition(".")[2]) for p in tuning.blocks]
         about = {"format": FORMAT, "blocks": prefixes, **asdict(tuning.settings)}
         (folder / OWN_SETTINGS).write_text(json.dumps(about, indent=1) + "\n")
         _save(tuning.state(), folder / OWN_WEIGHTS)
         return "fedsplit"
-    config, tensors = (_lora if tuning.method == "lora" else _copies)(tuning, model)
+    state, blocks = tuning.state(), list(tuning.blocks)
+    config, tensors = tuning.row.peft_form(state, tuning.settings, model, blocks)
     config.task_type = "CAUSAL_LM"
     config.base_model_name_or_path = base
     config.inference_mode = True
-    _save(tensors, folder / PEFT_WEIGHTS)
+    _save({WRAPPED + name: t for name, t in tensors.items()}, folder / PEFT_WEIGHTS)
     config.save_pretrained(str(folder))
     return "peft"
 
@@ -105,42 +103,3 @@ def attach_saved(model: Any, folder: str | Path) -> BlockTuning:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
-
-
-def _pattern(names: list[str]) -> str:
-    return "|".join(f"(?:{re.escape(name)})" for name in sorted(names))
-
-
-def _lora(tuning: BlockTuning, model: Any) -> tuple[Any, dict[str, Tensor]]:
-    from peft import LoraConfig
-
-    state = tuning.state()
-    targets = sorted({name.partition(".lora_")[0] for name in state})
-    turned = [isinstance(model.get_submodule(t).base_layer, Conv1D) for t in targets]
-    config = LoraConfig(
-        r=tuning.settings.rank,
-        lora_alpha=tuning.settings.lora_alpha,  # type: ignore[arg-type]
-        target_modules=_pattern(targets),
-        fan_in_fan_out=all(turned),
-        bias="none",
-    )
-    return config, {WRAPPED + n.replace(_DEFAULT + ".", "."): t for n, t in state.items()}
-
-
-def _copies(tuning: BlockTuning, model: Any) -> tuple[Any, dict[str, Tensor]]:
-    """PEFT's "LN tuning" runs a trained copy of each named module, of whatever kind it is."""
-    from peft import LNTuningConfig
-
-    state = tuning.state()
-    owners = {name: name.rpartition(".")[0] for name in state}
-    modules = sorted(set(owners.values()))
-    inside = {m for m in modules if any(o != m and f"{o}.".startswith(f"{m}.") for o in modules)}
-    if inside or any(f"{m}." in tuning.blocks for m in modules):
-        raise UnsupportedModelError(
-            f"{sorted(inside)[:3] or modules[:3]}: modules with weights of their own around other "
-            "modules: PEFT has no format for them"
-        )
-    tensors = {
-        f"{WRAPPED}{owners[n]}.ln_tuning_layers.{n.rpartition('.')[2]}": t for n, t in state.items()
-    }
-    return LNTuningConfig(target_modules=_pattern(modules)), tensors

@@ -7,50 +7,32 @@ model.  Every method starts as the identity: attaching it changes no output.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError, check
-from fedsplit.models.adapters.bottleneck import add_adapters
-from fedsplit.models.adapters.prefix import add_prefix
-from fedsplit.models.anatomy import probe
-from fedsplit.models.layout.projections import layout_of
+from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
+from fedsplit.models.adapters.bottleneck import BOTTLENECK
+from fedsplit.models.adapters.lora import LORA, lora_layers
+from fedsplit.models.adapters.method import AdapterMethod, MethodSettings
+from fedsplit.models.adapters.own_weights import BITFIT, FULL
+from fedsplit.models.adapters.prefix import PREFIX
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
 
+__all__ = ["METHODS", "AdapterMethod", "BlockTuning", "MethodSettings", "load_named"]
 
-@dataclass(frozen=True)
-class MethodSettings:
-    """How chosen blocks are trained; a method reads only its own fields.
-
-    Attributes:
-        method: a row of :data:`METHODS`.
-        rank: of LoRA's updates.
-        lora_alpha: LoRA's updates are scaled by ``lora_alpha / rank``.
-        width: of the bottlenecks.
-        prefix: trained positions of each attention.
-        seed: of what does not start at zero; whoever starts a run sends its start, so that two
-            parties need not have the same one.
-    """
-
-    method: str = "full"
-    rank: int = 8
-    lora_alpha: float = 16.0
-    width: int = 32
-    prefix: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        pick(METHODS, self.method, "method")
-        for name in ("rank", "width", "prefix"):
-            check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        check(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "> 0")
+METHODS: dict[str, AdapterMethod] = {
+    "full": FULL,
+    "lora": LORA,
+    "bottleneck": BOTTLENECK,
+    "bitfit": BITFIT,
+    "prefix": PREFIX,
+}
+"""The family's table; a new method is a file here and one row."""
 
 
 class BlockTuning:
@@ -71,10 +53,11 @@ class BlockTuning:
     ) -> None:
         self.settings = settings
         self.blocks = dict(blocks)
-        row = METHODS[settings.method]
+        self.row = pick(METHODS, settings.method, "method")
         self._named: dict[str, nn.Parameter] = {}
+        marks = [row.mark for row in METHODS.values() if row.mark]
         for prefix, block in self.blocks.items():
-            if any(hasattr(block, name) for name in _MARKS) or _lora_layers(block):
+            if any(hasattr(block, mark) for mark in marks) or lora_layers(block):
                 raise ConfigError(
                     f"method={settings.method!r}: {prefix[:-1]} carries modules already"
                 )
@@ -82,7 +65,7 @@ class BlockTuning:
                 parameter.requires_grad_(False)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(settings.seed, "models.adapter_methods", prefix))
-                chosen = row(model, block, settings)
+                chosen = self.row.choose(model, block, settings)
             for name, parameter in block.named_parameters():
                 if id(parameter) in chosen:
                     parameter.requires_grad_(True)
@@ -127,7 +110,7 @@ class BlockTuning:
         """
         own = {name: state[name] for name in self._own if name in state}
         for prefix, block in self.blocks.items():
-            for name, layer in _lora_layers(block).items():
+            for name, layer in lora_layers(block).items():
                 down = state[f"{prefix}{name}.lora_A.default.weight"].float()  # (r, in)
                 up = state[f"{prefix}{name}.lora_B.default.weight"].float()  # (out, r)
                 delta = layer.scaling["default"] * (up @ down)
@@ -140,7 +123,7 @@ class BlockTuning:
     @property
     def _own(self) -> set[str]:
         """Names of trained tensors that the base has itself."""
-        return set(self._named) if self.method in ("full", "bitfit") else set()
+        return set(self._named) if self.row.own else set()
 
     def fold(self) -> None:
         """Make the blocks plain again: LoRA's updates go into the weights that they act on.
@@ -148,19 +131,19 @@ class BlockTuning:
         Raises:
             UnsupportedModelError: the method adds modules that no weight of the base can stand for.
         """
-        if self.method in ("bottleneck", "prefix"):
+        if not self.row.foldable:
             raise UnsupportedModelError(
                 f"method={self.method!r}: its modules are not linear in the base's weights: the "
                 "model cannot be written without them"
             )
         for block in self.blocks.values():
-            for name, layer in _lora_layers(block).items():
+            for name, layer in lora_layers(block).items():
                 layer.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(block.get_submodule(parent), child, layer.base_layer)
             if hasattr(block, "peft_config"):
                 del block.peft_config
-        if self.method == "lora":
+        if not self.row.own:
             self._named = {}
 
 
@@ -191,61 +174,3 @@ def load_named(named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(state[name])
-
-
-def _full(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
-    return {id(p) for p in block.parameters() if p.is_floating_point()}
-
-
-def _bitfit(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
-    # Every vector: biases, and the norms' weights, since LLaMA's relatives have no biases at all.
-    return {id(p) for p in block.parameters() if p.is_floating_point() and p.dim() == 1}
-
-
-def _lora(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    found = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    if not found:
-        raise ConfigError(f"method='lora': {type(block).__name__} has no nn.Linear or Conv1D")
-    before = {id(p) for p in block.parameters()}
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
-        # A regular expression is matched against the full name: no other module can slip in.
-        target_modules="|".join(f"(?:{re.escape(name)})" for name in found),
-        fan_in_fan_out=all(isinstance(m, Conv1D) for m in found.values()),
-        bias="none",
-    )
-    inject_adapter_in_model(config, block)
-    return {id(p) for p in block.parameters()} - before
-
-
-def _bottleneck(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
-    return add_adapters(nn.ModuleList([block]), probe(model).hidden_size, settings.width)
-
-
-def _prefix(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
-    before = {id(p) for p in block.parameters()}
-    add_prefix(block, layout_of(model.config), settings.prefix, probe(model).hidden_size)
-    return {id(p) for p in block.parameters()} - before
-
-
-_MARKS = ("fedsplit_adapter", "fedsplit_prefix")
-
-
-def _lora_layers(block: nn.Module) -> dict[str, Any]:
-    found = {n: m for n, m in block.named_modules() if "default" in getattr(m, "lora_A", {})}
-    return {name: layer for name, layer in found.items() if hasattr(layer, "base_layer")}
-
-
-Choose = Callable[[Any, nn.Module, MethodSettings], set[int]]
-
-# method -> (model, block, settings) -> ids of the block's parameters to train
-METHODS: dict[str, Choose] = {
-    "full": _full,
-    "lora": _lora,
-    "bottleneck": _bottleneck,
-    "bitfit": _bitfit,
-    "prefix": _prefix,
-}

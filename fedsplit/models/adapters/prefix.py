@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import UnsupportedModelError
-from fedsplit.models.layout.projections import BlockLayout
+from fedsplit.models.adapters.method import AdapterMethod, MethodSettings
+from fedsplit.models.anatomy import probe
+from fedsplit.models.layout.projections import BlockLayout, layout_of
 
 NAME = "fedsplit_prefix"
 
@@ -81,3 +83,16 @@ def add_prefix(block: nn.Module, layout: BlockLayout, length: int, width: int) -
     block.add_module(NAME, prefix)
     places[0].register_forward_hook(prefix.keep)
     places[1].register_forward_pre_hook(prefix.add)
+
+
+def _choose(model: Any, block: nn.Module, settings: MethodSettings) -> set[int]:
+    before = {id(p) for p in block.parameters()}
+    add_prefix(block, layout_of(model.config), settings.prefix, probe(model).hidden_size)
+    return {id(p) for p in block.parameters()} - before
+
+
+def _count(layout: BlockLayout, settings: MethodSettings) -> int:
+    return 2 * layout.kv_heads * settings.prefix * layout.head_dim + layout.heads
+
+
+PREFIX = AdapterMethod(_choose, foldable=False, mark=NAME, count=_count)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
-from fedsplit.emulators.build import Emulator, method_settings, tune_inside
+from fedsplit.emulators.build import Emulator, tune_inside
 from fedsplit.emulators.lm import mean_loss, pack
+from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
 from fedsplit.owners.split.own_training import DpSettings

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.attacks.extraction.attack import Extraction, closed_share, regrown
-from fedsplit.attacks.extraction.measure import Look, Task, measure
+from fedsplit.attacks import Extraction, Truth, View
+from fedsplit.attacks.extraction.attack import Gap, Look, Task
+from fedsplit.attacks.extraction.gap import closed_share
+from fedsplit.attacks.extraction.regrow import regrown
 from fedsplit.emulators import Emulator, EmulatorPlan, Material, build_emulator, make_compressor
 from fedsplit.emulators.build import adapter_state, load_adapters, plug_in
 from fedsplit.emulators.compression.structure import tiny_logits
@@ -73,7 +75,7 @@ def test_an_owner_closes_part_of_the_gap(queries: bool, regrow: bool) -> None:
     public, held_out = text[:240], text[240:].flatten()
     attack = Extraction(steps=25, batch_size=24, lr=3e-3, queries=queries, regrow=regrow)
 
-    attacked = attack.run(emulator, public, teacher=base if queries else None)
+    attacked = attack.train(emulator, public, teacher=base if queries else None)
 
     found = closed_share(
         loss(base, held_out), loss(emulator.model, held_out), loss(attacked, held_out)
@@ -89,7 +91,7 @@ def test_the_attack_leaves_everything_given_as_it_was() -> None:
     before = copy.deepcopy(emulator.model.state_dict())
     own = copy.deepcopy(base.state_dict())
 
-    attacked = Extraction(steps=3, queries=True).run(emulator, tokens(), teacher=base)
+    attacked = Extraction(steps=3, queries=True).train(emulator, tokens(), teacher=base)
 
     assert all(torch.equal(v, before[k]) for k, v in emulator.model.state_dict().items())
     assert all(torch.equal(v, own[k]) for k, v in base.state_dict().items())
@@ -101,7 +103,7 @@ def test_adapters_embeddings_and_head_stay_the_bases() -> None:
     frozen = adapter_state(emulator)
     seen: list[Any] = []
 
-    attacked = Extraction(steps=3).run(
+    attacked = Extraction(steps=3).train(
         emulator, tokens(), look=lambda _, __, own: seen.append(adapter_state(own)), marks=[3]
     )
 
@@ -124,7 +126,7 @@ def test_other_adapters_can_be_put_in_while_looking(regrow: bool) -> None:
             load_adapters(own, state)
             seen.append(tiny_logits(model))
 
-    Extraction(steps=2, regrow=regrow).run(emulator, tokens(), look=look, marks=[0])
+    Extraction(steps=2, regrow=regrow).train(emulator, tokens(), look=look, marks=[0])
 
     load_adapters(emulator, tuned)
     assert torch.equal(seen[0], seen[2])
@@ -133,7 +135,7 @@ def test_other_adapters_can_be_put_in_while_looking(regrow: bool) -> None:
 
 def test_same_seed_same_attack() -> None:
     _, emulator = emulator_of()
-    runs = [Extraction(steps=4, seed=s).run(emulator, tokens(40)) for s in (1, 1, 2)]
+    runs = [Extraction(steps=4, seed=s).train(emulator, tokens(40)) for s in (1, 1, 2)]
 
     logits = [tiny_logits(m) for m in runs]
     assert torch.equal(logits[0], logits[1])
@@ -205,14 +207,14 @@ def test_only_the_same_blocks_compare() -> None:
 def test_what_cannot_be_run_is_named() -> None:
     base, emulator = emulator_of()
     with pytest.raises(AttackError, match="queries=True"):
-        Extraction(queries=True).run(emulator, tokens())
+        Extraction(queries=True).train(emulator, tokens())
     with pytest.raises(AttackError, match="queries=False"):
-        Extraction().run(emulator, tokens(), teacher=base)
+        Extraction().train(emulator, tokens(), teacher=base)
     _, all_adapters = emulator_of(roles=("adapter",) * 6)
     with pytest.raises(AttackError, match="outside A"):
-        Extraction().run(all_adapters, tokens())
+        Extraction().train(all_adapters, tokens())
     with pytest.raises(AttackError, match="full size"):
-        Extraction(regrow=True).run(all_adapters, tokens())
+        Extraction(regrow=True).train(all_adapters, tokens())
     with pytest.raises(ConfigError, match="steps=0"):
         Extraction(steps=0)
 
@@ -231,20 +233,14 @@ def test_both_gaps_are_those_of_the_four_models_and_the_base_stays(control: bool
     expected["task"] = text_loss(plugged, text, window=16), text_loss(mine.model, text, window=16)
     seen: list[Look] = []
 
-    looks = measure(
-        Extraction(steps=2, batch_size=4),
-        emulator,
-        base,
-        tokens(8),
-        text,
-        marks=[0],
-        task=Task(tuned, text),
-        window=16,
-        control=control,
-        on_look=seen.append,
-    )
+    attack = Extraction(steps=2, batch_size=4, window=16, marks=(0,), control=control)
+    truth = Truth(gap=Gap(base, text, Task(tuned, text)))
+    result = attack.run(View(emulator=emulator, text=tokens(8)), truth, on_look=seen.append)
 
-    assert seen == looks
+    looks = result.detail
+    assert tuple(seen) == looks
+    assert result.success == (looks[-1].public.share or 0.0)
+    assert result.extra["rows"] == [look.to_json() for look in looks]
     assert [look.steps for look in looks] == [0, 2]
     assert [look.tokens for look in looks] == [0, 80]
     for gap, (full, sent) in expected.items():
@@ -256,4 +252,4 @@ def test_both_gaps_are_those_of_the_four_models_and_the_base_stays(control: bool
         assert end.attacked != start.attacked
     assert all(torch.equal(v, own[k]) for k, v in base.state_dict().items())
     with pytest.raises(AttackError, match="mark=3"):
-        measure(Extraction(steps=2), emulator, base, tokens(8), text, marks=[3])
+        Extraction(steps=2, marks=(3,))

@@ -7,12 +7,19 @@ import torch
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedsplit.attacks import GradientInversion, Inversion, score_tokens
-from fedsplit.attacks.gradients.update_inversion import (
-    align_batch,
+from fedsplit.attacks import (
+    BiasGradient,
+    EmbeddingUpdate,
+    GradientInversion,
+    Inversion,
+    Truth,
+    Update,
+    View,
+    score_tokens,
+)
+from fedsplit.attacks.gradients.update_inversion import align_batch
+from fedsplit.attacks.gradients.update_sets import (
     label_counts_from_bias_gradient,
-    score_label_counts,
-    score_token_set,
     tokens_from_embedding_update,
 )
 from fedsplit.errors import AttackError
@@ -56,7 +63,8 @@ def test_a_joint_bottom_names_its_tokens(optimizer: str):
     found = tokens_from_embedding_update(before, table)
 
     assert torch.equal(found, torch.unique(torch.cat(ids)))
-    result = score_token_set(found, ids)
+    update = Update(before={"w": before}, after={"w": table.detach()})
+    result = EmbeddingUpdate().run(View(update=update), Truth(ids=ids))
     assert (result.success, result.extra["precision"]) == (1.0, 1.0)
     assert len(tokens_from_embedding_update(before, before)) == 0
 
@@ -69,10 +77,9 @@ def test_a_bias_counts_labels(batch: int):
     bias = torch.zeros(4, requires_grad=True)
     F.cross_entropy(z + bias, y).backward()
 
-    counts = label_counts_from_bias_gradient(bias.grad, batch)
-
-    result = score_label_counts(counts, y)
-    assert int(counts.sum()) == batch
+    update = Update(gradient={"head.bias": bias.grad}, shape=(batch, 1))
+    result = BiasGradient().run(View(update=update), Truth(labels=y))
+    assert int(label_counts_from_bias_gradient(bias.grad, batch).sum()) == batch
     assert result.success >= (1.0 if batch == 1 else 0.9)
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from fedsplit.attacks import ContextualInversion, MapInversion, NgramModel, score_tokens
+from fedsplit.attacks import ContextualInversion, MapInversion, score_tokens
 from fedsplit.attacks.inversion.contextual import marginals, trigram_marginals
 from fedsplit.errors import AttackError, ConfigError
 from fedsplit.privacy import DChi, OwnerSecret
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
+from fedsplit.privacy.denoising.ngram import NgramModel
 from fedsplit.privacy.denoising.posterior import unigram_log_prior
 
 V, D = 400, 24

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedsplit.attacks import LabelLeakage
+from fedsplit.attacks import LabelLeakage, Truth, View
 from fedsplit.attacks.labels.leakage import labels_from_logit_gradients
 from fedsplit.errors import AttackError, ConfigError
 
 G = torch.Generator().manual_seed(0)
+
+
+def leak(attack: LabelLeakage, gradients: torch.Tensor, labels: torch.Tensor, known=None):
+    view = View(gradients=list(gradients), known=known or {})
+    return attack.run(view, Truth(labels=labels))
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -19,7 +24,7 @@ def test_logit_gradients_are_the_labels(classes: int):
     y = torch.randint(0, classes, (200,), generator=G)
     F.cross_entropy(z, y).backward()
 
-    result = LabelLeakage().evaluate(z.grad, y)
+    result = leak(LabelLeakage(), z.grad, y)
 
     assert result.success == 1.0
     assert result.baseline < 0.7
@@ -40,7 +45,7 @@ def test_a_head_at_the_owner_does_not_hide_two_classes():
     F.cross_entropy(head(hidden), y).backward()
     first = {int((y == c).nonzero()[0]): c for c in (0, 1)}
 
-    result = LabelLeakage("direction").evaluate(hidden.grad, y, known=first)
+    result = leak(LabelLeakage("direction"), hidden.grad, y, first)
 
     assert result.success > 0.98
     assert result.tokens == 298
@@ -50,7 +55,7 @@ def test_strong_gradient_noise_hides_them():
     y = torch.randint(0, 2, (2000,), generator=G)
     gradients = torch.randn(2000, 2, generator=G)
 
-    low, high = LabelLeakage().evaluate(gradients, y).interval
+    low, high = leak(LabelLeakage(), gradients, y).interval
 
     assert low < 0.5 < high
 
@@ -62,5 +67,5 @@ def test_misuse_is_refused():
         LabelLeakage().infer(torch.zeros(3))
     with pytest.raises(AttackError, match="at least one row"):
         LabelLeakage("direction").infer(torch.zeros(3, 4))
-    with pytest.raises(AttackError, match=r"truth\.shape"):
-        LabelLeakage().evaluate(torch.zeros(3, 2), torch.zeros(4))
+    with pytest.raises(AttackError, match=r"truth\.labels"):
+        leak(LabelLeakage(), torch.zeros(3, 2), torch.zeros(4))

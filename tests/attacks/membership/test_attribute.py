@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedsplit.attacks.membership.attribute import AttributeInference, fit_logistic
+from fedsplit.attacks import AttributeInference, Truth, View
+from fedsplit.attacks.membership.attribute import fit_logistic, known_part
 from fedsplit.errors import AttackError, ConfigError
 
 G = torch.Generator().manual_seed(0)
@@ -21,8 +22,14 @@ def sent(signal: float):
     ]
 
 
+def infer(samples, attribute, groups=None):
+    groups = list(range(len(samples))) if groups is None else groups
+    view = View(rows=samples, known=known_part(attribute, groups, 0.5), groups=groups)
+    return AttributeInference().run(view, Truth(labels=torch.tensor(attribute)))
+
+
 def test_attribute_in_the_representations_is_found():
-    result = AttributeInference().evaluate(sent(1.0), SEX, PEOPLE.tolist())
+    result = infer(sent(1.0), SEX, PEOPLE.tolist())
 
     assert result.success > 0.9
     assert result.tokens == 200
@@ -34,8 +41,8 @@ def test_nothing_there_is_chance_even_if_people_repeat():
     person = 3 * torch.randn(100, 16, generator=G)
     samples = [x + person[p] for x, p in zip(sent(0.0), PEOPLE, strict=True)]
 
-    by_person = AttributeInference().evaluate(samples, SEX, PEOPLE.tolist())
-    by_sample = AttributeInference().evaluate(samples, SEX)
+    by_person = infer(samples, SEX, PEOPLE.tolist())
+    by_sample = infer(samples, SEX)
 
     assert by_person.interval[0] < 0.5 < by_person.interval[1] + 0.1
     assert by_sample.success > by_person.success
@@ -54,8 +61,8 @@ def test_logistic_regression_is_at_its_optimum():
 
 def test_misuse_is_refused():
     with pytest.raises(AttackError, match="attribute=2"):
-        AttributeInference().evaluate(sent(0.0), [1, 2])
+        infer(sent(0.0), [1, 2])
     with pytest.raises(AttackError, match="must hold two classes"):
-        AttributeInference().evaluate(sent(0.0), [1] * 400)
-    with pytest.raises(ConfigError, match="known_share=1"):
-        AttributeInference(known_share=1.0)
+        infer(sent(0.0), [1] * 400)
+    with pytest.raises(ConfigError, match="share=1"):
+        known_part([1, 2], [0, 1], 1.0)

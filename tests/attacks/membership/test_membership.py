@@ -7,9 +7,10 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from fedsplit.attacks import MembershipInference
-from fedsplit.attacks.membership.lira import auc, confidence, lira_scores, shadow_splits, tpr_at
+from fedsplit.attacks import Confidences, MembershipInference, Truth, View
+from fedsplit.attacks.membership.lira import confidence, lira_scores, shadow_splits, tpr_at
 from fedsplit.errors import AttackError, ConfigError
+from fedsplit.statistics import auc
 
 N, D = 300, 60
 G = torch.Generator().manual_seed(0)
@@ -29,12 +30,17 @@ def train(members: np.ndarray, number: int) -> np.ndarray:
     return confidence(X @ weight, Y)
 
 
+def score(attack: MembershipInference, seen: Confidences, member: np.ndarray):
+    return attack.run(View(confidences=seen), Truth(members=member))
+
+
 def test_shadows_tell_more_than_the_loss():
     member = shadow_splits(N, 2, seed=7)[0]
     target = train(member, -1)
 
-    loss = MembershipInference("loss").attack(target, member, train)
-    lira = MembershipInference("lira", shadows=8).attack(target, member, train)
+    loss = score(MembershipInference("loss"), Confidences(target), member)
+    attack = MembershipInference("lira", shadows=8)
+    lira = score(attack, attack.with_shadows(target, train), member)
 
     assert loss.interval[0] > 0.5
     assert lira.success > loss.success
@@ -49,7 +55,7 @@ def test_outsiders_are_chance():
     pool[: N // 2] = True
     target = train(pool, -1)[N // 2 :]
 
-    result = MembershipInference("loss").evaluate(target, rng.random(N // 2) < 0.5)
+    result = score(MembershipInference("loss"), Confidences(target), rng.random(N // 2) < 0.5)
 
     assert result.interval[0] < 0.5 < result.interval[1]
 
@@ -59,7 +65,9 @@ def test_reference_values():
     scores, positive = rng.integers(0, 6, 200).astype(float), rng.random(200) < 0.4
 
     u = mannwhitneyu(scores[positive], scores[~positive]).statistic
-    assert auc(scores, positive) == pytest.approx(u / (positive.sum() * (~positive).sum()))
+    assert auc(scores[positive], scores[~positive]) == pytest.approx(
+        u / (positive.sum() * (~positive).sum())
+    )
     assert (
         tpr_at(np.asarray([3.0, 2.0, 1.0, 0.0]), np.asarray([True, False, True, False]), 0) == 0.5
     )
@@ -86,6 +94,6 @@ def test_misuse_is_refused():
     with pytest.raises(ConfigError, match="shadows=3"):
         MembershipInference(shadows=3)
     with pytest.raises(AttackError, match="members and others"):
-        MembershipInference().evaluate(np.zeros(3), np.ones(3, dtype=bool))
+        score(MembershipInference(), Confidences(np.zeros(3)), np.ones(3, dtype=bool))
     with pytest.raises(AttackError, match="shadows: missing"):
-        MembershipInference("lira").evaluate(np.zeros(2), np.asarray([True, False]))
+        score(MembershipInference("lira"), Confidences(np.zeros(2)), np.asarray([True, False]))

@@ -191,7 +191,7 @@ def test_a_state_that_does_not_fit_changes_nothing(method: str, change: str, mes
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="zip"):
-        MethodSettings("zip")
+        attach(model_of("llama-gqa"), "zip")
     with pytest.raises(ConfigError, match="rank"):
         MethodSettings("lora", rank=0)
     model = model_of("llama-gqa")

@@ -12,15 +12,16 @@ import torch
 from rich.console import Console
 from transformers import BertForSequenceClassification
 
+from fedsplit.attacks.labels.leakage import labels_from_norm
+from fedsplit.attacks.transcripts import Transcript
 from fedsplit.errors import ConfigError, RunError
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, load_experiment
 from simulations.split.label_leakage import (
     Recorded,
     attack_all,
-    labels_from_norm,
     protected,
-    read_capture,
+    recorded_of,
     run,
 )
 from tests.tiny_models import save_texts, save_tiny_bert
@@ -93,6 +94,6 @@ def test_known_rows_are_not_scored() -> None:
     assert found["sign"]["leaked"] == 1.0
 
 
-def test_nothing_recorded_is_an_error(tmp_path: Path) -> None:
+def test_nothing_recorded_is_an_error() -> None:
     with pytest.raises(RunError, match="recorded gradients"):
-        read_capture(tmp_path, {})
+        recorded_of(Transcript(), [])

@@ -15,9 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
-from fedsplit.emulators.build import method_settings, tune_in_full, tune_inside
+from fedsplit.emulators.build import tune_in_full, tune_inside
 from fedsplit.emulators.files import load_emulator
 from fedsplit.emulators.lm import logits_of
+from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.adapters.files import attach_saved
 from fedsplit.owners.offsite.work import AdapterOwner

@@ -1,0 +1,78 @@
+"""What a run's settings ask of emulators: checked names, and each compressor's own settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fedsplit.config import OffsiteConfig
+from fedsplit.emulators.compressors.scaleot import RANKS
+from fedsplit.emulators.compressors.table import COMPRESSORS
+from fedsplit.emulators.planning.plan import outer_blocks
+from fedsplit.errors import check
+from fedsplit.models.adapters.methods import METHODS, MethodSettings
+
+
+def check_offsite(offsite: OffsiteConfig) -> None:
+    """Check the names that the settings give: compressor, ranking and method.
+
+    The settings' own layer knows no families, so whoever starts from them calls this first.
+
+    Raises:
+        ConfigError: an unknown name; the message lists the known ones.
+    """
+    known = ", ".join(sorted(COMPRESSORS))
+    name = offsite.compressor
+    check(name in COMPRESSORS, "offsite.compressor", name, f"one of {known}")
+    methods = ", ".join(METHODS)
+    check(offsite.method in METHODS, "offsite.method", offsite.method, f"one of {methods}")
+    rank_by = offsite.rank_by
+    check(rank_by in RANKS, "offsite.rank-by", rank_by, f"one of {', '.join(RANKS)}")
+
+
+def by_importance(offsite: OffsiteConfig) -> bool:
+    """Return whether an importance run decides which blocks are A."""
+    return offsite.asks_importance or (
+        COMPRESSORS[offsite.compressor].places and not offsite.chosen
+    )
+
+
+def needs_importance(offsite: OffsiteConfig) -> bool:
+    """Return whether the emulator is made with an importance run."""
+    row = COMPRESSORS[offsite.compressor]
+    return offsite.asks_importance or bool(row.needs_importance(offsite))
+
+
+def compressor_settings(
+    offsite: OffsiteConfig, layers: int, placed: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """Return the compressor's own settings from the run's.
+
+    Args:
+        offsite: the run's.
+        layers: blocks of the model.
+        placed: A's blocks where importance decides and the compressor knows nothing of it.
+    """
+    row = COMPRESSORS[offsite.compressor]
+    chosen = offsite.chosen or placed
+    where: dict[str, Any] = {"adapters": chosen}
+    if not chosen:
+        outer = {"adapters": outer_blocks(layers, offsite.adapters)}
+        where = {"n_adapters": offsite.adapters} if row.places else outer
+    return {**where, **row.run_settings(offsite)}
+
+
+def method_settings(offsite: OffsiteConfig, seed: int) -> MethodSettings:
+    """Return what a run's settings say about what is trained inside A.
+
+    Raises:
+        ConfigError: an unknown method.
+    """
+    check_offsite(offsite)
+    return MethodSettings(
+        method=offsite.method,
+        rank=offsite.rank,
+        lora_alpha=offsite.lora_alpha,
+        width=offsite.width,
+        prefix=offsite.prefix,
+        seed=seed,
+    )
