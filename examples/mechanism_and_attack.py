@@ -36,7 +36,7 @@ def main() -> None:
 
     secret = OwnerSecret(secrets.token_bytes(32))  # stays with the owner
     shares = []
-    for ratio in (0.5, 2.0, 4.0):
+    for ratio in (2.0, 4.0, 8.0):
         eta = eta_from_ratio(ratio, bottom.hidden_size, norm)
         mechanism = build("dchi", eta=eta)
         noise = SamplePerturber(mechanism, secret, "minilm, k = 0")

@@ -18,7 +18,7 @@ it is.
 | :mod:`fedsplit.config` | a run's settings |
 | :mod:`fedsplit.wire` | frames, codecs and streams between owner and server |
 
-Example:
+Examples:
     >>> import sys, fedsplit
     >>> fedsplit.__version__
     '0.1.0'

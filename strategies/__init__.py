@@ -12,7 +12,7 @@ carries this folder as ``fedsplit.strategies``.  Names are resolved on first use
 | ``rounds`` | sampling, replies, averaging, lineage, saved state |
 | ``telemetry`` | status page, metrics, event files |
 
-Example:
+Examples:
     >>> from fedsplit.strategies import STRATEGIES
     >>> sorted(STRATEGIES)
     ['offsite-tuning', 'serving', 'split-tuning']

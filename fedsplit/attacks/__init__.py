@@ -7,7 +7,7 @@ scores it; the truth is the scorer's alone.  ``ATTACKS`` is the family's table
 its ``knowledge`` and the fields that are its ``budget``; a defence is called private only against
 the attacker named beside it.
 
-Example:
+Examples:
     >>> import torch
     >>> from fedsplit.privacy.denoising.candidates import MatrixCandidates
     >>> table = torch.eye(6)  # what each of 6 tokens looks like at k = 0

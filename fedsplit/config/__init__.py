@@ -1,6 +1,6 @@
 """The run's settings; see :mod:`fedsplit.config.run` for how they travel.
 
-Example:
+Examples:
     >>> from fedsplit.config import RunConfig
     >>> config = RunConfig.from_flat({"split.k": 2, "privacy.eta": 8.0})
     >>> config.split.k, config.train.rounds

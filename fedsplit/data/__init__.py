@@ -2,7 +2,7 @@
 
 Layer 1.  Nothing is read, downloaded or imported from ``datasets`` until it is asked for.
 
-Example:
+Examples:
     >>> from fedsplit.data import TextDataset, train_test_split
     >>> data = TextDataset(("good", "bad", "fine", "poor"), (1, 0, 1, 0), ("no", "yes"))
     >>> train, test = train_test_split(range(4), data.labels, 0.5, seed=0)

@@ -14,7 +14,7 @@ into the full model.  Layer 2; models are handled through :mod:`fedsplit.models`
 | :mod:`~fedsplit.emulators.files` | an emulator on disk, by content digest |
 | :mod:`~fedsplit.emulators.planning.planner` | sizes and costs before anything is built |
 
-Example:
+Examples:
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=16, n_head=2, vocab_size=50))
     >>> compressor = make_compressor("layerdrop", adapters=ends(6, 1, 1), keep=2)

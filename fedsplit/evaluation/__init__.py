@@ -10,7 +10,7 @@ plugged-in model), and knows nothing of any of these.  Names are resolved on fir
 | :mod:`~fedsplit.evaluation.task_files` | task files that are data and nothing else |
 | :mod:`~fedsplit.evaluation.harness` | lm-evaluation-harness over both (extra ``evaluate``) |
 
-Example:
+Examples:
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from fedsplit.evaluation import Likelihood, text_loss

@@ -14,7 +14,7 @@ whitened invariants keep twins (same data and tokenizer, another seed) near 0 an
 1; corrected ICS and REEF see function, which twins share; PCS is lost under any map that preserves
 the function.
 
-Example:
+Examples:
     >>> from copy import deepcopy
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> base = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50))

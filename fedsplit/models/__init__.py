@@ -13,7 +13,7 @@ importing this package costs nothing until a model is really handled.
 | :mod:`fedsplit.models.bundle.bottom` | a bottom as bounded, checked files |
 | :mod:`fedsplit.models.adapters.trainable` | what is trained of a top |
 
-Example:
+Examples:
     >>> import torch
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from fedsplit.models import split

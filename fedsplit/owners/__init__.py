@@ -11,7 +11,7 @@ use.
 | :mod:`~fedsplit.owners.offsite` | adapters tuned on an emulator |
 | :mod:`~fedsplit.owners.serving` | private inference |
 
-Example:
+Examples:
     >>> from fedsplit.config import RunConfig
     >>> from fedsplit.owners import Asked, Policy
     >>> policy = Policy({"noise": {"max_eta": 10.0}})

@@ -2,7 +2,7 @@
 
 A new mechanism is a file in :mod:`fedsplit.privacy.mechanisms` and one row of its table.
 
-Example:
+Examples:
     >>> import torch
     >>> mechanism = build("dchi", eta=30.0)
     >>> noise = SamplePerturber(mechanism, OwnerSecret(bytes(range(32))), "toy bottom, k = 0")

@@ -2,7 +2,7 @@
 
 Strategies and owners are peers; they meet here and nowhere else.  Names are resolved on first use.
 
-Example:
+Examples:
     >>> import torch
     >>> from fedsplit.wire import Kind, decode_rows, encode_rows, loopback
     >>> owner, server = loopback(max_frame_bytes=1 << 20)

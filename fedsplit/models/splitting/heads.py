@@ -35,8 +35,8 @@ def detach_head(top: Top, *, share: bool = False) -> Head:
     ``head(top.hidden_states(h, mask), mask)`` equals ``top(h, mask)``; checked before returning.
 
     Args:
-        top: from :func:`fedsplit.models.splitting.halves.split`, without adapters inside its
-        blocks' outputs. share: hold the top's own parameters instead of copies of them.
+        top: from :func:`fedsplit.models.splitting.halves.split`, without adapters.
+        share: hold the top's own parameters instead of copies of them.
 
     Raises:
         UnsupportedModelError: if the module that produces the final hidden state cannot be told.
