@@ -5,8 +5,8 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsplit.config import RunConfig
 from fedsplit.registry import pick
+from fedsplit.settings import read_settings
 from fedsplit.wire.logs import join_flower_log
 
 from . import STRATEGIES
@@ -22,5 +22,5 @@ def main(grid: Grid, context: Context) -> None:
         ConfigError: an unknown setting or strategy, or a value out of range.
     """
     join_flower_log()
-    config = RunConfig.from_flat(dict(context.run_config))
+    config = read_settings(dict(context.run_config))
     pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)

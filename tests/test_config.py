@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError
+from fedsplit.settings import read_settings
 
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 FLAT = RunConfig().to_flat()
@@ -177,10 +178,10 @@ def test_every_setting_is_a_flat_scalar_with_a_range_or_free_text() -> None:
 def test_values_out_of_range_are_refused_with_name_value_and_bound(key: str) -> None:
     bad, good = RANGES[key]
     for value in good:
-        assert RunConfig.from_flat({key: value}).to_flat()[key] == value
+        assert read_settings({key: value}).to_flat()[key] == value
     for value in bad:
         with pytest.raises(ConfigError) as caught:
-            RunConfig.from_flat({key: value})
+            read_settings({key: value})
         assert str(caught.value).startswith(f"{key}={value!r}: must be "), caught.value
         assert len(str(caught.value)) > len(f"{key}={value!r}: must be ")
 
@@ -190,9 +191,6 @@ VALID = st.fixed_dictionaries(
     optional={key: st.sampled_from(good) for key, (_, good) in RANGES.items()}
     | {key: st.text(max_size=20) for key in FREE_TEXT}
     | {"output.capture": st.booleans(), "output.transcript": st.booleans()},
-).filter(
-    # Some settings exclude each other.
-    lambda flat: "labels.protection" not in flat or not {"model.task", "train.method"} & flat.keys()
 )
 
 
@@ -264,10 +262,10 @@ def test_a_whole_number_serves_as_a_float_and_nothing_else_is_converted() -> Non
 def test_dchi_takes_either_eta_or_the_noise_ratio(eta: float, ratio: float, good: bool) -> None:
     flat = {"privacy.mechanism": "dchi", "privacy.eta": eta, "privacy.noise-ratio": ratio}
     if good:
-        assert RunConfig.from_flat(flat).privacy.eta == eta
+        assert read_settings(flat).privacy.eta == eta
     else:
         with pytest.raises(ConfigError, match=rf"^privacy.eta={eta}: must be > 0 when"):
-            RunConfig.from_flat(flat)
+            read_settings(flat)
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:
@@ -304,7 +302,7 @@ def test_every_setting_is_documented() -> None:
 )
 def test_settings_that_exclude_each_other(flat: dict[str, Scalar]) -> None:
     with pytest.raises(ConfigError, match="must be"):
-        RunConfig.from_flat(flat)
+        read_settings(flat)
 
 
 @pytest.mark.parametrize(
@@ -318,5 +316,4 @@ def test_settings_that_exclude_each_other(flat: dict[str, Scalar]) -> None:
     ],
 )
 def test_settings_that_go_together(flat: dict[str, Scalar]) -> None:
-    config = RunConfig.from_flat(flat)
-    assert config.labels.method in ("none", "randomised-response", "marvell")
+    assert read_settings(flat).to_flat().items() >= flat.items()

@@ -31,6 +31,7 @@ LAYERS = {
     "fedsplit.emulators": 2,
     "fedsplit.evaluation": 2,
     "fedsplit.fingerprints": 2,
+    "fedsplit.settings": 2.5,  # reads every table; owners and attacks read settings through it
     "fedsplit.attacks": 3,
     "fedsplit.owners": 3,
     "fedsplit.client_app": 4,

@@ -39,6 +39,7 @@ from fedsplit.errors import AttackError, ConfigError, check
 from fedsplit.privacy.denoising.posterior import Touched
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.seeding import numpy_generator
+from fedsplit.settings import read_settings
 
 Budget = Mapping[str, Mapping[str, Any]]
 """attack -> its fields that are not the defaults."""
@@ -82,7 +83,7 @@ def attack_files(
     folder = recorded if recorded.is_dir() else None
     flat: dict[str, Any] = read_config(folder / "config.toml") if folder else {}
     flat.update(parse_settings(settings))
-    config = RunConfig.from_flat(flat)
+    config = read_settings(flat)
     if folder is not None:
         places = [folder / "server" / TRANSCRIPT, folder / TRANSCRIPT, folder / "server" / CAPTURE]
         if wanted & {"gradients", "repeats"} and places[2].is_dir():

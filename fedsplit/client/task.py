@@ -33,6 +33,7 @@ from fedsplit.owners.split.message_session import MessageSession
 from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.prepare import OwnerIdentity, load_joint_state, prepare, save_joint_state
 from fedsplit.owners.split.session import open_stream, run_stream_session
+from fedsplit.settings import read_settings
 from fedsplit.wire.logs import join_flower_log
 from fedsplit.wire.messages import (
     FRAMES,
@@ -73,7 +74,7 @@ def settings_of(context: Context) -> RunConfig:
         ConfigError: an unknown key, a wrong type or a value out of range.
     """
     join_flower_log()
-    config = RunConfig.from_flat(dict(context.run_config))
+    config = read_settings(dict(context.run_config))
     torch.set_num_threads(config.output.owner_threads)
     return config
 

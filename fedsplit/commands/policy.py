@@ -108,7 +108,7 @@ def _settings(given: list[str]) -> dict[str, Any]:
     """Return a run's flat settings, checked, from files and KEY=VALUE."""
     import tomllib
 
-    from fedsplit.config import RunConfig
+    from fedsplit.settings import read_settings
 
     flat: dict[str, Any] = {}
     for item in given:
@@ -123,7 +123,7 @@ def _settings(given: list[str]) -> dict[str, Any]:
             raise ConfigError(f"--against {item}: must be KEY=VALUE or TOML: {error}") from None
         # An experiment of the simulations keeps its settings in a table of their own.
         flat |= _flattened(content["run"] if isinstance(content.get("run"), dict) else content)
-    return dict(RunConfig.from_flat(flat).to_flat())
+    return dict(read_settings(flat).to_flat())
 
 
 def _value(text: str) -> Any:

@@ -6,18 +6,9 @@ import math
 from dataclasses import dataclass
 
 from fedsplit.config.bounds import one_of
-from fedsplit.errors import ConfigError, check
-
-MECHANISMS = ("none", "dchi", "gaussian", "nearest-token", "pac")
-"""The rows of ``fedsplit.privacy.MECHANISMS``, which this layer cannot import."""
-
-CTI = ("off", "tfidf", "purity", "public-idf", "frequent")
-"""``off`` and the rows of ``fedsplit.privacy.contributing_tokens.STATISTICS``."""
+from fedsplit.errors import check
 
 DENOISE = ("off", "ends", "uniform", "unigram", "contextual", "learned")
-
-LEVELS = {"dchi": "eta", "nearest-token": "eta", "gaussian": "epsilon", "pac": "budget"}
-"""Each mechanism's own noise level; ``noise-ratio`` is the alternative to it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +16,8 @@ class PrivacyConfig:
     """The mechanism owners are asked to use on what they send.
 
     Attributes:
-        mechanism: ``none``, ``dchi``, ``gaussian``, ``nearest-token`` or ``pac``.
+        mechanism: row of :data:`fedsplit.privacy.MECHANISMS`; checked when settings are read
+            (:mod:`fedsplit.settings`), as is its level.
         eta: of ``dchi`` (1/length units of the bottom's output) and ``nearest-token`` (1/length
             units of the word embeddings); 0 = use ``noise_ratio``.
         noise_ratio: E||n|| / median ||h||, which carries over between models; 0 = use the
@@ -40,7 +32,8 @@ class PrivacyConfig:
         subsamples: of ``pac``: parts of those vectors; along each direction the largest variance
             of any part counts.
         cti: whose noise is reduced: ``off``, ``tfidf``, ``purity`` (these two read
-            the private labels), ``public-idf`` or ``frequent`` (these two do not).
+            the private labels), ``public-idf`` or ``frequent`` (these two do not): rows of
+            :mod:`fedsplit.privacy.contributing_tokens`.
         cti_per_class: tokens selected per class at most.
         cti_max_share: largest share of running tokens that may be touched.
         cti_rho: noise multiplier of the selected tokens; 0 sends them in the clear.
@@ -71,7 +64,6 @@ class PrivacyConfig:
     public_text: str = ""
 
     def __post_init__(self) -> None:
-        one_of("privacy.mechanism", self.mechanism, MECHANISMS)
         _level("eta", self.eta, "1/length units of the representation")
         _level("epsilon", self.epsilon, "nats per token")
         _level("budget", self.budget, "nats per token")
@@ -90,35 +82,10 @@ class PrivacyConfig:
         )
         one_of("privacy.covariance", self.covariance, ("public", "own"))
         check(1 <= self.subsamples <= 64, "privacy.subsamples", self.subsamples, "in [1, 64]")
-        if (own := LEVELS.get(self.mechanism)) is not None:
-            level = getattr(self, own)
-            check(
-                (level > 0) != (self.noise_ratio > 0),
-                f"privacy.{own}",
-                level,
-                f"> 0 when privacy.noise-ratio ({self.noise_ratio}) is 0, and 0 otherwise",
-            )
-        one_of("privacy.cti", self.cti, CTI)
         check(self.cti_per_class >= 1, "privacy.cti-per-class", self.cti_per_class, ">= 1")
         check(0 < self.cti_max_share <= 1, "privacy.cti-max-share", self.cti_max_share, "in (0, 1]")
         check(0 <= self.cti_rho <= 1, "privacy.cti-rho", self.cti_rho, "in [0, 1]")
         one_of("privacy.denoise", self.denoise, DENOISE)
-        self._check_denoise()
-
-    def _check_denoise(self) -> None:
-        """Refuse denoisers whose law the server cannot know."""
-        if self.denoise == "off":
-            return
-        if self.mechanism == "pac" and self.covariance == "own":
-            raise ConfigError(
-                f"privacy.denoise={self.denoise!r}: must be 'off' where privacy.covariance is "
-                "'own' (the server does not know the noise's law)"
-            )
-        if self.mechanism == "nearest-token" and self.denoise != "learned":
-            raise ConfigError(
-                f"privacy.denoise={self.denoise!r}: must be 'off' or 'learned' for nearest-token "
-                "(what is received are clean vectors of other tokens)"
-            )
 
 
 def _level(name: str, value: float, unit: str) -> None:

@@ -23,7 +23,7 @@ from fedsplit.config.groups import (
     SplitConfig,
     TrainConfig,
 )
-from fedsplit.config.labels import DpConfig, LabelsConfig, check_together
+from fedsplit.config.labels import DpConfig, LabelsConfig
 from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.serving import ServingConfig
@@ -53,9 +53,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
-        # Owners of offsite tuning train their adapters themselves, whatever the split says.
-        dp = DpConfig() if self.strategy == "offsite-tuning" else self.dp
-        check_together(self.labels, dp, self.model, self.split, self.train)
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Scalar]) -> RunConfig:

@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 
 from fedsplit.errors import ConfigError, PolicyError, RunError
 from fedsplit.owners.app_digest import digest_of_files, files_of_bundle, files_of_folder
-from fedsplit.owners.policy.rules import POLICY_VARIABLE, Breach, Policy, refuse
+from fedsplit.owners.naming import POLICY_VARIABLE
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ def verify_bundle(bundle: bytes, policy: Path | None) -> dict[str, bytes]:
     Raises:
         PolicyError: another digest (names both), no digest pinned, or no usable policy.
     """
+    # Not above: the supervisor imports this module for a name and must not hold torch.
+    from fedsplit.owners.policy.rules import Breach, Policy, refuse
+
     try:
         if policy is None:
             raise ConfigError(f"{POLICY_VARIABLE}: must name the owner's policy")

@@ -32,8 +32,7 @@ from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.guard import CLIENT_APP, PATH_VARIABLE
 from fedsplit.deploy.node import NodeFile, node_config_text
 from fedsplit.errors import ConfigError
-from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
-from fedsplit.owners.policy.rules import POLICY_VARIABLE, Policy
+from fedsplit.owners.naming import HOME_VARIABLE, POLICY_VARIABLE, SIMULATION_VARIABLE
 
 # Every command that a SuperExec may start (flwr 1.41, 1.42); one that is not here is not found.
 COMMANDS = (
@@ -56,18 +55,22 @@ _QUIET = {
 
 
 def pinned_digest(policy: Path) -> str:
-    """Return the digest that a policy pins.
+    """Return the digest that a policy pins; a process of its own reads the policy.
 
     Raises:
         ConfigError: the policy cannot be used, or pins none.
     """
-    pinned = Policy.load(policy).rules.get("app.digest", "")
+    command = [sys.executable, "-P", "-m", "fedsplit.owners.policy.pinned_digest", str(policy)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise ConfigError(found.stderr.strip() or f"policy {policy}: must be readable")
+    pinned = found.stdout.strip()
     if not pinned:
         raise ConfigError(
             f"{policy}: app.digest: must be set, or the server's app runs unreviewed "
             "(fedsplit owner digest prints it)"
         )
-    return str(pinned)
+    return pinned
 
 
 @contextmanager

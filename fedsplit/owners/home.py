@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedsplit.errors import ConfigError, PolicyError
-from fedsplit.owners.naming import HOME_VARIABLE, SIMULATION_VARIABLE
-from fedsplit.owners.policy.rules import POLICY_FILE, POLICY_VARIABLE, Policy
+from fedsplit.owners.naming import HOME_VARIABLE, POLICY_VARIABLE, SIMULATION_VARIABLE
+from fedsplit.owners.policy.rules import POLICY_FILE, Policy
 from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from fedsplit.errors import ConfigError
 
 HOME_VARIABLE = "FEDSPLIT_HOME"
+POLICY_VARIABLE = "FEDSPLIT_POLICY"
 SIMULATION_VARIABLE = "FEDSPLIT_SIMULATION"
 
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError
+from fedsplit.settings import read_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Relative paths mean the caller's folder; Flower's and Ray's processes run elsewhere.
@@ -61,12 +62,7 @@ class Experiment:
         Raises:
             ConfigError: names the setting, its value and its bound.
         """
-        config = RunConfig.from_flat(dict(self.run))
-        if any(key.startswith("offsite.") for key in self.run):
-            from fedsplit.emulators.settings import check_offsite
-
-            check_offsite(config.offsite)
-        return config
+        return read_settings(dict(self.run))
 
 
 def names() -> list[str]:

@@ -25,7 +25,9 @@ from fedsplit.attacks import Truth, View, make_attack
 from fedsplit.attacks.transcripts import Transcript, read_capture
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError, check
+from fedsplit.privacy.labels.table import head_at_owner, parts_of
 from fedsplit.seeding import torch_generator
+from fedsplit.settings import read_settings
 from simulations.core.cells import Cells, Row
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment
@@ -108,7 +110,7 @@ def protected(config: RunConfig, protection: str, seed: int) -> RunConfig:
         except ValueError:
             raise ConfigError(f"labels.{key}={value!r}: must be a number") from None
     flat |= {"output.capture": True, "output.transcript": False}
-    return RunConfig.from_flat(flat)
+    return read_settings(flat)
 
 
 def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
@@ -125,16 +127,13 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
         shutil.rmtree(folder, ignore_errors=True)
     last = [r["evaluate"]["metrics"] for r in server["rounds"] if "evaluate" in r][-1]
     labels = config.labels
-    setting = {
-        "randomised-response": f"epsilon={labels.epsilon:g}",
-        "marvell": f"noise-power={labels.noise_power:g}",
-    }.get(labels.method, "")
+    protection, at_owner = parts_of(labels.protection)[-1], head_at_owner(labels.protection)
     rows = []
-    for attack, found in attack_all(recorded, labels.client_head, known, config.seed).items():
+    for attack, found in attack_all(recorded, at_owner, known, config.seed).items():
         rows.append(
             {
                 "protection": labels.protection,
-                "setting": setting,
+                "setting": protection.label(labels),
                 "seed": config.seed,
                 "attack": attack,
                 **found,

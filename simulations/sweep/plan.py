@@ -26,6 +26,7 @@ from typing import Any
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError, check
 from fedsplit.privacy import mechanism_type
+from fedsplit.settings import read_settings
 from simulations.core.settings import PATHS, Experiment, resolved
 
 # Settings that say where a run writes or how fast it computes, not what comes out of it.
@@ -100,7 +101,7 @@ def cells_of(
             for values in _product(axes):
                 paths = {k: resolved(v) for k, v in values.items() if k in PATHS}
                 flat = {**run, **values, **paths, "seed": seed}
-                cell = Cell(variant or _name(values), RunConfig.from_flat(flat))
+                cell = Cell(variant or _name(values), read_settings(flat))
                 if cell.key in known:
                     raise ConfigError(f"cell {cell.columns()}: occurs twice in the sweep")
                 known.add(cell.key)

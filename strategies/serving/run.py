@@ -22,6 +22,7 @@ from fedsplit.models.splitting.cached_decoding import check_stepping
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.models.splitting.heads import Head, detach_head, positions_read
 from fedsplit.privacy import build_mechanism
+from fedsplit.privacy.labels.table import head_at_owner
 from fedsplit.wire.authentication import Door
 from fedsplit.wire.message_types import SERVE_TYPE
 from fedsplit.wire.messages import WHO, SessionOffer
@@ -53,7 +54,7 @@ def build_desk(config: RunConfig) -> Desk:
         raise ConfigError(f"session.transport={transport!r}: must be stream to serve")
     loaded = load_base(config)
     bottom, top = split(loaded.model, config.split.k)
-    head = detach_head(top) if config.labels.client_head else None
+    head = detach_head(top) if head_at_owner(config.labels.protection) else None
     trainable = make_trainable(top, config.train.method)
     if head is not None:
         trainable = trained_without_head(trainable)

@@ -21,7 +21,9 @@ from fedsplit.models.placing import place
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.models.splitting.heads import Head, detach_head, head_parameters, positions_read
 from fedsplit.privacy import build_mechanism
+from fedsplit.privacy.labels.table import head_at_owner
 from fedsplit.seeding import derive_seed
+from fedsplit.settings import check_settings
 from fedsplit.wire.authentication import Door
 from fedsplit.wire.messages import weights_record
 from fedsplit.wire.tokens import TokenBook
@@ -66,11 +68,11 @@ def load_base(config: RunConfig) -> LoadedModel:
 
 def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[ServerParts, Bottom]:
     """Load and split the model, choose what is trained, open the session server."""
-    loaded = load_base(config)
+    loaded = load_base(check_settings(config))
     bottom, top = split(loaded.model, config.split.k)
     bundle = pack_bottom(bottom, loaded.tokenizer)
     head: Head | None = None
-    if config.labels.client_head:
+    if head_at_owner(config.labels.protection):
         head = detach_head(top)
         bundle = with_head(bundle, head)
     embedding = probe(bottom.model).input_embeddings
@@ -88,7 +90,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> tuple[Ser
     )
     denoise = build_denoiser(config, bottom, loaded.tokenizer, mechanism)
     trainable = make_trainable(top, config.train.method)
-    if config.labels.client_head:
+    if head_at_owner(config.labels.protection):
         trainable = trained_without_head(trainable)
     place(top, config.model.device, DTYPES[config.model.dtype])
     top.autocast = AUTOCASTS[config.model.autocast]

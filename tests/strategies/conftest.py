@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedsplit.config import RunConfig
+from fedsplit.settings import read_settings
 from tests.strategies.local_grid import LocalGrid
 from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama
 
@@ -57,7 +58,7 @@ def make_config(
             "output.threads": 1,
         }
         flat.update({k.replace("__", ".").replace("_", "-"): v for k, v in overrides.items()})
-        return RunConfig.from_flat(flat)
+        return read_settings(flat)
 
     return make
 

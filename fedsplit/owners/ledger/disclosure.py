@@ -25,6 +25,7 @@ from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.owners.policy.rules import Breach, Policy, refuse
 from fedsplit.owners.split.owner import SplitOwner
+from fedsplit.privacy.labels.table import head_at_owner
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import PREFIX_BYTES, Kind
@@ -73,7 +74,7 @@ class Outbox:
         self.policy = policy
         self.trip = trip
         self._kinds = dict(KINDS)
-        if str(trip.labels.get("labels.protection", "")).startswith("client-head"):
+        if head_at_owner(str(trip.labels.get("labels.protection", "none"))):
             self._kinds[Kind.GRAD] = "hidden-gradients"
         self._key = secret.stream("fedsplit.ledger.samples.v1").uniform(8).tobytes()
         self._owner: SplitOwner | None = None

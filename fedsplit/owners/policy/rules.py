@@ -12,127 +12,23 @@ sent, those about amounts line by line with the ledger (see
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import stat
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ConfigError, PolicyError, check
+from fedsplit.owners.policy.rule_table import policy_rules
+from fedsplit.privacy.labels.table import LABEL_PROTECTIONS
+from fedsplit.privacy.levels import Level
+from fedsplit.privacy.mechanisms.table import MECHANISMS, strength_bounds
 
-POLICY_VARIABLE = "FEDSPLIT_POLICY"
 POLICY_FILE = "owner.toml"
 _MAX_BYTES = 1 << 16
-_NAME = re.compile(r"[A-Za-z0-9_.:/+-]{1,200}")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
-Parse = Callable[[str, object], Any]
-
-
-def _number(low: float, high: float = math.inf, *, strict: bool = False) -> Parse:
-    left, right = "(" if strict else "[", "]" if math.isfinite(high) else ")"
-    bound = f"a number in {left}{low:g}, {high:g}{right}"
-
-    def parse(name: str, value: object) -> float:
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        check(ok and abs(value) < 1e300, name, value, bound)  # type: ignore[arg-type]
-        number = float(value)  # type: ignore[arg-type]
-        within = (low < number if strict else low <= number) and number <= high
-        check(math.isfinite(number) and within, name, value, bound)
-        return number
-
-    return parse
-
-
-def _count(low: int) -> Parse:
-    def parse(name: str, value: object) -> int:
-        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
-        check(ok, name, value, f"an integer >= {low}")
-        return int(value)  # type: ignore[call-overload, no-any-return]
-
-    return parse
-
-
-def _names(pattern: re.Pattern[str], what: str, known: tuple[str, ...] = ()) -> Parse:
-    def parse(name: str, value: object) -> tuple[str, ...]:
-        check(isinstance(value, list) and len(value) > 0, name, value, f"a list of {what}")
-        for item in value:  # type: ignore[attr-defined]
-            check(isinstance(item, str) and bool(pattern.fullmatch(item)), name, item, what)
-            check(not known or item in known, name, item, "one of " + ", ".join(known))
-        return tuple(value)  # type: ignore[arg-type]
-
-    return parse
-
-
-def _flag(name: str, value: object) -> bool:
-    check(isinstance(value, bool), name, value, "true or false")
-    return bool(value)
-
-
-def _digest(name: str, value: object) -> str:
-    ok = isinstance(value, str) and bool(_DIGEST.fullmatch(value))
-    check(ok, name, value, "64 hexadecimal digits (fedsplit policy digest prints them)")
-    return str(value)
-
-
-def _moment(end: bool) -> Parse:
-    def parse(name: str, value: object) -> datetime:
-        if isinstance(value, datetime):
-            check(value.tzinfo is not None, name, str(value), "a time with an offset, such as Z")
-            return value.astimezone(UTC)
-        check(isinstance(value, date), name, value, "a TOML date or time, such as 2026-12-31")
-        assert isinstance(value, date)
-        day = datetime.combine(value, time(), UTC)
-        return day + timedelta(days=1) if end else day  # "not after" a day means its end
-
-    return parse
-
-
-STRATEGY_NAMES = ("split-tuning", "serving", "offsite-tuning")
-# Table and key of every rule, and what its value must be.  Nothing else may stand in the file.
-RULES: dict[str, Parse] = {
-    "noise.mechanisms": _names(_NAME, "names of mechanisms"),
-    "noise.max_eta": _number(0, strict=True),
-    "noise.max_epsilon": _number(0, strict=True),
-    "noise.max_nats": _number(0, strict=True),
-    "noise.min_ratio": _number(0, strict=True),
-    "model.names": _names(_NAME, "names of models"),
-    "model.bottoms": _names(_DIGEST, "digests, 64 hexadecimal digits"),
-    "model.bottom": _names(_NAME, "frozen, joint", ("frozen", "joint")),
-    "model.min_k": _count(0),
-    "model.max_tokens": _count(1),
-    "labels.protection": _names(_NAME, "names of label protections"),
-    "labels.max_epsilon": _number(0, strict=True),
-    "cti.max_share": _number(0, 1),
-    "cti.min_rho": _number(0, 1),
-    "budget.rounds": _count(1),
-    "budget.epochs_per_run": _number(0, strict=True),
-    "budget.epochs_per_bottom": _number(0, strict=True),
-    "budget.views_per_bottom": _count(1),
-    "budget.views_total": _count(1),
-    "budget.bytes_per_run": _count(1),
-    "budget.bytes_total": _count(1),
-    "budget.sessions_per_run": _count(1),
-    "budget.sessions_per_day": _count(1),
-    "transport.allowed": _names(_NAME, "stream, messages", ("stream", "messages")),
-    "transport.own_ca": _flag,
-    "valid.not_before": _moment(False),
-    "valid.not_after": _moment(True),
-    "app.digest": _digest,
-    "app.strategies": _names(_NAME, ", ".join(STRATEGY_NAMES), STRATEGY_NAMES),
-}
-# The parameter that says how weak a mechanism's noise is, and the rule that bounds it.
-STRENGTH = {
-    "dchi": ("eta", "noise.max_eta"),
-    "nearest-token": ("eta", "noise.max_eta"),
-    "gaussian": ("epsilon", "noise.max_epsilon"),
-    "pac": ("budget", "noise.max_nats"),
-}
-_STRENGTH_RULES = tuple(sorted({rule for _, rule in STRENGTH.values()}))
 
 
 @dataclass(frozen=True)
@@ -190,15 +86,16 @@ class Policy:
     def __init__(self, tables: Mapping[str, Any], source: str = "") -> None:
         self.source = source
         self.rules: dict[str, Any] = {}
-        names = sorted({name.partition(".")[0] for name in RULES})
+        rules = policy_rules()
+        names = sorted({name.partition(".")[0] for name in rules})
         for table, content in tables.items():
             check(table in names, table, content, "a table named " + ", ".join(names))
             check(isinstance(content, dict), table, content, f"a table: [{table}]")
             for key, value in content.items():
                 name = f"{table}.{key}"
-                known = ", ".join(x.partition(".")[2] for x in RULES if x.startswith(f"{table}."))
-                check(name in RULES, name, value, f"a known rule; [{table}] has {known}")
-                self.rules[name] = RULES[name](name, value)
+                known = ", ".join(x.partition(".")[2] for x in rules if x.startswith(f"{table}."))
+                check(name in rules, name, value, f"a known rule; [{table}] has {known}")
+                self.rules[name] = rules[name].parse(name, value)
         begin, end = self.rules.get("valid.not_before"), self.rules.get("valid.not_after")
         if begin and end:
             check(begin < end, "valid.not_after", str(end), f"after valid.not_before ({begin})")
@@ -306,8 +203,11 @@ class Policy:
         found: list[Breach | None] = []
         if not set(parts) & set(allowed):
             found.append(self._among("labels.protection", asked))
-        if "randomised-response" in parts:
-            found.append(self._most("labels.max_epsilon", flat.get("labels.epsilon", math.inf)))
+        for part in parts:
+            protection = LABEL_PROTECTIONS.get(part)
+            if protection is not None and protection.level is not None:
+                value = flat.get(f"labels.{protection.level.key}", float("nan"))
+                found.append(self._level(protection.level, float(value)))
         return found
 
     def _announced(self, flat: Mapping[str, Any]) -> list[Breach | None]:
@@ -323,7 +223,7 @@ class Policy:
         return found + [self._most(rule, epochs) for rule in rules]
 
     def _cti_settings(self, flat: Mapping[str, Any]) -> list[Breach | None]:
-        if flat["privacy.cti"] == "off" or flat["privacy.mechanism"] == "none":
+        if flat["privacy.cti"] == "off" or not _protects(str(flat["privacy.mechanism"])):
             return []
         return [
             self._most("cti.max_share", flat["privacy.cti-max-share"]),
@@ -332,20 +232,21 @@ class Policy:
 
     # ---- what the mechanism decides ---------------------------------------------------------
 
-    def _noise(self, mechanism: str, parameters: Mapping[str, Any]) -> list[Breach | None]:
+    def _noise(self, name: str, parameters: Mapping[str, Any]) -> list[Breach | None]:
         """Return what is wrong with a mechanism; parameters that are not known yet are left out."""
-        found = [self._among("noise.mechanisms", mechanism)]
-        bounded = [rule for rule in _STRENGTH_RULES if rule in self]
-        if mechanism == "none":
+        found = [self._among("noise.mechanisms", name)]
+        bounded = [rule for rule in sorted(strength_bounds()) if rule in self]
+        if not _protects(name):
             rules = bounded + ["noise.min_ratio"] * ("noise.min_ratio" in self)
-            return found + [Breach(rule, "no noise", _at_most(self, rule)) for rule in rules]
-        parameter, rule = STRENGTH.get(mechanism, ("", ""))
-        if rule in self and parameter in parameters:
-            found.append(self._most(rule, float(parameters[parameter])))
+            return found + [Breach(rule, "no noise", self._demand(rule)) for rule in rules]
+        level = MECHANISMS[name].level if name in MECHANISMS else None
+        rule = level.bound.rule if level is not None and level.bound is not None else ""
+        if level is not None and rule in self and level.setting in parameters:
+            found.append(self._level(level, float(parameters[level.setting])))
         elif bounded and rule not in self:  # another mechanism must be no way around a bound
             need = rule or "a mechanism that this version can judge"
             found += [
-                Breach(x, f"mechanism {mechanism}", f"a mechanism it bounds (set {need} too)")
+                Breach(x, f"mechanism {name}", f"a mechanism it bounds (set {need} too)")
                 for x in bounded
             ]
         return found
@@ -361,7 +262,7 @@ class Policy:
             ratio: mean noise over median representation, None = cannot be told.
         """
         found = self._noise(mechanism, parameters)
-        if "noise.min_ratio" in self and mechanism != "none":
+        if "noise.min_ratio" in self and _protects(mechanism):
             if ratio is None:
                 bound = "one whose noise can be measured"
                 found.append(Breach("noise.min_ratio", f"mechanism {mechanism}", bound))
@@ -372,6 +273,17 @@ class Policy:
         return [breach for breach in found if breach is not None]
 
     # ---- one rule ---------------------------------------------------------------------------
+
+    def _level(self, level: Level, value: float) -> Breach | None:
+        if level.bound is None:
+            return None
+        judge = self._least if level.bound.least else self._most
+        return judge(level.bound.rule, value)
+
+    def _demand(self, rule: str) -> str:
+        bound = strength_bounds().get(rule)
+        least = rule == "noise.min_ratio" if bound is None else bound.least
+        return f"{'>=' if least else '<='} {self[rule]:g}"
 
     def _most(self, rule: str, value: float) -> Breach | None:
         ok = rule not in self or value <= self[rule]  # NaN is not
@@ -394,14 +306,6 @@ class Policy:
             return Breach("valid.not_after", shown, f"before {end.isoformat()}")
         return None
 
-    def most(self, rule: str, value: float) -> None:
-        """Refuse ``value`` if it is above a rule's bound.
-
-        Raises:
-            PolicyError: names the rule, its bound and the value.
-        """
-        refuse([b for b in [self._most(rule, value)] if b is not None])
-
 
 def refuse(breaches: list[Breach]) -> None:
     """Raise if any rule is broken.
@@ -413,15 +317,13 @@ def refuse(breaches: list[Breach]) -> None:
         raise PolicyError("owner's policy: " + "; ".join(str(breach) for breach in breaches))
 
 
-def _at_most(policy: Policy, rule: str) -> str:
-    return f"{'>=' if rule == 'noise.min_ratio' else '<='} {policy[rule]:g}"
+def _protects(mechanism: str) -> bool:
+    """Return whether a mechanism changes what leaves; one that is not known here may."""
+    return mechanism not in MECHANISMS or MECHANISMS[mechanism].protects()
 
 
 def _parameters(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the mechanism's parameters that the settings fix; 0 means "through the ratio"."""
-    found = {}
-    for parameter, _ in STRENGTH.values():
-        value = flat.get(f"privacy.{parameter}", 0)
-        if value:
-            found[parameter] = value
-    return found
+    """Return the levels that the settings fix; 0 means "through the ratio"."""
+    levels = [m.level for m in MECHANISMS.values() if m.level is not None]
+    asked = {level.setting: flat.get(f"privacy.{level.key}", 0) for level in levels}
+    return {setting: value for setting, value in asked.items() if value}

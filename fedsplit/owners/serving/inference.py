@@ -29,6 +29,7 @@ from fedsplit.owners.split.owner import SplitOwner, SplitSettings
 from fedsplit.owners.split.prepare import OwnerIdentity, ground_of
 from fedsplit.owners.split.schedule import evaluation_steps
 from fedsplit.owners.split.session import open_stream, run_stream_session
+from fedsplit.privacy.labels.table import head_at_owner
 
 MOST_TEXTS = 1 << 20
 
@@ -85,7 +86,7 @@ def classify(root: Path, texts: Sequence[str]) -> tuple[Tensor, Answered]:
             classes=config.model.labels,
         )
         head = None
-        if config.labels.client_head:
+        if head_at_owner(config.labels.protection):
             head = unpack_head(desk.home.bottom_dir(digest))
         side = Readout(samples, config.model.labels, head)
         sides.append(side)

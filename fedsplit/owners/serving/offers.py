@@ -16,6 +16,7 @@ from typing import Any
 from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, SessionError
+from fedsplit.settings import read_settings
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import ServingOffer
 
@@ -107,7 +108,7 @@ def _leave(content: Mapping[str, Any]) -> Leave:
     try:
         session = dict(content["session"])
         session["ca"] = str(session["ca"]).encode()
-        config = RunConfig.from_flat(content["flat"])
+        config = read_settings(content["flat"])
         return Leave(SessionOffer(**session), config, dict(content["node-config"]))
     except ConfigError:
         raise

@@ -76,7 +76,8 @@ class LabelSide:
         self._per_sample = samples.labels is not None and (head is None or self._positions != "all")
         self._shield = shield
         self._transition = transition
-        if shield is not None and head is not None and self._positions == "all":
+        every = head is not None and self._positions == "all"
+        if shield is not None and every and not shield.protection.takes_tokens:
             raise ConfigError(
                 f"labels.protection with {shield.protection.name}: must have a head that reads one "
                 "position per text, or the head at the server"

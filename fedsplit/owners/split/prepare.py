@@ -33,7 +33,12 @@ from fedsplit.privacy import (
     choose_tokens,
     mechanism_type,
 )
-from fedsplit.privacy.labels.table import GradientShield, build_protection, draw_labels
+from fedsplit.privacy.labels.table import (
+    GradientShield,
+    build_protection,
+    draw_labels,
+    head_at_owner,
+)
 from fedsplit.privacy.mechanisms.calibration import Store
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -238,11 +243,11 @@ def _label_side(
         shown = draw_labels(protection, identity.secret, train.ids, train.labels, classes)
         if config.labels.debias:
             transition = protection.transition(classes)
-        if protection.perturbs and mode == "train":
-            share = float((shown == 1).double().mean())
-            shield = GradientShield(protection, identity.secret, share)
-    head = unpack_head(folder) if config.labels.client_head else None
-    if config.labels.client_head and head is None:
+    if protection.changes_gradients() and mode == "train":
+        share = 0.0 if shown is None else float((shown == 1).double().mean())
+        shield = GradientShield(protection, identity.secret, share)
+    head = unpack_head(folder) if head_at_owner(config.labels.protection) else None
+    if head_at_owner(config.labels.protection) and head is None:
         raise ModelError("labels.protection=client-head: the server's bundle must bring the head")
     side = LabelSide(
         replace(train, labels=shown) if mode == "train" else chosen,

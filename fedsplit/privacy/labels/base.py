@@ -1,15 +1,17 @@
-"""What every protection of labels is: parameters, and two maps, of labels and of gradients."""
+"""Base class of all protections of labels: parameters, and maps of labels and of gradients."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fedsplit.errors import PrivacyError
+from fedsplit.config import LabelsConfig, RunConfig
+from fedsplit.errors import PrivacyError, check
+from fedsplit.privacy.levels import Level
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -18,10 +20,62 @@ class LabelProtection(ABC):
     """Base of all protections of labels; by itself it changes nothing.
 
     Like a mechanism it holds no randomness: the stream brings it, so the same stream gives the same
-    output.
+    output.  Settings, policy, ledger and reports ask it and name none.
+
+    Attributes:
+        name: row of :data:`fedsplit.privacy.labels.table.LABEL_PROTECTIONS`.
+        level: the parameter that says how strong it is; None where there is none.
+        owner_head: whether the owner must hold the head.
+        tasks: tasks whose labels it protects.
+        takes_tokens: whether :meth:`perturb` also works on one row per token, as the gradients of
+            a language model are; otherwise it takes one row per sample.
     """
 
     name: ClassVar[str]
+    level: ClassVar[Level | None] = None
+    owner_head: ClassVar[bool] = False
+    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification"})
+    takes_tokens: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, config: LabelsConfig) -> Self:
+        """Return the protection that the settings ask for.
+
+        Raises:
+            ConfigError: a parameter out of range.
+        """
+
+    @classmethod
+    def check_settings(cls, config: RunConfig) -> None:
+        """Refuse a run that this protection does not fit.
+
+        Raises:
+            ConfigError: names the setting, its value and what it must be.
+        """
+        check(
+            config.model.task in cls.tasks,
+            "labels.protection",
+            config.labels.protection,
+            f"used with model.task={' or '.join(sorted(cls.tasks))}, not {config.model.task}",
+        )
+
+    @classmethod
+    def changes_labels(cls) -> bool:
+        """Return whether :meth:`relabel` does anything."""
+        return cls.relabel is not LabelProtection.relabel
+
+    @classmethod
+    def changes_gradients(cls) -> bool:
+        """Return whether :meth:`perturb` does anything."""
+        return cls.perturb is not LabelProtection.perturb
+
+    @classmethod
+    def label(cls, config: LabelsConfig) -> str:
+        """Return how a report names its strength, such as ``epsilon=1``; empty for no level."""
+        if cls.level is None:
+            return ""
+        return f"{cls.level.key}={getattr(config, cls.level.setting):g}"
 
     def describe(self) -> dict[str, Any]:
         """Return the name and the parameters, JSON-able; part of the noise's identity."""
@@ -36,7 +90,11 @@ class LabelProtection(ABC):
         return label
 
     def transition(self, classes: int) -> Tensor | None:
-        """Return the public law of :meth:`relabel`, (C, C) float64: row = true label; or None."""
+        """Return the public distribution of :meth:`relabel`, or None.
+
+        Returns:
+            (C, C) float64, row = true label, column = drawn label.
+        """
         return None
 
     def perturb(self, rows: Tensor, labels: Tensor, share: float, stream: SecretStream) -> Tensor:
@@ -56,11 +114,6 @@ class LabelProtection(ABC):
         """
         return rows
 
-    @property
-    def perturbs(self) -> bool:
-        """Whether :meth:`perturb` does anything."""
-        return type(self).perturb is not LabelProtection.perturb
-
 
 @dataclass(frozen=True)
 class Unprotected(LabelProtection):
@@ -72,6 +125,13 @@ class Unprotected(LabelProtection):
     """
 
     name: ClassVar[str] = "none"
+    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification", "causal-lm"})
+    takes_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def from_settings(cls, config: LabelsConfig) -> Unprotected:
+        """See :meth:`LabelProtection.from_settings`."""
+        return cls()
 
     def guarantee(self) -> str:
         """See :meth:`LabelProtection.guarantee`."""

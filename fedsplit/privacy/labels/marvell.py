@@ -20,8 +20,10 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from fedsplit.config import LabelsConfig, RunConfig
 from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.labels.base import LabelProtection, check_gradients
+from fedsplit.privacy.levels import Level
 from fedsplit.privacy.secret import SecretStream
 
 Floats = npt.NDArray[np.float64]
@@ -160,11 +162,31 @@ class Marvell(LabelProtection):
     """
 
     name: ClassVar[str] = "marvell"
+    level: ClassVar[Level | None] = Level(
+        "noise_power", "multiple of the squared distance of the classes' mean gradients"
+    )
     power: float
 
     def __post_init__(self) -> None:
         good = self.power > 0 and math.isfinite(self.power)
         check(good, "power", self.power, "> 0 and finite (multiple of the squared distance)")
+
+    @classmethod
+    def from_settings(cls, config: LabelsConfig) -> Marvell:
+        """See :meth:`LabelProtection.from_settings`."""
+        return cls(config.noise_power)
+
+    @classmethod
+    def check_settings(cls, config: RunConfig) -> None:
+        """See :meth:`LabelProtection.check_settings`; its optimum is for two classes."""
+        super().check_settings(config)
+        check(
+            config.model.labels == 2,
+            "labels.protection",
+            config.labels.protection,
+            f"used with model.labels=2 (its optimum is for two classes, not "
+            f"{config.model.labels}); randomised-response and max-norm take any number",
+        )
 
     def guarantee(self) -> str:
         """See :meth:`LabelProtection.guarantee`."""

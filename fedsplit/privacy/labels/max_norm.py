@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedsplit.config import LabelsConfig
 from fedsplit.privacy.labels.base import LabelProtection, check_gradients
 from fedsplit.privacy.secret import SecretStream
 
@@ -27,6 +28,11 @@ class MaxNorm(LabelProtection):
     """
 
     name: ClassVar[str] = "max-norm"
+
+    @classmethod
+    def from_settings(cls, config: LabelsConfig) -> MaxNorm:
+        """See :meth:`LabelProtection.from_settings`."""
+        return cls()
 
     def guarantee(self) -> str:
         """See :meth:`LabelProtection.guarantee`."""

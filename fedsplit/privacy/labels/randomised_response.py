@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedsplit.config import LabelsConfig
 from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.labels.base import LabelProtection
+from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.secret import SecretStream
 
 
@@ -37,11 +39,26 @@ class RandomisedResponse(LabelProtection):
     """
 
     name: ClassVar[str] = "randomised-response"
+    level: ClassVar[Level | None] = Level(
+        "epsilon",
+        "nats per row",
+        total="epsilon",
+        bound=PolicyBound(
+            rule="labels.max_epsilon",
+            says="Randomised response has epsilon <= {bound:g} nats.",
+            absent="Randomised response may be as weak as the server asks.",
+        ),
+    )
     epsilon: float
 
     def __post_init__(self) -> None:
         good = self.epsilon > 0 and math.isfinite(self.epsilon)
         check(good, "epsilon", self.epsilon, "> 0 and finite (nats)")
+
+    @classmethod
+    def from_settings(cls, config: LabelsConfig) -> RandomisedResponse:
+        """See :meth:`LabelProtection.from_settings`."""
+        return cls(config.epsilon)
 
     def keep(self, classes: int) -> float:
         """Return the probability with which a label is kept."""

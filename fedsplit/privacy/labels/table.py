@@ -1,40 +1,99 @@
-"""What an owner does about its labels: the table of protections, and how they are applied."""
+"""Table of the label protections, and how an owner applies one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedsplit.config import LabelsConfig
+from fedsplit.config import LabelsConfig, RunConfig
+from fedsplit.errors import check
 from fedsplit.privacy.labels.base import LabelProtection, Unprotected
+from fedsplit.privacy.labels.client_head import ClientHead
 from fedsplit.privacy.labels.marvell import Marvell
 from fedsplit.privacy.labels.max_norm import MaxNorm
 from fedsplit.privacy.labels.randomised_response import RandomisedResponse
+from fedsplit.privacy.levels import PolicyBound
 from fedsplit.privacy.perturb import content_digest
 from fedsplit.privacy.secret import OwnerSecret
-from fedsplit.registry import pick
 
-# setting -> protection.  Where the head is (client-head) is no row: it goes with any of them.
-LABEL_PROTECTIONS: dict[str, Callable[[LabelsConfig], LabelProtection]] = {
-    "none": lambda config: Unprotected(),
-    "randomised-response": lambda config: RandomisedResponse(config.epsilon),
-    "marvell": lambda config: Marvell(config.noise_power),
-    "max-norm": lambda config: MaxNorm(),
+LABEL_PROTECTIONS: dict[str, type[LabelProtection]] = {
+    "none": Unprotected,
+    "client-head": ClientHead,
+    "randomised-response": RandomisedResponse,
+    "marvell": Marvell,
+    "max-norm": MaxNorm,
 }
 
 
+def protection_names() -> list[str]:
+    """Return every value of ``labels.protection``: each row, and what goes with the head's place.
+
+    Where the head is and what is done to labels or gradients are independent: a protection that
+    only places the head combines, as ``A+B``, with one that changes labels or gradients.
+    """
+    rows = LABEL_PROTECTIONS.items()
+    changing = [n for n, p in rows if p.changes_labels() or p.changes_gradients()]
+    placing = [n for n, p in rows if p.owner_head and n not in changing]
+    movable = [n for n in changing if not LABEL_PROTECTIONS[n].owner_head]
+    return [*LABEL_PROTECTIONS, *(f"{place}+{n}" for place in placing for n in movable)]
+
+
+def parts_of(protection: str) -> list[type[LabelProtection]]:
+    """Return the protections that a value of ``labels.protection`` names.
+
+    Raises:
+        ConfigError: no such protection, or two that do not combine.
+    """
+    known = protection_names()
+    check(protection in known, "labels.protection", protection, "one of " + ", ".join(known))
+    return [LABEL_PROTECTIONS[name] for name in protection.split("+")]
+
+
+def head_at_owner(protection: str) -> bool:
+    """Return whether the owner holds the head under a value of ``labels.protection``.
+
+    Raises:
+        ConfigError: as :func:`parts_of`.
+    """
+    return any(part.owner_head for part in parts_of(protection))
+
+
 def build_protection(config: LabelsConfig) -> LabelProtection:
-    """Return the configured protection.
+    """Return what is done to labels or gradients; the head's place is :func:`head_at_owner`.
 
     Raises:
         ConfigError: unknown protection or a parameter out of range.
     """
-    return pick(LABEL_PROTECTIONS, config.method, "labels.protection")(config)
+    return parts_of(config.protection)[-1].from_settings(config)
+
+
+def check_labels(config: RunConfig) -> None:
+    """Refuse a label protection that does not fit the run.
+
+    Raises:
+        ConfigError: names the setting, its value and what it needs.
+    """
+    labels = config.labels
+    parts = parts_of(labels.protection)
+    for part in parts:
+        part.check_settings(config)
+    check(
+        not labels.debias or any(part.changes_labels() for part in parts),
+        "labels.debias",
+        labels.debias,
+        "false without randomised-response, whose distribution it corrects for",
+    )
+
+
+def label_bounds() -> dict[str, PolicyBound]:
+    """Return every rule of a policy that bounds a label protection's level, by the rule's name."""
+    levels = [p.level for p in LABEL_PROTECTIONS.values() if p.level is not None]
+    return {level.bound.rule: level.bound for level in levels if level.bound is not None}
 
 
 def draw_labels(

@@ -14,6 +14,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, PolicyError
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.policy.rules import Asked, Policy, refuse
+from fedsplit.settings import read_settings
 
 DIGEST = "ab" * 32
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -27,7 +28,7 @@ def flat(**overrides: Any) -> dict[str, Any]:
     """Return a run's settings; ``train__rounds=2`` is ``train.rounds``."""
     base: dict[str, Any] = {"privacy.mechanism": "dchi", "privacy.eta": 8.0}
     base |= {k.replace("__", ".").replace("_", "-"): v for k, v in overrides.items()}
-    return dict(RunConfig.from_flat(base).to_flat())
+    return dict(read_settings(base).to_flat())
 
 
 def broken(rules: Policy, asked: Asked) -> list[str]:

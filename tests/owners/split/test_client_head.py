@@ -15,6 +15,7 @@ from fedsplit.owners.split.schedule import slot_order
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.privacy.labels.table import build_protection, draw_labels
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.settings import read_settings
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import Kind, decode
 from tests.strategies.run_local import LocalRun, run_local
@@ -66,7 +67,7 @@ def go(material: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("FEDSPLIT_HOME", str(tmp_path / f"homes{number}"))
         flat = PLAIN | material | {"output.dir": str(tmp_path / f"server{number}")}
         flat |= {k.replace("__", ".").replace("_", "-"): v for k, v in overrides.items()}
-        config = RunConfig.from_flat(flat)
+        config = read_settings(flat)
         return config, run_local(config)
 
     return run

@@ -18,6 +18,7 @@ from fedsplit.privacy import (
     SamplePerturber,
     build_mechanism,
     choose_tokens,
+    mechanism_type,
     representation_norm,
 )
 from fedsplit.privacy.mechanisms.calibration import Store, covariance_over, public_vectors
@@ -182,7 +183,7 @@ def test_public_inputs_need_no_text_and_no_threads():
 )
 def test_settings_that_make_no_mechanism_are_refused(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        PrivacyConfig(**options)
+        mechanism_type(PrivacyConfig(**options))
 
 
 def run_config(**privacy: Any) -> RunConfig:

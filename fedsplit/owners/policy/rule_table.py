@@ -1,0 +1,285 @@
+"""Table of the rules that an owner's policy may hold: what each may be, and what it means.
+
+Rules that bound a mechanism's or a label protection's level come from the tables of those.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
+
+from fedsplit.errors import check
+from fedsplit.privacy.labels.table import label_bounds
+from fedsplit.privacy.levels import PolicyBound
+from fedsplit.privacy.mechanisms.table import strength_bounds
+
+_NAME = re.compile(r"[A-Za-z0-9_.:/+-]{1,200}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+Parse = Callable[[str, object], Any]
+BEFORE = "before connecting"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one rule may be, and what it means.
+
+    Attributes:
+        parse: name and TOML value -> bound; raises ``ConfigError`` for anything else.
+        says: bound -> sentence.
+        absent: what its absence allows; ``-`` for nothing.
+        when: the moment that decides it.
+    """
+
+    parse: Parse
+    says: Callable[[Any], str]
+    absent: str
+    when: str = BEFORE
+
+
+def _number(low: float, high: float = math.inf, *, strict: bool = False) -> Parse:
+    left, right = "(" if strict else "[", "]" if math.isfinite(high) else ")"
+    bound = f"a number in {left}{low:g}, {high:g}{right}"
+
+    def parse(name: str, value: object) -> float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        check(ok and abs(value) < 1e300, name, value, bound)  # type: ignore[arg-type]
+        number = float(value)  # type: ignore[arg-type]
+        within = (low < number if strict else low <= number) and number <= high
+        check(math.isfinite(number) and within, name, value, bound)
+        return number
+
+    return parse
+
+
+def _count(low: int) -> Parse:
+    def parse(name: str, value: object) -> int:
+        ok = isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+        check(ok, name, value, f"an integer >= {low}")
+        return int(value)  # type: ignore[call-overload, no-any-return]
+
+    return parse
+
+
+def _names(pattern: re.Pattern[str], what: str, known: tuple[str, ...] = ()) -> Parse:
+    def parse(name: str, value: object) -> tuple[str, ...]:
+        check(isinstance(value, list) and len(value) > 0, name, value, f"a list of {what}")
+        for item in value:  # type: ignore[attr-defined]
+            check(isinstance(item, str) and bool(pattern.fullmatch(item)), name, item, what)
+            check(not known or item in known, name, item, "one of " + ", ".join(known))
+        return tuple(value)  # type: ignore[arg-type]
+
+    return parse
+
+
+def _flag(name: str, value: object) -> bool:
+    check(isinstance(value, bool), name, value, "true or false")
+    return bool(value)
+
+
+def _digest(name: str, value: object) -> str:
+    ok = isinstance(value, str) and bool(_DIGEST.fullmatch(value))
+    check(ok, name, value, "64 hexadecimal digits (fedsplit policy digest prints them)")
+    return str(value)
+
+
+def _moment(end: bool) -> Parse:
+    def parse(name: str, value: object) -> datetime:
+        if isinstance(value, datetime):
+            check(value.tzinfo is not None, name, str(value), "a time with an offset, such as Z")
+            return value.astimezone(UTC)
+        check(isinstance(value, date), name, value, "a TOML date or time, such as 2026-12-31")
+        assert isinstance(value, date)
+        day = datetime.combine(value, time(), UTC)
+        return day + timedelta(days=1) if end else day  # "not after" a day means its end
+
+    return parse
+
+
+def _list(items: Any) -> str:
+    return ", ".join(items)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:g} {unit}"
+    return f"{count} bytes"
+
+
+_EACH = "before each frame"
+STRATEGY_NAMES = ("split-tuning", "serving", "offsite-tuning")
+# Table and key of every rule that no other table brings.
+_FIXED: dict[str, Rule] = {
+    "noise.mechanisms": Rule(
+        _names(_NAME, "names of mechanisms"),
+        lambda v: f"Representations leave only through: {_list(v)}.",
+        "The server chooses the mechanism, none included: then the text itself can be read off.",
+    ),
+    "noise.min_ratio": Rule(
+        _number(0, strict=True),
+        lambda v: (
+            f"The noise is on average {v:g} times as long as the median representation of "
+            "the bottom that really came."
+        ),
+        "An eta is worth nothing to a server that sends a bottom with long representations.",
+        "when the bottom has arrived, and before each batch",
+    ),
+    "model.names": Rule(
+        _names(_NAME, "names of models"),
+        lambda v: f"Runs say that they tune: {_list(v)}.  The name is the server's word.",
+        "Any model may be tuned.",
+    ),
+    "model.bottoms": Rule(
+        _names(_DIGEST, "digests, 64 hexadecimal digits"),
+        lambda v: f"Only these bottoms run on your text: {_list(x[:12] + '...' for x in v)}.",
+        "Any bottom runs on your text; a made-up one can be built to show it.",
+    ),
+    "model.bottom": Rule(
+        _names(_NAME, "frozen, joint", ("frozen", "joint")),
+        lambda v: f"The bottom may be: {_list(v)}.",
+        "A joint bottom is allowed: it is changed by the server's gradients, and every epoch shows "
+        "one more noisy view of each text.",
+    ),
+    "model.min_k": Rule(
+        _count(0),
+        lambda v: f"At least {v} block(s) stay with you.",
+        "The bottom may be the embeddings alone, whose vectors are tokens in other words.",
+        "before connecting, and when the bottom has arrived",
+    ),
+    "model.max_tokens": Rule(
+        _count(1),
+        lambda v: f"At most {v} tokens of a text are used.",
+        "Texts are used whole, up to the server's bound.",
+        "before connecting, and when the bottom has arrived",
+    ),
+    "labels.protection": Rule(
+        _names(_NAME, "names of label protections"),
+        lambda v: f"Labels are protected by: {_list(v)} (or one of them with another).",
+        "With the head at the server and no protection, gradients tell every training label.",
+    ),
+    "cti.max_share": Rule(
+        _number(0, 1),
+        lambda v: (
+            f"Reduced noise (CTI) touches at most {100 * v:g} % of the tokens."
+            if v
+            else "Every token keeps its full noise: CTI may touch none."
+        ),
+        "Any share of the tokens may have reduced noise (CTI).",
+        "before connecting, when the bottom has arrived, and before each batch",
+    ),
+    "cti.min_rho": Rule(
+        _number(0, 1),
+        lambda v: f"Reduced noise (CTI) is at least {v:g} times the full noise.",
+        "Tokens that CTI selects may be sent in the clear (rho = 0).",
+    ),
+    "budget.rounds": Rule(
+        _count(1), lambda v: f"A run has at most {v} rounds.", "Runs may be of any length."
+    ),
+    "budget.epochs_per_run": Rule(
+        _number(0, strict=True),
+        lambda v: f"A run trains on your data at most {v:g} times over.",
+        "A run may pass over your data any number of times; each pass sends new gradients.",
+        "before connecting, and before each batch",
+    ),
+    "budget.epochs_per_bottom": Rule(
+        _number(0, strict=True),
+        lambda v: f"All runs of one bottom together train at most {v:g} times over.",
+        "Runs may be repeated without end.",
+        _EACH,
+    ),
+    "budget.views_per_bottom": Rule(
+        _count(1),
+        lambda v: f"A text is shown in at most {v} different noises per bottom, over all runs.",
+        "A server may ask for the same text in ever new noise, and average it away.",
+        _EACH,
+    ),
+    "budget.views_total": Rule(
+        _count(1),
+        lambda v: f"A text is shown in at most {v} different noises, over all runs and bottoms.",
+        "A server that changes one bit of its bottom gets every text in new noise.",
+        _EACH,
+    ),
+    "budget.bytes_per_run": Rule(
+        _count(1),
+        lambda v: f"At most {_size(v)} leave in one run.",
+        "A run may send any amount.",
+        _EACH,
+    ),
+    "budget.bytes_total": Rule(
+        _count(1),
+        lambda v: f"At most {_size(v)} leave, ever.",
+        "There is no bound over all runs.",
+        _EACH,
+    ),
+    "budget.sessions_per_run": Rule(
+        _count(1),
+        lambda v: f"A run opens at most {v} sessions (one per round, one per evaluation).",
+        "A run may open any number of sessions.",
+        "at the first frame",
+    ),
+    "budget.sessions_per_day": Rule(
+        _count(1),
+        lambda v: f"At most {v} sessions open on one day (UTC).",
+        "Any number of sessions may open on one day.",
+        "at the first frame",
+    ),
+    "transport.allowed": Rule(
+        _names(_NAME, "stream, messages", ("stream", "messages")),
+        lambda v: f"Tensors travel by: {_list(v)}.",
+        "By a stream, or by Flower messages, which the SuperLink reads in the clear.",
+    ),
+    "transport.own_ca": Rule(
+        _flag,
+        lambda v: (
+            "The session's certificate is checked against your own session-ca."
+            if v
+            else "A certificate authority that the message brings is believed."
+        ),
+        "A certificate authority that the message brings is believed: whoever controls the "
+        "SuperLink can be the session's server.",
+    ),
+    "valid.not_before": Rule(
+        _moment(False), lambda v: f"Nothing leaves before {v:%Y-%m-%d %H:%M} UTC.", "-"
+    ),
+    "valid.not_after": Rule(
+        _moment(True),
+        lambda v: f"Nothing leaves from {v:%Y-%m-%d %H:%M} UTC on.",
+        "The policy never expires.",
+    ),
+    "app.digest": Rule(
+        _digest,
+        lambda v: f"The server's app has the digest {v[:12]}...",
+        "The server's app may change from run to run without anybody here reading it.",
+    ),
+    "app.strategies": Rule(
+        _names(_NAME, ", ".join(STRATEGY_NAMES), STRATEGY_NAMES),
+        lambda v: (
+            f"Runs may be: {_list(v)}."
+            + (" Adapters trained on your text leave." if "offsite-tuning" in v else "")
+        ),
+        "A run may be of any strategy that the other rules let pass.",
+    ),
+}
+
+
+def _bounding(bound: PolicyBound, when: str) -> Rule:
+    """Return the rule of a level's bound."""
+    return Rule(_number(0, strict=True), lambda v: bound.says.format(bound=v), bound.absent, when)
+
+
+def policy_rules() -> dict[str, Rule]:
+    """Return every rule by table and key; nothing else may stand in a policy."""
+    levels = {
+        "noise.mechanisms": (strength_bounds(), f"{BEFORE}, and when the bottom has arrived"),
+        "labels.protection": (label_bounds(), BEFORE),
+    }
+    found = {}
+    for name, rule in _FIXED.items():
+        found[name] = rule
+        bounds, when = levels.get(name, ({}, BEFORE))
+        found |= {key: _bounding(bound, when) for key, bound in bounds.items()}
+    return found

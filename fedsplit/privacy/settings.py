@@ -1,0 +1,37 @@
+"""Check of the settings of mechanisms, contributing tokens, label protections and DP-SGD."""
+
+from __future__ import annotations
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import check
+from fedsplit.privacy.contributing_tokens import PUBLIC_STATISTICS, STATISTICS
+from fedsplit.privacy.labels.table import check_labels, head_at_owner
+from fedsplit.privacy.mechanisms.table import mechanism_type
+
+
+def check_privacy(config: RunConfig) -> None:
+    """Refuse settings that no table knows, or that are right one by one and wrong together.
+
+    Raises:
+        ConfigError: names the setting, its value and what it needs.
+    """
+    mechanism_type(config.privacy)
+    statistics = ("off", *STATISTICS, *PUBLIC_STATISTICS)
+    cti = config.privacy.cti
+    check(cti in statistics, "privacy.cti", cti, "one of " + ", ".join(statistics))
+    check_labels(config)
+    _check_dp(config)
+
+
+def _check_dp(config: RunConfig) -> None:
+    """Refuse DP-SGD where owners train nothing themselves."""
+    if config.strategy == "offsite-tuning":  # owners train their adapters, whatever the split says
+        return
+    trains_head = config.model.task == "sequence-classification" or config.train.method == "all"
+    head = head_at_owner(config.labels.protection) and trains_head
+    check(
+        config.dp.noise_multiplier == 0 or head or config.split.bottom == "joint",
+        "dp.noise-multiplier",
+        config.dp.noise_multiplier,
+        "0 where owners train nothing themselves (split.bottom='joint' or a client head)",
+    )

@@ -1,0 +1,44 @@
+"""Reading of a run's settings: their syntax first, then what each family's table says of them.
+
+:mod:`fedsplit.config` knows groups, types and ranges.  Which mechanisms and protections there are,
+and what each of them needs, is known by their tables alone, which that layer cannot import.
+Whoever receives settings (an owner, a server, a command, an experiment) reads them here, before
+anything else happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from fedsplit.config import RunConfig, Scalar
+from fedsplit.emulators.settings import check_offsite
+from fedsplit.privacy.settings import check_privacy
+
+
+def _check_offsite(config: RunConfig) -> None:
+    check_offsite(config.offsite)
+
+
+CHECKS: tuple[Callable[[RunConfig], None], ...] = (check_privacy, _check_offsite)
+"""One check per family of tables; each raises ``ConfigError``."""
+
+
+def read_settings(flat: Mapping[str, Scalar]) -> RunConfig:
+    """Return the settings of a flat run config, checked against every table.
+
+    Raises:
+        ConfigError: an unknown key or name, a wrong type, a value out of range, or settings that
+            exclude each other; names the setting, its value and its bound.
+    """
+    return check_settings(RunConfig.from_flat(flat))
+
+
+def check_settings(config: RunConfig) -> RunConfig:
+    """Return ``config`` after every family's check.
+
+    Raises:
+        ConfigError: as :func:`read_settings`.
+    """
+    for check in CHECKS:
+        check(config)
+    return config
