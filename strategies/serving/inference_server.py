@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError, FrameError, SessionError
-from fedsplit.models.splitting.cached_decoding import TopStepper
+from fedsplit.models.splitting.cached_decoding import CachedTop
 from fedsplit.models.splitting.halves import Top
 from fedsplit.models.splitting.heads import select_positions
 from fedsplit.observe import carried
@@ -179,7 +179,7 @@ class Desk:
     def _generate(self, link: Link, member: Member) -> None:
         """Continue one text: every BATCH is its next piece, every LOGITS follows its last token."""
         session = self.config.session
-        stepper = TopStepper(self._top)
+        decoder = CachedTop(self._top)
         link.send(Kind.START, {"window": 1})
         steps = 0
         while True:
@@ -187,10 +187,10 @@ class Desk:
             if frame.kind is Kind.DONE:
                 link.send(Kind.BYE, {"reason": "done"})
                 return
-            piece = self._piece(frame, steps, stepper.seen)
+            piece = self._piece(frame, steps, decoder.seen)
 
             def step(hidden: Tensor = piece) -> Tensor:
-                return stepper.step(hidden[None])
+                return decoder.step(hidden[None])
 
             logits = self.batcher.alone(step, session.deadline_s).cpu()
             member.send_logits(Batch(steps, [steps], [piece], False), logits)

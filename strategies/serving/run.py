@@ -18,7 +18,7 @@ from fedsplit.models.adapters.trainable import make_trainable
 from fedsplit.models.bundle.bottom import Bundle, pack_bottom
 from fedsplit.models.bundle.head import with_head
 from fedsplit.models.placing import place
-from fedsplit.models.splitting.cached_decoding import check_stepping
+from fedsplit.models.splitting.cached_decoding import check_cached_decoding
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.models.splitting.heads import Head, detach_head, positions_read
 from fedsplit.privacy import build_mechanism
@@ -75,7 +75,7 @@ def build_desk(config: RunConfig) -> Desk:
                 "serving of a causal-lm: must be without labels.protection=client-head and "
                 "privacy.denoise (tokens are answered one by one)"
             )
-        check_stepping(bottom, top)
+        check_cached_decoding(bottom, top)
     return Desk(
         config,
         quiet(top),

@@ -26,8 +26,9 @@ from fedsplit.data import docstrings_are_public
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.privacy import Mechanism, mechanism_type
-from fedsplit.privacy.denoising.contextual import BigramChain, ContextualDenoiser
+from fedsplit.privacy.denoising.contextual import ContextualDenoiser
 from fedsplit.privacy.denoising.learned import LearnedDenoiser, Practice, Recipe, cached
+from fedsplit.privacy.denoising.ngram import BigramChain
 from fedsplit.privacy.denoising.position_candidates import candidates_of
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched, unigram_log_prior
 from fedsplit.privacy.denoising.special_tokens import KnownEnds, ends_of

@@ -121,33 +121,33 @@ class ExactSearch(TokenAttack):
             device = next(bottom.parameters()).device
             check_causal(bottom, vocab_size, device)
             table = embedding_table(embedding, vocab_size, device)  # (V, d_e)
-            stepper = Stepper(bottom, embedding)
-            self.effort.cached = stepper.cached
+            runner = PrefixRunner(bottom, embedding)
+            self.effort.cached = runner.cached
             for received in representations:
-                top.append(self._sample(received.to(device).float(), stepper, table))
+                top.append(self._sample(received.to(device).float(), runner, table))
         seconds = time.perf_counter() - start
         return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
 
-    def _sample(self, received: Tensor, stepper: Stepper, table: Tensor) -> Tensor:
+    def _sample(self, received: Tensor, runner: PrefixRunner, table: Tensor) -> Tensor:
         """Return the ranked guesses of one sample, ``(T, k)``."""
         known: list[int] = []
         out = []
         for state in received:  # (d,)
-            stepper.advance(known)
-            ranked = self._position(state, stepper, table)
+            runner.advance(known)
+            ranked = self._position(state, runner, table)
             known.append(int(ranked[0]))
             out.append(ranked.cpu())
         return torch.stack(out)
 
-    def _position(self, state: Tensor, stepper: Stepper, table: Tensor) -> Tensor:
+    def _position(self, state: Tensor, runner: PrefixRunner, table: Tensor) -> Tensor:
         """Return the best tokens for one position, best first, ``(k,)``."""
-        order = self._order(state, stepper, table)
+        order = self._order(state, runner, table)
         limit = min(self.max_trials or len(order), len(order))
         power = float(state.square().sum()) + 1e-12
         tried, errors = [], []
         for part in torch.split(order[:limit], self.chunk):
             with torch.no_grad():
-                hidden = stepper.tokens(part)  # (n, d)
+                hidden = runner.tokens(part)  # (n, d)
             if hidden.shape[1] != len(state):
                 raise AttackError(f"received d={len(state)}: must be {hidden.shape[1]}")
             gap = (hidden - state).square().sum(1) / power
@@ -166,7 +166,7 @@ class ExactSearch(TokenAttack):
             ranked = torch.cat([ranked, rest])
         return ranked
 
-    def _order(self, state: Tensor, stepper: Stepper, table: Tensor) -> Tensor:
+    def _order(self, state: Tensor, runner: PrefixRunner, table: Tensor) -> Tensor:
         """Return all ids, the most promising first, ``(V,)``."""
         near = state if table.shape[1] == len(state) else table.mean(0)
         guess = table[(table - near).square().sum(1).argmin()].clone()
@@ -176,14 +176,14 @@ class ExactSearch(TokenAttack):
         size = float(table.square().mean().sqrt())
         optimiser = torch.optim.Adam([guess], lr=self.guide_lr * size)
         for _ in range(self.guide_steps):
-            loss = (stepper.soft(guess) - state).square().sum()
+            loss = (runner.soft(guess) - state).square().sum()
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
         return (table - guess.detach()).square().sum(1).argsort()
 
 
-class Stepper:
+class PrefixRunner:
     """Runs a causal bottom one token past a known prefix.
 
     Args:

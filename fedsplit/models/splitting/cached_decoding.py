@@ -1,7 +1,7 @@
-"""Token by token through a split model, with a cache on each side.
+"""Cached decoding through a split model: token by token, with a key/value cache on each side.
 
-**The law**: fed with a text in pieces, bottom and top together give at every piece's end the logits
-that the whole model gives there.  It is checked for the very model before anything is generated.
+Guarantee: fed with a text in pieces, bottom and top together give the logits of the whole model at
+the end of every piece.  It is checked for the very model before anything is generated.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _layer() -> DynamicLayer:
     return DynamicLayer()  # type: ignore[no-untyped-call]
 
 
-class BottomStepper:
-    """The bottom, fed with one text in pieces.
+class CachedBottom:
+    """A bottom with its cache, fed with one text in pieces.
 
     Args:
         bottom: of a causal language model.
@@ -82,8 +82,8 @@ class BottomStepper:
         raise UnsupportedModelError("the model's forward never ran the block at the cut")
 
 
-class TopStepper:
-    """The top, fed with one text's hidden states in pieces.
+class CachedTop:
+    """A top with its cache, fed with one text's hidden states in pieces.
 
     Args:
         top: of a causal language model.
@@ -124,8 +124,8 @@ class TopStepper:
         return logits[:, -1].float()
 
 
-def check_stepping(bottom: Bottom, top: Top) -> None:
-    """Hold the law on one short text.
+def check_cached_decoding(bottom: Bottom, top: Top) -> None:
+    """Check on one short text that pieces give the logits that the whole text gives.
 
     Raises:
         UnsupportedModelError: the family's cache does not work across the cut; says by how much
@@ -136,7 +136,7 @@ def check_stepping(bottom: Bottom, top: Top) -> None:
     ids = (torch.arange(7)[None] * 5 + 3) % bottom.vocab  # (1, 7)
     with probing(bottom), probing(top), torch.inference_mode():
         whole = top(bottom(ids), None)  # (1, 7, V)
-        below, above = BottomStepper(bottom), TopStepper(top)
+        below, above = CachedBottom(bottom), CachedTop(top)
         worst = 0.0
         try:
             for first, end in ((0, 4), (4, 5), (5, 7)):

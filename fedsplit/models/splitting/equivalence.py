@@ -1,4 +1,4 @@
-"""The law that every split must obey, measured on a tiny padded batch."""
+"""The equivalence check: bottom then top against the whole model, on a tiny padded batch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def relative_difference(expected: Tensor, got: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_law(whole: PreTrainedModel, bottom: nn.Module, top: nn.Module) -> float:
+def check_equivalence(whole: PreTrainedModel, bottom: nn.Module, top: nn.Module) -> float:
     """Compare bottom-then-top with the whole model; return the relative difference.
 
     Raises:

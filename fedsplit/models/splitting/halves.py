@@ -1,6 +1,6 @@
-"""Splitting a model in two: the owner's bottom, the server's top, and the law they obey.
+"""Splitting a model in two: the owner's bottom and the server's top.
 
-**The law**: ``top(bottom(ids, mask), mask)`` equals ``model(ids, mask).logits``, outputs and
+Guarantee: ``top(bottom(ids, mask), mask)`` equals ``model(ids, mask).logits``, outputs and
 gradients, for every supported family, with right and left padding, in evaluation mode (in training
 mode too where dropout is 0: the halves draw their dropout separately).
 """
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from fedsplit.errors import ConfigError, UnsupportedModelError, check
 from fedsplit.models.anatomy import probe, text_config
-from fedsplit.models.splitting.equivalence import check_law, padded_batch
+from fedsplit.models.splitting.equivalence import check_equivalence, padded_batch
 from fedsplit.models.splitting.structure import (
     Exit,
     Reached,
@@ -204,7 +204,7 @@ def split(
     Args:
         model: a Hugging Face sequence classifier or causal language model.
         k: number of blocks in the bottom, 0 <= k <= L - 1.
-        verify: check the law on a tiny padded batch before returning.
+        verify: check that guarantee on a tiny padded batch before returning.
         share_tied: let both halves hold the same tensor where both need it.
 
     Returns:
@@ -233,7 +233,7 @@ def split(
     if not share_tied:
         _unshare(bottom, top)
     if verify:
-        check_law(model, bottom, top)
+        check_equivalence(model, bottom, top)
     return bottom, top
 
 

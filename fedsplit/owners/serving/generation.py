@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import FrameError, SessionError, check
-from fedsplit.models.splitting.cached_decoding import BottomStepper
+from fedsplit.models.splitting.cached_decoding import CachedBottom
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.owner import Outgoing, SplitOwner, SplitSettings
@@ -62,7 +62,7 @@ class GeneratingOwner(SplitOwner):
             perturber,
             replace(settings, mode="predict", joint=False),
         )
-        self._stepper = BottomStepper(bottom)
+        self._decoder = CachedBottom(bottom)
         self._choose = choose
         self._stop = stop
         self._most = most
@@ -115,7 +115,7 @@ class GeneratingOwner(SplitOwner):
         """Return the next piece (t,) of the text as a frame."""
         step = self.sent
         before = len(self.text) - len(ids)
-        hidden = self._stepper.step(ids[None])[0]  # (t, d)
+        hidden = self._decoder.step(ids[None])[0]  # (t, d)
         # A piece's noise depends on its tokens and on the view: here a digest of all before them.
         view = 0 if before == 0 else _digest(self.text[:before])
         if step:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import scipy.sparse
 import torch
 from torch import Tensor
 
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import check
 from fedsplit.privacy.denoising.candidate_search import posterior_, products
 from fedsplit.privacy.denoising.candidates import Candidates, Rows, rows_by_position
+from fedsplit.privacy.denoising.ngram import BigramChain
 from fedsplit.privacy.denoising.position_candidates import SummedCandidates, in_coordinates
 from fedsplit.privacy.denoising.posterior import Touched, finished, likelihood_of, unwhiten, whiten
 from fedsplit.privacy.mechanisms.base import Mechanism
@@ -27,72 +27,7 @@ from fedsplit.privacy.mechanisms.base import Mechanism
 Array = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-SMOOTHING = 0.1
 MEMORY_BYTES = 112 << 20
-
-
-class BigramChain:
-    """A first-order Markov chain over tokens, counted on public text.
-
-    P(v | u) = (c(u, v) + g k_u p(v)) / (c(u) + g k_u), with k_u the number of different followers
-    of u (Witten & Bell, 1991, have g = 1) and p the smoothed unigram law: what was never seen after
-    u is as likely as it is anywhere.  Public text is of another field, so g is large: with g = 1
-    MiniLM's noisy SST-2 vectors were estimated worse than with the unigram prior, with 16 better.
-    A text's first token follows a mark, and a mark follows its last token, so the chain knows that
-    texts begin with CLS and end with SEP where they do.
-
-    Args:
-        token_lists: public text, one row of ids per text, special tokens included.
-        vocab_size: V.
-        caution: g; the less alike public and private text are, the larger.
-
-    Raises:
-        ConfigError: no text, an id out of range, or ``caution`` not positive.
-    """
-
-    def __init__(
-        self, token_lists: Sequence[Sequence[int]], vocab_size: int, caution: float = 16.0
-    ) -> None:
-        check(vocab_size >= 1, "vocab_size", vocab_size, ">= 1 (tokens)")
-        check(caution > 0, "caution", caution, "> 0 (weight of the unigram law)")
-        rows = [np.asarray(x, dtype=np.int64) for x in token_lists if len(x)]
-        check(bool(rows), "public texts", 0, ">= 1")
-        flat = np.concatenate(rows)
-        if flat.min() < 0 or flat.max() >= vocab_size:
-            raise ConfigError(f"token id={int(flat.max())}: must be in 0..{vocab_size - 1}")
-        self.vocab_size = vocab_size
-        unigram = np.bincount(flat, minlength=vocab_size) + SMOOTHING
-        self.unigram = (unigram / unigram.sum()).astype(np.float32)  # (V,)
-        before = np.concatenate([x[:-1] for x in rows])
-        after = np.concatenate([x[1:] for x in rows])
-        counts = scipy.sparse.coo_matrix(
-            (np.ones(len(before), np.float32), (before, after)), shape=(vocab_size, vocab_size)
-        ).tocsr()
-        ends = np.bincount([x[-1] for x in rows], minlength=vocab_size)
-        followers = caution * np.maximum(np.diff(counts.indptr) + (ends > 0), 1)  # g k_u
-        total = np.asarray(counts.sum(axis=1)).ravel() + ends + followers
-        scale = scipy.sparse.diags((1 / total).astype(np.float32))
-        self.counts = (scale @ counts).tocsr()  # (V, V)
-        self.counts_t = self.counts.T.tocsr()
-        self.backoff = (followers / total).astype(np.float32)  # (V,)
-        # A mark is as likely as a text is short: 1 / mean length, where nothing else is known.
-        mark = len(rows) / (len(flat) + len(rows))
-        self.end = (ends / total + self.backoff * mark).astype(np.float32)  # (V,)
-        starts = np.bincount([x[0] for x in rows], minlength=vocab_size).astype(np.float32)
-        kinds = max(1, int((starts > 0).sum()))
-        self.start = (starts + kinds * self.unigram) / (len(rows) + kinds)  # (V,)
-
-    def forward(self, weights: Array) -> Array:
-        """Return sum_u w(u) P(v | u), ``(B, V) -> (B, V)``."""
-        out: Array = (self.counts_t @ weights.T).T
-        out += (weights @ self.backoff)[:, None] * self.unigram
-        return out
-
-    def backward(self, values: Array) -> Array:
-        """Return sum_v P(v | u) x(v), ``(B, V) -> (B, V)``."""
-        out: Array = (self.counts @ values.T).T
-        out += (values @ self.unigram)[:, None] * self.backoff
-        return out
 
 
 class ContextualDenoiser:

@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 
 from fedsplit.attacks import ContextualInversion, MapInversion, score_tokens
 from fedsplit.attacks.inversion.contextual import marginals, trigram_marginals
-from fedsplit.errors import AttackError, ConfigError
+from fedsplit.errors import ConfigError
 from fedsplit.privacy import DChi, OwnerSecret
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
 from fedsplit.privacy.denoising.ngram import NgramModel
@@ -93,5 +93,5 @@ def test_misuse_is_refused():
         ContextualInversion(4)
     with pytest.raises(ConfigError, match="top_k=10"):
         ContextualInversion(shortlist=5)
-    with pytest.raises(AttackError, match="token id=9"):
+    with pytest.raises(ConfigError, match="token id=9"):
         NgramModel([[9]], 9)

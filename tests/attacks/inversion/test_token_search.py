@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fedsplit.attacks import ExactSearch, score_tokens
-from fedsplit.attacks.inversion.token_search import Stepper
+from fedsplit.attacks.inversion.token_search import PrefixRunner
 from fedsplit.errors import AttackError
 from fedsplit.models import load, probe, split
 from fedsplit.privacy import DChi, OwnerSecret
@@ -70,15 +70,15 @@ def test_the_order_of_trials_saves_most_of_them():
 
 def test_a_cached_prefix_changes_nothing():
     bottom = make_bottom("gpt2", 3)
-    stepper = Stepper(bottom, probe(bottom.model).input_embeddings)
-    assert stepper.cached
+    runner = PrefixRunner(bottom, probe(bottom.model).input_embeddings)
+    assert runner.cached
     ids = torch.arange(50)
-    stepper.advance([5, 9, 2, 7])
+    runner.advance([5, 9, 2, 7])
     with torch.no_grad():
-        cached = stepper.tokens(ids)
-        stepper.cached = False
-        stepper.advance([5, 9, 2, 7])
-        assert torch.allclose(cached, stepper.tokens(ids), atol=1e-5)
+        cached = runner.tokens(ids)
+        runner.cached = False
+        runner.advance([5, 9, 2, 7])
+        assert torch.allclose(cached, runner.tokens(ids), atol=1e-5)
 
 
 def test_noise_ends_it():

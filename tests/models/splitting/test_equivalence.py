@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.anatomy import probe
-from fedsplit.models.splitting.equivalence import check_law
+from fedsplit.models.splitting.equivalence import check_equivalence
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from tests.models.split_families import CASES, FAMILIES, LAYERS, batch, tiny
 
@@ -212,12 +212,12 @@ def test_threads_do_not_mix_their_hidden_states() -> None:
 def test_a_wrong_half_is_measured() -> None:
     model = tiny("llama", "causal-lm")
     bottom, top = split(model, 1)
-    assert check_law(model, bottom, top) < 1e-12
+    assert check_equivalence(model, bottom, top) < 1e-12
     top = copy.deepcopy(top)
     with torch.no_grad():
         probe(top.model).blocks[0].input_layernorm.weight[0] += 1e-3
     with pytest.raises(UnsupportedModelError, match="differ from the whole by"):
-        check_law(model, bottom, top)
+        check_equivalence(model, bottom, top)
 
 
 def test_layerdrop_never_skips_the_cut() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import DChi, NearestToken, OwnerSecret
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
-from fedsplit.privacy.denoising.contextual import BigramChain, ContextualDenoiser
+from fedsplit.privacy.denoising.contextual import ContextualDenoiser
+from fedsplit.privacy.denoising.ngram import BigramChain
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched, unigram_log_prior
 
 V, D, P = 6, 4, 4
