@@ -75,7 +75,7 @@ def sheet_image(
         raise LineageError("sheet: every column needs at least its base's portrait")
     paint = painter or paint_dog
     font = ImageFont.load_default(size=max(9, size // 13))
-    line = sum(font.getmetrics())
+    line = int(font.getbbox("Ag_")[3]) + 2  # pixels from one line to the next
 
     def fits(text: str) -> bool:
         return font.getlength(text) <= size
