@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fedsplit.errors import FedsplitError
+
+if TYPE_CHECKING:
+    from fedsplit.privacy import Mechanism
+    from fedsplit.privacy.mechanisms.calibration import CalibrationInputs
 
 console = Console()
 
@@ -24,7 +30,7 @@ def inspect(
     ] = "sequence-classification",
     labels: Annotated[int, typer.Option(help="classes of a classifier")] = 2,
 ) -> None:
-    """Split a model and say what each side would hold, and what an eta means for it."""
+    """Split a model and say what each side would hold, and what noise levels mean for it."""
     from fedsplit.models import load, split
     from fedsplit.models.bundle.bottom import pack_bottom
 
@@ -39,22 +45,33 @@ def inspect(
     table.add_row("width", str(bottom.hidden_size), str(top.hidden_size))
     console.print(table)
     console.print(_noise_table(bottom))
-    console.print("the law held on a padded batch: bottom then top equals the whole model")
+    console.print("equivalence check passed: on a padded batch, bottom then top equals the model")
 
 
 def _noise_table(bottom: Any) -> Table:
-    """Return what common noise ratios are in eta, for this bottom's output."""
-    from fedsplit.privacy import eta_from_ratio, representation_norm
+    """Return every mechanism's level at common noise ratios, for this bottom's output."""
+    from fedsplit.config import PrivacyConfig
+    from fedsplit.privacy import MECHANISMS
+    from fedsplit.privacy.mechanisms.calibration import CalibrationInputs
 
-    norm = representation_norm(bottom, bottom.vocab)
+    inputs = CalibrationInputs(PrivacyConfig(), bottom, bottom.vocab)
+    noisy = {name: m for name, m in MECHANISMS.items() if m.level is not None}
     table = Table(
-        "noise ratio E||n|| / median ||h||",
-        "eta",
-        title=f"d_chi noise on this bottom's output (median norm {norm:.2f})",
+        "noise ratio",
+        *(f"{name} {m.level.setting}" for name, m in noisy.items() if m.level is not None),
+        title=f"noise ratio E||n|| / median ||h|| (here {inputs.norms.median:.2f}), and levels with it",
     )
     for ratio in (0.5, 1.0, 2.0, 4.0, 8.0):
-        table.add_row(f"{ratio:g}", f"{eta_from_ratio(ratio, bottom.hidden_size, norm):.3g}")
+        table.add_row(f"{ratio:g}", *(_level(m, ratio, inputs) for m in noisy.values()))
     return table
+
+
+def _level(mechanism: type[Mechanism], ratio: float, inputs: CalibrationInputs) -> str:
+    """Return a mechanism's level at a noise ratio, or ``-`` where it has none there."""
+    try:
+        return f"{mechanism.level_at(ratio, inputs):.3g}"
+    except FedsplitError:
+        return "-"
 
 
 def _blocks(first: int, end: int) -> str:
