@@ -18,40 +18,12 @@ app = ClientApp()
 
 
 @app.train()
-def train(message: Message, context: Context) -> Message:
-    """One round of training: open the announced session and stay until the server says BYE."""
-    from fedsplit.client.task import session
-
-    return session(message, context)
-
-
 @app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluation on the owner's held-out samples; only counts and averages are reported."""
-    from fedsplit.client.task import session
+@app.query(STEP_TYPE.partition(".")[2])  # frames, with the messages transport
+@app.query(WHO_TYPE.partition(".")[2])  # the owner's name
+@app.query(SERVE_TYPE.partition(".")[2])  # a model begins to serve
+def answer(message: Message, context: Context) -> Message:
+    """Answer a message by the table in :mod:`fedsplit.client.dispatch`."""
+    from fedsplit.client.dispatch import answer
 
-    return session(message, context)
-
-
-@app.query(STEP_TYPE.partition(".")[2])
-def step(message: Message, context: Context) -> Message:
-    """One exchange of frames (messages transport)."""
-    from fedsplit.client.task import step
-
-    return step(message, context)
-
-
-@app.query(WHO_TYPE.partition(".")[2])
-def who(message: Message, context: Context) -> Message:
-    """Tell the owner's public name, so that the server can sample and order by it."""
-    from fedsplit.client.task import who
-
-    return who(message, context)
-
-
-@app.query(SERVE_TYPE.partition(".")[2])
-def serve(message: Message, context: Context) -> Message:
-    """A model serves: keep the leave to ask it, if the owner's rules allow."""
-    from fedsplit.client.serving import serve
-
-    return serve(message, context)
+    return answer(message, context)

@@ -1,1 +1,1 @@
-"""The Flower ClientApp's work: one module per strategy."""
+"""The Flower ClientApp's work: one module per strategy, and the table that picks among them."""

@@ -49,10 +49,10 @@ def predict(
     """
     from fedsplit.owners.serving.generation import sampler
     from fedsplit.owners.serving.inference import classify, generate
-    from fedsplit.owners.serving.offers import peek
+    from fedsplit.owners.serving.offers import serving_config
 
     root = home or Path(os.environ.get("FEDSPLIT_HOME") or Path.home() / ".fedsplit")
-    task = peek(root).model.task
+    task = serving_config(root).model.task
     if task == "causal-lm":
         if file is not None or not text:
             raise ConfigError("predict with a generating model: must be given one text, no --file")

@@ -33,6 +33,10 @@ class Samples:
         """Tokens per slot."""
         return [int(x.shape[0]) for x in self.ids]
 
+    def identity(self, slot: int) -> bytes:
+        """Return what identifies the slot's text wherever its views are counted."""
+        return text_identity(self.ids[slot])
+
     def padded(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return (input_ids, attention_mask), both (B, T), right-padded with id 0.
 
@@ -48,6 +52,16 @@ class Samples:
         return ids, mask
 
 
+def text_identity(ids: Tensor, after: int = 0) -> bytes:
+    """Return what identifies a text, or a piece of one.
+
+    Args:
+        ids: its tokens (T,).
+        after: number of the text that a piece continues; 0: it is a whole text.
+    """
+    return ids.to(torch.int64).numpy().astype("<i8").tobytes() + (b"%d" % after if after else b"")
+
+
 def tokenise(
     tokenizer: Any,
     texts: Sequence[str],
@@ -56,6 +70,7 @@ def tokenise(
     max_tokens: int,
     classes: int,
     order: np.ndarray | None = None,
+    shortest: int = 0,
 ) -> Samples:
     """Tokenise texts into slots.
 
@@ -67,6 +82,8 @@ def tokenise(
         classes: number of classes the parties agreed on.
         order: permutation of the texts; slot i holds text ``order[i]``.  A source sorted by label
             would otherwise tell labels by slot.
+        shortest: fewest tokens of a text; 0 = 1 with labels, 2 without, since a language-modelling
+            sample needs a next token.
 
     Raises:
         DataError: no text, a text without tokens, or a label outside [0, classes).
@@ -81,8 +98,7 @@ def tokenise(
             if not 0 <= int(label) < classes:
                 raise DataError(f"label={label} (slot {slot}): must be in [0, {classes})")
     encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
-    # One token predicts nothing: a language-modelling sample needs a next token.
-    shortest = 1 if labels is not None else 2
+    shortest = shortest or (1 if labels is not None else 2)
     for slot, ids in enumerate(encoded):
         if len(ids) < shortest:
             raise DataError(f"text in slot {slot} has {len(ids)} tokens: must be >= {shortest}")

@@ -134,6 +134,11 @@ class SamplePerturber:
         return scale if bool((scale < 1).any()) else None
 
     @property
+    def tokens_touched(self) -> int:
+        """Tokens perturbed so far whose noise was reduced."""
+        return self._touched
+
+    @property
     def share_touched(self) -> float:
         """Share of the tokens perturbed so far whose noise was reduced (specials included)."""
         return self._touched / self._tokens if self._tokens else 0.0

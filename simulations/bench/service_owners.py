@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError
-from fedsplit.owners.split.session import hello, open_stream
+from fedsplit.owners.handshake import hello, open_stream
 from fedsplit.wire.codecs import encode_rows
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link

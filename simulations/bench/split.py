@@ -23,8 +23,9 @@ from torch.nn import functional
 from fedsplit.config import RunConfig
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import split
-from fedsplit.owners.split.owner import SplitOwner, SplitSettings
+from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.schedule import train_steps
+from fedsplit.owners.split.settings import SplitSettings
 from fedsplit.privacy import OwnerSecret, SamplePerturber, build
 from fedsplit.wire.codecs import CODECS
 from fedsplit.wire.frames import Frame, Kind, encode
@@ -184,7 +185,7 @@ def bytes_per_token(config: RunConfig, shares: Sequence[OwnerShare]) -> dict[str
         settings = SplitSettings("train", False, codec, "fp32")
         owner = SplitOwner(bottom, samples, batches, [0] * len(batches), perturber, settings)
         frames = owner.handle(Frame(Kind.START, {"window": len(batches)}))
-        sizes = [len(encode(Frame(*frame), 0, 1 << 30)) for frame in frames]
+        sizes = [len(encode(Frame(f.kind, f.header, f.encode()), 0, 1 << 30)) for f in frames]
         found[codec] = sum(sizes) / tokens
     return found
 

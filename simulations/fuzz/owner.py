@@ -17,8 +17,7 @@ from fedsplit.owners.app_digest import digest_of_bundle
 from fedsplit.owners.ledger.chain import GENESIS, Ledger, Totals, canonical, chained, read_ledger
 from fedsplit.owners.policy.description import TEMPLATE
 from fedsplit.owners.policy.rules import Policy
-from fedsplit.owners.serving.offers import FILE as LEAVE
-from fedsplit.owners.serving.offers import keep_offer, take_leave
+from fedsplit.owners.serving.offers import FILE, save_offer, take_offer
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import ServingOffer
 from simulations.fuzz.damage import damaged_json, damaged_text, flipped
@@ -86,16 +85,16 @@ def policies(_: Path) -> Cases:
     return draw
 
 
-def leaves(scratch: Path) -> Cases:
+def serving_offers(scratch: Path) -> Cases:
     """An owner's kept offer of a serving model."""
     session = SessionOffer(7, 5, 0, "predict", "stream", "", "127.0.0.1:1", b"", "", "ab")
-    keep_offer(scratch, ServingOffer(session, ("a.1.b",)), RunConfig().to_flat(), {"x": 1})
-    sound = json.loads((scratch / LEAVE).read_bytes())
+    save_offer(scratch, ServingOffer(session, ("a.1.b",)), RunConfig().to_flat(), {"x": 1})
+    sound = json.loads((scratch / FILE).read_bytes())
 
     def draw(rng: random.Random) -> Case:
         text = damaged_json(sound, rng)
-        (scratch / LEAVE).write_bytes(text.encode("utf-8", "surrogatepass"))
-        return lambda: take_leave(scratch)
+        (scratch / FILE).write_bytes(text.encode("utf-8", "surrogatepass"))
+        return lambda: take_offer(scratch)
 
     return draw
 

@@ -63,7 +63,7 @@ PARSERS: dict[str, tuple[Callable[[Path], Cases], int]] = {
     "fingerprint file": (fuzz_lineage.fingerprints, 30),
     "ledger": (fuzz_owner.ledgers, 20),
     "owner.toml": (fuzz_owner.policies, 40),
-    "kept offer": (fuzz_owner.leaves, 10),
+    "kept offer": (fuzz_owner.serving_offers, 10),
     "app bundle": (fuzz_owner.apps, 15),
     "transcript": (fuzz_files.transcripts, 10),
     "run folder (watch)": (fuzz_files.run_folders, 20),

@@ -37,7 +37,7 @@ from fedsplit.emulators.planning.trial import Tuning, fully_tuned, tuned_in_full
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.owners.data_source import simulated_shares
-from fedsplit.owners.offsite.work import blocks_of
+from fedsplit.owners.offsite.owner import blocks_of
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
 from simulations.core.cells import Cells

@@ -16,18 +16,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit.client import serving as client_serving
-from fedsplit.client import task as client_work
+from fedsplit.client.dispatch import answer
 from fedsplit.config import RunConfig
+from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
 from strategies.rounds.prompt_grid import PromptGrid
 
-HANDLERS = {
-    "train": client_work.session,
-    "evaluate": client_work.session,
-    "query.fedsplit_step": client_work.step,
-    "query.fedsplit_who": client_work.who,
-    "query.fedsplit_serve": client_serving.serve,
-}
+HANDLERS = dict.fromkeys(("train", "evaluate", STEP_TYPE, WHO_TYPE, SERVE_TYPE), answer)
 
 
 class LocalGrid(Grid):

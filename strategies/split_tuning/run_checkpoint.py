@@ -8,8 +8,8 @@ would have made.
 
 Within a round a state can be taken only where owners train nothing: a joint bottom, or a head of
 their own, has moved on the owner's machine.  Such a round is replayed from its start, which an
-owner's optimizer can too: it keeps the last rounds' (:func:`fedsplit.owners.split.prepare.
-save_joint_state`).
+owner's optimizer can too: it keeps the last rounds' (:class:`fedsplit.owners.split.run_state.
+RunState`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from fedsplit.config import RunConfig
 from fedsplit.deploy.keys import make_keys
 from fedsplit.errors import ConfigError, SessionError
-from fedsplit.owners.split.session import open_stream
+from fedsplit.owners.handshake import open_stream
 from fedsplit.wire.authentication import Door
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.tokens import TokenBook

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsplit.client import task as client_work
+from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Frame, Kind, encode
 from fedsplit.wire.link import Link
 
@@ -58,24 +58,24 @@ def tamper_with(
         tampers: partition id -> what happens to its frames.
         frame_mb: bound that the misbehaving owners put on their own frames.
     """
-    open_stream = client_work.open_stream
+    connect = OwnerTask.connect
 
-    def opened(offer: Any, config: Any, node_config: dict[str, Any]) -> Link:
-        tamper = tampers.get(node_config["partition-id"])
+    def opened(task: OwnerTask) -> Link:
+        tamper = tampers.get(int(str(task.identity.node_config["partition-id"])))
         if tamper is None:
-            return open_stream(offer, config, node_config)
+            return connect(task)
         if frame_mb is not None:
-            session = replace(config.session, max_frame_mb=frame_mb)
-            config = replace(config, session=session)
-        link = open_stream(offer, config, node_config)
+            session = replace(task.config.session, max_frame_mb=frame_mb)
+            task = replace(task, config=replace(task.config, session=session))
+        link = connect(task)
         honest = link.send
 
         def send(kind: Kind, header: Any, body: bytes = b"") -> None:
-            outgoing = Outgoing(link, offer.round, kind, dict(header), bytes(body))
+            outgoing = Outgoing(link, task.offer.round, kind, dict(header), bytes(body))
             if not tamper(outgoing):
                 honest(kind, outgoing.header, outgoing.body)
 
         link.send = send  # type: ignore[method-assign]
         return link
 
-    monkeypatch.setattr(client_work, "open_stream", opened)
+    monkeypatch.setattr(OwnerTask, "connect", opened)

@@ -12,8 +12,8 @@ from fedsplit.config import DataConfig, RunConfig
 from fedsplit.errors import ConfigError, DataError, PrivacyError, SessionError
 from fedsplit.owners.data_source import own_data, owner_name
 from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.policy.refusals import tellable
-from fedsplit.owners.split.prepare import OwnerIdentity
 from fedsplit.privacy.secret import OwnerSecret
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedsplit.client import task as client_work
 from fedsplit.errors import ConfigError
+from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Kind
 from strategies.split_tuning.round import Round
 from tests.owners.interfere import Outgoing
@@ -94,11 +94,11 @@ def nan_gradient(outgoing: Outgoing) -> None:
 
 def refuse_to_connect(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     """Let the victim's app fail before it has opened its session."""
-    open_stream = client_work.open_stream
+    connect = OwnerTask.connect
 
-    def unwilling(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
-        if node_config["partition-id"] == VICTIM:
+    def unwilling(task: OwnerTask) -> Any:
+        if task.identity.node_config["partition-id"] == VICTIM:
             raise ConfigError(told)
-        return open_stream(offer, config, node_config)
+        return connect(task)
 
-    monkeypatch.setattr(client_work, "open_stream", unwilling)
+    monkeypatch.setattr(OwnerTask, "connect", unwilling)

@@ -10,7 +10,7 @@ import torch
 from fedsplit.config import RunConfig
 from fedsplit.emulators.lm import lm_loss, logits_of
 from fedsplit.owners.data_source import simulated_shares
-from fedsplit.owners.offsite.work import blocks_of
+from fedsplit.owners.offsite.owner import blocks_of
 from fedsplit.owners.split.schedule import train_steps
 from strategies.split_tuning.run import load_base
 

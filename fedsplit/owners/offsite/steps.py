@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedsplit.config import RunConfig, TrainConfig
 from fedsplit.emulators.lm import lm_loss, logits_of
 from fedsplit.errors import ModelError
-from fedsplit.owners.split.own_training import DpSettings
+from fedsplit.owners.split.settings import DpSettings
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.privacy.dp.optimizer import PrivateOptimizer
 

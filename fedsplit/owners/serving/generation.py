@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,27 +16,36 @@ from torch import Tensor
 from fedsplit.errors import FrameError, SessionError, check
 from fedsplit.models.splitting.cached_decoding import CachedBottom
 from fedsplit.models.splitting.halves import Bottom
-from fedsplit.owners.samples import Samples
-from fedsplit.owners.split.owner import Outgoing, SplitOwner, SplitSettings
+from fedsplit.owners.ledger.disclosure import (
+    Announcement,
+    Outgoing,
+    Representations,
+    Source,
+    notice,
+)
+from fedsplit.owners.samples import text_identity
 from fedsplit.privacy.perturb import SamplePerturber
-from fedsplit.wire.codecs import decode_rows, encode_rows
+from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import Frame, Kind
 
 Choose = Callable[[Tensor], int]
 
 
-class GeneratingOwner(SplitOwner):
-    """Answers the frames of one session that continues one text.
+class GeneratingOwner:
+    """Answers the frames of one session that continues one text, piece by piece.
 
     Args:
-        bottom: of a causal language model.
+        bottom: of a causal language model; run without dropout.
         prompt: token ids (T,).
         perturber: the privacy mechanism with the owner's secret.
-        settings: see :class:`~fedsplit.owners.split.owner.SplitSettings`; mode ``predict``.
+        codec: wire form of representations.
         choose: logits (V,) -> the next token's id.
         stop: ids that end the text.
         most: tokens generated at most.
         on_token: called with every token as it is chosen.
+
+    Raises:
+        ConfigError: no prompt, or no token to generate.
     """
 
     def __init__(
@@ -45,7 +53,7 @@ class GeneratingOwner(SplitOwner):
         bottom: Bottom,
         prompt: Tensor,
         perturber: SamplePerturber,
-        settings: SplitSettings,
+        codec: str,
         *,
         choose: Choose,
         stop: frozenset[int],
@@ -54,50 +62,44 @@ class GeneratingOwner(SplitOwner):
     ) -> None:
         check(prompt.ndim == 1 and len(prompt) >= 1, "prompt tokens", len(prompt), ">= 1")
         check(most >= 1, "new tokens", most, ">= 1")
-        super().__init__(
-            bottom,
-            Samples((prompt,), None),
-            [torch.tensor([i]).numpy() for i in range(most)],
-            [0] * most,
-            perturber,
-            replace(settings, mode="predict", joint=False),
-        )
+        self.perturber = perturber
+        self.source = Source(bottom.eval(), perturber, len(prompt), len(prompt))
+        self.done = False
+        self.text: list[int] = prompt.tolist()
+        self.generated: list[int] = []
+        self._prompt = prompt
+        self._codec = codec
         self._decoder = CachedBottom(bottom)
         self._choose = choose
         self._stop = stop
         self._most = most
         self._on_token = on_token
-        self._over = False
-        self.text = prompt.tolist()
-        self.generated: list[int] = []
-
-    @property
-    def done(self) -> bool:
-        """Whether the text has ended."""
-        return self._over
+        self._sent = 0  # pieces
 
     def ready(self) -> Outgoing:
         """Return the frame that announces at most how many pieces follow."""
-        kind, header, body = super().ready()
-        return kind, {**header, "samples": self._most}, body
+        guarantee = self.perturber.mechanism.guarantee(1)
+        header = {"batches": self._most, "samples": self._most, "mechanism": guarantee}
+        shown = Announcement(batches=self._most, source=self.source)
+        return Outgoing(Kind.READY, header, shown)
 
     def handle(self, frame: Frame) -> Iterator[Outgoing]:
-        """Yield the frames that answer ``frame``.
+        """Yield the frame that answers ``frame``.
 
         Raises:
             SessionError: the frame does not belong here.
             FrameError: its step, shape or numbers are not acceptable.
         """
-        if frame.kind is Kind.START and not self.sent:
-            yield self._piece(self.samples.ids[0])
+        if frame.kind is Kind.START and not self._sent:
+            yield self._piece(self._prompt)
         elif frame.kind is Kind.LOGITS:
             token = self._read(frame)
             self.generated.append(token)
             self.text.append(token)
             self._on_token(token)
             if token in self._stop or len(self.generated) >= self._most:
-                self._over = True
-                yield Kind.DONE, {"samples": 1, "steps": self.sent}, b""
+                self.done = True
+                yield notice(Kind.DONE, {"samples": 1, "steps": self._sent})
                 return
             yield self._piece(torch.tensor([token]))
         else:
@@ -105,7 +107,7 @@ class GeneratingOwner(SplitOwner):
 
     def _read(self, frame: Frame) -> int:
         shape = tuple(frame["shape"])
-        if frame["step"] != self.sent - 1 or len(shape) != 2 or shape[0] != 1:
+        if frame["step"] != self._sent - 1 or len(shape) != 2 or shape[0] != 1:
             raise FrameError(f"LOGITS step {frame['step']} of shape {shape}: must be (1, V)")
         if not 1 < shape[1] <= 1 << 20:
             raise FrameError(f"LOGITS over {shape[1]} tokens: must be in [2, 2^20]")
@@ -113,26 +115,35 @@ class GeneratingOwner(SplitOwner):
 
     def _piece(self, ids: Tensor) -> Outgoing:
         """Return the next piece (t,) of the text as a frame."""
-        step = self.sent
+        step = self._sent
         before = len(self.text) - len(ids)
         hidden = self._decoder.step(ids[None])[0]  # (t, d)
         # A piece's noise depends on its tokens and on the view: here a digest of all before them.
         view = 0 if before == 0 else _digest(self.text[:before])
-        if step:
-            self.samples = Samples((*self.samples.ids, ids), None)
-        self.views[step] = view
+        touched = self.perturber.tokens_touched
         rows = self.perturber.perturb(hidden, ids, view)
-        self.sent += 1
+        self._sent += 1
         header = {
             "step": step,
             "slots": [step],
             "fresh": [step],
             "lengths": [len(ids)],
-            "codec": self.settings.codec,
+            "codec": self._codec,
             "dim": int(rows.shape[1]),
-            "last": self.sent == self._most,
+            "last": self._sent == self._most,
         }
-        return Kind.BATCH, header, encode_rows(rows, self.settings.codec)
+        shown = Representations(
+            used=1,
+            epochs=None,
+            # The same piece after another text is another text, not another view of this one.
+            texts=(text_identity(ids, after=view),),
+            rows=rows,
+            view=view,
+            counted_view=0,
+            touched=self.perturber.tokens_touched - touched,
+            source=self.source,
+        )
+        return Outgoing(Kind.BATCH, header, shown)
 
 
 def _digest(ids: Sequence[int]) -> int:

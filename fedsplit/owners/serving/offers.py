@@ -1,4 +1,4 @@
-"""An owner's leave to ask a serving model: kept in its home, one token per session.
+"""The offer of a serving model, kept in the owner's home: one token per session.
 
 The ClientApp writes it when the server announces itself in a Flower message; ``fedsplit predict``,
 another process of the same owner, takes tokens from it.
@@ -24,21 +24,21 @@ FILE = "serving.json"
 
 
 @dataclass(frozen=True)
-class Leave:
-    """What one session needs.
+class TakenOffer:
+    """What one session with a serving model needs.
 
     Attributes:
-        offer: address, authority, bottom and one token.
+        session: address, authority, bottom and one token.
         config: the serving run's settings.
         node_config: the owner's own, as its SuperNode has it.
     """
 
-    offer: SessionOffer
+    session: SessionOffer
     config: RunConfig
     node_config: dict[str, Any]
 
 
-def keep_offer(
+def save_offer(
     root: Path,
     offer: ServingOffer,
     flat: Mapping[str, Any],
@@ -60,16 +60,16 @@ def keep_offer(
         _write(root, content)
 
 
-def peek(root: Path) -> RunConfig:
+def serving_config(root: Path) -> RunConfig:
     """Return the serving run's settings without using up a token.
 
     Raises:
-        As :func:`take_leave`.
+        As :func:`take_offer`.
     """
-    return _leave(_read(root / FILE)).config
+    return _parse(_read(root / FILE)).config
 
 
-def take_leave(root: Path) -> Leave:
+def take_offer(root: Path) -> TakenOffer:
     """Return what one session needs; its token is gone from the file before it is used.
 
     Raises:
@@ -79,17 +79,17 @@ def take_leave(root: Path) -> Leave:
     path = root / FILE
     with _locked(root):
         content = _read(path)
-        leave = _leave(content)
+        taken = _parse(content)
         tokens = content.get("tokens")
         if not isinstance(tokens, list):
             raise ConfigError(f"{FILE}: damaged: tokens must be a list")
         if not tokens:
             raise SessionError(
                 f"{path}: all tokens are used; the server sends new ones every "
-                f"{leave.config.serving.renew_s:g} s"
+                f"{taken.config.serving.renew_s:g} s"
             )
         _write(root, {**content, "tokens": tokens[1:]})
-    return replace(leave, offer=replace(leave.offer, token=str(tokens[0])))
+    return replace(taken, session=replace(taken.session, token=str(tokens[0])))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -104,12 +104,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: must be a readable offer: {error}") from None
 
 
-def _leave(content: Mapping[str, Any]) -> Leave:
+def _parse(content: Mapping[str, Any]) -> TakenOffer:
     try:
         session = dict(content["session"])
         session["ca"] = str(session["ca"]).encode()
         config = read_settings(content["flat"])
-        return Leave(SessionOffer(**session), config, dict(content["node-config"]))
+        return TakenOffer(SessionOffer(**session), config, dict(content["node-config"]))
     except ConfigError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.errors import FrameError
-from fedsplit.models.splitting.heads import Head
-from fedsplit.owners.samples import Samples
-from fedsplit.owners.split.label_side import Answer, LabelSide
+from fedsplit.owners.ledger.disclosure import Outgoing
+from fedsplit.owners.split.batches import BatchSession
+from fedsplit.owners.split.output import OutputReader
+from fedsplit.privacy.perturb import SamplePerturber
 
 
-class Readout(LabelSide):
-    """Keeps the logits of texts whose labels nobody knows.
+class PredictionOwner(BatchSession):
+    """Answers the frames of a session that classifies texts; there are no labels and no loss.
 
     Args:
-        samples: the texts; their labels are placeholders.
+        bottom: see :class:`~fedsplit.owners.split.batches.BatchSession`.
+        reader: reads the server's output for the texts.
+        batches: slots of each step, in order.
+        perturber: the privacy mechanism with the owner's secret.
         classes: number of classes the parties agreed on.
-        head: where that is the owner's.
+        codec: wire form of representations.
     """
 
-    def __init__(self, samples: Samples, classes: int, head: Head | None = None) -> None:
-        super().__init__(samples, head=head, trained=False)
+    def __init__(
+        self,
+        bottom: nn.Module,
+        reader: OutputReader,
+        batches: Sequence[np.ndarray],
+        perturber: SamplePerturber,
+        *,
+        classes: int,
+        codec: str,
+    ) -> None:
+        views = [0] * len(batches)
+        super().__init__(bottom, reader, batches, views, perturber, mode="predict", codec=codec)
         self._classes = classes
-        self._answers: dict[int, Tensor] = {}
+        self._logits: dict[int, Tensor] = {}
 
-    def answer(self, values: Tensor, slots: Sequence[int], train: bool) -> Answer:
-        """Keep the logits of ``slots``; there is no loss.
-
-        Raises:
-            FrameError: another number of classes than was agreed on.
-        """
+    def _on_output(self, step: int, slots: Sequence[int], values: Tensor) -> Iterator[Outgoing]:
         with torch.no_grad():
-            scores, _ = self._scores(values, slots)
-        if scores.shape[1] != self._classes:
-            raise FrameError(f"LOGITS with {scores.shape[1]} classes: must be {self._classes}")
-        self._answers.update(zip(slots, scores, strict=True))
-        return Answer(0.0, float(len(slots)), 0, torch.empty(0), [])
+            logits = self.reader.logits(values, slots)
+        if logits.shape[1] != self._classes:
+            raise FrameError(f"LOGITS with {logits.shape[1]} classes: must be {self._classes}")
+        self._logits.update(zip(slots, logits, strict=True))
+        yield from self._advance()
 
     def probabilities(self) -> Tensor:
         """Return (texts, classes) once every text is answered."""
-        rows = [self._answers[slot] for slot in range(len(self.samples))]
+        rows = [self._logits[slot] for slot in range(len(self.samples))]
         return torch.softmax(torch.stack(rows).double(), dim=1)

@@ -1,8 +1,7 @@
-"""The labels' side of a step: from what the server sends down to a loss and its gradients.
+"""The labels' side of a step: from the server's output to a loss and its gradients.
 
 With the head at the server, logits come down and their gradients go up.  With the head here
-(U-shape, ``labels.protection = "client-head"``), final hidden states come down, of those positions
-alone that the head reads, and their gradients go up; logits and labels never leave, and the owner
+(U-shape, ``labels.protection = "client-head"``), logits and labels never leave, and the owner
 trains the head itself.  That hides neither the direction of a gradient, which still separates two
 classes, nor its norm (:mod:`fedsplit.attacks.labels.leakage`): for that, name a protection of the
 gradients beside the head's place, or draw the labels.
@@ -10,19 +9,17 @@ gradients beside the head's place, or draw the labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedsplit.errors import ConfigError, FrameError
-from fedsplit.models.splitting.heads import Head, positions_read
-from fedsplit.owners.samples import Samples
+from fedsplit.owners.split.output import OutputReader
 from fedsplit.privacy.labels.table import GradientShield
-
-MAX_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,14 @@ class Answer:
 
 
 class LabelSide:
-    """Holds the labels, and the head where that is the owner's.
+    """Holds the labels of a session and computes the loss on them.
 
     Args:
-        samples: the split that this session works on, with the labels to train on.
-        head: run without dropout, so that the answer to a repeated frame is the same; None: the
-            head is at the server.
-        trained: whether the head's parameters are trained (all float ones).
+        reader: reads the server's output; its samples have the labels to train on.
         shield: what is done to the gradients of each step, or None.
         transition: (C, C), row = true label; the loss is corrected for labels drawn with it
             (forward correction, Patrini et al., arXiv 1609.03683); None: no correction.
+        protection: the label protection in force, by its settings, for the ledger.
 
     Raises:
         ConfigError: gradients are to be shielded, and the head reads several rows per sample.
@@ -62,56 +57,29 @@ class LabelSide:
 
     def __init__(
         self,
-        samples: Samples,
+        reader: OutputReader,
         *,
-        head: Head | None = None,
-        trained: bool = True,
         shield: GradientShield | None = None,
         transition: Tensor | None = None,
+        protection: Mapping[str, Any] | None = None,
     ) -> None:
-        self.samples = samples
-        self.head = None if head is None else head.eval()
-        self._positions = "all" if head is None else positions_read(head)
-        # One row per sample, or one per token?
-        self._per_sample = samples.labels is not None and (head is None or self._positions != "all")
+        self.reader = reader
+        self.samples = reader.samples
+        self.protection = dict(protection or {})
         self._shield = shield
         self._transition = transition
-        every = head is not None and self._positions == "all"
+        every = reader.head is not None and reader.positions == "all"
         if shield is not None and every and not shield.protection.takes_tokens:
             raise ConfigError(
                 f"labels.protection with {shield.protection.name}: must have a head that reads one "
                 "position per text, or the head at the server"
             )
-        self.parameters: dict[str, nn.Parameter] = {}
-        if head is not None:
-            for parameter in head.parameters():
-                parameter.requires_grad_(trained and parameter.is_floating_point())
-            self.parameters = {n: p for n, p in head.named_parameters() if p.requires_grad}
-
-    def tokens(self, slots: Sequence[int]) -> int:
-        """Return how many tokens the samples have."""
-        return sum(int(self.samples.ids[s].shape[0]) for s in slots)
-
-    def check(self, shape: tuple[int, ...], slots: Sequence[int]) -> None:
-        """Refuse a shape that does not answer a step on ``slots``.
-
-        Raises:
-            FrameError: names what it must be.
-        """
-        rows = len(slots) if self._per_sample else self.tokens(slots)
-        if self.head is not None:
-            width = self.head.hidden_size
-            if shape != (rows, width):
-                raise FrameError(f"LOGITS shape {shape}: must be ({rows}, {width}) hidden states")
-            return
-        if len(shape) != 2 or shape[0] != rows or not 1 < shape[1] <= MAX_CLASSES:
-            raise FrameError(f"LOGITS shape {shape}: must be ({rows}, classes)")
 
     def answer(self, values: Tensor, slots: Sequence[int], train: bool) -> Answer:
         """Return loss and gradients for what the server sent.
 
         Args:
-            values: logits or hidden states, of the shape that :meth:`check` let pass.
+            values: logits or hidden states, of a shape that the reader's check let pass.
             slots: the step's samples.
             train: whether gradients are wanted.
 
@@ -119,7 +87,7 @@ class LabelSide:
             FrameError: fewer classes than labels.
         """
         values = values.requires_grad_(train)
-        parameters = list(self.parameters.values()) if train else []
+        parameters = list(self.reader.parameters.values()) if train else []
         with torch.set_grad_enabled(train):
             scores, targets = self._scores(values, slots)
             loss = self._loss(scores, targets, train)
@@ -136,8 +104,8 @@ class LabelSide:
 
     def sample_gradients(self, values: Tensor, slots: Sequence[int], at: int) -> list[Tensor]:
         """Return the head's gradients of one sample's own mean loss, the ``at``-th of ``slots``."""
-        own = self._rows_of(values.detach(), slots)[at]
-        parameters = list(self.parameters.values())
+        own = self.reader.rows(values.detach(), slots)[at]
+        parameters = list(self.reader.parameters.values())
         with torch.enable_grad():
             scores, targets = self._scores(own, [slots[at]])
             loss = self._loss(scores, targets, True)
@@ -152,11 +120,6 @@ class LabelSide:
             return 1
         return int(self.samples.ids[slot].shape[0]) - 1
 
-    def _rows_of(self, values: Tensor, slots: Sequence[int]) -> tuple[Tensor, ...]:
-        if self._per_sample:
-            return torch.split(values, 1)
-        return torch.split(values, [int(self.samples.ids[s].shape[0]) for s in slots])
-
     def _loss(self, scores: Tensor, targets: Tensor, train: bool) -> Tensor:
         if self._transition is None or not train:
             return functional.cross_entropy(scores.float(), targets)
@@ -165,7 +128,7 @@ class LabelSide:
 
     def _scores(self, values: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return one row of scores per target, and the targets."""
-        logits = values if self.head is None else self._logits(values, slots)
+        logits = self.reader.logits(values, slots)
         if self.samples.labels is None:
             keep, following = self._next_tokens(slots)
             return logits[keep], following
@@ -175,20 +138,6 @@ class LabelSide:
                 f"LOGITS with {logits.shape[1]} classes: must be > {int(targets.max())}"
             )
         return logits, targets
-
-    def _logits(self, values: Tensor, slots: Sequence[int]) -> Tensor:
-        """Run the head: (B, C), or (tokens, V) for language modelling."""
-        assert self.head is not None
-        if self._positions != "all":
-            alone = values[:, None]  # (B, 1, d): to this head, a text of one token
-            logits: Tensor = self.head(alone, torch.ones(alone.shape[:2], dtype=torch.int64))
-            return logits
-        rows = self._rows_of(values, slots)
-        hidden = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)  # (B, T, d)
-        lengths = torch.tensor([len(r) for r in rows])
-        mask = (torch.arange(hidden.shape[1])[None, :] < lengths[:, None]).long()
-        logits = self.head(hidden, mask)
-        return logits if self.samples.labels is not None else logits[mask.bool()]
 
     def _next_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the rows that predict something, and what they should predict."""

@@ -15,16 +15,13 @@ from typing import Any
 from safetensors.torch import load_file
 
 from fedsplit import storage
-from fedsplit.config import RunConfig
 from fedsplit.errors import SessionError
-from fedsplit.owners.home import OwnerHome
-from fedsplit.owners.ledger.disclosure import Outbox
+from fedsplit.owners.handshake import greet, request_files
 from fedsplit.owners.split.owner import SplitOwner
-from fedsplit.owners.split.prepare import load_joint_state, save_joint_state
-from fedsplit.owners.split.session import hello, keep_bundle
-from fedsplit.wire.frames import Kind
+from fedsplit.owners.split.run_state import RunState
+from fedsplit.owners.split.session import store_bottom
+from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.link import Link
-from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.transfer import receive_files
 
 _DEPTH = 1 << 16
@@ -46,31 +43,19 @@ class MessageSession:
     """Answers the messages of one session, one at a time.
 
     Args:
-        offer: the message's offer.
-        config: the run's settings.
-        outbox: checks and records every frame before it is sent.
-        home: the owner's folder.
-        prepare: digest -> ready owner.
-        job: folder of what outlives a restart of the server; None: the run's own.
+        task: what was agreed to.
+        state: the run's files.
+        build: makes the owner's side; called once the bottom is on disk.
     """
 
-    def __init__(
-        self,
-        offer: SessionOffer,
-        config: RunConfig,
-        outbox: Outbox,
-        home: OwnerHome,
-        prepare: Callable[[str], SplitOwner],
-        job: Path | None = None,
-    ) -> None:
-        self._offer = offer
-        self._config = config
-        self._outbox = outbox
-        self._home = home
-        self._prepare = prepare
-        self._folder = home.run_dir(offer.run, offer.node)
-        self._job = job or self._folder
-        self._key = (offer.run, offer.node, offer.round, offer.mode)
+    def __init__(self, task: OwnerTask, state: RunState, build: Callable[[], SplitOwner]) -> None:
+        self._task = task
+        self._offer = task.offer
+        self._check = task.check
+        self._state = state
+        self._build = build
+        self._folder = state.folder
+        self._key = (self._offer.run, self._offer.node, self._offer.round, self._offer.mode)
 
     @property
     def _path(self) -> Path:
@@ -88,33 +73,29 @@ class MessageSession:
         for frame in frames:
             link.inbox.put_nowait(frame)
         if live.exchange == 0:
-            self._outbox.send(link, Kind.HELLO, hello(self._offer, self._outbox.trip.owner))
-            welcome = link.expect(Kind.WELCOME, 1.0)
-            if welcome["bottom"] != self._offer.bottom:
-                raise SessionError("server's bottom: must be the announced one")
-            if self._home.bottom_dir(self._offer.bottom).exists():
-                self._begin(live)
+            greet(link, self._offer, self._check, 1.0)
+            if self._task.bottom_folder.exists():
+                self._get_ready(live)
             else:
-                self._outbox.send(link, Kind.NEED, {"bottom": self._offer.bottom})
+                request_files(link, self._offer, self._check)
                 live.phase = "files"
         elif live.phase == "files":
-            keep_bundle(receive_files(link, 1.0), self._offer.bottom, self._home)
-            self._begin(live)
+            store_bottom(receive_files(link, 1.0), self._task)
+            self._get_ready(live)
         else:
             assert live.owner is not None
             while not link.inbox.empty():
                 for outgoing in live.owner.handle(link.recv(1.0)):
-                    self._outbox.send(link, *outgoing)
+                    self._check.send(link, outgoing)
         answer = link.drain()
         live.exchange += 1
-        self._keep(live)
+        self._save(live)
         return answer
 
-    def _begin(self, live: _Live) -> None:
-        live.owner = self._prepare(self._offer.bottom)
+    def _get_ready(self, live: _Live) -> None:
+        live.owner = self._build()
         live.phase = "run"
-        self._outbox.attach(live.owner)
-        self._outbox.send(live.link, *live.owner.ready())
+        self._check.send(live.link, live.owner.ready())
 
     def _restore(self) -> _Live:
         if self._offer.exchange == 0:
@@ -122,20 +103,16 @@ class MessageSession:
         stored = self._stored()
         live = _LIVE.get(self._key)
         if live is not None and live.exchange == stored["exchange"]:
-            if live.owner is not None:
-                self._outbox.attach(live.owner)
             return live
         link = self._new_link()
         link.counters = (int(stored["sent"]), int(stored["received"]))
         live = _Live(int(stored["exchange"]), link, str(stored["phase"]), None)
         if live.phase == "run":
-            live.owner = self._prepare(self._offer.bottom)
+            live.owner = self._build()
             live.owner.load_state(stored["owner"])
-            weights = self._folder / "joint.safetensors"
             if live.owner.optimizer is not None and stored["weights"]:
-                live.owner.load_weights(load_file(weights))
-                load_joint_state(live.owner, self._job, self._offer.round + 1)
-            self._outbox.attach(live.owner)
+                live.owner.load_weights(load_file(self._weights_path))
+                self._state.load_optimizer(live.owner.optimizer, self._offer.round + 1)
         return live
 
     def _stored(self) -> dict[str, Any]:
@@ -153,13 +130,12 @@ class MessageSession:
             raise SessionError(f"message {expected}: this owner's session is at {found}")
         return dict(stored)
 
-    def _keep(self, live: _Live) -> None:
-        learns = live.owner is not None and live.owner.optimizer is not None
-        if learns:
-            assert live.owner is not None
-            path = self._folder / "joint.safetensors"
-            storage.write_tensors(path, live.owner.weights(), durable=False)
-            save_joint_state(live.owner, self._job, self._offer.round)
+    def _save(self, live: _Live) -> None:
+        owner = live.owner
+        learns = owner is not None and owner.optimizer is not None
+        if owner is not None and learns:
+            storage.write_tensors(self._weights_path, owner.weights(), durable=False)
+            self._state.save_optimizer(owner.optimizer, self._offer.round)
         sent, received = live.link.counters
         state = {
             "round": self._offer.round,
@@ -168,14 +144,18 @@ class MessageSession:
             "phase": live.phase,
             "sent": sent,
             "received": received,
-            "owner": live.owner.state() if live.owner else None,
-            "metrics": live.owner.metrics() if live.owner else None,
-            "done": bool(live.owner and live.owner.done),
+            "owner": owner.state() if owner else None,
+            "metrics": owner.metrics() if owner else None,
+            "done": bool(owner and owner.done),
             "weights": learns,
         }
         storage.write(self._path, json.dumps(state), durable=False)
         _LIVE.clear()  # one session per node is under way; older ones only cost memory
         _LIVE[self._key] = live
+
+    @property
+    def _weights_path(self) -> Path:
+        return self._folder / "joint.safetensors"
 
     def close(self) -> dict[str, float | int]:
         """Return the metrics of the finished session.
@@ -192,7 +172,7 @@ class MessageSession:
         """Return what the owner trained after :meth:`close`; empty where it trains nothing."""
         if not self._stored()["weights"]:
             return {}
-        return dict(load_file(self._folder / "joint.safetensors"))
+        return dict(load_file(self._weights_path))
 
     def _new_link(self) -> Link:
-        return Link(self._config.session.max_frame_mb << 20, depth=_DEPTH)
+        return Link(self._task.config.session.max_frame_mb << 20, depth=_DEPTH)

@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import ModelError
-from fedsplit.privacy.secret import OwnerSecret
-
-if TYPE_CHECKING:
-    from fedsplit.owners.split.owner import SplitSettings
+from fedsplit.owners.split.settings import DpSettings, SplitSettings
 
 HEAD = "head."  # before the names of the head's weights, when they travel beside the bottom's
-
-
-@dataclass(frozen=True)
-class DpSettings:
-    """DP-SGD for what the owner trains.
-
-    Attributes:
-        noise_multiplier: standard deviation in units of ``clip``, > 0.
-        clip: bound on one sample's gradient norm.
-        delta: of the reported (epsilon, delta).
-        accountant: ``rdp`` or ``prv``.
-        sample_rate: batch size / samples.
-        earlier_steps: of the rounds before this one; an owner that missed some has spent less.
-        secret: the noise's.
-    """
-
-    noise_multiplier: float
-    clip: float
-    delta: float
-    accountant: str
-    sample_rate: float
-    earlier_steps: int
-    secret: OwnerSecret
 
 
 class OwnTraining:

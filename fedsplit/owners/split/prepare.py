@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 
-from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
 from fedsplit.data import TextDataset
@@ -20,13 +17,16 @@ from fedsplit.errors import ModelError
 from fedsplit.models.bundle.bottom import Bundle, unpack_bottom
 from fedsplit.models.bundle.head import HEAD_FILES, unpack_head, without_head
 from fedsplit.models.splitting.halves import Bottom
-from fedsplit.owners.data_source import own_data, owner_name
-from fedsplit.owners.home import OwnerHome
+from fedsplit.models.splitting.heads import Head
+from fedsplit.owners.data_source import own_data
+from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.samples import Samples, tokenise
 from fedsplit.owners.split.label_side import LabelSide
-from fedsplit.owners.split.own_training import DpSettings
-from fedsplit.owners.split.owner import SplitOwner, SplitSettings
+from fedsplit.owners.split.output import OutputReader
+from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.schedule import evaluation_steps, slot_order, train_steps
+from fedsplit.owners.split.settings import DpSettings, SplitSettings
+from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy import (
     SamplePerturber,
     build_mechanism,
@@ -40,31 +40,8 @@ from fedsplit.privacy.labels.table import (
     head_at_owner,
 )
 from fedsplit.privacy.mechanisms.calibration import Store
-from fedsplit.privacy.secret import OwnerSecret
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OwnerIdentity:
-    """Who this owner is, and where its state lives."""
-
-    name: str
-    home: OwnerHome
-    secret: OwnerSecret
-    node_config: Mapping[str, object]
-
-    @classmethod
-    def from_node(cls, config: RunConfig, node_config: Mapping[str, object]) -> OwnerIdentity:
-        """Return the identity given by the node config and the machine.
-
-        Raises:
-            ConfigError: no usable name, or a home that cannot be written.
-            PrivacyError: a noise secret that others can read, or a damaged one.
-        """
-        name = owner_name(node_config)
-        home = OwnerHome.locate(dict(node_config), name)
-        return cls(name, home, home.secret(config.seed, name), dict(node_config))
 
 
 # Loading a bottom and tokenising take seconds and are the same for every message of a run; the
@@ -90,38 +67,27 @@ def _samples(
     return []
 
 
-def prepare(
-    config: RunConfig,
-    identity: OwnerIdentity,
-    digest: str,
-    mode: str,
-    round_: int,
-    moved: str = "",
-) -> SplitOwner:
-    """Build the owner's side of one session.
+def build_split_owner(task: OwnerTask, moved: str) -> SplitOwner:
+    """Build the owner's side of one session; the bottom's bundle must be in the owner's home.
 
     Args:
-        config: the run's settings.
-        identity: this owner.
-        digest: the bottom's digest; its bundle must be in the owner's home.
-        mode: ``train`` or ``evaluate``.
-        round_: server round, from 1.
+        task: what was agreed to.
         moved: for a joint bottom, what tells this session from every other: a bottom that moved
             differently must not meet the same noise, or the difference of the two is in the clear.
 
     Raises:
         DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
     """
-    labelled = config.model.task == "sequence-classification"
-    folder = identity.home.bottom_dir(digest)
+    config, identity, offer = task.config, task.identity, task.offer
+    mode, round_, folder = offer.mode, offer.round, task.bottom_folder
     bottom, tokenizer = _bottom(folder)
-    train_set, test_set = own_data(config.data, config.seed, labelled, identity.node_config)
-    train = _tokenised(config, identity, tokenizer, folder, "train", train_set)
-    chosen = (
-        train
-        if mode == "train"
-        else _tokenised(config, identity, tokenizer, folder, "test", test_set)
+    train_set, test_set = own_data(
+        config.data, config.seed, _labelled(config), identity.node_config
     )
+    train = _tokenised(config, identity, tokenizer, folder, "train", train_set)
+    chosen = train
+    if mode != "train":
+        chosen = _tokenised(config, identity, tokenizer, folder, "test", test_set)
     joint = config.split.bottom == "joint"
     shown, side = _label_side(config, identity, folder, train, chosen, mode)
     perturber = _perturber(
@@ -150,7 +116,8 @@ def prepare(
         clip=config.train.clip,
     )
     dp = _dp(config, identity, len(train), round_, len(batches)) if mode == "train" else None
-    return SplitOwner(bottom, side.samples, batches, views, perturber, settings, side, dp)
+    samples = side.reader.samples
+    return SplitOwner(bottom, samples, batches, views, perturber, settings, side, dp)
 
 
 def _perturber(
@@ -168,7 +135,7 @@ def _perturber(
     Args:
         train: the owner's training samples; None where nothing is derived from them.
         shown: their labels, as far as anything may be derived from them.
-        moved: see :func:`prepare`.
+        moved: see :func:`build_split_owner`.
     """
     cut = f"{_representation(folder)}:{config.split.k}"
     store = Store(identity.home.root / "calibration", cut)
@@ -186,7 +153,7 @@ def _perturber(
 
 
 @dataclass(frozen=True)
-class Ground:
+class InferenceParts:
     """What a text's representation is made with, outside of training."""
 
     bottom: Bottom
@@ -194,7 +161,7 @@ class Ground:
     perturber: SamplePerturber
 
 
-def ground_of(config: RunConfig, identity: OwnerIdentity, digest: str) -> Ground:
+def inference_parts(task: OwnerTask) -> InferenceParts:
     """Return bottom, tokenizer and mechanism as training had them; the bundle must be at home.
 
     The owner's training data is read only where the mechanism was derived from it: contributing
@@ -203,21 +170,35 @@ def ground_of(config: RunConfig, identity: OwnerIdentity, digest: str) -> Ground
     Raises:
         DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
     """
-    folder = identity.home.bottom_dir(digest)
+    config, identity, folder = task.config, task.identity, task.bottom_folder
     bottom, tokenizer = _bottom(folder)
     train, shown = None, None
     p = config.privacy
     mechanism = mechanism_type(p)
     if mechanism.protects() and (p.cti != "off" or mechanism.needs_own_text(p)):
-        labelled = config.model.task == "sequence-classification"
-        texts, _ = own_data(config.data, config.seed, labelled, identity.node_config)
+        texts, _ = own_data(config.data, config.seed, _labelled(config), identity.node_config)
         train = _tokenised(config, identity, tokenizer, folder, "train", texts)
         shown, _ = _label_side(config, identity, folder, train, train, "evaluate")
-    return Ground(
-        bottom,
-        tokenizer,
-        _perturber(config, identity, folder, bottom, tokenizer, train, shown),
-    )
+    perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
+    return InferenceParts(bottom, tokenizer, perturber)
+
+
+def received_head(config: RunConfig, folder: Path) -> Head | None:
+    """Return the head that came with the bottom, where the owner is to hold it.
+
+    Raises:
+        ModelError: the head is to be the owner's, and the server sent none.
+    """
+    if not head_at_owner(config.labels.protection):
+        return None
+    head = unpack_head(folder)
+    if head is None:
+        raise ModelError("labels.protection=client-head: the server's bundle must bring the head")
+    return head
+
+
+def _labelled(config: RunConfig) -> bool:
+    return config.model.task == "sequence-classification"
 
 
 def _label_side(
@@ -228,7 +209,7 @@ def _label_side(
     chosen: Samples,
     mode: str,
 ) -> tuple[torch.Tensor | None, LabelSide]:
-    """Return the training labels that anything may be derived from, and the session's label side.
+    """Return (training labels that anything may be derived from, the session's label side).
 
     With drawn labels, nothing but the draw ever sees the true ones of the training split: the
     choice of contributing tokens and the averages of a round would tell them too.
@@ -246,16 +227,15 @@ def _label_side(
     if protection.changes_gradients() and mode == "train":
         share = 0.0 if shown is None else float((shown == 1).double().mean())
         shield = GradientShield(protection, identity.secret, share)
-    head = unpack_head(folder) if head_at_owner(config.labels.protection) else None
-    if head_at_owner(config.labels.protection) and head is None:
-        raise ModelError("labels.protection=client-head: the server's bundle must bring the head")
-    side = LabelSide(
-        replace(train, labels=shown) if mode == "train" else chosen,
-        head=head,
+    samples = replace(train, labels=shown) if mode == "train" else chosen
+    reader = OutputReader(
+        samples,
+        classify=samples.labels is not None,
+        head=received_head(config, folder),
         trained=train.labels is not None or config.train.method == "all",
-        shield=shield,
-        transition=transition,
     )
+    settings = {k: v for k, v in config.to_flat().items() if k.startswith("labels.")}
+    side = LabelSide(reader, shield=shield, transition=transition, protection=settings)
     return shown, side
 
 
@@ -265,8 +245,7 @@ def _head_rates(config: RunConfig, round_: int, steps: int) -> tuple[float, ...]
     The server counts progress over a wave's longest owner, an owner over its own steps.
     """
     train = config.train
-    classify = config.model.task == "sequence-classification"
-    peak = (train.head_lr or train.lr) if classify else train.lr
+    peak = (train.head_lr or train.lr) if _labelled(config) else train.lr
     return tuple(
         peak * rate_factor(train, (round_ - 1 + step / steps) / train.rounds)
         for step in range(steps)
@@ -298,7 +277,7 @@ def _tokenised(
     split: str,
     texts: TextDataset,
 ) -> Samples:
-    labelled = config.model.task == "sequence-classification"
+    labelled = _labelled(config)
     limits = (config.model.max_tokens, config.model.labels)
     cell = _samples(texts.digest, split, identity.name, folder, labelled, limits)
     if not cell:
@@ -314,63 +293,3 @@ def _tokenised(
             )
         )
     return cell[0]
-
-
-ROUNDS_KEPT = 3  # a server that was killed asks for its last round again
-
-
-def save_joint_state(owner: SplitOwner, folder: Path, round_: int) -> None:
-    """Keep the optimizer of what the owner trains for the next message (Flower has the weights).
-
-    Args:
-        owner: whose.
-        folder: of the run, the same for its restarts.
-        round_: that it has been stepped in.
-    """
-    optimizer = owner.optimizer
-    if optimizer is None:
-        return
-    tensors = {}
-    scalars: dict[str, float] = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value
-            else:
-                scalars[f"{index}.{key}"] = float(value)
-    path = folder / f"optimizer-{round_}.safetensors"
-    storage.write_tensors(path, tensors, {"scalars": json.dumps(scalars)}, durable=False)
-    for old in sorted(_optimizers(folder))[:-ROUNDS_KEPT]:
-        (folder / f"optimizer-{old}.safetensors").unlink(missing_ok=True)
-
-
-def _optimizers(folder: Path) -> list[int]:
-    """Return the rounds whose optimizer is kept."""
-    names = [p.stem.partition("-")[2] for p in folder.glob("optimizer-*.safetensors")]
-    return [int(name) for name in names if name.isdecimal()]
-
-
-def load_joint_state(owner: SplitOwner, folder: Path, before: int) -> None:
-    """Restore what :func:`save_joint_state` kept of the last round before ``before``, if anything.
-
-    A round that is asked for twice, because the server was killed in it, begins twice with the same
-    optimizer.
-    """
-    optimizer = owner.optimizer
-    rounds = [number for number in _optimizers(folder) if number < before]
-    if optimizer is None or not rounds:
-        return
-    path = folder / f"optimizer-{max(rounds)}.safetensors"
-    from safetensors import safe_open
-
-    state: dict[int, dict[str, Any]] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  safe_open is no mapping
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = file.get_tensor(name)
-        for name, value in json.loads((file.metadata() or {}).get("scalars", "{}")).items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-    whole = optimizer.state_dict()
-    whole["state"] = state
-    optimizer.load_state_dict(whole)

@@ -13,8 +13,8 @@ from fedsplit.config import RunConfig
 from fedsplit.emulators.build import build_emulator
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, ModelError
+from fedsplit.owners.offsite.owner import AdapterOwner, Blocks
 from fedsplit.owners.offsite.steps import bounded
-from fedsplit.owners.offsite.work import AdapterOwner, Blocks
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.privacy.secret import OwnerSecret
 

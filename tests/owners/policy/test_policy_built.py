@@ -1,4 +1,4 @@
-"""An owner's rules against what was really built and sent: mechanisms, noise, the outbox."""
+"""An owner's rules against what was really built and sent: mechanisms, noise, the check."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import PolicyError
-from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.ledger.disclosure import Outbox, Trip
+from fedsplit.owners.ledger.chain import Ledger, read_ledger
+from fedsplit.owners.ledger.check import DisclosureCheck, SessionFacts
+from fedsplit.owners.ledger.disclosure import (
+    Announcement,
+    Averages,
+    Outgoing,
+    Representations,
+    Source,
+    Words,
+)
 from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.rules import Policy
+from fedsplit.owners.samples import text_identity
 from fedsplit.privacy import MECHANISMS, build
 from fedsplit.privacy.mechanisms.base import Mechanism
 from fedsplit.privacy.secret import OwnerSecret
@@ -114,16 +123,21 @@ def test_rows_are_refused_when_they_are_longer_than_the_noise_explains(
         assert too_clear(mechanism.privatise(100 * clean, stream), length, ratio)
 
 
-def outbox(rules: Policy) -> Outbox:
-    trip: Any = SimpleNamespace(labels={})
-    return Outbox(SimpleNamespace(), rules, trip, OwnerSecret.for_simulation(0, "x"))  # type: ignore[arg-type]
+def check(home: Path, rules: Policy, mode: str = "train") -> DisclosureCheck:
+    session = SessionFacts(7, "x", 0, mode, DIGEST)
+    return DisclosureCheck(Ledger(home), session, rules, OwnerSecret.for_simulation(0, "x"))
 
 
-def owner(mechanism: Mechanism, **parts: Any) -> Any:
-    perturber = SimpleNamespace(mechanism=mechanism, cti=None, rho=1.0)
-    perturber.__dict__.update(parts.pop("perturber", {}))
-    samples = SimpleNamespace(lengths=parts.pop("lengths", [3, 9]))
-    return SimpleNamespace(bottom=Embedding(4.0), perturber=perturber, samples=samples, **parts)
+def perturber(mechanism: Mechanism, **parts: Any) -> Any:
+    known = {"cti": None, "rho": 1.0, "representation_id": "b:0"} | parts
+    return SimpleNamespace(mechanism=mechanism, **known)
+
+
+def ready(mechanism: Mechanism, longest: int = 9, **parts: Any) -> Outgoing:
+    """Return the frame that announces an owner's batches."""
+    source = Source(Embedding(4.0), perturber(mechanism, **parts), longest, 12)
+    header = {"batches": 1, "samples": 2, "mechanism": ""}
+    return Outgoing(Kind.READY, header, Announcement(batches=1, source=source))
 
 
 @pytest.mark.parametrize(
@@ -135,51 +149,61 @@ def owner(mechanism: Mechanism, **parts: Any) -> Any:
         ("[model]\nmax_tokens = 8", {}, "model.max_tokens"),
         (
             "[cti]\nmax_share = 0.01",
-            {"perturber": {"cti": SimpleNamespace(running_share=0.02), "rho": 0.5}},
+            {"cti": SimpleNamespace(running_share=0.02), "rho": 0.5},
             "cti.max_share",
         ),
         (
             "[cti]\nmin_rho = 0.6",
-            {"perturber": {"cti": SimpleNamespace(running_share=0.0), "rho": 0.5}},
+            {"cti": SimpleNamespace(running_share=0.0), "rho": 0.5},
             "cti.min_rho",
         ),
     ],
 )
 def test_the_built_owner_is_checked_whatever_the_settings_said(
-    text: str, parts: dict[str, Any], rule: str
+    tmp_path: Path, text: str, parts: dict[str, Any], rule: str
 ) -> None:
     with pytest.raises(PolicyError, match=rule):
-        outbox(policy(text)).attach(owner(build("dchi", eta=6.0), **parts))
-    outbox(policy("[noise]\nmin_ratio = 2.0\nmax_eta = 6")).attach(owner(build("dchi", eta=6.0)))
+        check(tmp_path, policy(text)).record(ready(build("dchi", eta=6.0), **parts))
+    assert list(read_ledger(tmp_path)) == []
+    rules = policy("[noise]\nmin_ratio = 2.0\nmax_eta = 6")
+    check(tmp_path, rules).record(ready(build("dchi", eta=6.0)))
+
+
+def piece(mechanism: Mechanism, ids: list[int], step: int, view: int) -> Outgoing:
+    """Return the frame with one piece of a text that is being generated."""
+    shown = Representations(
+        used=1,
+        epochs=None,
+        texts=(text_identity(torch.tensor(ids), after=view),),
+        rows=torch.ones(len(ids), 4),
+        view=view,
+        counted_view=0,
+        touched=0,
+        source=Source(Embedding(4.0), perturber(mechanism), len(ids), len(ids)),
+    )
+    header = {"step": step, "slots": [step], "fresh": [step], "lengths": [len(ids)]}
+    return Outgoing(Kind.BATCH, header | {"codec": "fp32", "dim": 4, "last": False}, shown)
 
 
 def test_pieces_of_a_text_being_generated_are_one_view_each(tmp_path: Path) -> None:
     """The same token after another text is other content, not another noise of the same one."""
-    trip = Trip(7, 0, "predict", "x", DIGEST, {})
-    box = Outbox(
-        Ledger(tmp_path),
-        policy("[budget]\nviews_total = 1"),
-        trip,
-        OwnerSecret.for_simulation(0, "x"),
-    )
-    ids = (torch.tensor([5, 6]), torch.tensor([9]), torch.tensor([9]))
-    samples: Any = type("Samples", (), {"ids": ids, "lengths": [2, 1, 1], "__len__": len})()
-    mechanism = build("dchi", eta=2.0)
-    perturber = SimpleNamespace(mechanism=mechanism, cti=None, rho=1.0, representation_id="b:0")
-    generating: Any = SimpleNamespace(
-        bottom=Embedding(4.0),
-        perturber=perturber,
-        samples=samples,
-        views=[0, 12345, 67890],
-        settings=SimpleNamespace(joint=False),
-    )
-    box.attach(generating)
-    for step, piece in enumerate(ids):
-        header = {"step": step, "slots": [step], "fresh": [step], "lengths": [len(piece)]}
-        header |= {"codec": "fp32", "dim": 4, "last": False}
-        line = box.record(Kind.BATCH, header, bytes(16 * len(piece)))
+    out = check(tmp_path, policy("[budget]\nviews_total = 1"), "predict")
+    first, second = build("dchi", eta=2.0), build("dchi", eta=1.0)
+    pieces = (([5, 6], 0), ([9], 12345), ([9], 67890))
+    for step, (ids, view) in enumerate(pieces):
+        out.record(piece(first, ids, step, view))
+    line = list(read_ledger(tmp_path))[-1]
     assert line["cumulative"]["samples"] == 3
     assert line["cumulative"]["views"]["max"] == 1
-    perturber.mechanism = build("dchi", eta=1.0)
     with pytest.raises(PolicyError, match=r"budget\.views_total: asked 2"):
-        box.record(Kind.BATCH, header, bytes(16))
+        out.record(piece(second, [9], 2, 67890))
+
+
+def test_only_words_leave_before_the_rules_are_read(tmp_path: Path) -> None:
+    out = DisclosureCheck(Ledger(tmp_path), SessionFacts(7, "x"))
+    out.release(Words(kind="name", text="x"))
+    with pytest.raises(PolicyError, match="ready must not leave"):
+        out.record(ready(build("none")))
+    with pytest.raises(PolicyError, match="metrics must not leave"):
+        out.release(Averages(metrics={"loss": 1.0}))
+    assert [line["kind"] for line in read_ledger(tmp_path)] == ["name"]

@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from fedsplit.client import task as client_work
-from fedsplit.client.task import _Work
+from fedsplit.owners.naming import SIMULATION_VARIABLE
+from fedsplit.owners.split.run_state import RunState
 
 
-def work(folder: Any, exchange: int, transport: str = "messages") -> _Work:
-    made = _Work.__new__(_Work)
-    made.offer = SimpleNamespace(  # type: ignore[assignment]
-        run=1, node=2, round=1, mode="train", transport=transport, exchange=exchange
-    )
-    made.identity = SimpleNamespace(  # type: ignore[assignment]
-        home=SimpleNamespace(run_dir=lambda run, node: folder)
-    )
-    made._name_session()
-    return made
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunState:
+    monkeypatch.setenv(SIMULATION_VARIABLE, "0")
+    return RunState(tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize("transport", ["stream", "messages"])
-def test_every_session_has_a_name_of_its_own(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, transport: str
-) -> None:
-    monkeypatch.setattr(client_work, "in_simulation", lambda: False)
-    names = {work(tmp_path, 0, transport)._session_name() for _ in range(4)}
+def test_every_session_has_a_name_of_its_own(state: RunState) -> None:
+    names = set()
+    for _ in range(4):
+        state.name_session("train")
+        names.add(state.session_name("train", 1))
     assert len(names) == 4  # the same run, round and mode each time
 
 
-def test_a_session_over_messages_keeps_its_name(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client_work, "in_simulation", lambda: False)
-    first = work(tmp_path, 0)._session_name()
-    assert work(tmp_path, 1)._session_name() == first
-    assert work(tmp_path, 2)._session_name() == first
+def test_a_later_message_finds_the_sessions_name(state: RunState, tmp_path: Path) -> None:
+    state.name_session("train")
+    state.name_session("evaluate")
+    later = RunState(tmp_path, tmp_path)
+    assert later.session_name("train", 1) == state.session_name("train", 1)
+    assert later.session_name("evaluate", 1) != state.session_name("train", 1)
 
 
-def test_simulations_repeat_themselves(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_work, "in_simulation", lambda: True)
-    assert work(tmp_path, 0)._session_name() == work(tmp_path, 0)._session_name()
+def test_simulations_repeat_themselves(state: RunState, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIMULATION_VARIABLE, "1")
+    state.name_session("train")
+    first = state.session_name("train", 1)
+    state.name_session("train")
+    assert state.session_name("train", 1) == first != state.session_name("train", 2)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fedsplit.errors import FrameError, ModelError, SessionError
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split import message_session, prepare
-from fedsplit.owners.split.owner import Outgoing, SplitOwner, SplitSettings
+from fedsplit.owners.split.owner import SplitOwner
+from fedsplit.owners.split.settings import SplitSettings
 from fedsplit.privacy import SamplePerturber, build
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.wire.codecs import encode_rows
@@ -24,6 +25,7 @@ from fedsplit.wire.frames import Frame, Kind
 from tests.strategies.run_local import LocalRun
 
 D, CLASSES = 6, 3
+Sent = tuple[Kind, dict[str, Any], bytes]
 
 
 class Table(nn.Module):
@@ -75,13 +77,18 @@ def start(window: int = 1, held: bytes = b"") -> Frame:
     return Frame(Kind.START, {"window": window}, held)
 
 
+def answers(owner: SplitOwner, frame: Frame) -> list[Sent]:
+    """Return what ``owner`` sends for ``frame``, encoded."""
+    return [(out.kind, dict(out.header), out.encode()) for out in owner.handle(frame)]
+
+
 def play(owner: SplitOwner, restart: Callable[[SplitOwner], SplitOwner] | None = None) -> Any:
     """Take a whole session; returns everything it sent and the owner at its end."""
-    sent: list[Outgoing] = []
+    sent: list[Sent] = []
 
     def take(frame: Frame) -> None:
         nonlocal owner
-        sent.extend(owner.handle(frame))
+        sent.extend(answers(owner, frame))
         if restart is not None:
             owner = restart(owner)
 
@@ -127,11 +134,11 @@ def test_a_new_process_for_every_frame_gives_the_same_answers(joint: bool) -> No
 
 def test_what_the_server_holds_is_not_sent_again() -> None:
     held = np.packbits([1, 0, 1, 1, 1, 0, 0, 0]).tobytes()
-    sent = list(make().handle(start(3, held)))
+    sent = answers(make(), start(3, held))
     fresh = [header["fresh"] for _, header, _ in sent]
     assert fresh == [[1], [], [5, 6, 7]]
     assert sent[1][2] == b""
-    everything = list(make().handle(start(3)))
+    everything = answers(make(), start(3))
     assert sent[2][2] == everything[2][2]
     for bad in (b"\x00\x00", b"\x00" * 3):
         with pytest.raises(FrameError, match="must be 1"):
@@ -142,7 +149,7 @@ def test_the_gradient_is_that_of_the_private_labels_loss() -> None:
     owner = make()
     list(owner.handle(start()))
     frame = logits(0, 3)
-    (kind, header, body), *_ = owner.handle(frame)
+    (kind, header, body), *_ = answers(owner, frame)
     values = torch.frombuffer(bytearray(frame.body), dtype=torch.float32).view(3, CLASSES)
     expected = (values.softmax(1) - nn.functional.one_hot(torch.tensor([0, 1, 2]), 3)) / 3
     assert kind is Kind.GRAD
@@ -198,7 +205,7 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
 
 
 def bodies(owner: SplitOwner) -> list[bytes]:
-    return [body for kind, _, body in owner.handle(start(3)) if kind is Kind.BATCH]
+    return [body for kind, _, body in answers(owner, start(3)) if kind is Kind.BATCH]
 
 
 def test_the_noise_is_the_same_after_a_restart_and_another_for_another_secret() -> None:

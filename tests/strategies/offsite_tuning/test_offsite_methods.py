@@ -21,7 +21,7 @@ from fedsplit.emulators.lm import logits_of
 from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.adapters.files import attach_saved
-from fedsplit.owners.offsite.work import AdapterOwner
+from fedsplit.owners.offsite.owner import AdapterOwner
 from simulations.runtime.local_run import run_in_process
 from strategies.offsite_tuning.export import (
     ADAPTERS,

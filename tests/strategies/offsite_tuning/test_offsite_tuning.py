@@ -18,7 +18,7 @@ from fedsplit.emulators import adapter_state, load_adapters, plug_in
 from fedsplit.emulators.files import load_emulator
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.errors import ConfigError, RunError
-from fedsplit.owners.offsite.work import AdapterOwner
+from fedsplit.owners.offsite.owner import AdapterOwner
 from fedsplit.wire.messages import SessionOffer
 from simulations.runtime.federated import read_server
 from simulations.runtime.local_run import run_in_process

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedsplit.client import task as client_work
+from fedsplit.client import split as client_split
 from fedsplit.errors import (
     ConfigError,
     ModelError,
     RunError,
 )
+from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Kind
 from strategies.split_tuning.round import Round
 from strategies.split_tuning.strategy import SplitTuning
@@ -126,10 +127,10 @@ def test_all_owners_failing_is_an_end_with_reasons(
     tmp_path: Path,
     transport: str,
 ) -> None:
-    def broken(self: Any, digest: str) -> Any:
+    def broken(*args: Any) -> Any:
         raise ModelError("bottom: power cut")
 
-    monkeypatch.setattr(client_work._Work, "prepare", broken)
+    monkeypatch.setattr(client_split, "build_split_owner", broken)
     config = make_config(session__transport=transport, **QUICK)
     with pytest.raises(RunError, match=r"round 1: no owner took a step: owner-\d: .*power cut"):
         run_locally(config)
@@ -169,7 +170,7 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next wave is asked only when the first one's message has come back, which can be late."""
-    open_stream, ask = client_work.open_stream, Round.ask
+    connect, ask = OwnerTask.connect, Round.ask
     rounds: list[Round] = []
 
     def asked(self: Round, nodes: Any) -> None:
@@ -177,16 +178,16 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
         self._wait_s = 0.3 if len(rounds) == 1 else 60.0
         ask(self, nodes)
 
-    def late(offer: Any, config: Any, node_config: dict[str, Any]) -> Any:
-        if node_config["partition-id"] > 0:
-            return open_stream(offer, config, node_config)
+    def late(task: OwnerTask) -> Any:
+        if task.identity.node_config["partition-id"] != 0:
+            return connect(task)
         until = time.monotonic() + 30
         while not rounds[0].report.cohort.lost and time.monotonic() < until:
             time.sleep(0.05)
         raise ConfigError("home: must be writable")
 
     monkeypatch.setattr(Round, "ask", asked)
-    monkeypatch.setattr(client_work, "open_stream", late)
+    monkeypatch.setattr(OwnerTask, "connect", late)
     run = run_locally(make_config(session__wave=1, **QUICK), slots=1)
     train = run.server["rounds"][0]["train"]
     assert train["finished"] == ["owner-1", "owner-2"]

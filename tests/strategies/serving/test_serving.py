@@ -19,7 +19,7 @@ from fedsplit.models import split
 from fedsplit.models.adapters.trainable import make_trainable
 from fedsplit.owners.serving.generation import sampler
 from fedsplit.owners.serving.inference import classify, generate
-from fedsplit.owners.serving.offers import take_leave
+from fedsplit.owners.serving.offers import take_offer
 from fedsplit.wire.authentication import Door
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.tokens import TokenBook
@@ -39,6 +39,7 @@ def served(config: RunConfig, *, tokens: int = 8) -> Iterator[tuple[Desk, Path, 
     import os
 
     desk = build_desk(config)
+    config = replace(config, strategy="serving")
     grid = LocalGrid(config, config.data.owners)
     door = Door(TokenBook(), grid.run_id)
     hub = StreamHub(
@@ -187,7 +188,7 @@ def test_rules_and_tokens_hold(
         announcer.round(20.0)
         assert "eta" in next(iter(announcer.refused.values()))
     with pytest.raises(SessionError, match="no model serves"):
-        take_leave(tmp_path)
+        take_offer(tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_refused(make_config: Any, run_locally: Any) -> None:

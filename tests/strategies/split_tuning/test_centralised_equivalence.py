@@ -27,7 +27,7 @@ from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.schedule import slot_order, train_steps
 from fedsplit.privacy.secret import OwnerSecret
-from fedsplit.wire.frames import Kind
+from fedsplit.wire.frames import Frame, Kind
 
 LR = 0.05
 PLAIN_SGD: dict[str, Any] = {
@@ -202,22 +202,21 @@ def test_an_owner_that_drops_leaves_a_correctly_normalised_update(
     reference = Centralised(config)
     victim = len(reference.shares[1][0])
     assert [len(train) for train, _ in reference.shares].count(victim) == 1
-    handle, send = SplitOwner._on_logits, SplitOwner._send_batches
+    handle = SplitOwner.handle
 
-    def on_logits(self: SplitOwner, frame: Any) -> Any:
-        if when == "before its gradient" and len(self.samples) == victim and frame["step"] == 2:
+    def failing(self: SplitOwner, frame: Frame) -> Any:
+        def at(kind: Kind, found: Any) -> bool:
+            mine = len(self.samples) == victim and found.kind is kind
+            return mine and found.header["step"] == 2
+
+        if when == "before its gradient" and at(Kind.LOGITS, frame):
             raise SessionError("power cut")
-        return handle(self, frame)
-
-    def send_batches(self: SplitOwner, count: int) -> Any:
-        for outgoing in send(self, count):
-            lost = len(self.samples) == victim and outgoing[1]["step"] == 2
-            if when == "before its batch" and lost and outgoing[0] is Kind.BATCH:
+        for outgoing in handle(self, frame):
+            if when == "before its batch" and at(Kind.BATCH, outgoing):
                 raise SessionError("power cut")
             yield outgoing
 
-    monkeypatch.setattr(SplitOwner, "_on_logits", on_logits)
-    monkeypatch.setattr(SplitOwner, "_send_batches", send_batches)
+    monkeypatch.setattr(SplitOwner, "handle", failing)
     run = run_locally(config)
     # Batches are sent ahead: an owner that fails while sending batch 2 has failed in step 0 or 1.
     lost = run.server["rounds"][0]["train"]["lost"]

@@ -21,8 +21,8 @@ from fedsplit.emulators.lm import mean_loss, pack
 from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
-from fedsplit.owners.split.own_training import DpSettings
 from fedsplit.owners.split.schedule import train_steps
+from fedsplit.owners.split.settings import DpSettings
 from fedsplit.privacy.secret import OwnerSecret
 
 

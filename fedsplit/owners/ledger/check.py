@@ -1,0 +1,272 @@
+"""The disclosure check: everything that leaves an owner is judged and recorded here, then sent.
+
+One ledger line per act, written and synced before it leaves.  Where a rule would be broken nothing
+is written and nothing leaves; amounts come from the ledger's totals, so that neither a restart nor
+a new run starts them afresh.  Rules are looked up by the type of the disclosure, never by the name
+of the strategy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedsplit.errors import LedgerError, PolicyError
+from fedsplit.owners.ledger.chain import Entry, Ledger, Totals, now
+from fedsplit.owners.ledger.disclosure import (
+    Announcement,
+    Disclosure,
+    Outgoing,
+    Reply,
+    Representations,
+    Source,
+    Words,
+    json_bytes,
+)
+from fedsplit.owners.policy.noise_ratio import too_clear
+from fedsplit.owners.policy.refusals import tellable
+from fedsplit.owners.policy.rules import Breach, Policy, refuse
+from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.wire.frames import PREFIX_BYTES
+from fedsplit.wire.link import Link
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SessionFacts:
+    """What a ledger line says of the session it belongs to.
+
+    Attributes:
+        run: Flower's run id.
+        owner: public name.
+        round: server round.
+        mode: ``train``, ``evaluate`` or ``predict``; empty: no session was accepted.
+        digest: of the files that the server handed out.
+        files: what they are, ``bottom`` or ``emulator``.
+    """
+
+    run: int
+    owner: str
+    round: int = 0
+    mode: str = ""
+    digest: str = ""
+    files: str = "bottom"
+
+    def line(self) -> Entry:
+        """Return the facts as a ledger line carries them."""
+        found: Entry = {"run": str(self.run), "owner": self.owner}
+        if self.mode:
+            found |= {"round": self.round, "mode": self.mode, self.files: self.digest}
+        return found
+
+
+class DisclosureCheck:
+    """The one way out of an owner.
+
+    Args:
+        ledger: the owner's.
+        session: what the lines belong to.
+        policy: the owner's; None: it has not been read, and only words may leave.
+        secret: keys the digests by which the ledger knows texts.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        session: SessionFacts,
+        policy: Policy | None = None,
+        secret: OwnerSecret | None = None,
+    ) -> None:
+        self.session = session
+        self._ledger = ledger
+        self._policy = policy if policy is not None else Policy({})
+        self._words_only = policy is None or secret is None
+        self._key = b""
+        if secret is not None:
+            self._key = secret.stream("fedsplit.ledger.samples.v1").uniform(8).tobytes()
+        self._judged: set[Source] = set()
+
+    # ---- what leaves ------------------------------------------------------------------------
+
+    def send(self, link: Link, outgoing: Outgoing) -> None:
+        """Check, encode, record and send one frame.
+
+        Raises:
+            PolicyError: a rule is broken or an amount is used up; nothing was sent.
+            LedgerError: it cannot be recorded; nothing was sent.
+            FrameError, SessionError: as :meth:`Link.send`; recorded although it may not have left.
+        """
+        body = self.record(outgoing)
+        link.send(outgoing.kind, outgoing.header, body)
+
+    def record(self, outgoing: Outgoing) -> bytes:
+        """Check and record one frame that is about to leave, and return its body."""
+        disclosure, header = outgoing.disclosure, outgoing.header
+        self._judge(disclosure)
+        body = outgoing.encode()
+        text = json_bytes(header)
+        frame: Entry = {
+            "bytes": PREFIX_BYTES + len(text) + len(body),
+            "body": len(body),
+            "digest": hashlib.sha256(body or text).hexdigest(),
+        }
+        frame |= {key: header[key] for key in ("step", "codec") if key in header}
+        self._append(disclosure, frame)
+        return body
+
+    def release(self, disclosure: Reply) -> None:
+        """Check and record one part of a reply that is about to leave.
+
+        Raises:
+            PolicyError: a rule is broken or an amount is used up; it must not leave.
+            LedgerError: it cannot be recorded; it must not leave.
+        """
+        self._judge(disclosure)
+        size, digest = disclosure.measure()
+        self._append(disclosure, {"bytes": size, "digest": digest})
+
+    def fail(self, link: Link, error: Exception) -> None:
+        """Tell the server why this side gives up; nothing is told that cannot be recorded."""
+        told = tellable(error)
+        try:
+            self.release(Words(kind="error", text=f"{type(told).__name__}: {told}"))
+        except LedgerError as broken:
+            log.error("%s; the server is told nothing", broken)
+            link.close(type(broken).__name__)
+            return
+        link.fail(told)
+
+    # ---- rules about what an act shows ------------------------------------------------------
+
+    def _judge(self, disclosure: Disclosure) -> None:
+        if self._words_only and not isinstance(disclosure, Words):
+            raise PolicyError(f"owner's policy: not read yet; {disclosure.kind} must not leave")
+        if isinstance(disclosure, Announcement):
+            self._judge_source(disclosure.source)
+        if isinstance(disclosure, Representations):
+            self._judge_source(disclosure.source)
+            self._judge_rows(disclosure)
+
+    def _judge_source(self, source: Source) -> None:
+        """Refuse a source that breaks a rule as it was built (bottom, mechanism, texts)."""
+        if source in self._judged:
+            return
+        perturber, bottom = source.perturber, source.bottom
+        mechanism = perturber.mechanism
+        ratio = None
+        if "noise.min_ratio" in self._policy:
+            vocabulary = int(getattr(bottom, "vocab", 0))
+            ratio = mechanism.noise_ratio(bottom, vocabulary) if vocabulary else None
+        found = self._policy.mechanism_breaches(mechanism.name, mechanism.describe(), ratio)
+        found += self._above("model.max_tokens", source.longest)
+        if perturber.cti is not None and mechanism.protects():
+            found += self._above("cti.max_share", perturber.cti.running_share)
+            found += self._below("cti.min_rho", perturber.rho)
+        k = getattr(bottom, "k", None)
+        if isinstance(k, int):
+            found += self._below("model.min_k", k)
+        refuse(found)
+        self._judged.add(source)
+
+    def _judge_rows(self, shown: Representations) -> None:
+        """Refuse rows that are too long for the demanded noise, whatever the bottom makes of it."""
+        if "noise.min_ratio" not in self._policy or shown.rows is None:
+            return
+        mechanism = shown.source.perturber.mechanism
+        length = mechanism.mean_noise_norm(int(shown.rows.shape[1]))
+        if length is None or not mechanism.adds_noise:
+            return  # refused with its source; clean vectors of other tokens carry no noise
+        ratio = float(self._policy["noise.min_ratio"])
+        if too_clear(shown.rows, length, ratio):
+            bound = f">= {ratio:g}, and on this owner's own texts it is far below"
+            refuse([Breach("noise.min_ratio", "a bottom with long representations", bound)])
+
+    # ---- lines and amounts ------------------------------------------------------------------
+
+    def _append(self, disclosure: Disclosure, facts: Entry) -> None:
+        entry: Entry = {"kind": disclosure.kind, **facts, **disclosure.line()}
+        if isinstance(disclosure, Representations) and disclosure.texts:
+            entry["draw"] = self._draw(disclosure)
+            entry["samples"] = [self._name(text) for text in disclosure.texts]
+        entry |= self.session.line()
+
+        def make(totals: Totals) -> Entry:
+            if not isinstance(disclosure, Words):
+                refuse(self._over_budget(totals, entry, disclosure))
+            return entry
+
+        self._ledger.append(make)
+
+    def _draw(self, shown: Representations) -> str:
+        """Return the name of the noise: equal names are equal noise on equal texts."""
+        perturber = shown.source.perturber
+        chosen = "" if perturber.cti is None else sorted(perturber.cti.token_ids)
+        identity: list[Any] = [
+            perturber.mechanism.describe(),
+            perturber.representation_id,
+            perturber.rho,
+            chosen,
+            shown.counted_view,
+        ]
+        if shown.source.moves:  # the bottom has moved since the last draw with that number
+            identity += [self.session.run, self.session.round, self.session.mode]
+        return hashlib.sha256(json_bytes(identity)).hexdigest()[:16]
+
+    def _name(self, text: bytes) -> str:
+        """Return the keyed digest of a text: it tells nothing without the noise secret."""
+        return hmac.digest(self._key, text, "sha256")[:8].hex()
+
+    def _over_budget(self, totals: Totals, entry: Entry, disclosure: Disclosure) -> list[Breach]:
+        run, bottom = totals.run(entry["run"]), self.session.digest
+        size = int(entry["bytes"])
+        found = self._above("budget.bytes_total", totals.bytes + size)
+        found += self._above("budget.bytes_per_run", run.bytes + size)
+        if entry["kind"] == "hello":
+            today = totals.days.get(now()[:10], 0)
+            found += self._above("budget.sessions_per_run", run.sessions + 1)
+            found += self._above("budget.sessions_per_day", today + 1)
+        if "epochs" in entry:
+            step = float(entry["epochs"])
+            found += self._above("budget.epochs_per_run", _rounded(run.epochs + step))
+            epochs = totals.epochs.get(bottom, 0.0) + step
+            found += self._above("budget.epochs_per_bottom", _rounded(epochs))
+        if isinstance(disclosure, Representations) and disclosure.texts:
+            views = totals.exposure.views_after(entry["draw"], bottom, entry["samples"])
+            found += self._above("budget.views_per_bottom", views[0])
+            found += self._above("budget.views_total", views[1])
+            found += self._share(run.tokens, run.touched, disclosure)
+        return found
+
+    def _share(
+        self, tokens: dict[str, int], touched: dict[str, int], shown: Representations
+    ) -> list[Breach]:
+        """Judge the share of the tokens sent in this run whose noise was reduced."""
+        rule, mode = "cti.max_share", self.session.mode
+        if rule not in self._policy or not shown.touched:
+            return []
+        many = max(shown.source.tokens, tokens.get(mode, 0) + shown.tokens)
+        share = (touched.get(mode, 0) + shown.touched) / many
+        if mode != "train":  # selected on the training texts; others have as many by chance only
+            bound = float(self._policy[rule])
+            share -= 3 * math.sqrt(bound * (1 - bound) / many)
+        return self._above(rule, share)
+
+    def _above(self, rule: str, value: float) -> list[Breach]:
+        if rule not in self._policy or value <= self._policy[rule]:
+            return []
+        return [Breach(rule, value, f"<= {self._policy[rule]:g}")]
+
+    def _below(self, rule: str, value: float) -> list[Breach]:
+        if rule not in self._policy or value >= self._policy[rule]:
+            return []
+        return [Breach(rule, value, f">= {self._policy[rule]:g}")]
+
+
+def _rounded(epochs: float) -> float:
+    """Return a sum of parts of an epoch without the rounding errors of the sum."""
+    return round(epochs, 6)

@@ -1,0 +1,111 @@
+"""What an owner keeps of a run between messages: session name, averaged weights, optimizer."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedsplit import storage
+from fedsplit.owners.home import in_simulation
+
+ROUNDS_KEPT = 3  # a server that was killed asks for its last round again
+
+
+class RunState:
+    """Files of one run in an owner's home.
+
+    Args:
+        folder: of the run.
+        job_folder: of what outlives a restart of the server, which comes with a new run id.
+    """
+
+    def __init__(self, folder: Path, job_folder: Path) -> None:
+        self.folder = folder
+        self._job = job_folder
+
+    def name_session(self, mode: str) -> None:
+        """Draw the name of a new session."""
+        storage.write(self._session_path(mode), secrets.token_hex(16), durable=False)
+
+    def session_name(self, mode: str, round_: int) -> str:
+        """Return what tells this session's noise from any other's, for a bottom that moves.
+
+        Drawn by the owner: were it the round or the token, a server could ask for the same twice.
+        """
+        if in_simulation():
+            return f"round {round_}"
+        return self._session_path(mode).read_text(encoding="ascii")
+
+    def _session_path(self, mode: str) -> Path:
+        return self.folder / f"session-{mode}.name"
+
+    # ---- weights that the server averaged ---------------------------------------------------
+
+    def save_averaged(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the averaged weights that a message brought: the next one may meet a new process."""
+        storage.write_tensors(self._averaged, weights, durable=False)
+
+    def averaged(self) -> dict[str, Tensor] | None:
+        """Return the averaged weights, None where none have come."""
+        return load_file(self._averaged) if self._averaged.exists() else None
+
+    @property
+    def _averaged(self) -> Path:
+        return self.folder / "averaged.safetensors"
+
+    # ---- optimizer of what the owner trains -------------------------------------------------
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer | None, round_: int) -> None:
+        """Keep an optimizer's state for the next message.
+
+        Args:
+            optimizer: None where nothing is trained.
+            round_: that it has been stepped in.
+        """
+        if optimizer is None:
+            return
+        tensors = {}
+        scalars: dict[str, float] = {}
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"{index}.{key}"] = value
+                else:
+                    scalars[f"{index}.{key}"] = float(value)
+        path = self._job / f"optimizer-{round_}.safetensors"
+        storage.write_tensors(path, tensors, {"scalars": json.dumps(scalars)}, durable=False)
+        for old in sorted(self._optimizer_rounds())[:-ROUNDS_KEPT]:
+            (self._job / f"optimizer-{old}.safetensors").unlink(missing_ok=True)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer | None, before: int) -> None:
+        """Restore the state kept of the last round before ``before``, if there is one.
+
+        A round that is asked for twice, because the server was killed in it, begins twice with the
+        same optimizer.
+        """
+        rounds = [number for number in self._optimizer_rounds() if number < before]
+        if optimizer is None or not rounds:
+            return
+        state: dict[int, dict[str, Any]] = {}
+        path = self._job / f"optimizer-{max(rounds)}.safetensors"
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  safe_open is no mapping
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = file.get_tensor(name)
+            for name, value in json.loads((file.metadata() or {}).get("scalars", "{}")).items():
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def _optimizer_rounds(self) -> list[int]:
+        """Return the rounds whose optimizer is kept."""
+        names = [p.stem.partition("-")[2] for p in self._job.glob("optimizer-*.safetensors")]
+        return [int(name) for name in names if name.isdecimal()]
