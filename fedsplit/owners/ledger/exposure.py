@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedsplit.privacy.mechanisms.table import cost_of_draw
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -35,6 +33,9 @@ class Draw:
     @property
     def cost(self) -> tuple[str, float]:
         """Unit and amount per draw; unit ``none`` where the mechanism has no guarantee."""
+        # Here, because the table loads torch: a ledger is also read and verified without it.
+        from fedsplit.privacy.mechanisms.table import cost_of_draw
+
         return cost_of_draw(self.mechanism)
 
 
