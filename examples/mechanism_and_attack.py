@@ -12,11 +12,10 @@ import secrets
 
 import torch
 
-from fedsplit.attacks import MapInversion, score_tokens
+from fedsplit.attacks import Public, Truth, View, make_attack
 from fedsplit.data import load_dataset
 from fedsplit.models import load, split
 from fedsplit.privacy import OwnerSecret, SamplePerturber, build, eta_from_ratio
-from fedsplit.privacy.denoising.position_candidates import candidates_of
 
 
 def main() -> None:
@@ -24,12 +23,7 @@ def main() -> None:
     bottom, _ = split(loaded.model, k=0)
     data = load_dataset("docstrings", limit=400)
     encoded = loaded.tokenizer(list(data.texts), truncation=True, max_length=32)["input_ids"]
-    texts = [torch.tensor(ids) for ids in encoded]
-    private, public = texts[:24], texts[24:]
-
-    counts = torch.bincount(torch.cat(public), minlength=bottom.vocab).float()
-    frequency = ((counts + 0.01) / (counts + 0.01).sum()).log()  # (V,), from public text
-    candidates = candidates_of(bottom, bottom.vocab, 32)
+    private = [torch.tensor(ids) for ids in encoded[:24]]
     with torch.no_grad():
         hidden = [bottom(ids[None])[0] for ids in private]  # (T, d) each
     norm = torch.cat(hidden).norm(dim=1).median().item()
@@ -41,14 +35,17 @@ def main() -> None:
         mechanism = build("dchi", eta=eta)
         noise = SamplePerturber(mechanism, secret, "minilm, k = 0")
         sent = [noise.perturb(h, ids) for h, ids in zip(hidden, private, strict=True)]
-        found = MapInversion().invert(sent, candidates, mechanism, frequency)
-        result = score_tokens("map", found, private, special_ids=loaded.tokenizer.all_special_ids)
-        low, high = result.interval
-        print(
-            f"noise {ratio:.1f} x the vectors' norm (eta {eta:.0f}): "
-            f"{result.success:.0%} of the tokens read ({low:.0%} to {high:.0%}), "
-            f"guessing the most frequent {result.baseline:.0%}"
-        )
+
+        special = frozenset(loaded.tokenizer.all_special_ids)
+        public = Public(bottom, mechanism, public_ids=encoded[24:], special_ids=special)
+        for attack in (make_attack("nearest"), make_attack("map")):
+            result = attack.run(View(public, rows=sent), Truth(ids=private))
+            low, high = result.interval
+            print(
+                f"noise {ratio:.0f} x the vectors' norm (eta {eta:4.1f}), {attack.name:>7}: "
+                f"{result.success:4.0%} of the tokens read ({low:.0%} to {high:.0%}), "
+                f"guessing the most frequent: {result.baseline:.0%}"
+            )
         shares.append(result.success)
     assert shares[0] > shares[-1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,43 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.project import ROOT, project_files
+
 # What asks somebody else's machine; the skip rules of tests must not need an answer.
 NETWORK = {"requests", "urllib", "urllib3", "httpx", "http", "aiohttp", "ftplib", "huggingface_hub"}
-
-
-def project_files() -> list[str]:
-    """Return the files of a clone: tracked, or new and not ignored."""
-    if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        pytest.skip("not a clone: what belongs to it cannot be told")
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    names = listed.stdout.decode().split("\0")
-    return [name for name in names if name and (ROOT / name).is_file()]
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project as a clone would have it."""
-    folder = tmp_path_factory.mktemp("clone") / "fedsplit"
-    for name in project_files():
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, target)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the clone."""
-    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(clone))
-    folder = tmp_path_factory.mktemp("wheel")
-    return Path(next(iter(builder.build(directory=str(folder), versions=["standard"]))))
 
 
 def test_the_wheel_holds_fedsplit_with_the_strategies_inside(wheel: Path) -> None:

@@ -1,0 +1,44 @@
+"""Fixtures that several folders use."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.project import ROOT, project_files
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project as a clone would have it."""
+    folder = tmp_path_factory.mktemp("clone") / "fedsplit"
+    for name in project_files():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(clone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the clone."""
+    builder = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(clone))
+    folder = tmp_path_factory.mktemp("wheel")
+    return Path(next(iter(builder.build(directory=str(folder), versions=["standard"]))))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the wheel alone is installed into."""
+    folder = tmp_path_factory.mktemp("installed")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run(
+        [*pip, "--no-deps", "--no-index", "--target", str(folder), str(wheel)],
+        check=True,
+        timeout=120,
+    )
+    return folder
