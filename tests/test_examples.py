@@ -42,9 +42,8 @@ def run(installed: Path, script: Path, folder: Path) -> str:
 
 
 def blocks() -> list[str]:
-    """Return the Python blocks of the library page that stand there themselves."""
-    found = re.findall(r"```python\n(.*?)```", LIBRARY.read_text(), re.DOTALL)
-    return [block for block in found if "--8<--" not in block]
+    """Return the library page's own Python blocks."""
+    return re.findall(r"```python\n(.*?)```", LIBRARY.read_text(), re.DOTALL)
 
 
 def code_lines(text: str) -> int:
