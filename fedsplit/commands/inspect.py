@@ -59,7 +59,7 @@ def _noise_table(bottom: Any) -> Table:
     table = Table(
         "noise ratio",
         *(f"{name} {m.level.setting}" for name, m in noisy.items() if m.level is not None),
-        title=f"noise ratio E||n|| / median ||h|| (here {inputs.norms.median:.2f}), and levels with it",
+        title=f"noise ratio E||n|| / median ||h|| ({inputs.norms.median:.2f} here), levels with it",
     )
     for ratio in (0.5, 1.0, 2.0, 4.0, 8.0):
         table.add_row(f"{ratio:g}", *(_level(m, ratio, inputs) for m in noisy.values()))
