@@ -41,9 +41,9 @@ def run(installed: Path, script: Path, folder: Path) -> str:
     return done.stdout
 
 
-def blocks() -> list[str]:
-    """Return the library page's own Python blocks."""
-    return re.findall(r"```python\n(.*?)```", LIBRARY.read_text(), re.DOTALL)
+def blocks(page: Path) -> list[str]:
+    """Return a page's own Python blocks."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def code_lines(text: str) -> int:
@@ -65,10 +65,12 @@ def test_an_example_runs_from_the_wheel(name: str, installed: Path, tmp_path: Pa
 
 
 def test_the_notebook_snippets_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
-    assert len(blocks()) == 4
-    assert max(map(code_lines, blocks())) <= 10
+    app, *snippets = [*blocks(ROOT / "README.md"), *blocks(LIBRARY)]
+    assert len(snippets) == 5
+    assert code_lines(app) <= 15
+    assert max(map(code_lines, snippets)) <= 10
     script = tmp_path / "snippets.py"
-    script.write_text("\n".join(blocks()))
+    script.write_text("\n".join([app, *snippets]))
     assert run(installed, script, tmp_path).count("\n") >= 4
 
 
