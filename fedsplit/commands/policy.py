@@ -72,16 +72,6 @@ def init(
     console.print(f"wrote {path}; what it means: fedsplit policy check {path}", highlight=False)
 
 
-@policy_app.command()
-def digest(
-    path: Annotated[Path, typer.Argument(help="a bundle (.fab), or an installed app's folder")],
-) -> None:
-    """Print the digest of a Flower app's files, for app.digest in a policy."""
-    from fedsplit.owners.app_digest import digest_of_app
-
-    print(digest_of_app(path))
-
-
 def _explain(policy: Policy, path: Path) -> None:
     from fedsplit.owners.policy.description import ALWAYS, openings, restrictions
 

@@ -45,7 +45,7 @@ def content_digest(token_ids: Tensor) -> bytes:
 
 
 class SamplePerturber:
-    """Privatises an owner's samples one by one, and counts what was touched.
+    """An owner's perturbation of its samples, one by one, with a count of what was touched.
 
     What breaks it:
         Computing ``hidden`` with dropout on, or with another bottom under the same

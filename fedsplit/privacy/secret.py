@@ -93,7 +93,7 @@ class SecretStream:
         return u.reshape(size)
 
     def gamma(self, shape_param: float, n: int) -> Floats:
-        """Return ``n`` numbers of the Gamma law with that shape and rate 1, shape ``(n,)``.
+        """Return ``n`` numbers Gamma-distributed with that shape and rate 1, shape ``(n,)``.
 
         Raises:
             PrivacyError: if ``shape_param`` is not positive and finite.

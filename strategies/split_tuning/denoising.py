@@ -27,11 +27,11 @@ from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.privacy import Mechanism, mechanism_type
 from fedsplit.privacy.denoising.contextual import ContextualDenoiser
-from fedsplit.privacy.denoising.learned import LearnedDenoiser, Practice, Recipe, cached
+from fedsplit.privacy.denoising.learned import LearnedDenoiser, Recipe, TrainingPairs, cached
 from fedsplit.privacy.denoising.ngram import BigramChain
 from fedsplit.privacy.denoising.position_candidates import candidates_of
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched, unigram_log_prior
-from fedsplit.privacy.denoising.special_tokens import KnownEnds, ends_of
+from fedsplit.privacy.denoising.special_tokens import KnownSpecialTokens, special_ends
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.registry import pick
 
@@ -134,7 +134,9 @@ def public_log_prior(tokenizer: Any, vocabulary: int, max_tokens: int) -> Tensor
 
 def _with_ends(of: Material, inner: Rows | None) -> Rows:
     """Put what stands at the ends of every text right, whatever ``inner`` makes of the rest."""
-    return KnownEnds(inner, of.bottom, ends_of(of.tokenizer), of.config.model.max_tokens)
+    return KnownSpecialTokens(
+        inner, of.bottom, special_ends(of.tokenizer), of.config.model.max_tokens
+    )
 
 
 def _ends(of: Material) -> tuple[Rows, dict[str, Any]]:
@@ -178,7 +180,7 @@ def _learned(of: Material) -> tuple[Rows, dict[str, Any]]:
         cache_folder(),
         identity,
         recipe,
-        lambda: Practice(of.bottom, of.mechanism, of.ids(), of.touched, recipe),
+        lambda: TrainingPairs(of.bottom, of.mechanism, of.ids(), of.touched, recipe),
     )
     return found, found.facts
 

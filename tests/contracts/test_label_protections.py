@@ -61,9 +61,9 @@ def test_labels_change_where_it_says_so(protection: LabelProtection) -> None:
     drawn = [protection.relabel(1, 3, SECRET.stream(i)) for i in range(64)]
     assert set(drawn) <= {0, 1, 2}
     assert (set(drawn) != {1}) == protection.changes_labels()
-    law = protection.transition(3)
-    assert (law is not None) == protection.changes_labels()
-    assert law is None or torch.allclose(law.sum(1), torch.ones(3, dtype=torch.float64))
+    matrix = protection.transition(3)
+    assert (matrix is not None) == protection.changes_labels()
+    assert matrix is None or torch.allclose(matrix.sum(1), torch.ones(3, dtype=torch.float64))
 
 
 def test_the_place_of_the_head_goes_with_what_changes_something(

@@ -70,7 +70,7 @@ def test_a_server_that_breaks_the_policy_is_refused_and_an_honest_one_is_not(
     home = {**os.environ, "FLWR_HOME": str(tmp_path / "flwr")}
     build = [find_command("flwr"), "build", "--app", str(app)]
     subprocess.run(build, cwd=tmp_path, env=home, check=True, capture_output=True, timeout=120)
-    digest = digest_of_app(next(tmp_path.glob("*.fab")))  # fedsplit policy digest app.fab
+    digest = digest_of_app(next(tmp_path.glob("*.fab")))  # fedsplit owner digest app.fab
     monkeypatch.setattr(federated, "ROOT", app)
     policy = tmp_path / "owner.toml"
     policy.write_text(HONEST + f'[app]\ndigest = "{"0" * 64}"\n')

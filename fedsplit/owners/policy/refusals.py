@@ -1,4 +1,4 @@
-"""What an owner says to the server when it gives up: never what its data was.
+"""Error texts that an owner tells the server when it gives up: never what its data was.
 
 Messages of errors name values, which helps whoever owns the data; a message about a row of it must
 not leave.  The whole message, with its traceback where it was not foreseen, is in the owner's log.
@@ -11,7 +11,7 @@ from fedsplit.owners.home import in_simulation
 
 
 def tellable(error: Exception) -> FedsplitError:
-    """Return what may be told of ``error``.
+    """Return the error that the server may be told instead of ``error``.
 
     Errors of data, and those that nobody foresaw (a library's may quote its input), are reduced to
     their type.  A local simulation has nothing to hide and is told all of its own errors.

@@ -82,7 +82,7 @@ def _flag(name: str, value: object) -> bool:
 
 def _digest(name: str, value: object) -> str:
     ok = isinstance(value, str) and bool(_DIGEST.fullmatch(value))
-    check(ok, name, value, "64 hexadecimal digits (fedsplit policy digest prints them)")
+    check(ok, name, value, "64 hexadecimal digits (fedsplit owner digest prints them)")
     return str(value)
 
 

@@ -52,7 +52,7 @@ class Breach:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is known of a run before the owner connects.
+    """Facts about a run that are known before the owner connects.
 
     Attributes:
         flat: the run's settings, flat.
@@ -176,7 +176,7 @@ class Policy:
         return [breach for breach in found if breach is not None]
 
     def _adapters_only(self, flat: Mapping[str, Any]) -> bool:
-        """Whether trained adapters leave and no representation does, by the owner's own leave.
+        """Return whether adapters alone leave and the owner's policy names that strategy.
 
         Rules about representations have nothing to bound there.  A policy that does not name the
         strategy keeps them, and so refuses what it was not written for.
@@ -308,7 +308,7 @@ class Policy:
 
 
 def refuse(breaches: list[Breach]) -> None:
-    """Raise if any rule is broken.
+    """Refuse a run that breaks a rule.
 
     Raises:
         PolicyError: names each rule, its bound and what was asked.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.denoising.candidates import Candidates, Rows, rows_by_position
-from fedsplit.privacy.denoising.position_candidates import SummedCandidates
+from fedsplit.privacy.denoising.position_candidates import AdditiveCandidates
 
 QUERY_BLOCK, VOCAB_BLOCK, GROUPS = 2048, 2048, 16
 PART = 128  # rows whose scores stay in cache while they are worked on
@@ -117,7 +117,7 @@ class Products:
         scores: ``x . e - ||e||^2 / 2``, ``(n, v)``; overwritten by the next block.
         table: ``(v, d)``; the candidates themselves where ``gains`` is None.
         gains: ``(n, v)``, see
-        :class:`fedsplit.privacy.denoising.position_candidates.SummedCandidates`.
+        :class:`fedsplit.privacy.denoising.position_candidates.AdditiveCandidates`.
     """
 
     here: slice
@@ -129,7 +129,7 @@ class Products:
 
 def products(rows: Rows, candidates: Candidates) -> Iterator[Products]:
     """Yield every row against every candidate of its position, in blocks that stay in cache."""
-    if isinstance(candidates, SummedCandidates):
+    if isinstance(candidates, AdditiveCandidates):
         for here, first, scores, table, gains in candidates.products(rows, PART):
             yield Products(here, first, scores, table, gains)
         return

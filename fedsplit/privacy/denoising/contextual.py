@@ -3,8 +3,9 @@
 A token's neighbours say what it may be.  With a first-order chain as the prior over texts, the
 posterior of every token given *all* received vectors of its text is exact by forward-backward
 (Baum et al., 1970; Rabiner, Proc. IEEE 1989, section III.A): hidden states are the V candidates,
-emissions the mechanism's law.  A transition is a sparse count matrix plus a multiple of the unigram
-law, so one step costs V + nnz operations per text, little beside the V d of the distances.
+emissions the mechanism's likelihood.  A transition is a sparse count matrix plus a multiple of the
+unigram distribution, so one step costs V + nnz operations per text, little beside the V d of the
+distances.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fedsplit.errors import check
 from fedsplit.privacy.denoising.candidate_search import posterior_, products
 from fedsplit.privacy.denoising.candidates import Candidates, Rows, rows_by_position
 from fedsplit.privacy.denoising.ngram import BigramChain
-from fedsplit.privacy.denoising.position_candidates import SummedCandidates, in_coordinates
+from fedsplit.privacy.denoising.position_candidates import AdditiveCandidates, in_coordinates
 from fedsplit.privacy.denoising.posterior import Touched, finished, likelihood_of, unwhiten, whiten
 from fedsplit.privacy.mechanisms.base import Mechanism
 
@@ -31,7 +32,7 @@ MEMORY_BYTES = 112 << 20
 
 
 class ContextualDenoiser:
-    """Replaces received vectors by their posterior means given the whole text.
+    """Posterior means, given the whole text, in place of received vectors.
 
     Memory is bounded by ``memory_bytes`` beside the candidates: texts go through in groups, and a
     group holds two ``(tokens, V)`` matrices.
@@ -39,7 +40,7 @@ class ContextualDenoiser:
     What breaks it:
         What breaks :class:`fedsplit.privacy.denoising.posterior.Denoiser`; and public text that is
         unlike the
-        owners': a bigram law of another field misleads more than none where the noise is strong.
+        owners': a bigram model of another field misleads more than none where the noise is strong.
 
     Args:
         candidates: public vectors of every token (k = 0).
@@ -49,7 +50,7 @@ class ContextualDenoiser:
         memory_bytes: bound on a group's matrices.
 
     Raises:
-        PrivacyError: if the mechanism's law is not known.
+        PrivacyError: if the mechanism's noise distribution is not known.
         ConfigError: if the chain has another vocabulary.
     """
 
@@ -163,7 +164,7 @@ def weighted_means(weights: Tensor, rows: Rows, candidates: Candidates) -> Tenso
     """Return ``sum_v w_v e_v`` for each row, ``(N, V) -> (N, d)``; weights sum to 1."""
     n, d = rows.rows.shape
     mean, gain = torch.zeros(n, d), torch.zeros(n)
-    if isinstance(candidates, SummedCandidates):
+    if isinstance(candidates, AdditiveCandidates):
         position = rows.positions()
         for first, stop, table in candidates.tables():
             part = weights[:, first:stop] * candidates.scales(first, stop)[0][position]

@@ -1,8 +1,9 @@
-"""A small network that learns to undo the owners' noise, from public text and the announced law.
+"""A small network that learns to undo the owners' noise, from public text and announced noise.
 
 Where the bottom has blocks there is no finite set of candidates and no exact posterior.  But anyone
 with the bottom can make pairs (noisy, clean) of public text: the mean of clean given noisy *is* the
-posterior mean under that text's law, and least squares finds the best network's estimate of it.
+posterior mean under that text's distribution, and least squares finds the best network's estimate
+of it.
 Post-processing like every denoiser: it costs the owners nothing, and an attacker may do the same.
 """
 
@@ -109,7 +110,7 @@ class Network(nn.Module):
 
 
 class LearnedDenoiser:
-    """Applies a taught :class:`Network` to received samples.
+    """A trained :class:`Network` for received samples.
 
     Args:
         network: in evaluation mode.
@@ -142,8 +143,8 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return hidden, (torch.arange(hidden.shape[1])[None] < lengths[:, None]).long()
 
 
-class Practice:
-    """Makes pairs of noisy and clean vectors from public text.
+class TrainingPairs:
+    """Pairs of noisy and clean vectors, made from public text.
 
     Args:
         bottom: the owners' bottom, frozen, in evaluation mode.
@@ -166,7 +167,7 @@ class Practice:
     ) -> None:
         self.ids = [torch.tensor(x[: recipe.max_tokens]) for x in token_lists if len(x)]
         if not self.ids:
-            raise PrivacyError("public texts=0: must be >= 1 to teach a denoiser")
+            raise PrivacyError("public texts=0: must be >= 1 to train_denoiser a denoiser")
         self.bottom, self.mechanism, self.touched, self.recipe = bottom, mechanism, touched, recipe
         self._secret = OwnerSecret.for_simulation(recipe.seed, "denoiser practice")
         self._random = torch.Generator().manual_seed(recipe.seed)
@@ -194,7 +195,7 @@ class Practice:
         return nn.utils.rnn.pad_sequence(noisy, batch_first=True), clean, mask
 
 
-def teach(practice: Practice, recipe: Recipe) -> LearnedDenoiser:
+def train_denoiser(practice: TrainingPairs, recipe: Recipe) -> LearnedDenoiser:
     """Train a network by least squares on public text.
 
     Returns:
@@ -233,7 +234,7 @@ def teach(practice: Practice, recipe: Recipe) -> LearnedDenoiser:
 
 
 @torch.no_grad()
-def _unexplained(network: Network, practice: Practice, recipe: Recipe) -> float:
+def _unexplained(network: Network, practice: TrainingPairs, recipe: Recipe) -> float:
     """Return E||estimate - clean||^2 / E||clean - mean||^2 under fresh noise."""
     wrong = size = 0.0
     for extra in range(4):
@@ -245,7 +246,10 @@ def _unexplained(network: Network, practice: Practice, recipe: Recipe) -> float:
 
 
 def cached(
-    folder: Path | None, identity: dict[str, Any], recipe: Recipe, practice: Callable[[], Practice]
+    folder: Path | None,
+    identity: dict[str, Any],
+    recipe: Recipe,
+    practice: Callable[[], TrainingPairs],
 ) -> LearnedDenoiser:
     """Return the denoiser of that identity, taught now or read from ``folder``.
 
@@ -260,7 +264,7 @@ def cached(
     path = None if folder is None else folder / f"{digest[:40]}.safetensors"
     if path is not None and path.exists():
         return _read(path, recipe)
-    denoiser = teach(practice(), recipe)
+    denoiser = train_denoiser(practice(), recipe)
     if path is not None:
         try:
             _keep(path, denoiser)

@@ -161,9 +161,10 @@ class BigramChain:
     """A first-order Markov chain over tokens, counted on public text.
 
     P(v | u) = (c(u, v) + g k_u p(v)) / (c(u) + g k_u), with k_u the number of different followers
-    of u (Witten & Bell, 1991, have g = 1) and p the smoothed unigram law: what was never seen after
-    u is as likely as it is anywhere.  Public text is of another field, so g is large: with g = 1
-    MiniLM's noisy SST-2 vectors were estimated worse than with the unigram prior, with 16 better.
+    of u (Witten & Bell, 1991, have g = 1) and p the smoothed unigram distribution: what was never
+    seen after u is as likely as it is anywhere.  Public text is of another field, so g is large:
+    with g = 1 MiniLM's noisy SST-2 vectors were estimated worse than with the unigram prior, with
+    16 better.
     A text's first token follows a mark, and a mark follows its last token, so the chain knows that
     texts begin with CLS and end with SEP where they do.
 
@@ -179,7 +180,7 @@ class BigramChain:
     def __init__(
         self, token_lists: Sequence[Sequence[int]], vocab_size: int, caution: float = 16.0
     ) -> None:
-        check(caution > 0, "caution", caution, "> 0 (weight of the unigram law)")
+        check(caution > 0, "caution", caution, "> 0 (weight of the unigrams)")
         text = _Text(token_lists, vocab_size)
         rows, flat = text.rows, text.flat
         check(bool(rows), "public texts", 0, ">= 1")

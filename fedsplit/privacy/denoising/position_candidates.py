@@ -40,7 +40,7 @@ class Affine:
     eps: float
 
 
-class SummedCandidates(Candidates):
+class AdditiveCandidates(Candidates):
     """Candidates ``(a_v + c_p) / s(v, p) + beta``.
 
     Args:
@@ -70,14 +70,14 @@ class SummedCandidates(Candidates):
         self.a, self.c = words * norm.gamma, places * norm.gamma
         self.beta = norm.beta.detach().float()
 
-    def times(self, matrix: Tensor) -> SummedCandidates:
+    def times(self, matrix: Tensor) -> AdditiveCandidates:
         """Return the candidates in other coordinates, every vector times ``matrix`` ``(d, d)``."""
         if matrix.shape != (self.dim, self.dim):
             raise PrivacyError(
                 f"matrix.shape={tuple(matrix.shape)}: must be ({self.dim}, {self.dim})"
             )
         matrix = matrix.to(self.device, torch.float32)
-        other = object.__new__(SummedCandidates)
+        other = object.__new__(AdditiveCandidates)
         other.__dict__ |= self.__dict__
         other._kept = {}
         other.a, other.c, other.beta = self.a @ matrix, self.c @ matrix, self.beta @ matrix
@@ -189,20 +189,20 @@ def candidates_of(
     """
     found = candidates_through(bottom, vocab_size, positions, device=device)
     if isinstance(found, BottomCandidates):
-        return summed_candidates(bottom, vocab_size, positions, found.device) or found
+        return additive_candidates(bottom, vocab_size, positions, found.device) or found
     return found
 
 
 def in_coordinates(candidates: Candidates, matrix: Tensor) -> Candidates:
     """Return ``candidates`` with every vector times ``matrix``, ``(d, d)``."""
-    if isinstance(candidates, SummedCandidates):
+    if isinstance(candidates, AdditiveCandidates):
         return candidates.times(matrix)
     return LinearCandidates(candidates, matrix)
 
 
-def summed_candidates(
+def additive_candidates(
     bottom: Bottom, vocab_size: int, positions: int, device: torch.device
-) -> SummedCandidates | None:
+) -> AdditiveCandidates | None:
     """Return the bottom's candidates in closed form, or None where it does not have that form.
 
     The form is found by trying, not by the model's name: the LayerNorm whose output is what leaves
@@ -223,7 +223,7 @@ def summed_candidates(
             for ids in torch.split(torch.arange(vocab_size), 4096)
         ]
     )  # (V, d)
-    found = SummedCandidates(words, shift[0], norm)
+    found = AdditiveCandidates(words, shift[0], norm)
     for row, token in enumerate(probe.tolist()):
         gains = found.gains(token, token + 1)  # (P, 1)
         rebuilt = (found.a[token] + found.c) * gains + found.beta  # (P, d)

@@ -1,7 +1,7 @@
 """The Bayesian posterior over public candidates: a server's denoiser, and an attacker's decoder.
 
 Post-processing costs no privacy, and a server that knows the candidate set (k = 0) and the
-mechanism's law can replace each received vector x by its posterior mean
+mechanism's noise distribution can replace each received vector x by its posterior mean
 
     E[e | x] = sum_v w_v e_v,    w = softmax_v(log prior(v) + log p(x | e_v)),
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsplit.errors import ConfigError, check
 from fedsplit.privacy.denoising.candidate_search import Products, check_prior, posterior_, products
 from fedsplit.privacy.denoising.candidates import Candidates, Rows, rows_by_position
-from fedsplit.privacy.denoising.position_candidates import SummedCandidates, in_coordinates
+from fedsplit.privacy.denoising.position_candidates import AdditiveCandidates, in_coordinates
 from fedsplit.privacy.mechanisms.base import Mechanism
 
 NEGLIGIBLE = 25.0
@@ -102,7 +102,7 @@ def likelihood_of(
 
 
 class Denoiser:
-    """Replaces received vectors by their posterior means.
+    """Posterior means in place of received vectors.
 
     Give it as many samples at once as there are: candidates that are computed through a bottom are
     recomputed in every call (those of
@@ -119,7 +119,8 @@ class Denoiser:
         touched: reduced noise on some tokens, as announced; None if there is none.
 
     Raises:
-        PrivacyError: if the mechanism's law is not known, or the prior or whitener does not fit.
+        PrivacyError: if the mechanism's noise distribution is not known, or the prior or whitener
+            does not fit.
     """
 
     def __init__(
@@ -194,7 +195,7 @@ def finished(
     mean: Tensor, gain: Tensor, mass: Tensor, rows: Rows, candidates: Candidates
 ) -> Tensor:
     """Return means from sums over the tables of :class:`.candidate_search.Products`."""
-    if isinstance(candidates, SummedCandidates):
+    if isinstance(candidates, AdditiveCandidates):
         return candidates.finish(mean, gain, mass, rows)
     return mean.div_(mass.unsqueeze(1))
 

@@ -20,7 +20,7 @@ Bottom = Callable[[Tensor, Tensor], Tensor]
 Rows = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def ends_of(tokenizer: Any) -> tuple[int | None, int | None]:
+def special_ends(tokenizer: Any) -> tuple[int | None, int | None]:
     """Return the ids that begin and end every text, as the tokenizer's empty text shows them."""
     ids = [int(i) for i in tokenizer("")["input_ids"]]
     special = {int(i) for i in tokenizer.all_special_ids}
@@ -32,13 +32,13 @@ def ends_of(tokenizer: Any) -> tuple[int | None, int | None]:
     return None, None
 
 
-class KnownEnds:
-    """Puts the clean vectors of the first and the last token in their places.
+class KnownSpecialTokens:
+    """Clean vectors of the first and the last token in place of what was received.
 
     Args:
         inner: estimates of all other tokens; None leaves them as received.
         bottom: embeddings only (k = 0), in evaluation mode.
-        ends: first and last id, see :func:`ends_of`; None where texts differ.
+        ends: first and last id, see :func:`special_ends`; None where texts differ.
         positions: the longest text.
     """
 

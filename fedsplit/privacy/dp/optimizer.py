@@ -15,7 +15,7 @@ from fedsplit.privacy.secret import OwnerSecret
 
 
 class PrivateOptimizer:
-    """Clips each sample's gradient, sums, adds Gaussian noise, divides and steps.
+    """DP-SGD's optimizer: clip each sample's gradient, sum, add Gaussian noise, divide, step.
 
     Gradients come one sample at a time (any model, no per-layer rules, the memory of two gradients
     more); clipping, scaling and stepping are ``opacus.optimizers.DPOptimizer``'s.  Noise comes from

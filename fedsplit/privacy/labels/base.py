@@ -117,7 +117,7 @@ class LabelProtection(ABC):
 
 @dataclass(frozen=True)
 class Unprotected(LabelProtection):
-    """Nothing is done.
+    """No protection.
 
     With the head at the server every label can be read off its gradient's one negative entry; with
     the head at the owner the gradient's direction still tells two classes apart

@@ -141,7 +141,7 @@ def optimal_spectrum(
 
 @dataclass(frozen=True)
 class Marvell(LabelProtection):
-    """Noise per class that makes the two classes' gradients as alike as the power allows.
+    """Protection by noise per class that makes two classes' gradients as alike as the power allows.
 
     The batch's gradients give means and spreads.  A batch of one class alone takes the other to be
     its mirror image (opposite mean, equal spread): without noise it would show all of its labels.

@@ -15,7 +15,7 @@ from fedsplit.privacy.secret import SecretStream
 
 @dataclass(frozen=True)
 class MaxNorm(LabelProtection):
-    """Scale each gradient by 1 + s e, e ~ N(0, 1), so that all have the batch's largest norm.
+    """Protection that scales each gradient by 1 + s e, e ~ N(0, 1), to the batch's largest norm.
 
     s_j^2 = ||g_max||^2 / ||g_j||^2 - 1, hence E||g~_j||^2 = ||g_max||^2 for every j and E g~_j =
     g_j.  Any number of classes; no parameter.

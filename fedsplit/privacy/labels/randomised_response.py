@@ -18,7 +18,7 @@ from fedsplit.privacy.secret import SecretStream
 
 @dataclass(frozen=True)
 class RandomisedResponse(LabelProtection):
-    """Keep a label with probability e^eps / (e^eps + C - 1), else draw another one uniformly.
+    """Protection that keeps a label with probability e^eps / (e^eps + C - 1), else draws another.
 
     Guarantee:
         epsilon-label-DP per row of the owner's training split: for any two labels of one row and

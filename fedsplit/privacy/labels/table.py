@@ -86,7 +86,7 @@ def check_labels(config: RunConfig) -> None:
         not labels.debias or any(part.changes_labels() for part in parts),
         "labels.debias",
         labels.debias,
-        "false without randomised-response, whose distribution it corrects for",
+        "false without randomised-response, whose transition matrix it corrects for",
     )
 
 
@@ -128,7 +128,7 @@ def draw_labels(
 
 
 class GradientShield:
-    """Applies a protection to each step's gradients, with noise that belongs to their content.
+    """A protection of each step's gradients, with noise that belongs to their content.
 
     The same gradients get the same noise for ever, whatever the step or run: a restart repeats
     itself, and a server that sends the same output again learns nothing new.  Any difference in

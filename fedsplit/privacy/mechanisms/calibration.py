@@ -61,7 +61,7 @@ def norms_of(vectors: Tensor) -> Norms:
     return Norms(rounded(float(norms.median())), rounded(float(norms.max())), vectors.shape[-1])
 
 
-def covariance_over(samples: Sequence[Tensor], subsamples: int) -> Tensor:
+def covariance_over(samples: Sequence[Tensor], subsamples: int = 1) -> Tensor:
     """Return a covariance that no subsample exceeds along its main directions.
 
     The samples are dealt in turn to ``subsamples`` parts.  With v_j the eigenvectors of the
@@ -70,7 +70,7 @@ def covariance_over(samples: Sequence[Tensor], subsamples: int) -> Tensor:
 
     Args:
         samples: ``(T_i, d)`` each.
-        subsamples: number of parts, >= 1.
+        subsamples: number of parts, >= 1; 1 gives the covariance of all.
 
     Returns:
         float64, ``(d, d)``.

@@ -56,14 +56,6 @@ def sample_dchi(stream: SecretStream, tokens: int, d: int, eta: float) -> Floats
     return noise
 
 
-def log_density(noise: Floats, eta: float) -> Floats:
-    """Return the log density of noise vectors, shape ``(..., d) -> (...)``, in nats."""
-    d = noise.shape[-1]
-    log_sphere = math.log(2) + 0.5 * d * math.log(math.pi) - math.lgamma(0.5 * d)
-    log_norm = d * math.log(eta) - math.lgamma(d) - log_sphere
-    return np.asarray(log_norm - eta * np.linalg.norm(noise, axis=-1), dtype=np.float64)
-
-
 def eta_from_ratio(ratio: float, d: int, median_norm: float) -> float:
     """Return the eta whose mean noise norm is ``ratio`` times the median representation norm.
 
@@ -88,7 +80,7 @@ def eta_from_ratio(ratio: float, d: int, median_norm: float) -> float:
 
 @dataclass(frozen=True)
 class DChi(Mechanism):
-    """Add d_chi noise to every token's vector, once per sample.
+    """Mechanism that adds d_chi noise to every token's vector, once per sample.
 
     Guarantee:
         For one token and one draw, the output densities for representations h and h' differ by at
@@ -133,11 +125,6 @@ class DChi(Mechanism):
     def from_settings(cls, inputs: CalibrationInputs) -> DChi:
         """See :meth:`Mechanism.from_settings`."""
         return cls(eta=cls.level_from(inputs))
-
-    @classmethod
-    def from_noise_ratio(cls, ratio: float, d: int, median_norm: float) -> DChi:
-        """Return the mechanism with that noise ratio (see :func:`eta_from_ratio`)."""
-        return cls(eta=eta_from_ratio(ratio, d, median_norm))
 
     def privatise(
         self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None

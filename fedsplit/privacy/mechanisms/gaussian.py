@@ -102,7 +102,7 @@ def epsilon_from_ratio(
 
 @dataclass(frozen=True)
 class Gaussian(Mechanism):
-    """Clip every token's vector to L2 norm ``clip``, then add isotropic Gaussian noise.
+    """Mechanism that clips every token's vector to ``clip`` and adds isotropic Gaussian noise.
 
     Guarantee:
         (epsilon, delta)-differential privacy, locally and per token: for any two tokens in that

@@ -26,7 +26,7 @@ from fedsplit.privacy.secret import SecretStream
 
 @dataclass(frozen=True)
 class NearestToken(Mechanism):
-    """Add d_chi noise to each token's vector and send what belongs to the nearest token instead.
+    """Mechanism that adds d_chi noise and sends what belongs to the nearest token instead.
 
     With a ``bottom`` this works on text, at any split point: the noise is put on the word
     embeddings (``candidates``), the nearest tokens make a new text, and what leaves is that text's

@@ -15,7 +15,7 @@ from fedsplit.privacy.secret import SecretStream
 
 @dataclass(frozen=True)
 class NoNoise(Mechanism):
-    """Send representations as they are.
+    """Mechanism that sends representations as they are.
 
     Guarantee:
         None.  At k = 0 the text is read off exactly; causal blocks do not help (arXiv 2510.15511).

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,17 +46,6 @@ def noise_variances(eigenvalues: Floats, budget: float) -> Floats:
     return np.asarray(root * root.sum() / (2 * budget), dtype=np.float64)
 
 
-def token_covariance(representations: Iterable[Tensor]) -> Tensor:
-    """Return the covariance of tokens' vectors, float64 ``(d, d)``, from samples ``(T_i, d)``.
-
-    The noise's shape is itself seen by the server: it can estimate the covariance of what it
-    receives, whoever's text the covariance was taken from.
-    """
-    rows = torch.cat([x.detach().cpu().double() for x in representations])  # (N, d)
-    check(len(rows) >= 2, "tokens", len(rows), ">= 2 (to estimate a covariance)")
-    return torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1])
-
-
 def budget_from_ratio(ratio: float, median_norm: float, covariance: Tensor) -> float:
     """Return the budget whose noise is ``ratio`` times as long as the median representation.
 
@@ -75,7 +63,7 @@ def budget_from_ratio(ratio: float, median_norm: float, covariance: Tensor) -> f
 
 @dataclass(frozen=True)
 class Pac(Mechanism):
-    """Add Gaussian noise whose covariance follows the representations' own.
+    """Mechanism that adds Gaussian noise whose covariance follows the representations' own.
 
     Guarantee:
         A token's vector drawn from a distribution with at most this covariance shares at most
@@ -94,7 +82,7 @@ class Pac(Mechanism):
 
     Args:
         budget: B, nats per token and draw.
-        covariance: ``(d, d)``, for instance :func:`token_covariance` of public text.  Its bytes are
+        covariance: ``(d, d)``, such as :func:`covariance_over` of public text.  Its bytes are
             part of the noise's identity: estimate once, store, reuse.
         floor: smallest eigenvalue allowed, relative to their mean.
 
@@ -193,7 +181,7 @@ class Pac(Mechanism):
         bound for all others of that covariance.
 
         Args:
-            covariance: C, ``(d, d)``, for instance :func:`token_covariance` of an owner's text.
+            covariance: C, ``(d, d)``, such as :func:`covariance_over` of an owner's text.
         """
         inverse = torch.linalg.inv(self._root)
         inside = inverse @ covariance.detach().cpu().double() @ inverse

@@ -10,7 +10,7 @@ from fedsplit.attacks import LearnedInversion, score_tokens
 from fedsplit.attacks.inversion.learned import represent
 from fedsplit.errors import AttackError
 from fedsplit.models import load, probe, split
-from fedsplit.privacy import DChi, OwnerSecret
+from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
 from tests.tiny_models import save_tiny_bert
 
 G = torch.Generator().manual_seed(5)
@@ -50,7 +50,7 @@ def test_blocks_do_not_hide_the_text(world):
 def test_knowing_the_noise_helps(world):
     seen, public, clean, private, table = world
     norm = float(torch.cat(clean).norm(dim=1).median())
-    mechanism = DChi.from_noise_ratio(1.5, clean[0].shape[1], norm)
+    mechanism = DChi(eta_from_ratio(1.5, clean[0].shape[1], norm))
     secret = OwnerSecret.for_simulation(0, "owner")
     received = [mechanism.privatise(x, secret.stream(i)) for i, x in enumerate(clean)]
     attack = LearnedInversion(steps=60)

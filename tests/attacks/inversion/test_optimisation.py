@@ -11,7 +11,7 @@ from fedsplit.attacks import OptimisationInversion, score_tokens
 from fedsplit.attacks.inversion.optimisation import soft_embeddings
 from fedsplit.errors import AttackError
 from fedsplit.models import probe, split
-from fedsplit.privacy import DChi, OwnerSecret
+from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
 
 V = 300
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
@@ -50,7 +50,7 @@ def test_noise_stops_it():
     bottom = make_bottom("gpt2", 2)
     ids, hidden = transcript(bottom)
     norm = float(torch.cat(hidden).norm(dim=1).median())
-    mechanism = DChi.from_noise_ratio(5.0, 32, norm)
+    mechanism = DChi(eta_from_ratio(5.0, 32, norm))
     secret = OwnerSecret.for_simulation(0, "o")
     received = [mechanism.privatise(x, secret.stream(i)) for i, x in enumerate(hidden)]
 

@@ -20,7 +20,7 @@ from fedsplit.attacks import ExactSearch, score_tokens
 from fedsplit.attacks.inversion.token_search import PrefixRunner
 from fedsplit.errors import AttackError
 from fedsplit.models import load, probe, split
-from fedsplit.privacy import DChi, OwnerSecret
+from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
 
 V = 300
 REAL = Path(__file__).parents[3].parent / "shared" / "models" / "gutenberg_llama_seed0"
@@ -85,7 +85,7 @@ def test_noise_ends_it():
     bottom = make_bottom("gpt2", 2)
     ids, hidden = transcript(bottom)
     norm = float(torch.cat(hidden).norm(dim=1).median())
-    mechanism = DChi.from_noise_ratio(5.0, 32, norm)
+    mechanism = DChi(eta_from_ratio(5.0, 32, norm))
     secret = OwnerSecret.for_simulation(0, "o")
     received = [mechanism.privatise(x, secret.stream(i)) for i, x in enumerate(hidden)]
     attack = ExactSearch(guide_steps=2)

@@ -32,7 +32,7 @@ def sent(ids: list[list[int]], table: Tensor, mechanism: DChi) -> list[Tensor]:
 
 
 def log_text(chain: BigramChain, text: tuple[int, ...]) -> float:
-    """Return log P(text) under the chain, from its one-step laws alone."""
+    """Return log P(text) under the chain, from its one-step probabilities alone."""
     one = np.eye(V, dtype=np.float32)
     log = np.log(chain.start[text[0]]) + np.log(chain.end[text[-1]])
     for u, v in itertools.pairwise(text):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy import DChi, OwnerSecret
-from fedsplit.privacy.denoising.learned import Practice, Recipe, cached, teach
+from fedsplit.privacy.denoising.learned import Recipe, TrainingPairs, cached, train_denoiser
 from fedsplit.privacy.denoising.posterior import Touched
 
 V, D = 40, 12
@@ -41,9 +41,9 @@ def noisy(bottom: nn.Module, mechanism: DChi, n: int = 40) -> tuple[Tensor, list
 
 
 @pytest.fixture(scope="module")
-def material() -> tuple[Mixing, DChi, Practice]:
+def material() -> tuple[Mixing, DChi, TrainingPairs]:
     bottom, mechanism = Mixing().eval(), DChi(eta=3.0)
-    return bottom, mechanism, Practice(bottom, mechanism, TEXTS, Touched(0.1, 0.2), RECIPE)
+    return bottom, mechanism, TrainingPairs(bottom, mechanism, TEXTS, Touched(0.1, 0.2), RECIPE)
 
 
 def test_error_falls_below_that_of_the_noise_and_of_any_rescaling(material):
@@ -51,7 +51,7 @@ def test_error_falls_below_that_of_the_noise_and_of_any_rescaling(material):
     clean, received = noisy(bottom, mechanism)
     x = torch.stack(received)
 
-    denoiser = teach(practice, RECIPE)
+    denoiser = train_denoiser(practice, RECIPE)
     found = torch.stack(denoiser(received))
 
     def error(y: Tensor) -> float:
@@ -65,7 +65,7 @@ def test_error_falls_below_that_of_the_noise_and_of_any_rescaling(material):
 
 def test_longer_texts_go_through_in_pieces(material):
     _, _, practice = material
-    denoiser = teach(practice, Recipe(**{**RECIPE.__dict__, "steps": 2}))
+    denoiser = train_denoiser(practice, Recipe(**{**RECIPE.__dict__, "steps": 2}))
 
     assert denoiser([torch.zeros(19, D)])[0].shape == (19, D)
 
@@ -76,7 +76,7 @@ def test_kept_by_identity_and_read_back_bit_for_bit(material, tmp_path: Path):
     x = [torch.randn(5, D, generator=G)]
     made: list[int] = []
 
-    def make() -> Practice:
+    def make() -> TrainingPairs:
         made.append(1)
         return practice
 
@@ -107,7 +107,10 @@ def test_same_seed_same_network(material):
     x = [torch.randn(5, D, generator=G)]
     state = torch.random.get_rng_state()
 
-    a, b = (teach(Practice(bottom, mechanism, TEXTS, None, recipe), recipe)(x)[0] for _ in range(2))
+    a, b = (
+        train_denoiser(TrainingPairs(bottom, mechanism, TEXTS, None, recipe), recipe)(x)[0]
+        for _ in range(2)
+    )
 
     assert torch.equal(a, b)
     assert torch.equal(state, torch.random.get_rng_state())  # the caller's randomness is its own
@@ -118,4 +121,4 @@ def test_misuse_is_refused(material):
     with pytest.raises(ConfigError, match="width=33: must be a multiple of 2"):
         Recipe(width=33, heads=2)
     with pytest.raises(PrivacyError, match="public texts=0"):
-        Practice(bottom, mechanism, [[]], None, RECIPE)
+        TrainingPairs(bottom, mechanism, [[]], None, RECIPE)

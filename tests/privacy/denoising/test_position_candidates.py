@@ -17,7 +17,7 @@ from fedsplit.privacy.denoising.candidates import (
     candidates_through,
     rows_by_position,
 )
-from fedsplit.privacy.denoising.position_candidates import SummedCandidates, candidates_of
+from fedsplit.privacy.denoising.position_candidates import AdditiveCandidates, candidates_of
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched
 
 V, D, P = 600, 12, 5
@@ -60,7 +60,7 @@ def test_closed_form_is_what_the_bottom_computes(form: str):
 
     found = candidates_of(bottom, V, P)
 
-    assert isinstance(found, SummedCandidates)
+    assert isinstance(found, AdditiveCandidates)
     assert torch.allclose(
         found.materialise().matrix, candidates_through(bottom, V, P).materialise().matrix, atol=1e-5
     )
@@ -94,7 +94,7 @@ def test_other_coordinates():
     bottom = Sum(nn.LayerNorm(D)).eval()
     matrix = torch.randn(D, D, generator=torch.Generator().manual_seed(3))
     found = candidates_of(bottom, V, P)
-    assert isinstance(found, SummedCandidates)
+    assert isinstance(found, AdditiveCandidates)
 
     turned = found.times(matrix)
 
@@ -107,7 +107,7 @@ def test_other_coordinates():
 def test_nothing_as_large_as_the_table_is_ever_held():
     """48 positions of 20,000 words would be 61 MB here; the closed form and a scan take less."""
     words, places = torch.randn(20_000, 16), torch.randn(48, 16)
-    found = SummedCandidates(words, places, None)
+    found = AdditiveCandidates(words, places, None)
     x = [torch.randn(48, 16) for _ in range(4)]
     largest = 0
 
@@ -128,7 +128,7 @@ def test_minilm_is_searched_without_a_table_of_gigabytes():
 
     found = candidates_of(bottom, bottom.vocab, 48)
 
-    assert isinstance(found, SummedCandidates)
+    assert isinstance(found, AdditiveCandidates)
     table = 4 * found.positions * found.vocab_size * found.dim
     assert table > 2e9
     assert found.nbytes < table / 20

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsplit.errors import PrivacyError
 from fedsplit.models.loading import load
-from fedsplit.privacy.denoising.special_tokens import KnownEnds, ends_of
+from fedsplit.privacy.denoising.special_tokens import KnownSpecialTokens, special_ends
 from tests.tiny_models import save_tiny_bert
 
 TABLE = torch.randn(6, 20, 4, generator=torch.Generator().manual_seed(0))
@@ -25,8 +25,8 @@ def test_ends_are_clean_and_the_rest_is_the_inner_estimate():
     clean = [bottom(x[None], x)[0] for x in ids]
     noisy = [x + 1 for x in clean]
 
-    both = KnownEnds(None, bottom, (2, 3), 6)(noisy)
-    begin = KnownEnds(lambda rows: [x - 0.5 for x in rows], bottom, (2, None), 6)(noisy)
+    both = KnownSpecialTokens(None, bottom, (2, 3), 6)(noisy)
+    begin = KnownSpecialTokens(lambda rows: [x - 0.5 for x in rows], bottom, (2, None), 6)(noisy)
 
     assert torch.equal(both[0][[0, 3]], clean[0][[0, 3]])
     assert torch.equal(both[0][1:3], noisy[0][1:3])
@@ -35,7 +35,7 @@ def test_ends_are_clean_and_the_rest_is_the_inner_estimate():
     assert torch.equal(begin[1][1:], noisy[1][1:] - 0.5)
     assert torch.equal(noisy[0], clean[0] + 1)  # what was received is kept as it was
     with pytest.raises(PrivacyError, match="sample=7 tokens: must be <= 6"):
-        KnownEnds(None, bottom, (2, 3), 6)([torch.zeros(7, 4)])
+        KnownSpecialTokens(None, bottom, (2, 3), 6)([torch.zeros(7, 4)])
 
 
 def test_the_tokenizer_says_what_the_ends_are(tmp_path: Path):
@@ -43,4 +43,4 @@ def test_the_tokenizer_says_what_the_ends_are(tmp_path: Path):
         str(save_tiny_bert(tmp_path)), "sequence-classification", num_labels=3
     ).tokenizer
 
-    assert ends_of(tokenizer) == (2, 3)
+    assert special_ends(tokenizer) == (2, 3)

@@ -37,11 +37,11 @@ def texts(n: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("epsilon", "classes"), [(0.5, 2), (1.0, 2), (2.0, 5), (4.0, 8)])
 def test_likelihood_ratios_keep_to_epsilon(epsilon: float, classes: int) -> None:
-    """On fixed pairs of labels: the law's own ratio, and the drawn frequencies follow that law."""
+    """On fixed pairs of labels: the matrix's own ratio, and the drawn frequencies follow it."""
     protection = RandomisedResponse(epsilon)
-    law = protection.transition(classes).numpy()
-    assert np.allclose(law.sum(1), 1.0)
-    ratios = law[:, None, :] / law[None, :, :]
+    matrix = protection.transition(classes).numpy()
+    assert np.allclose(matrix.sum(1), 1.0)
+    ratios = matrix[:, None, :] / matrix[None, :, :]
     assert ratios.max() <= math.exp(epsilon) * (1 + 1e-12)
     assert ratios.max() == pytest.approx(math.exp(epsilon)), "less noise would do"
     n = 1500
@@ -49,7 +49,7 @@ def test_likelihood_ratios_keep_to_epsilon(epsilon: float, classes: int) -> None
         drawn = draw_labels(protection, secret(), texts(n), torch.full((n,), label), classes)
         counts = np.bincount(drawn.numpy(), minlength=classes)
         for output, count in enumerate(counts):
-            assert binomtest(int(count), n, law[label, output]).pvalue > 1e-5
+            assert binomtest(int(count), n, matrix[label, output]).pvalue > 1e-5
 
 
 def test_a_label_is_drawn_once_for_ever() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedsplit.errors import ConfigError, PrivacyError
+from fedsplit.privacy.mechanisms.calibration import covariance_over
 from fedsplit.privacy.mechanisms.pac import (
     Pac,
     budget_from_ratio,
     noise_variances,
-    token_covariance,
 )
 from fedsplit.privacy.secret import SecretStream
 
@@ -75,7 +75,7 @@ def test_identity_follows_the_covariance():
 def test_covariance_of_tokens():
     rows = [torch.randn(n, 3, generator=G) for n in (4, 9)]
 
-    assert np.allclose(token_covariance(rows), np.cov(torch.cat(rows).numpy().T), atol=1e-6)
+    assert np.allclose(covariance_over(rows), np.cov(torch.cat(rows).numpy().T), atol=1e-6)
 
 
 def test_misuse_is_refused():
