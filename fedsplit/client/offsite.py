@@ -56,14 +56,14 @@ def _emulator(task: OwnerTask) -> Path:
     """Return the emulator's folder; fetched over a session unless the owner has that digest."""
     offer, check, deadline_s = task.offer, task.check, task.config.session.deadline_s
     cache = task.identity.home.root / "emulators"
-    folder = cache / offer.bottom
-    if offer.bottom.isalnum() and folder.is_dir() and folder_digest(folder) == offer.bottom:
+    folder = cache / offer.digest
+    if offer.digest.isalnum() and folder.is_dir() and folder_digest(folder) == offer.digest:
         return folder
     link = task.connect()
     try:
         greet(link, offer, check, deadline_s)
         request_files(link, offer, check)
-        found = receive(receive_files(link, deadline_s), cache, offer.bottom)
+        found = receive(receive_files(link, deadline_s), cache, offer.digest)
         link.expect(Kind.BYE, deadline_s)
         link.close()
     except Exception as error:

@@ -72,7 +72,7 @@ def hello(offer: SessionOffer, owner: str) -> dict[str, object]:
         "round": offer.round,
         "mode": offer.mode,
         "owner": owner,
-        "bottom": offer.bottom,
+        "digest": offer.digest,
     }
 
 
@@ -84,12 +84,12 @@ def greet(link: Link, offer: SessionOffer, check: DisclosureCheck, deadline_s: f
         PolicyError, LedgerError: HELLO may not leave.
     """
     check.send(link, notice(Kind.HELLO, hello(offer, check.session.owner)))
-    found = link.expect(Kind.WELCOME, deadline_s)["bottom"]
-    if found != offer.bottom:
+    found = link.expect(Kind.WELCOME, deadline_s)["digest"]
+    if found != offer.digest:
         files = check.session.files
-        raise SessionError(f"server's {files} {found}: must be the announced {offer.bottom}")
+        raise SessionError(f"server's {files} {found}: must be the announced {offer.digest}")
 
 
 def request_files(link: Link, offer: SessionOffer, check: DisclosureCheck) -> None:
     """Ask for the offered files with NEED."""
-    check.send(link, notice(Kind.NEED, {"bottom": offer.bottom}))
+    check.send(link, notice(Kind.NEED, {"digest": offer.digest}))

@@ -63,13 +63,13 @@ class OwnerTask:
         asked = Asked(
             config.to_flat(),
             transport=offer.transport,
-            bottom=offer.bottom,
+            bottom=offer.digest,
             round=max(1, offer.round),
             own_ca=bool(node_config.get("session-ca")),
             app_digest=_app_digest(policy) if in_app else None,
         )
         refuse(policy.settings_breaches(asked))
-        facts = SessionFacts(offer.run, identity.name, offer.round, offer.mode, offer.bottom, files)
+        facts = SessionFacts(offer.run, identity.name, offer.round, offer.mode, offer.digest, files)
         return cls(config, offer, identity, DisclosureCheck(ledger, facts, policy, identity.secret))
 
     def connect(self) -> Link:
@@ -95,7 +95,7 @@ class OwnerTask:
     @property
     def bottom_folder(self) -> Path:
         """Where the offered bottom's bundle lives, whether or not it is there yet."""
-        return self.identity.home.bottom_dir(self.offer.bottom)
+        return self.identity.home.bottom_dir(self.offer.digest)
 
 
 def _app_digest(policy: Policy) -> str:

@@ -19,7 +19,7 @@ class Hello:
     round: int
     mode: str
     owner: str
-    bottom: str
+    digest: str
 
 
 class Door:
@@ -56,4 +56,4 @@ class Door:
             raise TokenError("session token: must be one issued for this run, node, round and mode")
         node, round_, mode = frame["node"], frame["round"], frame["mode"]
         self.tokens.redeem(frame["token"], self.run, node, round_, mode)
-        return Hello(self.run, node, round_, mode, frame["owner"], frame["bottom"])
+        return Hello(self.run, node, round_, mode, frame["owner"], frame["digest"])

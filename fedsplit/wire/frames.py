@@ -29,15 +29,15 @@ KIND_AT = len(MAGIC)
 MAX_HEADER_BYTES = 1 << 20  # of a kind with lists; others have at most _SHORT_HEADER_BYTES
 _SHORT_HEADER_BYTES = 1 << 16  # a few strings, each character at most 12 bytes when escaped
 MAX_INTS = 1 << 17
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Kind(IntEnum):
     """Frame kinds, in the order in which a session meets them."""
 
     HELLO = 1  # owner -> server: who I am, my token, what I have cached
-    WELCOME = 2  # server -> owner: accepted; the bottom's digest and how it will be sent
-    NEED = 3  # owner -> server: send me the bottom
+    WELCOME = 2  # server -> owner: accepted; the files' digest, and the codecs
+    NEED = 3  # owner -> server: send me the files
     FILE = 4  # server -> owner: one slice of one bundle file
     READY = 5  # owner -> server: data loaded, so many batches follow
     START = 6  # server -> owner: your wave begins; credit for so many batches
@@ -61,10 +61,10 @@ SCHEMA: dict[Kind, dict[str, str]] = {
         "round": "int",
         "mode": "str",
         "owner": "str",
-        "bottom": "str",
+        "digest": "str",
     },
-    Kind.WELCOME: {"version": "str", "bottom": "str", "codec": "str", "logits_codec": "str"},
-    Kind.NEED: {"bottom": "str"},
+    Kind.WELCOME: {"version": "str", "digest": "str", "codec": "str", "logits_codec": "str"},
+    Kind.NEED: {"digest": "str"},
     Kind.FILE: {"name": "str", "offset": "int", "size": "int", "last": "bool"},
     Kind.READY: {"batches": "int", "samples": "int", "mechanism": "str"},
     Kind.START: {"window": "int"},
@@ -191,6 +191,8 @@ def _check_header_bytes(kind: Kind, size: int) -> None:
 def _check_header(kind: Kind, header: Mapping[str, Any]) -> None:
     schema = SCHEMA[kind]
     if header.keys() != schema.keys():
+        if kind is Kind.HELLO and header.get("protocol") in range(1, PROTOCOL):
+            raise FrameError(f"session protocol {header['protocol']}: must be {PROTOCOL}")
         odd = sorted(str(key)[:40] for key in header.keys() ^ schema.keys())[:8]
         raise FrameError(f"{kind.name} header: missing or foreign keys {odd}")
     for key, expected in schema.items():

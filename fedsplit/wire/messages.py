@@ -42,7 +42,7 @@ class SessionOffer:
         ca: PEM of the server's authority, empty on loopback without TLS; an owner's own node config
             outranks it.
         server_name: name in the server's certificate, when it is not the address's host.
-        bottom: digest of the bottom's bundle.
+        digest: of the files that the server hands out: a bottom's bundle, or an emulator.
         exchange: counts the Flower messages of this session (messages transport), from 0.
         first: step that the session begins with; an interrupted run took those before.
         job: names the run across its restarts, each of which has a run id of its own.
@@ -57,7 +57,7 @@ class SessionOffer:
     address: str = ""
     ca: bytes = b""
     server_name: str = ""
-    bottom: str = ""
+    digest: str = ""
     exchange: int = 0
     first: int = 0
     job: str = ""
@@ -75,7 +75,7 @@ class SessionOffer:
                 "address": self.address,
                 "ca": self.ca,
                 "server-name": self.server_name,
-                "bottom": self.bottom,
+                "digest": self.digest,
                 "exchange": self.exchange,
                 "first": self.first,
                 "job": self.job,
@@ -130,7 +130,7 @@ class SessionOffer:
             address=text("address", 300),
             ca=ca,
             server_name=text("server-name", 300),
-            bottom=text("bottom", 100),
+            digest=text("digest", 100),
             exchange=number("exchange"),
             first=number("first"),
             job=text("job", 64),

@@ -154,7 +154,7 @@ def serve(config: RunConfig, rows: Path, owners: int, steps: int) -> dict[str, A
     hub.begin(desk)
     try:
         before = resident()
-        offer = SessionOffer(RUN, 0, 0, MODE, "stream", "", hub.address, bottom=desk.digest)
+        offer = SessionOffer(RUN, 0, 0, MODE, "stream", "", hub.address, digest=desk.digest)
         with _owners(offer, door, rows, owners, steps) as children:
             connected = resident()
             with sampled() as peak:

@@ -75,7 +75,7 @@ def _stranger(ca: Path, *, replay: bool) -> Callable[[Proxy, LocalGrid], str]:
             "round": int(str(record["round"])),
             "mode": str(record["mode"]),
             "owner": "stranger",
-            "bottom": "",
+            "digest": "",
         }
         return _answer(proxy.port, ca, header)
 

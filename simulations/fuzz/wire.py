@@ -131,7 +131,7 @@ def hellos(_: Path) -> Cases:
             "round": 1,
             "mode": "train",
             "owner": "a",
-            "bottom": "",
+            "digest": "",
         }
         header = dict(sound)
         for _ in range(rng.randrange(1, 3)):

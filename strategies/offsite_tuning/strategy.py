@@ -213,7 +213,7 @@ class OffsiteTuning(Strategy):
             transport="stream",
             address=self.parts.hub.address,
             ca=self.parts.ca,
-            bottom=self.parts.digest,
+            digest=self.parts.digest,
             weights=arrays,
         )
         messages, self._asked = offers.messages(nodes), offers.sent

@@ -180,7 +180,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         token="",
         address=hub.address,
         ca=ca,
-        bottom=desk.digest,
+        digest=desk.digest,
     )
     serving = config.serving
     announcer = Announcer(grid, door, session, serving.tokens, serving.renew_s)

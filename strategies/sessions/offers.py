@@ -20,7 +20,7 @@ class Offers:
         transport: of the sessions.
         address: where the session server is reached; empty over messages.
         ca: PEM of its authority.
-        bottom: digest of what sessions hand out.
+        digest: of the files that sessions hand out.
         weights: what owners go on from, sent with the first message of each; empty: nothing.
         lifetime_s: of the tokens; None: as the token book has it.
         first: node -> the step of its session that an interrupted run had come to.
@@ -36,7 +36,7 @@ class Offers:
         transport: str,
         address: str,
         ca: bytes,
-        bottom: str,
+        digest: str,
         weights: ArrayRecord,
         lifetime_s: float | None = None,
         first: Callable[[int], int] = lambda node: 0,
@@ -49,7 +49,7 @@ class Offers:
         self._transport = transport
         self._address = address
         self._ca = ca
-        self._bottom = bottom
+        self._digest = digest
         self._weights = weights
         self._lifetime_s = lifetime_s
         self._first = first
@@ -67,7 +67,7 @@ class Offers:
             token=self._door.tokens.issue(run, node, self._number, self.mode, self._lifetime_s),
             address=self._address,
             ca=self._ca,
-            bottom=self._bottom,
+            digest=self._digest,
             exchange=exchange,
             first=self._first(node),
             job=self._job,

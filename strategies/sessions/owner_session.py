@@ -41,7 +41,7 @@ def welcome_header(digest: str, codec: str, logits_codec: str) -> dict[str, str]
     """Return the header of the server's first frame."""
     return {
         "version": fedsplit.__version__,
-        "bottom": digest,
+        "digest": digest,
         "codec": codec,
         "logits_codec": logits_codec,
     }

@@ -249,7 +249,7 @@ class SplitTuning(Strategy):
             transport=session.transport,
             address=hub.address if hub is not None else "",
             ca=self.parts.ca,
-            bottom=self.parts.bundle[1],
+            digest=self.parts.bundle[1],
             weights=arrays,
             # Each that comes gives the others as much time again.
             lifetime_s=session.wave_wait_s * (1 + max(map(len, waves), default=0)),

@@ -77,7 +77,7 @@ def hello(token: str, /, **changes: object) -> dict[str, object]:
         "round": 1,
         "mode": "train",
         "owner": "owner",
-        "bottom": "",
+        "digest": "",
     }
     return {**header, **changes}
 

@@ -262,3 +262,8 @@ def test_announced_lengths_allocate_nothing():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 16
+
+
+def test_a_peer_of_an_older_protocol_is_told_so():
+    with pytest.raises(FrameError, match=r"session protocol 1: must be 2"):
+        decode(raw(b'{"protocol":1,"bottom":"ab"}', kind=Kind.HELLO), BOUND)

@@ -31,7 +31,7 @@ OFFERED = SessionOffer(
     address="10.0.0.1:4000",
     ca=b"-----BEGIN CERTIFICATE-----\n",
     server_name="server.example",
-    bottom="0f" * 32,
+    digest="0f" * 32,
     exchange=2,
 )
 
@@ -82,7 +82,7 @@ def test_offers_with_missing_or_mistyped_fields(key: str, value: object):
         ("transport", "loopback"),
         ("token", "x" * 257),
         ("address", "x" * 301),
-        ("bottom", "x" * 101),
+        ("digest", "x" * 101),
         ("ca", "text"),
         ("ca", b"x" * ((1 << 16) + 1)),
     ],

@@ -29,7 +29,7 @@ def hello(token: str, **changes: object) -> Frame:
         "round": WHO[2],
         "mode": WHO[3],
         "owner": "owner-1",
-        "bottom": "ab",
+        "digest": "ab",
     }
     return Frame(Kind.HELLO, {**header, **changes})
 
@@ -152,7 +152,7 @@ def test_door_admits_what_was_announced(mode: str):
     who = door.admit(hello(book.issue(*WHO[:3], mode), mode=mode))
 
     assert (who.run, who.node, who.round, who.mode) == (*WHO[:3], mode)
-    assert (who.owner, who.bottom) == ("owner-1", "ab")
+    assert (who.owner, who.digest) == ("owner-1", "ab")
 
 
 @pytest.mark.parametrize(

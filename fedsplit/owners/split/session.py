@@ -72,7 +72,7 @@ def store_bottom(files: dict[str, bytes], task: OwnerTask) -> None:
     Raises:
         ModelError: wrong digest or unacceptable files.
     """
-    bundle, digest = Bundle(files), task.offer.bottom
+    bundle, digest = Bundle(files), task.offer.digest
     if bundle.digest != digest:
         raise ModelError(f"bottom received has digest {bundle.digest}: must be {digest}")
     folder = task.bottom_folder

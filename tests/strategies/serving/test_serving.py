@@ -59,7 +59,7 @@ def served(config: RunConfig, *, tokens: int = 8) -> Iterator[tuple[Desk, Path, 
         transport="stream",
         token="",
         address=hub.address,
-        bottom=desk.digest,
+        digest=desk.digest,
     )
     announcer = Announcer(grid, door, session, tokens, 900.0)
     announcer.round(20.0)
