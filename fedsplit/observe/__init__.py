@@ -1,4 +1,4 @@
-"""Saying what happens: the context of a log line, and log lines as JSON.
+"""Logging: the context of a log line, and log lines as JSON.
 
 Nothing in here opens a connection; what a party writes stays in its own folder.
 """

@@ -1,4 +1,4 @@
-"""Which run, round and owner the code is at, so that log lines need not be told.
+"""Run, round and owner that log lines are about, bound once for all that is called inside.
 
 A value bound here is seen by everything called inside the ``with`` block, and by a thread that was
 started through :func:`carried` (a plain thread begins with nothing bound).

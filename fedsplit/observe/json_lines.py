@@ -27,7 +27,7 @@ Keep = Callable[[logging.LogRecord], bool]
 
 
 class JsonLines(logging.Handler):
-    """Appends records to a file as JSON lines.
+    """Log handler that appends records to a file as JSON lines.
 
     A line is written with one ``write`` to a file opened O_APPEND, so lines of several processes
     never mix.  A full disk loses lines, counted in :attr:`dropped`, and nothing else: what is
@@ -86,7 +86,7 @@ class JsonLines(logging.Handler):
                 self.path.replace(self.path.with_name(f"{self.path.name}.1"))
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         with self._writing:
             if self._fd is not None:
                 os.close(self._fd)
@@ -114,7 +114,7 @@ def _line(record: logging.LogRecord, where: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def writing(handler: JsonLines, names: Iterable[str]) -> Iterator[JsonLines]:
-    """Let ``handler`` have what the loggers of those names say, from INFO on, inside the block."""
+    """Add ``handler`` to the loggers of those names, from INFO on, for the block."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,1 +1,1 @@
-"""What the server tells about itself: status page, metrics, event files."""
+"""Telemetry of the server: status page, metrics, event files."""

@@ -134,7 +134,7 @@ def render(page: Mapping[str, Any]) -> bytes:
 
 
 class MetricsPort:
-    """Answers with what ``body`` returns until closed.
+    """HTTP server that answers with what ``body`` returns until it is closed.
 
     Args:
         port: to listen on; 0 = any free one.

@@ -1,4 +1,4 @@
-"""What shows a run while it goes on: the progress file, the JSON log, metrics, TensorBoard.
+"""Observers of a run while it goes on: the progress file, the JSON log, metrics, TensorBoard.
 
 All of it is at the model owner's side and holds only what the server knows anyway.  None of it may
 end a run: a full disk costs what would have been shown.

@@ -1,4 +1,4 @@
-"""What a server knows of its run at this moment, as one JSON-able page.
+"""Status of a run at this moment, as one JSON-able page.
 
 The page is the only source of what is shown: ``progress.json`` in ``output.dir`` is the page, the
 metrics endpoint writes the same page as OpenMetrics (:mod:`strategies.telemetry.metrics`), and
@@ -33,7 +33,7 @@ _RECENT = 256
 
 @dataclass
 class _Owner:
-    """One owner's sessions so far."""
+    """Sessions of one owner so far."""
 
     node: int
     state: str = "connected"
@@ -46,7 +46,7 @@ class _Owner:
     frames: int = 0
 
     def settle(self) -> None:
-        """Take the figures of closed links and let the links go."""
+        """Add up the figures of closed links and drop the links."""
         for link in [link for link in self.links if link.closed]:
             self.links.remove(link)
             self.up += link.traffic.bytes_in

@@ -13,7 +13,7 @@ from fedsplit.errors import ConfigError, RunError
 
 
 class EventFile:
-    """A new event file; any thread may write.
+    """New event file; any thread may write.
 
     Each record is with the operating system when the call returns: a run that is killed keeps its
     curves.

@@ -1,4 +1,4 @@
-"""From invariants to the vector that draws the picture.
+"""Encoder from invariants to the vector that draws the picture.
 
 HuRef (arXiv 2312.04828), section 5: a CNN maps the (6, K, K) invariants of the last two blocks to a
 512-vector that looks Gaussian to a discriminator and keeps locality: near invariants, near vectors.
@@ -43,7 +43,7 @@ SHIPPED = Path(__file__).with_name("encoder.safetensors")
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The recipe: steps of Adam on batches of synthetic anchors, from a seed."""
+    """Recipe of a training: steps of Adam on batches of synthetic anchors, from a seed."""
 
     steps: int = 400
     batch: int = 32
@@ -58,13 +58,13 @@ class EncoderConfig:
 
 
 def zscore(x: Tensor) -> Tensor:
-    """Zero mean and unit deviation over all but the leading axes (channels last two are pixels)."""
+    """Return ``x`` with zero mean and unit deviation over its last two axes, the pixels."""
     mean = x.mean((-2, -1), keepdim=True)
     return (x - mean) / x.std((-2, -1), keepdim=True).clamp_min(1e-9)
 
 
 class Encoder(nn.Module):
-    """(B, 6, 32, 32) -> (B, 512), each vector z-scored."""
+    """Map (B, 6, 32, 32) to (B, 512), each vector z-scored."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 
 
 def synthetic(batch: int, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Anchors and their positives, (B, 6, 32, 32) each, z-scored per channel.
+    """Return anchors and their positives, (B, 6, 32, 32) each, z-scored per channel.
 
     Noise is drawn per sample up to HuRef's 0.4 on x and 0.1 on q and k, so that every distance
     between identical and barely related occurs.
@@ -197,7 +197,7 @@ def load(path: str | Path = SHIPPED) -> Encoder:
 
 
 def channels(fingerprint: PublicFingerprint) -> Tensor:
-    """(6, 32, 32): the three products of the last two blocks, z-scored per channel.
+    """Return the three products of the last two blocks, (6, 32, 32), z-scored per channel.
 
     Raises:
         LineageError: if the fingerprint's sketches have another size.

@@ -23,7 +23,7 @@ from fedsplit.seeding import torch_generator
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Cosines on synthetic matrices that training never saw.
+    """Return cosines on synthetic matrices that training never saw.
 
     Attributes:
         near: mean cosine of a matrix and its noisy copy.
@@ -41,7 +41,7 @@ class HeldOut:
 
 
 def held_out(encoder: Encoder, config: EncoderConfig, samples: int = 64) -> HeldOut:
-    """Measure an encoder on fresh synthetic matrices of the recipe's law."""
+    """Measure an encoder on fresh synthetic matrices as its recipe draws them."""
     generator = torch_generator(config.seed, "encoder-held-out")
     anchor, positive = synthetic(samples, config.rank, generator)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def held_out(encoder: Encoder, config: EncoderConfig, samples: int = 64) -> Held
 
 
 def recipe(path: str | Path) -> dict[str, str]:
-    """The recipe that an encoder's file says it was made by.
+    """Return the recipe that an encoder's file says it was made by.
 
     Raises:
         ModelError: for a file that cannot be read.
@@ -68,6 +68,6 @@ def recipe(path: str | Path) -> dict[str, str]:
 
 
 def largest_difference(one: Encoder, two: Encoder) -> float:
-    """Largest absolute difference of two encoders' weights, running averages included."""
+    """Return the largest absolute difference of two encoders' weights and running averages."""
     pairs = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
     return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Any image generator as an ONNX file: z (1, 512) float32 -> a picture.
+"""Image generators as ONNX files: z (1, 512) float32 -> a picture.
 
 A StyleGAN2 trained on AFHQ dogs, as in HuRef (arXiv 2312.04828), section 5, exports to this form.
 Signature: one input, float32, (1, 512), the first axis possibly symbolic; one output of rank 4,
@@ -34,7 +34,7 @@ RANGES = {"-1,1": (-1.0, 1.0), "0,1": (0.0, 1.0)}
 
 
 class OnnxGenerator:
-    """A generator read from a file.
+    """Generator of pictures, read from an ONNX file.
 
     Args:
         path: the ONNX file.
@@ -142,7 +142,7 @@ def _parsed(onnx: Any, data: bytes, path: Path) -> Any:
 
 
 def _check_program(onnx: Any, model: Any, path: Path) -> None:
-    """Only standard operators and functions made of them; no tensor in another file."""
+    """Check that a file has standard operators and functions made of them, and every tensor."""
     own = {(f.domain, f.name) for f in model.functions}
     bodies = [model.graph.node, *(f.node for f in model.functions)]
     external = onnx.TensorProto.EXTERNAL
@@ -164,7 +164,7 @@ def _check_program(onnx: Any, model: Any, path: Path) -> None:
 
 
 def _nodes(bodies: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """Every node, those of nested graphs too, with the tensors that it carries."""
+    """Yield every node, those of nested graphs too, with the tensors that it carries."""
     pending = list(bodies)
     while pending:
         for node in pending.pop():
@@ -182,7 +182,7 @@ def _nodes(bodies: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
 
 
 def _check_signature(onnx: Any, graph: Any, path: Path) -> tuple[str, str, str]:
-    """(input's name, output's name, output's dtype)."""
+    """Return (input's name, output's name, output's dtype)."""
     names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.UINT8: "uint8"}
     held = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in held]
@@ -215,7 +215,7 @@ def _check_signature(onnx: Any, graph: Any, path: Path) -> tuple[str, str, str]:
 
 
 def _form(value: Any) -> tuple[int, tuple[int | None, ...]]:
-    """(element type, shape); None for a symbolic axis."""
+    """Return (element type, shape); None for a symbolic axis."""
     kind = value.type.tensor_type
     axes = tuple(
         int(axis.dim_value) if axis.HasField("dim_value") else None for axis in kind.shape.dim

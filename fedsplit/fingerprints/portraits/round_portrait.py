@@ -27,7 +27,7 @@ from fedsplit.seeding import torch_generator
 
 
 class RoundPortrait:
-    """Draws vectors of states that share the base's embedding rows.
+    """Reader of the portrait vectors of states that share the base's embedding rows.
 
     Args:
         base: the base's view, with embedding rows.
@@ -49,7 +49,7 @@ class RoundPortrait:
         self._encoder: Encoder = load()
 
     def vector(self, view: WeightView) -> NDArray[np.float64]:
-        """The 512-vector; equal to that of the published fingerprint of the same weights."""
+        """Return the 512-vector; equal to that of the published fingerprint of the same weights."""
         blocks = [self._sketch(view, index) for index in range(-min(2, view.depth), 0)]
         stacked = torch.cat(blocks if len(blocks) == 2 else blocks * 2)  # (6, 32, 32)
         with torch.no_grad():
@@ -69,12 +69,12 @@ class RoundPortrait:
 
 
 def pack_vector(vector: NDArray[np.float64]) -> str:
-    """A vector as text for a record: base64 of little-endian float16, 1.4 kB."""
+    """Return a vector as text for a record: base64 of little-endian float16, 1.4 kB."""
     return base64.b64encode(vector.astype("<f2").tobytes()).decode()
 
 
 def unpack_vector(text: str) -> NDArray[np.float64]:
-    """The vector of a record.
+    """Return the vector of a record.
 
     Raises:
         LineageError: if the text is not one.

@@ -1,4 +1,4 @@
-"""From a 512-vector to the traits and colours of a dog.
+"""Map from a 512-vector to the traits and colours of a dog.
 
 The vector goes through a fixed orthonormal projection onto a few dozen directions, each of which
 steers one breed-like trait (coat, pattern, ears, muzzle, eyes, tongue, background).  Angles
@@ -84,7 +84,7 @@ TRAITS: tuple[str, ...] = (
 
 @lru_cache(maxsize=1)
 def projection() -> NDArray[np.float64]:
-    """The fixed orthonormal projection, (traits, 512)."""
+    """Return the fixed orthonormal projection, (traits, 512)."""
     raw = numpy_generator(SEED, "portrait").standard_normal((DIMENSION, len(TRAITS)))
     basis, upper = np.linalg.qr(raw)
     out: NDArray[np.float64] = (basis * np.sign(np.diag(upper))).T
@@ -92,7 +92,7 @@ def projection() -> NDArray[np.float64]:
 
 
 def traits(vector: ArrayLike) -> dict[str, float]:
-    """Trait values of a 512-vector: standard normal for "_x"/"_y", uniform in (0, 1) otherwise.
+    """Return traits of a 512-vector: standard normal for "_x"/"_y", uniform in (0, 1) otherwise.
 
     Raises:
         LineageError: for another shape, or values that are not finite.
@@ -108,7 +108,7 @@ def traits(vector: ArrayLike) -> dict[str, float]:
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """Colour between a (0) and b (1)."""
+    """Return the colour between ``a`` (share 0) and ``b`` (share 1)."""
     s = min(1.0, max(0.0, share))
     return (a[0] + s * (b[0] - a[0]), a[1] + s * (b[1] - a[1]), a[2] + s * (b[2] - a[2]))
 
@@ -118,10 +118,10 @@ NEAR = 0.6
 
 
 def around(wheel: Sequence[Colour], x: float, y: float) -> Colour:
-    """A colour on a closed palette at the angle of (x, y); the palette's mean at 0."""
-    place = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * len(wheel)
-    i = int(place) % len(wheel)
-    share = place - int(place)
+    """Return a colour on a closed palette at the angle of (x, y); the palette's mean at 0."""
+    position = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * len(wheel)
+    i = int(position) % len(wheel)
+    share = position - int(position)
     share = share * share * (3 - 2 * share)  # rest longer on the named colours
     found = mix(wheel[i], wheel[(i + 1) % len(wheel)], share)
     mean = np.mean(wheel, axis=0)
@@ -130,7 +130,7 @@ def around(wheel: Sequence[Colour], x: float, y: float) -> Colour:
 
 
 def hue(x: float, y: float, saturation: float, value: float) -> Colour:
-    """A hue at the angle of (x, y), grey at 0."""
+    """Return a hue at the angle of (x, y), grey at 0."""
     saturation *= step(float(np.hypot(x, y)), 0.0, NEAR)
     h = (np.arctan2(y, x) / (2 * np.pi) % 1.0) * 6.0
     parts = [
@@ -141,7 +141,7 @@ def hue(x: float, y: float, saturation: float, value: float) -> Colour:
 
 
 def step(value: float, start: float, end: float) -> float:
-    """0 below start, 1 above end, smooth between."""
+    """Return 0 below ``start``, 1 above ``end``, and a smooth value between."""
     s = min(1.0, max(0.0, (value - start) / (end - start)))
     return s * s * (3 - 2 * s)
 
