@@ -12,14 +12,21 @@ from collections.abc import Callable, Mapping
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.emulators.settings import check_offsite
+from fedsplit.errors import check
+from fedsplit.models.adapters.trainable import TRAINABLE
 from fedsplit.privacy.settings import check_privacy
+
+
+def _check_trainable(config: RunConfig) -> None:
+    method, known = config.train.method, ", ".join(TRAINABLE)
+    check(method in TRAINABLE, "train.method", method, f"one of {known}")
 
 
 def _check_offsite(config: RunConfig) -> None:
     check_offsite(config.offsite)
 
 
-CHECKS: tuple[Callable[[RunConfig], None], ...] = (check_privacy, _check_offsite)
+CHECKS: tuple[Callable[[RunConfig], None], ...] = (_check_trainable, check_privacy, _check_offsite)
 """One check per family of tables; each raises ``ConfigError``."""
 
 
@@ -39,6 +46,6 @@ def check_settings(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: as :func:`read_settings`.
     """
-    for check in CHECKS:
-        check(config)
+    for check_family in CHECKS:
+        check_family(config)
     return config

@@ -83,7 +83,8 @@ class TrainConfig:
         max_steps: cohort steps per round at most; 0 = no bound.
         batch_size: samples per owner and step; a cohort step has the sum over its owners.
         method: trainable part of the top: ``all``, ``head``, ``lora``, ``bitfit``, ``ia3`` or
-            ``adapter``.
+            ``adapter``; a row of ``fedsplit.models.TRAINABLE``, checked when settings are read
+            (:mod:`fedsplit.settings`).
         optimizer: ``adamw`` or ``sgd``.
         lr: peak learning rate of the top (1/step).
         head_lr: learning rate of a fresh classification head; 0 = same as ``lr``.
@@ -124,7 +125,7 @@ class TrainConfig:
         check(self.bench_after >= 0, "train.bench-after", self.bench_after, ">= 0 (0 = never)")
         check(self.bench_rounds >= 1, "train.bench-rounds", self.bench_rounds, ">= 1")
         check(self.max_steps >= 0, "train.max-steps", self.max_steps, ">= 0 (0 = no bound)")
-        one_of("train.method", self.method, ("all", "head", "lora", "bitfit", "ia3", "adapter"))
+        check(bool(self.method), "train.method", self.method, "a method's name")
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
         one_of("train.schedule", self.schedule, ("constant", "linear"))
         for name in ("lr", "bottom_lr"):

@@ -86,7 +86,7 @@ class OffsiteConfig:
     secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
-        # Their families are in higher layers: fedsplit.emulators.settings.check_offsite knows them.
+        # Their tables are asked when settings are read (fedsplit.settings).
         for name in ("compressor", "method", "rank_by"):
             value = getattr(self, name)
             check(bool(value), f"offsite.{name.replace('_', '-')}", value, "a name")

@@ -121,16 +121,6 @@ class TextDataset:
             np.asarray(self.labels, dtype=np.int64), minlength=len(self.label_names)
         ).astype(np.int64)
 
-    def majority_share(self) -> float:
-        """Return the share of the most frequent label: the accuracy of always guessing it.
-
-        Raises:
-            DataError: if there are no labels.
-        """
-        if not self.labels:
-            raise DataError(f"{self.name}: labels=(): must be there for a majority share")
-        return float(self.label_counts().max() / len(self))
-
 
 def label_names(tables: Sequence[Table]) -> tuple[str, ...]:
     """Return the names of all labels in the tables, sorted; as numbers when all are integers.

@@ -15,7 +15,7 @@ from fedsplit.models.adapters.methods import METHODS, MethodSettings
 def check_offsite(offsite: OffsiteConfig) -> None:
     """Check the names that the settings give: compressor, ranking and method.
 
-    The settings' own layer knows no families, so whoever starts from them calls this first.
+    Called when settings are read (:mod:`fedsplit.settings`): their own layer knows no families.
 
     Raises:
         ConfigError: an unknown name; the message lists the known ones.
@@ -62,12 +62,7 @@ def compressor_settings(
 
 
 def method_settings(offsite: OffsiteConfig, seed: int) -> MethodSettings:
-    """Return what a run's settings say about what is trained inside A.
-
-    Raises:
-        ConfigError: an unknown method.
-    """
-    check_offsite(offsite)
+    """Return what a run's settings say about what is trained inside A."""
     return MethodSettings(
         method=offsite.method,
         rank=offsite.rank,

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsplit.config import RunConfig
 from fedsplit.emulators.build import tune_in_full
 from fedsplit.emulators.lm import mean_loss
-from fedsplit.emulators.settings import check_offsite, method_settings
+from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError
 from fedsplit.models.loading import LoadedModel
 from fedsplit.wire.authentication import Door
@@ -54,7 +54,6 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
             f"model.task={config.model.task!r}, session.transport={config.session.transport!r}: "
             "must be causal-lm and stream for offsite tuning"
         )
-    check_offsite(config.offsite)
     folder = Path(config.output.dir) if config.output.dir else None
     recorder = Recorder.of(config, context.run_id)
     began = time.perf_counter()

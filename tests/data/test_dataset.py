@@ -31,12 +31,6 @@ def test_select_keeps_rows_together_and_in_order(dataset: TextDataset) -> None:
     assert part.label_names == dataset.label_names
 
 
-def test_majority_share(dataset: TextDataset) -> None:
-    assert dataset.majority_share() == pytest.approx(2 / 3)
-    with pytest.raises(DataError, match="labels"):
-        TextDataset(("a",)).majority_share()
-
-
 def test_digest_is_of_the_content_only(dataset: TextDataset) -> None:
     reordered = {name: dataset.columns[name] for name in ("age", "author")}
     same = dataclasses.replace(dataset, name="other", columns=reordered)

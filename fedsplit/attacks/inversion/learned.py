@@ -52,32 +52,32 @@ class Inverter(nn.Module):
         d, d_e = weight.shape[0] - POSITIONS, weight.shape[1]
         self.register_buffer("weight", weight)
         self.scale = scale
-        self.enter = nn.Linear(d, width)
-        self.place = nn.Embedding(POSITIONS, width)
+        self.inner = nn.Linear(d, width)
+        self.position = nn.Embedding(POSITIONS, width)
         self.encoder: nn.Module | None = None
         if layers:
             block = nn.TransformerEncoderLayer(
                 width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True
             )
             self.encoder = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
-        self.leave = nn.Linear(width, d_e)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        self.outer = nn.Linear(width, d_e)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
         self.sharpness = nn.Parameter(torch.zeros(()))
         self.frequency = nn.Parameter(torch.ones(()))
 
     def forward(self, received: Tensor, mask: Tensor) -> Tensor:
         """Return the guessed embeddings; ``mask`` is ``(B, T)``, 1 for tokens."""
-        place = torch.arange(received.shape[1], device=received.device).clamp(max=POSITIONS - 1)
+        position = torch.arange(received.shape[1], device=received.device).clamp(max=POSITIONS - 1)
         weight = self.weight
         assert isinstance(weight, Tensor), "a buffer"
         d = received.shape[2]
-        linear = received @ weight[:d] + weight[d + place]  # (B, T, d_e)
+        linear = received @ weight[:d] + weight[d + position]  # (B, T, d_e)
         if self.encoder is None:
             return linear
-        x = self.enter(received / self.scale) + self.place(place)
+        x = self.inner(received / self.scale) + self.position(position)
         x = self.encoder(x, src_key_padding_mask=mask == 0)
-        correction: Tensor = self.leave(x)
+        correction: Tensor = self.outer(x)
         return linear + correction
 
     def scores(self, guess: Tensor, table: Tensor, log_prior: Tensor) -> Tensor:
@@ -348,8 +348,8 @@ def ridge_map(
     for at in range(0, len(received), 256):
         x = torch.cat(list(received[at : at + 256]))  # (n, d)
         y = torch.cat(list(ids[at : at + 256]))
-        place = torch.cat([torch.arange(len(r)) for r in received[at : at + 256]])
-        hot = F.one_hot(place.clamp(max=POSITIONS - 1), POSITIONS).float()
+        position = torch.cat([torch.arange(len(r)) for r in received[at : at + 256]])
+        hot = F.one_hot(position.clamp(max=POSITIONS - 1), POSITIONS).float()
         weight = counts[y].rsqrt().float().unsqueeze(1)
         design = torch.cat([x, hot], dim=1)
         gram += (design.T @ (design * weight)).double()

@@ -156,9 +156,10 @@ def report(results: list[Any], json_: Path | None) -> None:
 
 
 def result_table(results: list[Any]) -> Table:
-    """Return attack results as a table, one row each."""
+    """Return attack results as a table, one row each; "texts" were read without an error."""
     table = Table(title="What each attacker recovers (95 % intervals over samples)")
-    for column in ("attack", "success", "interval", "privacy", "top 10", "guessing", "tokens"):
+    columns = ("attack", "success", "interval", "privacy", "top 10", "texts", "guessing", "tokens")
+    for column in columns:
         table.add_column(column, justify="left" if column == "attack" else "right")
     table.add_column("seconds", justify="right")
     table.add_column("knowledge")
@@ -170,6 +171,7 @@ def result_table(results: list[Any]) -> Table:
             f"{100 * low:.1f} to {100 * high:.1f}",
             f"{100 * r.empirical_privacy:.1f} %",
             "" if r.top10 is None else f"{100 * r.top10:.1f} %",
+            "" if r.text_recovery is None else f"{100 * r.text_recovery:.1f} %",
             f"{100 * r.baseline:.1f} %",
             str(r.tokens),
             f"{r.seconds:.1f}",

@@ -93,11 +93,6 @@ class TrialRow:
         """Whether the plug-in beats the base and the tuned emulator (Offsite-Tuning, sec. 3)."""
         return self.plug_in < min(self.full_zero_shot, self.emulator_ft)
 
-    @property
-    def model_privacy(self) -> float:
-        """How much better the plug-in is than what the owner has, in nats."""
-        return self.emulator_ft - self.plug_in
-
 
 def tune(
     model: Model,

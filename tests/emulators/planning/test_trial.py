@@ -27,7 +27,6 @@ def test_nothing_compressed_is_the_bound_itself() -> None:
     assert row.full_zero_shot == row.emulator_zero_shot == start
     assert row.plug_in == row.emulator_ft == row.adapters_in_full < start
     assert row.closed == 1.0
-    assert row.model_privacy == 0.0
     assert not row.valid  # the owner has as good a model
     assert row.adapters == emulator.plan.adapters == (0, 5)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
