@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -18,6 +20,36 @@ from transformers import (
 
 WORDS = [f"w{i}" for i in range(90)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def random_model(
+    config: Any,
+    auto: Any = AutoModelForCausalLM,
+    *,
+    seed: int = 0,
+    matrices: float = 0.1,
+    vectors: float = 0.1,
+    **options: Any,
+) -> Any:
+    """Return a random model in evaluation mode, its weights drawn far from their start.
+
+    Biases and norms start at 0 and 1, so a wrongly moved one would not be seen.
+
+    Args:
+        config: of transformers.
+        auto: the class that builds the model from it.
+        seed: of the weights; the global generator stays as it was.
+        matrices: standard deviation of what is added to matrices.
+        vectors: the same for vectors.
+        **options: of ``from_config``.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = auto.from_config(config, **options)
+        for parameter in model.parameters():
+            scale = vectors if parameter.dim() == 1 else matrices
+            parameter.add_(scale * torch.randn_like(parameter))
+    return model.eval()
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
+
+from tests.tiny_models import random_model
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 LAYERS = 6
@@ -50,14 +52,8 @@ def tiny(name: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a random model in evaluation mode, weights drawn far from zero."""
     kind, settings = FAMILIES[name]
     config = AutoConfig.for_model(kind, **(settings | changes))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # Biases and norms start at 0 and 1: a wrongly moved one would not be seen.
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    model: PreTrainedModel = random_model(config, seed=seed, experts_implementation="eager")
+    return model
 
 
 def tokens(rows: int = 12, length: int = 10, seed: int = 1) -> torch.Tensor:

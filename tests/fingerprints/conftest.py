@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
+
+from tests.tiny_models import random_model
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "models"
 
@@ -48,13 +49,8 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     kind, settings = SHAPES[family]
     config = CONFIG_MAPPING[kind](**(settings | changes))
     auto = AutoModel if family == "bert" else AutoModelForCausalLM
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = auto.from_config(config, attn_implementation="eager").eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                scale = 0.2 if parameter.dim() == 1 else 0.05
-                parameter.add_(scale * torch.randn_like(parameter))
+    own = {"matrices": 0.05, "vectors": 0.2, "attn_implementation": "eager"}
+    model: nn.Module = random_model(config, auto, seed=seed, **own)
     return model
 
 

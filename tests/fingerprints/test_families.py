@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModel
 
 from fedsplit.fingerprints.gate.lineage_gate import GateConfig, LineageGate
+from tests.tiny_models import random_model
 
 _PATH = Path(__file__).parents[1] / "models" / "families_for_projections.py"
 _SPEC = importlib.util.spec_from_file_location("families_for_projections", _PATH)
@@ -21,12 +21,8 @@ _SPEC.loader.exec_module(families)
 
 
 def _random(family: str, seed: int) -> Any:
-    torch.manual_seed(seed)
-    model = AutoModel.from_config(families.family_config(family))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    config = families.family_config(family)
+    return random_model(config, AutoModel, seed=seed, matrices=0.05, vectors=0.05)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.tiny_models import random_model
+
 LAYERS = 3
 VOCAB = 37
 COMMON = {
@@ -142,13 +144,9 @@ def tiny(name: str, task: str, **changes: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(family.model_type, **(family.base | family.extra | changes))
     if task == "sequence-classification":
         config.num_labels = 3
-    torch.manual_seed(0)
-    model = family.tasks[task].from_config(config, experts_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Biases and norms start at 0 and 1: a wrongly cut one would not be seen.
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.to(family.dtype).eval()
+    model = random_model(config, family.tasks[task], experts_implementation="eager")
+    found: PreTrainedModel = model.to(family.dtype)
+    return found
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:

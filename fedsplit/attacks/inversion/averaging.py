@@ -1,6 +1,6 @@
 """Averaging repeated views of one sample: what fresh noise in every epoch would give away.
 
-The mean of v independent draws has its error divided by sqrt(v) (REFERENCE section 1), so an owner
+The mean of v independent draws has its error divided by sqrt(v), so an owner
 that draws anew each epoch spends its privacy v times.  fedsplit draws once per sample
 (:mod:`fedsplit.privacy.perturb`): every view is the same bytes, and this attack gains nothing.
 """

@@ -20,7 +20,7 @@ with d_eff of the order of d; see :mod:`fedsplit.fingerprints.gate.verdict`.  Wh
 descendant whose embeddings were replaced (new tokenizer) cannot be aligned, so the answer is
 "not shown"; shuffled vocabularies must first be matched by token text.
 
-Source: REFERENCE section 3 (own construction on HuRef section 4 and AWM section 3).
+Source: our own construction on HuRef (arXiv 2312.04828), section 4, and AWM, section 3.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING
 
 from fedsplit.errors import ModelError, UnsupportedModelError
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.fingerprints.evasion.transforms import transform
 from fedsplit.fingerprints.weights_file import open_view
 from fedsplit.models.layout.projections import layout_of
+from tests.tiny_models import random_model
 
 EXPERTS = 3
 SETTINGS: dict[str, Any] = {
@@ -37,13 +38,8 @@ KINDS = ["mixtral", "olmoe", "qwen3_moe"]
 
 
 def build(kind: str, seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    config = CONFIG_MAPPING[kind](**SETTINGS)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    own: dict[str, Any] = {"matrices": 0.05, "vectors": 0.05, "experts_implementation": "eager"}
+    return random_model(CONFIG_MAPPING[kind](**SETTINGS), seed=seed, **own)
 
 
 @pytest.mark.parametrize("kind", KINDS)

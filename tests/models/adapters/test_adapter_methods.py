@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
 from fedsplit.models.adapters.methods import METHODS, BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
+from tests.tiny_models import random_model
 
 COMMON: dict[str, Any] = {
     "vocab_size": 61,
@@ -38,13 +39,7 @@ IDS = torch.arange(24).view(2, 12) * 7 % 58 + 3
 
 def model_of(name: str) -> Any:
     kind, settings = FAMILIES[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
+    return random_model(AutoConfig.for_model(kind, **settings))
 
 
 def attach(model: Any, method: str, positions: tuple[int, ...] = (1, 3), **own: Any) -> BlockTuning:

@@ -19,19 +19,13 @@ from fedsplit.models.layout.projections import (
     tensors_of,
 )
 from tests.models.families_for_projections import FAMILIES, family_config
+from tests.tiny_models import random_model
 
 
 def _model(name: str) -> tuple[nn.Module, BlockLayout]:
     config = family_config(name)
-    torch.manual_seed(5)
-    model = AutoModel.from_config(config, attn_implementation="eager").eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.add_(0.15 * torch.randn_like(parameter))
-    return model, layout_of(config)
+    own: dict[str, Any] = {"matrices": 0.15, "vectors": 0.3, "attn_implementation": "eager"}
+    return random_model(config, AutoModel, seed=5, **own).double(), layout_of(config)
 
 
 def _module(model: nn.Module, weight: str) -> nn.Module:
