@@ -48,7 +48,7 @@ def logits_of(model: Model, ids: Tensor) -> Tensor:
 
 
 def lm_loss(logits: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy in nats of each next token: logits (B, T, V), ids (B, T)."""
+    """Return the cross-entropy (nats) of each next token: logits (B, T, V), ids (B, T)."""
     flat = logits[:, :-1].float().flatten(0, 1)  # (B (T-1), V)
     return F.cross_entropy(flat, ids[:, 1:].flatten(), reduction=reduction)
 

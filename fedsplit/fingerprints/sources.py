@@ -82,7 +82,7 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
 
 
 def model_folder(text: str) -> Path:
-    """The folder of a model's files; a hub's are fetched into its cache.
+    """Return the folder of a model's files; a hub's are fetched into its cache.
 
     Raises:
         ModelError: if there is no such folder, package or hub model.

@@ -125,15 +125,15 @@ class WeightView:
         return self._rows_shape[0] if self._rows_shape else 0
 
     def stored_dtype(self) -> torch.dtype:
-        """The type that the projections are kept in, told from the last block's values."""
+        """Return the type that the projections are kept in, told from the last block's values."""
         return self.get(self.prefixes[-1] + self.layout.v.weight).dtype
 
     def block(self, index: int, *, fold: bool = True) -> BlockProjections:
-        """Projections of block ``index`` (negative from the end)."""
+        """Return the projections of block ``index`` (negative from the end)."""
         return read_block(self.layout, self.get, self.prefixes[index], fold=fold)
 
     def embeddings(self, tokens: Sequence[int] | None = None) -> Tensor:
-        """Token embedding rows (K, d) as float32; all of them for ``tokens=None``.
+        """Return the token embedding rows (K, d) as float32; all of them for ``tokens=None``.
 
         Raises:
             LineageError: if there is no embedding, or a token beyond it.
@@ -165,7 +165,7 @@ class WeightView:
         return rows
 
     def canonical(self) -> dict[str, str]:
-        """Names that do not depend on how the model was wrapped -> its own names.
+        """Return names that do not depend on how the model was wrapped -> its own names.
 
         Block i's parameters are "blocks.i.<name>", the token embedding is "embedding", everything
         else keeps its last two components.
@@ -183,7 +183,7 @@ class WeightView:
 
 
 def choose_tokens(vocabulary: int, count: int = TOKENS, seed: int = 2312) -> tuple[int, ...]:
-    """The public token list of a base with ``vocabulary`` rows: all, or ``count`` by a fixed draw.
+    """Return the public token list of ``vocabulary`` rows: all, or ``count`` by a fixed draw.
 
     HuRef takes the rarest tokens of English Wikipedia, which needs a corpus; a fixed pseudo-random
     list serves the same purpose, that nobody can choose inputs which forge a similarity, for any
@@ -216,7 +216,7 @@ def same_width(base: WeightView, suspect: WeightView) -> int:
 
 
 def shared_rows(base: WeightView, suspect: WeightView) -> int:
-    """Number of leading token rows both have (an extended vocabulary keeps the base's ids).
+    """Return how many leading token rows both have (an extension keeps the base's ids).
 
     Raises:
         LineageError: if one of them has no embedding.

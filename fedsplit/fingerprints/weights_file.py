@@ -46,7 +46,7 @@ class TensorFiles:
                     self.shapes[name] = tuple(handle.get_slice(name).get_shape())
 
     def get(self, name: str) -> Tensor:
-        """One tensor in its stored type; its pages are unmapped when it is freed."""
+        """Return one tensor in its stored type; its pages are unmapped when it is freed."""
         with _opened(self.where[name]) as handle:
             try:
                 tensor: Tensor = handle.get_tensor(name)
@@ -55,7 +55,7 @@ class TensorFiles:
         return tensor
 
     def rows(self, name: str, index: Sequence[int]) -> Tensor:
-        """Some rows of a matrix, (len(index), d), without reading the others."""
+        """Return some rows of a matrix, (len(index), d), without reading the others."""
         with _opened(self.where[name]) as handle:
             part = handle.get_slice(name)
             return torch.cat([part[i : i + 1] for i in index])
@@ -108,7 +108,7 @@ class ExpertFiles(TensorFiles):
                 self.shapes.pop(name, None)
 
     def get(self, name: str) -> Tensor:
-        """One tensor, or one stacked from its experts'."""
+        """Return one tensor, or one stacked from its experts'."""
         if name not in self.parts:
             return super().get(self.routers.get(name, name))
         get = super().get
@@ -136,7 +136,7 @@ class _opened:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory.
+    """Return the safetensors files of a model directory.
 
     Raises:
         ModelError: if there are none, or the index names a file outside the directory.

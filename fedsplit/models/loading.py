@@ -224,7 +224,7 @@ def _check_causal(config: PreTrainedConfig, source: str) -> None:
 
 
 def _check_complete(model: PreTrainedModel, task: str, new: set[str], source: str) -> None:
-    """Only a classification head (and its pooler) may be missing from a checkpoint."""
+    """Check that only a classification head (and its pooler) is missing from a checkpoint."""
     base = model.base_model
     known = {f"{n}." for n, m in model.named_modules() if m is base and n}
     prefix = next(iter(known), "")
@@ -265,7 +265,7 @@ def _naming(source: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars or reports of a new head: what matters is checked and raised here."""
+    """Hide progress bars and reports of a new head: what matters is checked and raised here."""
     level = hf_logging.get_verbosity()
     bar = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.ERROR)

@@ -155,7 +155,7 @@ def emulator_case(
 
 
 def table(looks: Sequence[Look], knowledge: str) -> Table:
-    """One row for each look at the attack."""
+    """Return one row for each look at the attack."""
     shown = Table(
         title=f"share of the gap closed by an owner with {knowledge} (95 % intervals over blocks)",
         title_justify="left",

@@ -75,7 +75,7 @@ def attack_lineage(
 
 
 def measured(base: nn.Module, suspect: nn.Module) -> dict[str, float | None]:
-    """Every fingerprint of two live models; None where it cannot be taken."""
+    """Return every fingerprint of two live models; None where it cannot be taken."""
     from fedsplit.errors import LineageError
     from fedsplit.fingerprints import FINGERPRINTS, WeightView
 
@@ -90,7 +90,7 @@ def measured(base: nn.Module, suspect: nn.Module) -> dict[str, float | None]:
 
 
 def pruned(base: nn.Module) -> dict[str, Any]:
-    """The row of a change that does not keep the function: the smallest 30 % of weights zeroed."""
+    """Return the row of a change that does not keep the function: the smallest 30 % zeroed."""
     import copy
 
     from fedsplit.fingerprints.evasion.editor import Editor

@@ -137,7 +137,7 @@ class QuantisedLinear(nn.Module):
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """(m, n) int8 in -7..7 -> (m, ceil(n/2)) uint8, the earlier column in the low half."""
+    """Return (m, n) int8 in -7..7 as (m, ceil(n/2)) uint8, the earlier column in the low half."""
     nibbles = (codes.to(torch.int16) + 8).to(torch.uint8)
     nibbles = F.pad(nibbles, (0, nibbles.shape[1] % 2), value=8)
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
@@ -149,12 +149,12 @@ def _unpack(packed: Tensor, columns: int) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a plain or GPT-2-style linear layer (its weight may be transposed)."""
+    """Return whether ``module`` is a plain or GPT-2-style linear layer (its weight transposed there)."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether ``module`` keeps its weight as (in, out), as GPT-2's Conv1D does."""
+    """Return whether ``module`` keeps its weight as (in, out), as GPT-2's Conv1D does."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear) or not isinstance(weight, Tensor) or weight.dim() != 2:
         return False

@@ -129,7 +129,7 @@ class OwnStorage:
 
 
 def is_meta(model: nn.Module) -> bool:
-    """Whether ``model`` is laid out without memory."""
+    """Return whether ``model`` is laid out without memory."""
     return next(model.parameters()).is_meta
 
 
@@ -194,7 +194,7 @@ def first(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
+    """Hold evaluation mode inside; restore every module's own mode afterwards."""
     modes = [(m, m.training) for top in modules for m in top.modules()]
     try:
         for module, _ in modes:
@@ -207,7 +207,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """No parameter tracks gradients inside, evaluation mode; flags come back afterwards."""
+    """Hold evaluation mode without gradients inside; restore the flags afterwards."""
     flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
     try:
         for parameter, _ in flags:

@@ -49,7 +49,7 @@ def truncated_rank(rows: int, columns: int, beta: float) -> int:
 
 
 def saves_memory(rows: int, columns: int, rank: int) -> bool:
-    """Whether two factors are smaller than the matrix: r < mn / (m + n)."""
+    """Return whether two factors are smaller than the matrix: r < mn / (m + n)."""
     return rank * (rows + columns) < rows * columns
 
 

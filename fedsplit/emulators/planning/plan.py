@@ -83,7 +83,7 @@ class EmulatorPlan:
         return self.having(ADAPTER)
 
     def having(self, role: str) -> tuple[int, ...]:
-        """Base positions of the blocks with this role."""
+        """Return the base positions of the blocks with this role."""
         return tuple(i for i, r in enumerate(self.roles) if r == role)
 
     def to_json(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class EmulatorPlan:
         *,
         replaced: int | None = None,
     ) -> EmulatorPlan:
-        """ScaleOT's emulator from (N_a, alpha, beta), arXiv 2412.09812, stage 2.
+        """Return ScaleOT's plan from (N_a, alpha, beta), arXiv 2412.09812, stage 2.
 
         The ``n_adapters`` highest scores become A at their own positions; of the rest the
         ``round(alpha * rest)`` lowest get harmonizers, the remainder is compressed when beta > 0

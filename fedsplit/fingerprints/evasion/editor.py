@@ -33,21 +33,21 @@ class Editor:
         self.width = int(self.config.get_text_config().hidden_size)
 
     def site(self, role: str) -> Site:
-        """Where a projection lives."""
+        """Return where a projection lives."""
         found: Site | None = getattr(self.layout, role)
         if found is None:
             raise ModelError(f"projection={role!r}: this model has none")
         return found
 
     def weight(self, prefix: str, role: str) -> Tensor:
-        """A copy of the (out, in) weight in float64."""
+        """Return a copy of the (out, in) weight in float64."""
         site = self.site(role)
         stored = self.parameters[prefix + site.weight].detach().double()
         out = stored.T if site.transposed else stored
         return out[list(site.rows)] if site.rows is not None else out.clone()
 
     def bias(self, prefix: str, role: str) -> Tensor | None:
-        """A copy of the bias in float64, or None."""
+        """Return a copy of the bias in float64, or None."""
         site = self.site(role)
         if site.bias is None:
             return None
@@ -73,7 +73,7 @@ class Editor:
                 stored[rows] = bias.to(stored.dtype)
 
     def apply_rows(self, prefix: str, role: str, matrix: Tensor) -> None:
-        """W <- M W and b <- M b."""
+        """Apply W <- M W and b <- M b."""
         bias = self.bias(prefix, role)
         self.write(
             prefix,
@@ -83,11 +83,11 @@ class Editor:
         )
 
     def apply_columns(self, prefix: str, role: str, matrix: Tensor) -> None:
-        """W <- W M."""
+        """Apply W <- W M."""
         self.write(prefix, role, self.weight(prefix, role) @ matrix)
 
     def norm(self, prefix: str, norm: NormSite) -> tuple[Tensor, Tensor | None]:
-        """The norm's effective gain and its bias, float64."""
+        """Return the norm's effective gain and its bias, float64."""
         if norm.weight is None:
             raise ModelError("norm: has no weight to move scale into")
         gain = norm.offset + self.parameters[prefix + norm.weight].detach().double()
@@ -108,7 +108,7 @@ class Editor:
                 self.parameters[prefix + norm.bias].copy_(bias)
 
     def norms(self) -> list[tuple[NormSite, tuple[str, ...]]]:
-        """The pre-norms and the projections each feeds."""
+        """Return the pre-norms and the projections each feeds."""
         layout, gated = self.layout, self.layout.gate is not None
         attention: tuple[str, ...] = ("q", "k", "v")
         ffn: tuple[str, ...] = ("up", "gate") if gated else ("up",)
@@ -118,7 +118,7 @@ class Editor:
         return [(norm, roles) for norm, roles in pairs if norm is not None]
 
     def outside(self) -> dict[str, Tensor]:
-        """Parameters that belong to no block."""
+        """Return the parameters that belong to no block."""
         return {
             n: p
             for n, p in self.parameters.items()
@@ -126,7 +126,7 @@ class Editor:
         }
 
     def is_bias_of_linear(self, name: str) -> bool:
-        """Whether a vector is the bias of a layer with a weight matrix."""
+        """Return whether a vector is the bias of a layer with a weight matrix."""
         owner, _, leaf = name.rpartition(".")
         weight = getattr(self.model.get_submodule(owner), "weight", None)
         return leaf == "bias" and isinstance(weight, Tensor) and weight.dim() == 2

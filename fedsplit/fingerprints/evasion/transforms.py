@@ -35,7 +35,7 @@ def _rand(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def _mixing(size: int, generator: torch.Generator) -> Tensor:
-    """A random invertible matrix, condition number about 5."""
+    """Return a random invertible matrix, condition number about 5."""
     u, v = (
         torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
         for _ in range(2)
@@ -79,7 +79,7 @@ def head_permutation(editor: Editor, generator: torch.Generator) -> None:
 
 
 def vo_maps(editor: Editor, generator: torch.Generator) -> None:
-    """v -> A v and o -> o A^-1 for an invertible A per key/value head."""
+    """Apply v -> A v and o -> o A^-1 for an invertible A per key/value head."""
     layout = editor.layout
     for prefix in editor.prefixes:
         maps = [_mixing(layout.head_dim, generator) for _ in range(layout.kv_heads)]
@@ -89,7 +89,7 @@ def vo_maps(editor: Editor, generator: torch.Generator) -> None:
 
 
 def _qk_apply(editor: Editor, make: Callable[[], Tensor]) -> None:
-    """q -> A q and k -> A^-T k, one A per key head."""
+    """Apply q -> A q and k -> A^-T k, one A per key head."""
     layout = editor.layout
     if any(n is not None for n in (layout.q_norm, layout.k_norm)):
         raise UnsupportedModelError("Q/K maps: queries or keys are normalised")
@@ -100,7 +100,7 @@ def _qk_apply(editor: Editor, make: Callable[[], Tensor]) -> None:
 
 
 def _rotary_map(dim: int, rotary: int, interleaved: bool, generator: torch.Generator) -> Tensor:
-    """2 x 2 blocks a I + b J on the rotary pairs, anything invertible on the rest."""
+    """Return 2 x 2 blocks a I + b J on the rotary pairs, anything invertible on the rest."""
     out = torch.eye(dim, dtype=torch.float64)
     for pair in range(rotary // 2):
         i, j = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + rotary // 2)
@@ -114,7 +114,7 @@ def _rotary_map(dim: int, rotary: int, interleaved: bool, generator: torch.Gener
 
 
 def qk_maps(editor: Editor, generator: torch.Generator) -> None:
-    """The largest group of Q/K maps that the position encoding leaves free, found by trying.
+    """Apply the largest group of Q/K maps that the position encoding leaves free, by trying.
 
     Any invertible map where positions do not enter through Q and K; otherwise maps that commute
     with the rotation, for half-split or interleaved pairs and a full or partial rotary width.
@@ -228,7 +228,7 @@ class Transformed:
 
 
 def outputs(model: nn.Module, samples: int = 4, length: int = 12) -> Tensor:
-    """The model's output on public random tokens: logits, or hidden states' inner products.
+    """Return the model's output on random tokens: logits, or hidden states' inner products.
 
     A bare encoder answers in the residual basis itself, which a map may have moved; what a user of
     it can compare are inner products, (samples, T, T).
@@ -244,7 +244,7 @@ def outputs(model: nn.Module, samples: int = 4, length: int = 12) -> Tensor:
 
 
 def difference(before: Tensor, after: Tensor) -> float:
-    """max |after - before| / std(before)."""
+    """Return max |after - before| / std(before)."""
     return float((after - before).abs().max() / before.std().clamp_min(1e-12))
 
 
@@ -275,7 +275,7 @@ def transform(model: nn.Module, name: str, seed: int = 0) -> Transformed:
 
 
 def splice(model: nn.Module, donor: nn.Module, blocks: list[int]) -> nn.Module:
-    """A copy of ``model`` whose given blocks are the donor's (changes the function)."""
+    """Return a copy of ``model`` whose given blocks are the donor's (changes the function)."""
     changed = copy.deepcopy(model)
     ours, theirs = Editor(changed), Editor(donor)
     with torch.no_grad():

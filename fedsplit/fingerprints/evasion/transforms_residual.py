@@ -15,13 +15,13 @@ WRITES = ("o", "down")
 
 
 def _kind(editor: Editor) -> str:
-    """ "layer", "rms" or "post": what the norms in front of the projections do to the stream."""
+    """Return "layer", "rms" or "post": what the norms before the projections do."""
     norm = editor.layout.attn_norm or editor.layout.ffn_norm
     return norm.kind if norm is not None else "post"
 
 
 def _move_blocks(editor: Editor, matrix: Tensor) -> None:
-    """Blocks read x M instead of x and write y M instead of y (M orthogonal, (d, d))."""
+    """Let blocks read x M instead of x and write y M instead of y (M orthogonal, (d, d))."""
     touched = editor.layout.needed() | editor.layout.optional
     for prefix in editor.prefixes:
         for role in READS:
@@ -51,7 +51,7 @@ def _move_vector(editor: Editor, name: str, parameter: Tensor, matrix: Tensor) -
 
 
 def _move_outside(editor: Editor, matrix: Tensor) -> None:
-    """Embeddings, final norm and heads: the residual is a matrix's last axis."""
+    """Rotate embeddings, final norm and heads: the residual is a matrix's last axis."""
     for name, parameter in editor.outside().items():
         if parameter.dim() == 2 and parameter.shape[1] == editor.width:
             with torch.no_grad():
@@ -136,7 +136,7 @@ def _fold_final(editor: Editor) -> None:
 
 
 def _move_rotated(editor: Editor, matrix: Tensor) -> None:
-    """Like the permutation, but gains are all one by now and stay."""
+    """Rotate like the permutation, but gains are all one by now and stay."""
     for prefix in editor.prefixes:
         for role in READS:
             if getattr(editor.layout, role) is not None:

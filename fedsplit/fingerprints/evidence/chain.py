@@ -52,7 +52,7 @@ class Record:
 
 
 def report_body(report: LineageReport) -> dict[str, Any]:
-    """A gate's report as plain JSON values."""
+    """Return a gate's report as plain JSON values."""
     body = asdict(report)
     body["parts"] = dict(report.parts)
     return body
@@ -134,7 +134,7 @@ class StateDigest:
         self._known: dict[str, str] = {}
 
     def update(self, tensors: Iterable[tuple[str, Tensor]], changed: Iterable[str]) -> str:
-        """The digest of all tensors seen so far.
+        """Return the digest of all tensors seen so far.
 
         Args:
             tensors: names and tensors of the whole state.

@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 14
 
 
 def public_hex(key: Ed25519PrivateKey) -> str:
-    """The public half, 64 hexadecimal digits."""
+    """Return the public half, 64 hexadecimal digits."""
     return key.public_key().public_bytes_raw().hex()
 
 
@@ -54,7 +54,7 @@ def create_key(path: str | Path) -> Ed25519PrivateKey:
 
 
 def public_path(path: str | Path) -> Path:
-    """Where the public half of a key file lies."""
+    """Return where the public half of a key file lies."""
     where = Path(path)
     return where.with_name(where.name + ".pub")
 
@@ -76,12 +76,12 @@ def load_key(path: str | Path) -> Ed25519PrivateKey:
 
 
 def load_or_create(path: str | Path) -> Ed25519PrivateKey:
-    """The key at ``path``, made now if there is none."""
+    """Return the key at ``path``, made now if there is none."""
     return load_key(path) if Path(path).exists() else create_key(path)
 
 
 def read_public(text: str) -> str:
-    """A public key given as 64 hexadecimal digits, or as a file that holds them or a PEM.
+    """Return a public key given as 64 hexadecimal digits, or as a file of them or a PEM.
 
     Raises:
         LineageError: if it is neither.

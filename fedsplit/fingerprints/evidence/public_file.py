@@ -92,7 +92,7 @@ class PublicFingerprint:
 
 
 def weights_sha256(view: WeightView) -> str:
-    """Digest of a view's parameters: canonical names, types, shapes and bytes, in name order."""
+    """Return the digest of a view's parameters: canonical names, types, shapes, bytes."""
     digest = hashlib.sha256()
     for short, name in sorted(view.canonical().items()):
         tensor = view.get(name).detach().to("cpu").contiguous()
@@ -102,7 +102,7 @@ def weights_sha256(view: WeightView) -> str:
 
 
 def sketch(view: WeightView, tokens: Sequence[int], size: int, seed: int) -> Tensor:
-    """U^T Y V for each block and kind, (depth, 3, size, size), block by block.
+    """Return U^T Y V for each block and kind, (depth, 3, size, size), block by block.
 
     Raises:
         LineageError: if the view lacks a token of the list.
@@ -196,7 +196,7 @@ def _same_width(base: int, suspect: int) -> None:
 
 
 def compare_sketches(ours: Tensor, theirs: Tensor) -> Similarity:
-    """Cosines of sketches, V/O and FFN averaged over blocks."""
+    """Return the cosines of sketches, V/O and FFN averaged over blocks."""
     same = ours.shape[0] == theirs.shape[0]
     pairs: list[int | None] = list(range(ours.shape[0]))
     if not same:
@@ -238,7 +238,7 @@ def _body(fingerprint: PublicFingerprint) -> dict[str, Any]:
 
 
 def canonical_json(body: dict[str, Any]) -> bytes:
-    """The one byte string of a JSON object: sorted keys, no spaces, no NaN."""
+    """Return the one byte string of a JSON object: sorted keys, no spaces, no NaN."""
     return json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

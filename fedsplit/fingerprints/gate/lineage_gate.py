@@ -126,7 +126,7 @@ class LineageReport:
 
 
 def decide(per_layer: Iterable[float], config: GateConfig) -> tuple[Verdict, tuple[int, ...]]:
-    """Three outcomes from the block scores; also the indices below the block threshold."""
+    """Return one of three outcomes from block scores, and the indices below the threshold."""
     scores = list(per_layer)
     mean = sum(scores) / max(1, len(scores))
     diverged = tuple(i for i, s in enumerate(scores) if s < config.block)
@@ -268,7 +268,7 @@ class LineageGate:
         return plain if plain.vocabulary else WeightView.of_tensors(state, config, rows=self._rows)
 
     def _alignment(self, view: WeightView, names: Mapping[str, str]) -> Alignment | None:
-        """A map of the residual basis, if the state brings its own embedding and it moved."""
+        """Return a map of the residual basis, if the state's own embedding moved."""
         brought = "embedding" in names and "embedding" in self._canonical
         if not brought or not view.vocabulary or not self.base.vocabulary:
             return None
@@ -336,7 +336,7 @@ class LineageGate:
 
 
 def _finite(view: WeightView, name: str) -> None:
-    """Vectors outside the products (norms, biases) must be finite too."""
+    """Check that vectors outside the products (norms, biases) are finite too."""
     if len(view.names[name]) < 2 and not bool(torch.isfinite(view.get(name)).all()):
         raise ModelError(f"parameter={name!r}: contains NaN or infinite values")
 
@@ -347,7 +347,7 @@ def _snapshot(view: WeightView) -> WeightView:
 
 
 def _canonical_of(names: Mapping[str, str], changed: Iterable[str]) -> set[str]:
-    """Canonical names touched; an adapter's tensor touches the matrix that it adapts."""
+    """Return canonical names touched; an adapter's tensor touches the matrix it adapts."""
     wanted = set()
     back = {own: short for short, own in names.items()}
     for name in changed:
@@ -369,7 +369,7 @@ def _canonical_of(names: Mapping[str, str], changed: Iterable[str]) -> set[str]:
 def _sketch(
     block: BlockProjections, probe: Tensor, matrix: Tensor | None, *, centre: bool
 ) -> dict[str, Tensor]:
-    """P G (d, m) for each product P = A^T B; with a basis map R it is R^T P R G."""
+    """Return P G (d, m) for each product P = A^T B; with a basis map R it is R^T P R G."""
     right = probe if matrix is None else matrix @ probe
     out: dict[str, Tensor] = {}
     for kind, (a, b) in product_factors(block).items():

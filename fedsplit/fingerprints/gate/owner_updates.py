@@ -85,14 +85,14 @@ class MatrixGate:
 
 
 def base_state(gate: LineageGate | MatrixGate) -> dict[str, Tensor]:
-    """The base's tensors by name, shared, not copied."""
+    """Return the base's tensors by name, shared, not copied."""
     if isinstance(gate, MatrixGate):
         return dict(gate.tensors)
     return {name: gate.base.get(name) for name in gate.base.names}
 
 
 def average(updates: Mapping[str, Update], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """Weighted mean of the owners' tensors, in float32.
+    """Return the weighted mean of the owners' tensors, in float32.
 
     Raises:
         LineageError: without an owner, for owners with other names than the first one's, or a

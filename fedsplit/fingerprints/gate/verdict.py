@@ -95,7 +95,7 @@ SKETCH_ERROR: dict[int, SketchError] = {
 
 
 def analytic_sd(width: int, terms: int = 1) -> float:
-    """Standard deviation of a mean of ``terms`` product cosines in random d-dimensional bases.
+    """Return the sd of a mean of ``terms`` product cosines in random d-dimensional bases.
 
     E<P, U Q V>^2 = |P|^2 |Q|^2 / d^2 for independent Haar rotations U, V.
 
@@ -139,23 +139,23 @@ class NullDistribution:
         return self.sd * math.sqrt(1.0 + 1.0 / len(self.scores))
 
     def p_value(self, score: float) -> float:
-        """P(an independent pair scores at least this), predictive."""
+        """Return P(an independent pair scores at least this), predictive."""
         spread = (score - self.mean) / self._scale()
         empirical = float(t.sf(spread, len(self.scores) - 1))
         analytic = float(norm.sf(score / self.sd_floor)) if self.sd_floor > 0 else 0.0
         return max(empirical, analytic)
 
     def lower_p(self, score: float) -> float:
-        """P(an independent pair scores at most this), predictive."""
+        """Return P(an independent pair scores at most this), predictive."""
         return float(t.cdf((score - self.mean) / self._scale(), len(self.scores) - 1))
 
     def threshold(self, alpha: float) -> float:
-        """The score that an independent pair exceeds with probability ``alpha``."""
+        """Return the score that an independent pair exceeds with probability ``alpha``."""
         check(0 < alpha < 1, "alpha", alpha, "in (0, 1)")
         return self.mean + self._scale() * float(t.isf(alpha, len(self.scores) - 1))
 
     def z(self, score: float) -> float:
-        """Distance from the null in standard deviations, as AWM's tables report it."""
+        """Return the distance from the null in standard deviations, as AWM's tables report it."""
         return (score - self.mean) / self.sd
 
 
@@ -218,7 +218,7 @@ class Judgement:
 
 
 def default_null(width: int, terms: int) -> NullDistribution:
-    """The measured pairs, with the analytic spread of this width as a floor.
+    """Return the null of the measured pairs, with this width's analytic spread as a floor.
 
     The null is centred on the measured scores (0.01), not on 0: hard negatives are in it.
     """
@@ -226,7 +226,7 @@ def default_null(width: int, terms: int) -> NullDistribution:
 
 
 def block_null(null: NullDistribution, width: int, terms: int = 2) -> NullDistribution:
-    """The null of one block: the same centre, the spread of a mean of ``terms`` products."""
+    """Return the null of one block: the same centre, the spread of a mean of ``terms`` products."""
     return NullDistribution(null.scores, max(null.sd_floor, analytic_sd(width, terms), 0.025))
 
 
@@ -279,7 +279,7 @@ def _like_a_stranger(similarity: Similarity, null: NullDistribution, config: Ver
 
 
 def public_null(size: int, depth: int, *, block: bool = False) -> NullDistribution:
-    """The null of a sketched score: measured pairs, and the sketch's own spread beside theirs.
+    """Return the null of a sketched score: measured pairs, and the sketch's own spread.
 
     A product's sketched cosine spreads by 1/size around the exact one for strangers; a score
     averages 2 products of each of ``depth`` blocks, a block's only 2.
@@ -307,6 +307,6 @@ def judge_public(
 
 
 def separation(positives: Sequence[float], negatives: Sequence[float]) -> float:
-    """AWM's |Z|: mean distance of the positives from the negatives in the negatives' sd."""
+    """Return AWM's |Z|: the positives' mean distance from the negatives in the negatives' sd."""
     null = NullDistribution(tuple(negatives))
     return sum(abs(null.z(p)) for p in positives) / max(1, len(positives))

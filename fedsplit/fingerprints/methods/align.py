@@ -57,14 +57,14 @@ def cross_gram(base: Tensor, suspect: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def identity(base: Tensor, suspect: Tensor) -> Alignment:
-    """No map: the bases as they are."""
+    """Return no map: the bases as they are."""
     b, s, _ = cross_gram(base, suspect)
     eye = torch.eye(b.shape[1], dtype=torch.float64)
     return Alignment(eye, _fit(b, s, eye), "identity")
 
 
 def assignment(base: Tensor, suspect: Tensor) -> Alignment:
-    """Best signed permutation: maximises the sum of absolute column correlations (Hungarian).
+    """Return the best signed permutation: the largest sum of absolute column correlations.
 
     Args:
         base: (n, d) shared token rows of the base.
@@ -81,7 +81,7 @@ def assignment(base: Tensor, suspect: Tensor) -> Alignment:
 
 
 def procrustes(base: Tensor, suspect: Tensor) -> Alignment:
-    """Best orthogonal map.  With fewer rows than dimensions the rest of the map is arbitrary."""
+    """Return the best orthogonal map; with fewer rows than dimensions the rest is arbitrary."""
     b, s, gram = cross_gram(base, suspect)
     u, _, v = torch.linalg.svd(gram)
     matrix = u @ v
@@ -94,7 +94,7 @@ FEW_ROWS = 0.99
 
 
 def align(base: Tensor, suspect: Tensor) -> Alignment:
-    """The simplest map that explains the rows: identity, else signed permutation, else rotation.
+    """Return the simplest map that explains the rows: identity, signed permutation or rotation.
 
     A rotation has d^2/2 free parameters and fits strangers that share data and tokenizer to some
     degree (0.74 for the gutenberg twins, 0.86 for small twins trained briefly, whose products then

@@ -42,7 +42,7 @@ ALIGN_ROWS = 8192
 
 
 def product_factors(block: BlockProjections) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) with P = A^T B, A and B (r, d), for each kind of product."""
+    """Return (A, B) with P = A^T B, A and B (r, d), for each kind of product."""
     width = block.o.shape[1] // block.heads
     grouped = block.o.view(-1, block.heads, width)  # (d, H, D)
     summed = grouped.new_zeros(block.o.shape[0], block.kv_heads, width)
@@ -55,7 +55,7 @@ def product_factors(block: BlockProjections) -> dict[str, tuple[Tensor, Tensor]]
 
 
 def products(block: BlockProjections, *, centre: bool = False) -> dict[str, Tensor]:
-    """The (d, d) products; ``centre`` removes what the next mean-removing norm would."""
+    """Return the (d, d) products; ``centre`` removes what the next mean-removing norm would."""
     found = {kind: a.T @ b for kind, (a, b) in product_factors(block).items()}
     if centre:
         for kind in ("vo", "ffn"):
@@ -64,14 +64,14 @@ def products(block: BlockProjections, *, centre: bool = False) -> dict[str, Tens
 
 
 def cosine(one: Tensor, two: Tensor) -> float:
-    """Cosine of two tensors' entries in float64; 0 if one of them is zero."""
+    """Return the cosine of two tensors' entries in float64; 0 if one of them is zero."""
     a, b = one.double().flatten(), two.double().flatten()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
 def centred_stream(view: WeightView) -> bool:
-    """Whether the model's pre-norms remove the mean, which makes that direction meaningless."""
+    """Return whether the pre-norms remove the mean, which makes that direction meaningless."""
     norm = view.layout.attn_norm
     return norm is not None and norm.kind == "layer"
 
@@ -101,7 +101,7 @@ def embedding_alignment(base: WeightView, suspect: WeightView, rows: int = ALIGN
 
 
 def _with_products(view: WeightView, rows: Tensor, centre: bool) -> Tensor:
-    """Rows E, and E P and E P^T for the products of three blocks, all of unit norm."""
+    """Return rows E, E P and E P^T for the products of three blocks, all of unit norm."""
     parts = [rows]
     for index in sorted({0, view.depth // 2, view.depth - 1}):
         for product in products(view.block(index), centre=centre).values():
@@ -112,7 +112,7 @@ def _with_products(view: WeightView, rows: Tensor, centre: bool) -> Tensor:
 def compare_blocks(
     base: BlockProjections, suspect: BlockProjections, matrix: Tensor | None, *, centre: bool
 ) -> dict[str, float]:
-    """Cosine of each product; the suspect's basis is mapped by ``matrix`` (None: as it is)."""
+    """Return the cosine of each product, the suspect's basis mapped by ``matrix`` if given."""
     ours, theirs = products(base, centre=centre), products(suspect, centre=centre)
     if matrix is not None:
         turn = matrix.to(torch.float32)
@@ -121,7 +121,7 @@ def compare_blocks(
 
 
 def match_blocks(table: Tensor) -> list[int | None]:
-    """Best order-keeping match of suspect blocks to base blocks under a (n, m) similarity table."""
+    """Return the best order-keeping match of suspect blocks to base blocks, from (n, m)."""
     n, m = table.shape
     best = torch.zeros(n + 1, m + 1, dtype=torch.float64)
     for i in range(n):

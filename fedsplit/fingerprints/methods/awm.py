@@ -39,7 +39,7 @@ from fedsplit.models.layout.projections import BlockProjections
 
 
 def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (d, r) of both sides of a^T b, the same for every factorisation of the product.
+    """Return features (d, r) of both sides of a^T b, the same for every factorisation of it.
 
     Args:
         a: (r, d); b: (r, d).
@@ -52,14 +52,14 @@ def balanced(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balanced_units(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (d, I) of both sides of an FFN, scale shared evenly between a unit's two ends."""
+    """Return features (d, I) of both sides of an FFN, a unit's scale shared by its ends."""
     first, second = up.norm(dim=1), down.norm(dim=0)  # (I,)
     root = (second / first.clamp_min(1e-30)).sqrt()
     return up.T * root, down / root.clamp_min(1e-30)
 
 
 def features(block: BlockProjections, *, centre: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
-    """Per kind of weight the two sides' features, (d, p) each, rows are residual dimensions."""
+    """Return both sides' features per kind of weight, (d, p) each, one row a residual dimension."""
     size = block.q.shape[0] // block.heads
     keys = block.expand(block.k)
     pairs = [
@@ -93,7 +93,7 @@ def compare_features(
     theirs: dict[str, tuple[Tensor, Tensor]],
     matrix: Tensor | None,
 ) -> dict[str, float]:
-    """Mean unbiased CKA of both sides of each kind, the suspect's rows mapped by ``matrix``."""
+    """Return the mean unbiased CKA of each kind, the suspect's rows mapped by ``matrix``."""
     turn = None if matrix is None else matrix.to(torch.float32).T
     out = {}
     for kind, sides in ours.items():

@@ -23,7 +23,7 @@ def _same_samples(x: Tensor, y: Tensor, least: int) -> None:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """Linear CKA of two feature matrices, (n, p) and (n, q), in [0, 1].
+    """Return the linear CKA of two feature matrices, (n, p) and (n, q), in [0, 1].
 
     Raises:
         LineageError: if the numbers of samples differ.
@@ -36,7 +36,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 def hsic_unbiased(k: Tensor, m: Tensor) -> float:
-    """Unbiased HSIC of two (n, n) kernels, n >= 4."""
+    """Return the unbiased HSIC of two (n, n) kernels, n >= 4."""
     n = k.shape[0]
     k, m = k.double().clone(), m.double().clone()
     k.fill_diagonal_(0.0)
@@ -51,7 +51,7 @@ def hsic_unbiased(k: Tensor, m: Tensor) -> float:
 
 
 def unbiased_cka(x: Tensor, y: Tensor) -> float:
-    """Unbiased linear CKA of features (n, p) and (n, q); 1 if y = c x Q for an orthogonal Q.
+    """Return unbiased linear CKA of (n, p) and (n, q); 1 if y = c x Q, Q orthogonal.
 
     Raises:
         LineageError: if the numbers of samples differ or are below 4.

@@ -55,32 +55,32 @@ class Factors:
     shared: bool = False
 
     def matrix(self) -> Tensor:
-        """The channel itself, (K, K)."""
+        """Return the channel itself, (K, K)."""
         return self.left.float() @ self.right.float().T
 
 
 def _across(one: Tensor, two: Tensor) -> Tensor:
-    """one^T two, in bfloat16 where both are."""
+    """Return one^T two, in bfloat16 where both are."""
     if one.dtype == two.dtype:
         return one.T @ two
     return one.float().T @ two.float()
 
 
 def prepare_rows(rows: Tensor, *, centre: bool) -> Tensor:
-    """Rows (K, d) with unit root mean square, mean removed first if ``centre``."""
+    """Return the rows (K, d) with unit root mean square, mean removed first if ``centre``."""
     if centre:
         rows = rows - rows.mean(dim=1, keepdim=True)
     return rows / rows.pow(2).mean(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def _read(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """X W^T + b."""
+    """Return X W^T + b."""
     out = x @ weight.T
     return out if bias is None else out + bias
 
 
 def _per_group(block: BlockProjections, per_head: Tensor) -> Tensor:
-    """(H*D, ...) summed over the query heads that share a key/value head -> (G*D, ...)."""
+    """Return (H*D, ...) summed over the query heads of each key/value head, (G*D, ...)."""
     heads = per_head.view(block.heads, -1, *per_head.shape[1:])  # (H, D, ...)
     out = heads.new_zeros(block.kv_heads, *heads.shape[1:])
     out.index_add_(0, torch.tensor(block.kv_of_head), heads)
@@ -88,7 +88,7 @@ def _per_group(block: BlockProjections, per_head: Tensor) -> Tensor:
 
 
 def attention_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """M_a = (X Wq^T + bq) (X Wk^T)^T summed over heads, key heads repeated per query head.
+    """Return M_a = (X Wq^T + bq) (X Wk^T)^T summed over heads, key heads repeated.
 
     Query heads that share a key head are summed before X meets them: the same by linearity, and
     H/G times cheaper.
@@ -99,13 +99,13 @@ def attention_factors(block: BlockProjections, x: Tensor) -> Factors:
 
 
 def value_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """M_b = (X Wv^T + bv) Wo^T X^T, output heads that share values summed."""
+    """Return M_b = (X Wv^T + bv) Wo^T X^T, output heads that share values summed."""
     values = _read(x, block.v, block.biases.get("v"))  # (K, G*D)
     return Factors(values, _read(x, _per_group(block, block.o.T)))
 
 
 def ffn_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """M_f = (X Wup^T + b) Wdown^T X^T, gated: ((X Wg^T + b) * (X Wu^T + b)) Wdown^T X^T."""
+    """Return M_f = (X Wup^T + b) Wdown^T X^T; gated: ((X Wg^T + b) * (X Wu^T + b)) Wdown^T X^T."""
     hidden = _read(x, block.up, block.biases.get("up"))  # (K, I)
     if block.gate is not None:
         hidden *= _read(x, block.gate, block.biases.get("gate"))
@@ -113,19 +113,19 @@ def ffn_factors(block: BlockProjections, x: Tensor) -> Factors:
 
 
 def published_ffn_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """The public code's gated form, X (Wg * Wu)^T Wd^T X^T: not invariant, for comparison."""
+    """Return the public code's gated form, X (Wg * Wu)^T Wd^T X^T: not invariant."""
     first = block.up if block.gate is None else block.up * block.gate
     return Factors(x @ first.T @ block.down.T, x)
 
 
 def published_attention_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """The public code's M_a: key heads tiled, no biases."""
+    """Return the public code's M_a: key heads tiled, no biases."""
     repeat = block.heads // block.kv_heads
     return Factors(x @ block.q.T, x @ block.k.repeat(repeat, 1).T)
 
 
 def published_value_factors(block: BlockProjections, x: Tensor) -> Factors:
-    """The public code's M_b: value heads tiled, no biases."""
+    """Return the public code's M_b: value heads tiled, no biases."""
     repeat = block.heads // block.kv_heads
     return Factors(x @ block.v.repeat(repeat, 1).T @ block.o.T, x)
 
@@ -147,7 +147,7 @@ def inner(one: Factors, two: Factors, memo: Memo | None = None) -> float:
 
 
 def correlation(one: Factors, two: Factors, memo: Memo | None = None) -> float:
-    """Pearson correlation of two channels' entries, exact, without building either.
+    """Return the Pearson correlation of two channels' entries, exact, without building either.
 
     Args:
         memo: as for :func:`inner`.
@@ -183,13 +183,13 @@ PUBLISHED: dict[str, Maker] = {
 
 
 def fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
+    """Return whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(bool(getattr(torch.cpu, p, lambda: False)()) for p in probes)
 
 
 def _in_bf16(block: BlockProjections) -> BlockProjections:
-    """The block with every tensor rounded to bfloat16, norms folded in float32 before."""
+    """Return the block rounded to bfloat16, norms folded in float32 before."""
     roles = ("q", "k", "v", "o", "up", "gate", "down")
     tensors = {r: t.bfloat16() for r in roles if (t := getattr(block, r)) is not None}
     biases = {r: b.bfloat16() for r, b in block.biases.items()}
@@ -217,7 +217,7 @@ class ICS(Fingerprint):
         self.bf16 = bf16
 
     def rows(self, view: WeightView, tokens: Sequence[int]) -> Tensor:
-        """X, (K, d)."""
+        """Return X, (K, d)."""
         norm = view.layout.attn_norm
         return prepare_rows(
             view.embeddings(tokens), centre=norm is not None and norm.kind == "layer"
@@ -242,7 +242,7 @@ class ICS(Fingerprint):
                 yield f"{key}{index}", make(block, x)
 
     def channels(self, view: WeightView, tokens: Sequence[int]) -> Tensor:
-        """(6, K, K) z-scored channels, what the picture's encoder reads."""
+        """Return (6, K, K) z-scored channels, what the picture's encoder reads."""
         found = [f.matrix() for _, f in self.factors(view, tokens)]
         stacked = torch.stack(found)  # (6, K, K)
         flat = stacked.flatten(1)
@@ -252,7 +252,7 @@ class ICS(Fingerprint):
     def compare(
         self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
     ) -> Similarity:
-        """Mean correlation of the channels: the cosine of the z-scored stacks, exactly.
+        """Return the mean correlation of the channels: the cosine of the z-scored stacks, exactly.
 
         Widths may differ: both are K x K seen from the same tokens.
 
@@ -282,5 +282,5 @@ class PublishedICS(ICS):
     folded = False
 
     def rows(self, view: WeightView, tokens: Sequence[int]) -> Tensor:
-        """The embedding rows as they are."""
+        """Return the embedding rows as they are."""
         return view.embeddings(tokens)

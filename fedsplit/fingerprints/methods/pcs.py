@@ -37,7 +37,7 @@ class Moments:
         return Moments(self.dot + other.dot, self.base + other.base, self.suspect + other.suspect)
 
     def cosine(self) -> float:
-        """dot / (|base| |suspect|); 1 for two zero vectors, 0 if only one is zero."""
+        """Return dot / (|base| |suspect|); 1 for two zero vectors, 0 if only one is zero."""
         if self.base == 0.0 and self.suspect == 0.0:
             return 1.0
         if self.base == 0.0 or self.suspect == 0.0:
@@ -46,7 +46,7 @@ class Moments:
 
 
 def moments(base: Tensor, suspect: Tensor, name: str = "tensor") -> Moments:
-    """Moments of two tensors, streamed in chunks; a longer first axis is cut to the shorter one.
+    """Return the moments of two tensors, in chunks; a longer first axis is cut to the shorter.
 
     Raises:
         LineageError: if the shapes differ beyond the first axis.
@@ -92,7 +92,7 @@ class PCS(Fingerprint):
     def compare(
         self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
     ) -> Similarity:
-        """Cosine of all shared parameters; one pair of tensors in memory at a time.
+        """Return the cosine of all shared parameters; one pair of tensors in memory at a time.
 
         Raises:
             LineageError: if widths or shapes differ, or too few names match.

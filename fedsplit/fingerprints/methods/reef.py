@@ -29,13 +29,13 @@ DEPTH = 18 / 32
 
 
 def public_inputs(vocabulary: int, samples: int, length: int, seed: int = 2312) -> Tensor:
-    """Token ids (samples, length), uniform over the shared vocabulary, the same for everyone."""
+    """Return token ids (samples, length), uniform over the shared vocabulary, the same for all."""
     generator = torch_generator(seed, "reef-inputs", vocabulary, samples, length)
     return torch.randint(0, vocabulary, (samples, length), generator=generator)
 
 
 def representations(model: nn.Module, inputs: Tensor, depth: float = DEPTH) -> Tensor:
-    """Last-token hidden states (samples, d) after the block at relative ``depth``."""
+    """Return the last-token hidden states (samples, d) after the block at relative ``depth``."""
     with torch.no_grad():
         call = cast(Any, model)
         states = [

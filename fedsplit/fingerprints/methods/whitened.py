@@ -36,7 +36,7 @@ from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, sh
 
 
 def orthonormal_rows(rows: Tensor, *, centre: bool, tolerance: float = 1e-5) -> Tensor:
-    """The orthonormal factor U V^T of (K, d) rows, without directions below ``tolerance``.
+    """Return the orthonormal factor U V^T of (K, d) rows, without directions below ``tolerance``.
 
     Args:
         rows: embedding rows.
@@ -52,7 +52,7 @@ def orthonormal_rows(rows: Tensor, *, centre: bool, tolerance: float = 1e-5) -> 
 
 
 def whitened_factors(view: WeightView, index: int, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """(L, R), both (K, r), with Y = L R^T, for each kind of product of one block."""
+    """Return (L, R), both (K, r), with Y = L R^T, for each kind of product of one block."""
     centre = centred_stream(view)
     out = {}
     for kind, (a, b) in product_factors(view.block(index)).items():
@@ -63,12 +63,12 @@ def whitened_factors(view: WeightView, index: int, x: Tensor) -> dict[str, tuple
 
 
 def transfer(one: Tensor, two: Tensor) -> Tensor:
-    """Xo^T Xo' (d, d'): <Y, Y'> = <P, A P' A^T> with A this, so no K x K matrix is ever built."""
+    """Return Xo^T Xo' (d, d'): <Y, Y'> = <P, A P' A^T> with A this, without a K x K matrix."""
     return one.T @ two
 
 
 def overlap(p: Tensor, q: Tensor, a: Tensor) -> float:
-    """<P, A Q A^T> in float64."""
+    """Return <P, A Q A^T> in float64."""
     return float((p.double() * (a @ q @ a.T).double()).sum())
 
 

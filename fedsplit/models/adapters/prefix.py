@@ -51,12 +51,12 @@ class GatedPrefix(nn.Module):
         return (torch.tanh(self.gate).to(q.dtype)[:, None] * found).flatten(-2)
 
     def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Forward hook of the query projection."""
+        """Keep the query projection's output (a forward hook)."""
         rows = self._layout.q.rows
         self._queries = output if rows is None else output[..., list(rows)]
 
     def add(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook of the output projection, whose input is the heads side by side."""
+        """Add to the output projection's input, the heads side by side (a forward pre-hook)."""
         queries, self._queries = self._queries, None
         if queries is None:
             raise UnsupportedModelError("output projection ran before the query projection")

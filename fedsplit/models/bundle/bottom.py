@@ -293,7 +293,7 @@ def lay_out_whole(
 
 
 def _check_shapes(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Everything shipped has its place, and everything needed to run the k blocks is shipped."""
+    """Check that everything shipped is used, and that all that the k blocks need is shipped."""
     expected = _tensors(model)
     for name, tensor in tensors.items():
         if name not in expected:

@@ -17,7 +17,7 @@ from fedsplit.errors import UnsupportedModelError
 
 
 def find_experts(block: nn.Module) -> str | None:
-    """Name of the one module of a block that holds two stacked matrices (E, ., .), or None."""
+    """Return the name of a block's module with two stacked matrices (E, ., .), or None."""
     found = [
         name
         for name, module in block.named_modules()
@@ -27,7 +27,7 @@ def find_experts(block: nn.Module) -> str | None:
 
 
 def expert_ffn(module: nn.Module, name: str, width: int, kind: str) -> dict[str, Any]:
-    """Sites of up, gate and down inside a module of stacked experts.
+    """Return the sites of up, gate and down inside a module of stacked experts.
 
     The input half that the output is linear in is "up", as for a dense gated FFN.
 
@@ -77,7 +77,7 @@ def _told_apart(shapes: dict[str, tuple[int, ...]], width: int, kind: str) -> tu
 def _doubles(
     module: nn.Module, joined: str, rows: list[int], turned: bool, width: int, kind: str
 ) -> bool:
-    """Whether the first expert's output doubles with these rows of its input matrix."""
+    """Return whether the first expert's output doubles with these rows of its input matrix."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(3, width, generator=generator)
     changed = copy.deepcopy(module)

@@ -88,7 +88,7 @@ class _Trace:
                 handle.remove()
 
     def moved(self, of: Tensor, by: str) -> Tensor | None:
-        """|d(sum of random weights * of) / d y[by]|, shape of y, or None without dependence."""
+        """Return |d(sum of random weights * of) / d y[by]|, shape of y, or None."""
         if not of.requires_grad:
             return None
         weights = torch.rand(of.shape, generator=torch.Generator().manual_seed(3)) + 0.5
@@ -154,7 +154,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _crosses(trace: _Trace, b: str, a: str) -> bool:
-    """Whether b's input at the last position moves with a's output at the first."""
+    """Return whether b's input at the last position moves with a's output at the first."""
     of = trace.x[b].reshape(trace.y[a].shape[-2], -1)[-1]
     grad = trace.moved(of, a)
     return grad is not None and bool(grad.reshape(-1, grad.shape[-1])[0].max() > 0)

@@ -90,12 +90,12 @@ class BlockLayout:
     optional: frozenset[str] = frozenset()
 
     def sites(self) -> dict[str, Site]:
-        """The projections by role, without absent ones."""
+        """Return the projections by role, without absent ones."""
         found = {r: getattr(self, r) for r in ("q", "k", "v", "o", "up", "gate", "down")}
         return {role: site for role, site in found.items() if site is not None}
 
     def needed(self) -> set[str]:
-        """The parameter names, relative to the block, that every block must have."""
+        """Return the parameter names, relative to the block, that every block must have."""
         names: set[str] = set()
         for site in self.sites().values():
             names |= {n for n in (site.weight, site.bias) if n}
@@ -128,7 +128,7 @@ class BlockProjections:
     kv_of_head: tuple[int, ...]
 
     def expand(self, kv: Tensor) -> Tensor:
-        """(G*D, ...) key/value rows repeated per query head -> (H*D, ...)."""
+        """Return (G*D, ...) key/value rows repeated per query head -> (H*D, ...)."""
         grouped = kv.view(self.kv_heads, -1, *kv.shape[1:])  # (G, D, ...)
         return grouped[list(self.kv_of_head)].reshape(-1, *kv.shape[1:])  # (H*D, ...)
 
@@ -178,7 +178,7 @@ class _Boxed:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Products of three tokens wait longer for a second thread than they take."""
+    """Use one thread: products of three tokens wait longer for a second than they take."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -229,7 +229,7 @@ def _probed(boxed: _Boxed) -> BlockLayout:
 
 
 def block_prefixes(layout: BlockLayout, names: Mapping[str, Any] | set[str]) -> list[str]:
-    """Prefixes ("model.layers.7.") of every block whose parameters are among ``names``, in order.
+    """Return the prefixes ("model.layers.7.") of blocks with parameters among ``names``.
 
     Works on halves too, whatever number their first block carries.
 
@@ -258,7 +258,7 @@ def block_prefixes(layout: BlockLayout, names: Mapping[str, Any] | set[str]) -> 
 
 
 def embedding_name(layout: BlockLayout, names: Mapping[str, Any] | set[str]) -> str | None:
-    """The input embedding's parameter among ``names``, or None (a top has none)."""
+    """Return the input embedding's parameter among ``names``, or None (a top has none)."""
     tail = layout.embedding
     hits = [n for n in names if n == tail or n.endswith("." + tail) or tail.endswith("." + n)]
     return min(hits, key=len) if hits else None
@@ -344,7 +344,7 @@ def read_block(
 
 
 def _joined_experts(site: Site, stacked: Tensor, *, down: bool) -> Tensor:
-    """(E, out, in) as one matrix over all experts' hidden units: (E*I, d), or (d, E*I) for down."""
+    """Return (E, out, in) as one matrix over experts: (E*I, d), or (d, E*I) for down."""
     out = stacked.transpose(1, 2) if site.transposed else stacked
     if site.rows is not None:
         out = out[:, list(site.rows)]
@@ -354,7 +354,7 @@ def _joined_experts(site: Site, stacked: Tensor, *, down: bool) -> Tensor:
 def _fold_input(
     norm: NormSite, tensor: Lookup, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """W (xhat * g + b) + c = (W diag g) xhat + (W b + c)."""
+    """Return W (xhat * g + b) + c = (W diag g) xhat + (W b + c)."""
     if norm.bias is not None:
         shift = weight @ tensor(norm.bias)  # (out,)
         bias = shift if bias is None else bias + shift
@@ -394,7 +394,7 @@ def read_config(directory: str | Path) -> Any:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters by name, with adapters merged, sharing memory where nothing changes.
+    """Return a module's parameters by name, adapters merged, sharing memory where unchanged.
 
     LoRA and IA3 layers (recognised by what they offer, not by class) are reported under the names
     that their base layer would have alone, with what the active adapters make of its tensors.

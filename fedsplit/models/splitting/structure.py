@@ -157,14 +157,14 @@ class Slot:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Forward pre-hook: the module receives the waiting hidden states instead of its input."""
+        """Replace the module's input by the waiting hidden states (a forward pre-hook)."""
         hidden = self._take(hidden_argument(args, kwargs))
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        """Forward hook: the module returns the waiting hidden states instead of its output."""
+        """Replace the module's output by the waiting hidden states (a forward hook)."""
         return self._take(output)
 
 
@@ -218,7 +218,7 @@ def _shorten(config: PreTrainedConfig, layers: int, keep: slice, blocks: int) ->
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, every float parameter tracked by autograd; restores all flags."""
+    """Hold evaluation mode, every float parameter tracked by autograd; restore all flags."""
     modes = [(m, m.training) for m in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
