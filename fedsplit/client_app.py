@@ -14,6 +14,8 @@ from flwr.clientapp import ClientApp
 
 from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
 
+__all__ = ["app"]
+
 app = ClientApp()
 
 

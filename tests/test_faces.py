@@ -10,6 +10,7 @@ import pytest
 FACES = (
     "fedsplit",
     "fedsplit.attacks",
+    "fedsplit.client",
     "fedsplit.config",
     "fedsplit.data",
     "fedsplit.emulators",
