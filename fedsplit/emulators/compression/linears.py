@@ -149,7 +149,7 @@ def _unpack(packed: Tensor, columns: int) -> Tensor:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether ``module`` is a plain or GPT-2-style linear layer (weight transposed there)."""
+    """Return whether ``module`` is a linear layer, plain or GPT-2-style (weight transposed)."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
