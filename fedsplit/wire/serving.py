@@ -18,7 +18,7 @@ assert MODE in MODES
 
 @dataclass(frozen=True)
 class ServingOffer:
-    """Leave to open sessions with a serving model.
+    """Permission to open sessions with a serving model.
 
     Attributes:
         session: address, authority and bottom; its ``token`` is empty.
