@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -28,6 +28,7 @@ GROUPS = [
 ]
 
 
+@settings(deadline=None)
 @given(
     etas=st.lists(st.floats(0.5, 100), min_size=1, max_size=4, unique=True),
     depths=st.lists(st.integers(0, 5), min_size=1, max_size=3, unique=True),
