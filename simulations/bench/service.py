@@ -40,7 +40,9 @@ from fedsplit.wire.authentication import Door
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import MODE
 from fedsplit.wire.tokens import TokenBook
+from simulations.bench.figures import publish
 from simulations.core.shares import owner_shares
+from simulations.core.tables import make_table
 from simulations.runtime.local_run import run_in_process
 from simulations.runtime.machine import machine
 from strategies.serving.inference_server import Desk
@@ -77,7 +79,7 @@ def settings(owners: int) -> RunConfig:
 
 def run(
     console: Console,
-    json_: Path | None,
+    json_path: Path | None,
     *,
     owners: int,
     steps: int,
@@ -88,7 +90,7 @@ def run(
 
     Args:
         console: where to.
-        json_: also write the figures here.
+        json_path: also write the figures here.
         owners: connected at once.
         steps: texts that each owner asks in one repeat.
         repeats: of each way of serving.
@@ -119,10 +121,7 @@ def run(
                 schedule: train(config, schedule, training, Path(folder) / schedule)
                 for schedule in ("sequential", "parallel")
             }
-    console.print(table(figures))
-    if json_ is not None:
-        json_.write_text(json.dumps(figures, indent=1))
-    return figures
+    return publish(console, json_path, figures, [table(figures)])
 
 
 def represent(config: RunConfig, path: Path) -> dict[str, Any]:
@@ -298,24 +297,21 @@ def train(config: RunConfig, schedule: str, steps: int, folder: Path) -> dict[st
 
 def table(figures: dict[str, Any]) -> Table:
     """Return the figures as a table."""
-    title = f"{figures['owners']} owners, {figures['texts']['mean_tokens']:.0f} tokens a text"
-    found = Table("", "a second", "p50 ms", "p99 ms", "texts per forward", "MiB/owner", title=title)
+    rows = []
     for way, row in figures["serving"].items():
         idle, busy = (row[key] / 2**20 for key in ("bytes_per_owner", "busy_bytes_per_owner"))
-        found.add_row(
-            f"serving, {way}",
-            f"{row['steps_per_s']:.1f} texts",
-            f"{1000 * row['p50_s']:.0f}",
-            f"{1000 * row['p99_s']:.0f}",
-            f"{row['texts_per_forward']:.1f}",
-            f"{idle:.2f} (busy {busy:.2f})",
+        waits = (f"{1000 * row[key]:.0f}" for key in ("p50_s", "p99_s"))
+        memory = f"{idle:.2f} (busy {busy:.2f})"
+        together = f"{row['texts_per_forward']:.1f}"
+        rows.append(
+            (f"serving, {way}", f"{row['steps_per_s']:.1f} texts", *waits, together, memory)
         )
     for schedule, row in figures.get("training", {}).items():
-        found.add_row(
-            f"training, {schedule}",
-            f"{row['owner_steps_per_s']:.1f} owners' steps",
-            *(f"{1000 * row[key]:.0f}" if row[key] else "" for key in ("p50_s", "p99_s")),
-            "",
-            "",
-        )
-    return found
+        waits = (f"{1000 * row[key]:.0f}" if row[key] else "" for key in ("p50_s", "p99_s"))
+        speed = f"{row['owner_steps_per_s']:.1f} owners' steps"
+        rows.append((f"training, {schedule}", speed, *waits))
+    return make_table(
+        ("", "a second", "p50 ms", "p99 ms", "texts per forward", "MiB/owner"),
+        rows,
+        title=f"{figures['owners']} owners, {figures['texts']['mean_tokens']:.0f} tokens a text",
+    )

@@ -7,7 +7,6 @@ ratio is against the centralised runs beside it.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,8 +28,10 @@ from fedsplit.owners.split.settings import SplitSettings
 from fedsplit.privacy import OwnerSecret, SamplePerturber, build
 from fedsplit.wire.codecs import CODECS
 from fedsplit.wire.frames import Frame, Kind, encode
+from simulations.bench.figures import publish
 from simulations.core.settings import load_experiment
 from simulations.core.shares import OwnerShare, owner_shares
+from simulations.core.tables import make_table
 from simulations.runtime.federated import deploy, simulate
 from simulations.runtime.machine import machine
 from simulations.split.centralised import Step
@@ -82,10 +83,7 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
             console.print(f"  {name}: {figures[name]['steps_per_s']:.2f} steps/s")
     figures["centralised"] = {"steps_per_s": sum(anchors) / len(anchors), "runs": anchors}
     figures["bytes_per_token"] = bytes_per_token(config, shares)
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _print(console, config, figures)
-    return figures
+    return publish(console, json_path, figures, [_table(config, figures)])
 
 
 def _for_nodes(config: RunConfig) -> RunConfig:
@@ -190,40 +188,25 @@ def bytes_per_token(config: RunConfig, shares: Sequence[OwnerShare]) -> dict[str
     return found
 
 
-def _print(console: Console, config: RunConfig, figures: dict[str, Any]) -> None:
-    table = Table(
-        title=f"Split training, {config.model.name.partition(':')[2] or config.model.name}, "
-        f"k = {config.split.k}, {config.train.batch_size * OWNERS} texts a step",
-        title_justify="left",
-    )
-    for column in (
-        "",
-        "steps/s",
-        "of centralised",
-        "first epoch",
-        "later epochs",
-        "server computes",
-    ):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("centralised, one process", f"{figures['centralised']['steps_per_s']:.2f}")
+def _table(config: RunConfig, figures: dict[str, Any]) -> Table:
     titles = {
         "simulation": f"simulation, {OWNERS} owners",
         "deployment": f"deployment, {NODES} SuperNodes, TLS",
         "messages": "Flower messages alone",
     }
+    rows = [("centralised, one process", f"{figures['centralised']['steps_per_s']:.2f}")]
     for name, title in titles.items():
         row = figures[name]
         later = row.get("later_epochs_ratio")
-        table.add_row(
-            title,
-            f"{row['steps_per_s']:.2f}",
-            f"{row['ratio']:.2f} x",
-            f"{row['first_epoch_ratio']:.2f} x",
-            "" if later is None else f"{later:.2f} x",
-            f"{100 * row['compute_share']:.0f} % of the time",
-        )
-    console.print(table)
+        ratios = (row["ratio"], row["first_epoch_ratio"], later)
+        shown = ("" if ratio is None else f"{ratio:.2f} x" for ratio in ratios)
+        computes = f"{100 * row['compute_share']:.0f} % of the time"
+        rows.append((title, f"{row['steps_per_s']:.2f}", *shown, computes))
     sizes = ", ".join(f"{k} {v:.0f}" for k, v in figures["bytes_per_token"].items())
-    console.print(f"bytes per token sent, frames included: {sizes}")
-    m = figures["machine"]
-    console.print(f"machine: {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 2**30:.0f} GiB")
+    return make_table(
+        ("", "steps/s", "of centralised", "first epoch", "later epochs", "server computes"),
+        rows,
+        title=f"Split training, {config.model.name.partition(':')[2] or config.model.name}, "
+        f"k = {config.split.k}, {config.train.batch_size * OWNERS} texts a step; bytes per token "
+        f"sent, frames included: {sizes}",
+    )

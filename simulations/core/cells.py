@@ -1,20 +1,28 @@
-"""Rows of an experiment that survive being killed: one JSON line per finished cell."""
+"""Finished cells of an experiment, which survive being killed, and the loop that works them off."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from rich.console import Console
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
+from simulations.core.progress import RunProgress
+from simulations.core.run_folder import RunFolder
+from simulations.core.settings import Experiment
 
+FILE = "cells.jsonl"
 Row = dict[str, Any]
+Key = Mapping[str, Any]
 
 
-class Cells:
-    """Finished cells of one run folder, by key.
+class CellStore:
+    """Rows of the finished cells of one run folder, by key: one JSON line per cell.
 
     A cell is found again only under the same settings: another data set, model or budget in the
     same folder starts anew.  A run's setting that a cell's version did not have is at its default.
@@ -22,43 +30,127 @@ class Cells:
     Args:
         path: the file, made on first use.
         settings: everything the rows depend on beside their key.
+        known: cells that were found elsewhere; those in the file win.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        known: Iterable[tuple[Key, list[Row]]] = (),
+    ) -> None:
+        self.options: dict[str, Any] = {}
         self._path = path
         self._settings = json.dumps(settings, sort_keys=True, default=str)
+        self._done: dict[str, list[Row]] = {_name(key): rows for key, rows in known}
+        self._torn = False
+        if path.exists():
+            self._read(path.read_text(encoding="utf-8"))
+
+    @classmethod
+    def open(
+        cls,
+        folder: RunFolder,
+        config: RunConfig,
+        options: Mapping[str, Any],
+        selecting: Collection[str],
+    ) -> Self:
+        """Write a run's settings to its folder and return the store of its cells.
+
+        Args:
+            folder: of the run.
+            config: of the run.
+            options: all of the experiment's.
+            selecting: options that choose cells and change none; the others are the store's
+                ``options``.
+        """
+        flat = config.to_flat()
+        folder.write_config({**flat, "options": options})
+        same = {key: value for key, value in options.items() if key not in selecting}
+        store = cls(folder.path / FILE, {**flat, **same})
+        store.options = same
+        return store
+
+    def _read(self, text: str) -> None:
         mine = json.loads(self._settings)
         usual = {key: value for key, value in RunConfig().to_flat().items() if key in mine}
-        self._done: dict[str, list[Row]] = {}
-        self._torn = False
-        if not path.exists():
-            return
-        text = path.read_text(encoding="utf-8")
         self._torn = bool(text) and not text.endswith("\n")  # the next line must not join it
         for line in text.splitlines():
             try:
                 cell = json.loads(line)
-                same = {**usual, **json.loads(cell["settings"])} == mine
+                if {**usual, **json.loads(cell["settings"])} == mine:
+                    self._done[cell["key"]] = cell["rows"]
             except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
                 continue
-            if same:
-                self._done[cell["key"]] = cell["rows"]
 
-    def rows(self, key: Mapping[str, Any], make: Callable[[], list[Row]]) -> list[Row]:
+    def find(self, key: Key) -> list[Row] | None:
+        """Return a finished cell's rows, or None."""
+        return self._done.get(_name(key))
+
+    def save(self, key: Key, rows: list[Row]) -> None:
+        """Append a finished cell.
+
+        Raises:
+            RunError: if the file cannot be written.
+        """
+        line = json.dumps({"settings": self._settings, "key": _name(key), "rows": rows})
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{line}\n" if self._torn else f"{line}\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self._path}: {error}") from None
+        self._torn = False
+        self._done[_name(key)] = rows
+
+    def rows(self, key: Key, make: Callable[[], list[Row]]) -> list[Row]:
         """Return the cell's rows: the finished ones, or those that ``make`` returns.
 
         Raises:
             RunError: if the file cannot be written.
         """
-        name = json.dumps(key, sort_keys=True)
-        if name not in self._done:
-            made = make()
-            line = json.dumps({"settings": self._settings, "key": name, "rows": made})
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(f"\n{line}\n" if self._torn else f"{line}\n")
-            except OSError as error:
-                raise RunError(f"cannot write {self._path}: {error}") from None
-            self._torn = False
-            self._done[name] = made
-        return self._done[name]
+        if self.find(key) is None:
+            self.save(key, make())
+        return self._done[_name(key)]
+
+
+def run_cells(
+    experiment: Experiment,
+    folder: RunFolder,
+    console: Console,
+    store: CellStore,
+    keys: Sequence[Key],
+    make: Callable[..., list[Row]],
+    recorded: Callable[[list[Row]], Mapping[str, Any]] = lambda rows: {"rows": rows},
+) -> list[Row]:
+    """Return the rows of every cell; what is known is recorded in ``folder`` after each.
+
+    Args:
+        experiment: whose cells they are.
+        folder: of the run.
+        console: where progress is shown.
+        store: of the finished cells.
+        keys: of the cells, in order.
+        make: called with a key's items, returns the cell's rows.
+        recorded: what goes to ``results.json``, from the rows so far.
+    """
+    rows: list[Row] = []
+    with RunProgress(console) as progress:
+        progress.stage(experiment.kind)
+        for done, key in enumerate(keys, 1):
+            rows += store.rows(key, partial(make, **key))
+            folder.record(about=experiment.about, **recorded(rows))
+            progress.update(done / len(keys), ", ".join(f"{k} {v}" for k, v in key.items()))
+    return rows
+
+
+def product(**axes: Iterable[Any]) -> list[Key]:
+    """Return a key for every combination of the axes' values; the last axis changes fastest."""
+    keys: list[dict[str, Any]] = [{}]
+    for name, values in axes.items():
+        listed = list(values)
+        keys = [{**key, name: value} for key in keys for value in listed]
+    return list(keys)
+
+
+def _name(key: Key) -> str:
+    return json.dumps(key, sort_keys=True)

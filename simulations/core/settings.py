@@ -122,6 +122,25 @@ def resolved(value: Any) -> Any:
     return os.pathsep.join(str(Path(p).resolve()) if p and Path(p).exists() else p for p in parts)
 
 
+def read_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a kind's options: those given over the defaults, each of its default's type.
+
+    Raises:
+        ConfigError: an unknown option, or one of another type (an int is taken for a float).
+    """
+    options = dict(defaults)
+    for key, value in given.items():
+        if key not in defaults:
+            raise ConfigError(f"options.{key}: must be one of {', '.join(defaults)}")
+        wanted = type(defaults[key])
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise ConfigError(f"options.{key}={value!r}: must be of type {wanted.__name__}")
+        options[key] = value
+    return options
+
+
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:
     for key, value in table.items():
         if isinstance(value, Mapping):

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fedsplit.errors import ConfigError, check
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import make_table
 
 OPTIONS: dict[str, Any] = {
     "sessions": [],
@@ -30,10 +30,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         ConfigError: an unknown case or moment.
         FedsplitError: the undisturbed run failed.
     """
-    unknown = experiment.options.keys() - OPTIONS.keys()
-    if unknown:
-        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(OPTIONS)}")
-    options = {**OPTIONS, **experiment.options}
+    options = read_options(experiment.options, OPTIONS)
     config = experiment.config
     folder.write_config({**config.to_flat(), "options": options})
     rows: list[Row] = []
@@ -41,12 +38,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         rows.append(row)
         folder.record(rows=rows)
         console.print(f"{row['case']}, {row['moment']}: lost {row['lost']}")
-    table = Table("case", "moment", "lost", "recovered (s)", "note")
-    for row in rows:
-        seconds = row["recovered_s"]
-        told = "" if seconds is None else f"{seconds:.1f}"
-        table.add_row(row["case"], row["moment"], row["lost"], told, row["note"])
-    console.print(table)
+    columns = ("case", "moment", "lost", "recovered_s", "note")
+    heads = ("case", "moment", "lost", "recovered (s)", "note")
+    console.print(make_table(heads, ([row[c] for c in columns] for row in rows), left=5))
 
 
 def _all(experiment: Experiment, options: dict[str, Any], folder: RunFolder) -> Iterator[Row]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import io
 import json
 import random
-import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import save
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedsplit.attacks.transcripts import read_transcript
 from fedsplit.emulators import make_compressor
@@ -27,56 +25,21 @@ from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
 from fedsplit.models.bundle.head import unpack_head, with_head
 from fedsplit.models.loading import load
 from fedsplit.models.splitting.heads import detach_head
-from fedsplit.owners.ledger.chain import canonical
-from simulations.bench.fingerprint import write_checkpoint
 from simulations.core import watch
+from simulations.fuzz.cases import (
+    SHAPE,
+    Cases,
+    cases_of,
+    file_cases,
+    fill,
+    folder_cases,
+    one_damaged,
+    resealed,
+    tiny_model,
+)
 from simulations.fuzz.damage import damaged_json, damaged_safetensors, flipped
-from simulations.fuzz.wire import Case, Cases
 from strategies.rounds.state_folder import StateFolder
 from strategies.split_tuning.trained_weights import load_trained, save_trained
-
-SHAPE = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "vocab_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
-
-
-def tiny_model(folder: Path) -> Path:
-    """Write a LLaMA of three blocks with random weights and a tokenizer of forty words."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_checkpoint(folder, SHAPE)
-    words = {f"w{i}": i for i in range(39)} | {"[UNK]": 39}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
-    about |= {"pad_token": "w0", "eos_token": "w1"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about))
-    return folder
-
-
-def damaged_file(name: str, content: bytes, rng: random.Random) -> bytes:
-    """Return a file's content damaged in the way that its kind is read."""
-    if name.endswith(".safetensors"):
-        return damaged_safetensors(content, rng)
-    if name.endswith(".json") and rng.random() < 0.8:
-        return damaged_json(json.loads(content), rng).encode("utf-8", "surrogatepass")
-    return flipped(content, rng)
-
-
-def one_damaged(files: Mapping[str, bytes], rng: random.Random) -> dict[str, bytes]:
-    found = dict(files)
-    name = rng.choice(sorted(found))
-    if rng.random() < 0.05:
-        del found[name]
-    else:
-        found[name] = damaged_file(name, found[name], rng)
-    return found
 
 
 def bottoms(scratch: Path) -> Cases:
@@ -84,11 +47,9 @@ def bottoms(scratch: Path) -> Cases:
     loaded = load(str(tiny_model(scratch / "model")), "causal-lm")
     bundle = pack_bottom(split(loaded.model, 1)[0], loaded.tokenizer)
 
-    def draw(rng: random.Random) -> Case:
-        files = one_damaged(bundle.files, rng)
-        return lambda: unpack_bottom(Bundle(files))
-
-    return draw
+    return cases_of(
+        lambda rng: one_damaged(bundle.files, rng), lambda files: unpack_bottom(Bundle(files))
+    )
 
 
 def heads(scratch: Path) -> Cases:
@@ -100,11 +61,10 @@ def heads(scratch: Path) -> Cases:
     bundle = with_head(pack_bottom(bottom, loaded.tokenizer), detach_head(top))
     own = {n: c for n, c in bundle.files.items() if n.startswith("head")}
 
-    def draw(rng: random.Random) -> Case:
-        files = {**bundle.files, **one_damaged(own, rng)}
-        return lambda: unpack_head(Bundle(files))
-
-    return draw
+    return cases_of(
+        lambda rng: {**bundle.files, **one_damaged(own, rng)},
+        lambda files: unpack_head(Bundle(files)),
+    )
 
 
 def emulators(scratch: Path) -> Cases:
@@ -117,18 +77,11 @@ def emulators(scratch: Path) -> Cases:
     whole = scratch / "emulator"
     save_emulator(made, whole, tokenizer=loaded.tokenizer)
     files = {path.name: path.read_bytes() for path in whole.iterdir()}
-    folder = scratch / "case"
-
-    def draw(rng: random.Random) -> Case:
-        fill(folder, one_damaged(files, rng))
-
-        def case() -> None:
-            load_emulator(folder)
-            load_tokenizer(folder)
-
-        return case
-
-    return draw
+    return folder_cases(
+        scratch / "case",
+        lambda rng: one_damaged(files, rng),
+        lambda folder: (load_emulator(folder), load_tokenizer(folder)),
+    )
 
 
 def checkpoints(scratch: Path) -> Cases:
@@ -136,12 +89,11 @@ def checkpoints(scratch: Path) -> Cases:
     path = scratch / "top.safetensors"
     save_trained(path, {"a": torch.ones(3, 2), "b": torch.ones(1)}, None, {"base": "x"})
     sound = path.read_bytes()
-
-    def draw(rng: random.Random) -> Case:
-        path.write_bytes(damaged_safetensors(sound, rng))
-        return lambda: load_trained(path, {"base": "x"})
-
-    return draw
+    return file_cases(
+        path,
+        lambda rng: damaged_safetensors(sound, rng),
+        lambda path: load_trained(path, {"base": "x"}),
+    )
 
 
 def states(scratch: Path) -> Cases:
@@ -158,7 +110,7 @@ def states(scratch: Path) -> Cases:
         text = json.dumps(found, sort_keys=True, allow_nan=False).encode()
         return found | {"sha256": hashlib.sha256(text).hexdigest()}
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> dict[str, bytes]:
         found = dict(files)
         if rng.random() < 0.6:
             found[name] = resealed(body, rng, sealed)
@@ -171,18 +123,13 @@ def states(scratch: Path) -> Cases:
                     entry["bytes"] = len(found[which])
                     entry["sha256"] = hashlib.sha256(found[which]).hexdigest()
             found[name] = json.dumps(sealed(changed)).encode()
-        fill(folder, found)
+        return found
 
-        def case() -> None:
-            reader = StateFolder(folder, {"model": "x"})
-            try:
-                reader.load()
-            finally:
-                reader.close()
+    def parse(folder: Path) -> None:
+        with contextlib.closing(StateFolder(folder, {"model": "x"})) as reader:
+            reader.load()
 
-        return case
-
-    return draw
+    return folder_cases(folder, draw, parse)
 
 
 def adapters(scratch: Path) -> Cases:
@@ -201,12 +148,11 @@ def adapters(scratch: Path) -> Cases:
     folder = scratch / "case"
     fill(folder, files)
     attach_peft(copy.deepcopy(model), folder)
-
-    def draw(rng: random.Random) -> Case:
-        fill(folder, one_damaged(files, rng))
-        return lambda: attach_peft(copy.deepcopy(model), folder)
-
-    return draw
+    return folder_cases(
+        folder,
+        lambda rng: one_damaged(files, rng),
+        lambda folder: attach_peft(copy.deepcopy(model), folder),
+    )
 
 
 def transcripts(scratch: Path) -> Cases:
@@ -218,12 +164,7 @@ def transcripts(scratch: Path) -> Cases:
         "a/train/lengths": torch.tensor([3, 2]),
     }
     sound = save(tensors)
-
-    def draw(rng: random.Random) -> Case:
-        path.write_bytes(damaged_safetensors(sound, rng))
-        return lambda: read_transcript(path)
-
-    return draw
+    return file_cases(path, lambda rng: damaged_safetensors(sound, rng), read_transcript)
 
 
 def run_folders(scratch: Path) -> Cases:
@@ -251,7 +192,7 @@ def run_folders(scratch: Path) -> Cases:
     (scratch / watch.LOG).write_text(f"{line}\n" * 3)
     console = Console(file=io.StringIO(), width=100)
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> None:
         for name, value in sound.items():
             text = damaged_json(value, rng)
             text = text[: rng.randrange(len(text) + 1)] if rng.random() < 0.2 else text
@@ -259,32 +200,8 @@ def run_folders(scratch: Path) -> Cases:
         if rng.random() < 0.3:
             (scratch / watch.LOG).write_bytes(flipped(f"{line}\n".encode() * 3, rng))
 
-        def case() -> None:
-            console.print(watch.draw(watch.refresh(watch.View(scratch))))
-            console.file = io.StringIO()
+    def show(_: None) -> None:
+        console.print(watch.draw(watch.refresh(watch.View(scratch))))
+        console.file = io.StringIO()
 
-        return case
-
-    return draw
-
-
-def resealed(
-    body: Any, rng: random.Random, seal: Callable[[Any], Any], *, compact: bool = False
-) -> bytes:
-    """Return damaged JSON that carries the seal of its own damaged content, where it can."""
-    text = damaged_json(body, rng)
-    try:
-        sealed = seal(json.loads(text))
-    except Exception:  # no JSON any more, or nothing that can be sealed: sent as it is
-        return text.encode("utf-8", "surrogatepass")
-    if not compact:
-        return json.dumps(sealed).encode()
-    plain = {k: v for k, v in sealed.items() if k != "hash"}
-    return canonical(plain)[:-1] + f',"hash":"{sealed["hash"]}"}}'.encode()
-
-
-def fill(folder: Path, files: Mapping[str, bytes]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+    return cases_of(draw, show)

@@ -16,38 +16,32 @@ from fedsplit.fingerprints.portraits import onnx_generator as onnx_file
 from fedsplit.fingerprints.portraits.encoder import SHIPPED
 from fedsplit.fingerprints.portraits.encoder import load as load_encoder
 from fedsplit.fingerprints.weights_file import open_view
+from simulations.fuzz.cases import (
+    Cases,
+    file_cases,
+    folder_cases,
+    one_damaged,
+    resealed,
+    tiny_model,
+)
 from simulations.fuzz.damage import damaged_safetensors, flipped
-from simulations.fuzz.files import fill, one_damaged, resealed, tiny_model
-from simulations.fuzz.wire import Case, Cases
 
 
 def weight_folders(scratch: Path) -> Cases:
     """A suspect's checkpoint, viewed without loading it."""
     folder = tiny_model(scratch / "model")
     files = {p.name: p.read_bytes() for p in folder.iterdir() if "tokenizer" not in p.name}
-    target = scratch / "case"
-
-    def draw(rng: random.Random) -> Case:
-        fill(target, one_damaged(files, rng))
-
-        def case() -> None:
-            view = open_view(target)
-            view.embeddings([0, 1])
-
-        return case
-
-    return draw
+    return folder_cases(
+        scratch / "case",
+        lambda rng: one_damaged(files, rng),
+        lambda folder: open_view(folder).embeddings([0, 1]),
+    )
 
 
 def encoders(scratch: Path) -> Cases:
     """Encoder weights."""
     sound, path = Path(SHIPPED).read_bytes(), scratch / "encoder.safetensors"
-
-    def draw(rng: random.Random) -> Case:
-        path.write_bytes(damaged_safetensors(sound, rng))
-        return lambda: load_encoder(path)
-
-    return draw
+    return file_cases(path, lambda rng: damaged_safetensors(sound, rng), load_encoder)
 
 
 def generators(scratch: Path) -> Cases:
@@ -70,22 +64,20 @@ def generators(scratch: Path) -> Cases:
     )
     opsets = [helper.make_opsetid("", 17)]
     sound = helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
-    path = scratch / "generator.onnx"
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> bytes:
         data = flipped(sound, rng)
         if rng.random() < 0.5:  # in the program, not in the weights
             cut = data.find(b"generator")
             data = flipped(sound[: max(200, cut)], rng) + sound[max(200, cut) :]
-        path.write_bytes(data)
-        return lambda: onnx_file.OnnxGenerator(path)
+        return data
 
-    return draw
+    return file_cases(scratch / "generator.onnx", draw, onnx_file.OnnxGenerator)
 
 
 def evidences(scratch: Path) -> Cases:
     """Lineage evidence, with a hostile signer's own good signatures."""
-    key, path = Ed25519PrivateKey.generate(), scratch / "lineage.jsonl"
+    key = Ed25519PrivateKey.generate()
     body: dict[str, Any] = {
         "version": 1,
         "round": 1,
@@ -104,19 +96,17 @@ def evidences(scratch: Path) -> Cases:
 
     sound = json.dumps(signed(dict(body))).encode() + b"\n"
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> bytes:
         data = resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng)
-        path.write_bytes(data + rng.choice((b"\n", b"", sound, b"\0")))
+        return data + rng.choice((b"\n", b"", sound, b"\0"))
 
-        def case() -> None:
-            try:
-                evidence.verify(path)
-            finally:
-                evidence.last_hash(path)
+    def parse(path: Path) -> None:
+        try:
+            evidence.verify(path)
+        finally:
+            evidence.last_hash(path)
 
-        return case
-
-    return draw
+    return file_cases(scratch / "lineage.jsonl", draw, parse)
 
 
 def fingerprints(scratch: Path) -> Cases:
@@ -130,13 +120,8 @@ def fingerprints(scratch: Path) -> Cases:
     def signed(found: Any) -> Any:
         return found | {"signature": key.sign(public_file.canonical_json(found)).hex()}
 
-    def draw(rng: random.Random) -> Case:
-        path.write_bytes(resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng))
-
-        def case() -> None:
-            found = public_file.read(path)
-            public_file.compare_public(found, view)
-
-        return case
-
-    return draw
+    return file_cases(
+        path,
+        lambda rng: resealed(body, rng, signed) if rng.random() < 0.7 else flipped(sound, rng),
+        lambda path: public_file.compare_public(public_file.read(path), view),
+    )

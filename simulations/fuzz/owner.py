@@ -20,9 +20,8 @@ from fedsplit.owners.policy.rules import Policy
 from fedsplit.owners.serving.offers import FILE, save_offer, take_offer
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import ServingOffer
+from simulations.fuzz.cases import Cases, cases_of, file_cases, folder_cases, resealed
 from simulations.fuzz.damage import damaged_json, damaged_text, flipped
-from simulations.fuzz.files import fill, resealed
-from simulations.fuzz.wire import Case, Cases
 
 
 def _entry(entry: dict[str, Any], _: Totals) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def ledgers(scratch: Path) -> Cases:
     def hashed(found: Any) -> Any:
         return found | {"hash": chained(GENESIS, canonical(found))}
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> dict[str, bytes]:
         found = dict(files)
         way = rng.randrange(3)
         if way == 0:
@@ -55,18 +54,16 @@ def ledgers(scratch: Path) -> Cases:
         else:
             name = rng.choice(sorted(found))
             found[name] = flipped(found[name], rng)
-        fill(folder, found)
+        return found
 
-        def case() -> None:
-            try:
-                for _ in read_ledger(folder):
-                    pass
-            finally:
-                Ledger(folder).close()
+    def parse(folder: Path) -> None:
+        try:
+            for _ in read_ledger(folder):
+                pass
+        finally:
+            Ledger(folder).close()
 
-        return case
-
-    return draw
+    return folder_cases(folder, draw, parse)
 
 
 def policies(_: Path) -> Cases:
@@ -75,14 +72,14 @@ def policies(_: Path) -> Cases:
     sound = sound.replace("...", "ab" * 32)
     Policy.parse(sound.encode(), "owner.toml")
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> bytes:
         text = damaged_text(sound, rng)
         content = text.encode("utf-8", "surrogatepass")
         if rng.random() < 0.2:
             content = flipped(sound.encode(), rng)
-        return lambda: Policy.parse(content, "owner.toml")
+        return content
 
-    return draw
+    return cases_of(draw, lambda content: Policy.parse(content, "owner.toml"))
 
 
 def serving_offers(scratch: Path) -> Cases:
@@ -91,12 +88,11 @@ def serving_offers(scratch: Path) -> Cases:
     save_offer(scratch, ServingOffer(session, ("a.1.b",)), RunConfig().to_flat(), {"x": 1})
     sound = json.loads((scratch / FILE).read_bytes())
 
-    def draw(rng: random.Random) -> Case:
-        text = damaged_json(sound, rng)
-        (scratch / FILE).write_bytes(text.encode("utf-8", "surrogatepass"))
-        return lambda: take_offer(scratch)
-
-    return draw
+    return file_cases(
+        scratch / FILE,
+        lambda rng: damaged_json(sound, rng).encode("utf-8", "surrogatepass"),
+        lambda _: take_offer(scratch),
+    )
 
 
 def apps(_: Path) -> Cases:
@@ -116,14 +112,8 @@ clientapp = "fedsplit.client_app:app"
 
     sound = packed(project)
 
-    def draw(rng: random.Random) -> Case:
+    def draw(rng: random.Random) -> bytes:
         inside = rng.random() < 0.4
-        data = packed(damaged_text(project, rng)) if inside else flipped(sound, rng)
+        return packed(damaged_text(project, rng)) if inside else flipped(sound, rng)
 
-        def case() -> None:
-            digest_of_bundle(data)
-            facts_of(data)
-
-        return case
-
-    return draw
+    return cases_of(draw, lambda data: (digest_of_bundle(data), facts_of(data)))

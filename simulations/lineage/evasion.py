@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
@@ -35,7 +34,8 @@ from fedsplit.models.loading import TASKS, load
 from fedsplit.seeding import derive_seed, torch_generator
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import make_table
 from simulations.lineage.bases import Base, find_bases, load_base, one_per_width, own_bases
 from simulations.lineage.descendants import (
     Shelf,
@@ -46,7 +46,7 @@ from simulations.lineage.descendants import (
     train,
 )
 from simulations.lineage.plots import penalty_plot
-from simulations.lineage.table import COLUMNS, compare, read_options
+from simulations.lineage.table import COLUMNS, compare
 
 OPTIONS: dict[str, Any] = {
     "models": "",  # a folder of trained checkpoints, each a family of its own; empty: none of them
@@ -96,13 +96,13 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    options = read_options(experiment, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    weights = _weights(str(options["penalty-weights"]))
+    weights = _weights(options["penalty-weights"])
     rows: list[dict[str, Any]] = []
     lacking: list[dict[str, str]] = []
     began = time.perf_counter()
-    with limited_threads(int(options["threads"])), RunProgress(console) as progress:
+    with limited_threads(options["threads"]), RunProgress(console) as progress:
         subjects = families(folder.path / "shapes", options)
         progress.stage("maps that keep the function")
         for n, (family, model, stranger) in enumerate(subjects):
@@ -133,7 +133,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         picture = penalty_plot(folder.path / "penalty.png", base, points)
         folder.record(
             rows=rows,
-            penalty={"base": base, "steps": int(options["penalty-steps"]), "points": points},
+            penalty={"base": base, "steps": options["penalty-steps"], "points": points},
             pictures=[picture],
             seconds=round(time.perf_counter() - began, 1),
         )
@@ -157,11 +157,11 @@ def families(folder: Path, options: Mapping[str, Any]) -> list[Subject]:
         (where / "config.json").write_text(json.dumps(settings))
         found.append((f"{name}, random", _random(where, 0), _random(where, 1)))
     if options["encoder"]:
-        whole: Any = load(str(options["encoder"]), "sequence-classification").model
+        whole: Any = load(options["encoder"], "sequence-classification").model
         encoder, kind = whole.base_model, whole.config.model_type
         found.append((f"{kind}, trained encoder", encoder, _shuffled(encoder)))
     if options["models"]:
-        for base in one_per_width(find_bases(str(options["models"]))):
+        for base in one_per_width(find_bases(options["models"])):
             model = load_base(base).model
             found.append((f"{base.name}, trained", model, _shuffled(model)))
     return found
@@ -299,12 +299,12 @@ def penalty_series(
         ConfigError: for an unknown base.
     """
     base = _penalty_base(folder, options)
-    texts = read_texts(str(options["text"]))
+    texts = read_texts(options["text"])
     plan = Training(
-        int(options["penalty-steps"]),
-        float(options["penalty-lr"]),
-        int(options["batch"]),
-        int(options["length"]),
+        options["penalty-steps"],
+        options["penalty-lr"],
+        options["batch"],
+        options["length"],
     )
     original = load_base(base)
     before = outputs(original.model)
@@ -328,16 +328,16 @@ def penalty_series(
 
 
 def _penalty_base(folder: RunFolder, options: Mapping[str, Any]) -> Base:
-    wanted = str(options["penalty-base"])
+    wanted = options["penalty-base"]
     if options["models"]:
-        bases = find_bases(str(options["models"]))
+        bases = find_bases(options["models"])
         named = {base.name: base for base in bases}
         if wanted and wanted not in named:
             raise ConfigError(f"options.penalty-base={wanted!r}: must be one of {', '.join(named)}")
         return named[wanted] if wanted else one_per_width(bases)[0]
     if wanted:
         raise ConfigError(f"options.penalty-base={wanted!r}: needs --set models=DIR")
-    plan = Training(int(options["own-steps"]), 2e-3, 2 * int(options["batch"]))
+    plan = Training(options["own-steps"], 2e-3, 2 * options["batch"])
     return own_bases(Shelf(folder.path / "models"), 1, plan)[0]
 
 
@@ -354,17 +354,14 @@ def _weights(text: str) -> list[float]:
 def print_table(
     console: Console, rows: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Every row, then perplexity against the score."""
-    table = Table(title="After each transform", title_justify="left")
-    for column in ("family", "transform", "output moved by", *COLUMNS):
-        table.add_column(column)
+    """Print every row, then perplexity against the score."""
+    after = []
     for row in rows:
-        cells = ["" if row[c] is None else f"{row[c]:.4f}" for c in COLUMNS]
-        table.add_row(row["family"], row["transform"], f"{row['output_difference']:.1e}", *cells)
-    console.print(table)
-    table = Table(title="Fine-tuning with a penalty on the score", title_justify="left")
-    for column in ("weight", "score", "perplexity"):
-        table.add_column(column, justify="right")
-    for p in points:
-        table.add_row(f"{p['weight']:g}", f"{p['score']:.3f}", f"{p['perplexity']:.1f}")
-    console.print(table)
+        values = (None if row[c] is None else f"{row[c]:.4f}" for c in COLUMNS)
+        moved = f"{row['output_difference']:.1e}"
+        after.append((row["family"], row["transform"], moved, *values))
+    columns = ("family", "transform", "output moved by", *COLUMNS)
+    console.print(make_table(columns, after, title="After each transform", left=2))
+    found = [(f"{p['weight']:g}", f"{p['score']:.3f}", f"{p['perplexity']:.1f}") for p in points]
+    title = "Fine-tuning with a penalty on the score"
+    console.print(make_table(("weight", "score", "perplexity"), found, title=title, left=0))

@@ -20,16 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from fedsplit.config import LineageConfig
 from fedsplit.errors import ConfigError
 from fedsplit.fingerprints.gate.owner_updates import average
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import make_table
 from simulations.lineage.gate_owners import ANSWERS, LocalWork, Update, Workshop, make_workshop
-from simulations.lineage.table import read_options
 from strategies.rounds.lineage_setup import owners_gate
 from strategies.rounds.lineage_watch import LineageWatch
 
@@ -78,27 +77,22 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         ConfigError: an option out of range, or no two checkpoints of one shape.
     """
-    options = read_options(experiment, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     for name in ("rounds", "owners", "blocks", "steps", "batch"):
         if options[name] < (2 if name == "owners" else 1):
             raise ConfigError(f"options.{name}={options[name]}: must be >= 1 (owners: >= 2)")
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    work = LocalWork(
-        int(options["steps"]),
-        int(options["batch"]),
-        int(options["length"]),
-        float(options["lr"]),
-    )
-    owners, config = int(options["owners"]), LineageConfig(gate="reject", evidence=False)
+    work = LocalWork(options["steps"], options["batch"], options["length"], options["lr"])
+    owners, config = options["owners"], LineageConfig(gate="reject", evidence=False)
     rows: list[dict[str, Any]] = []
     # Every round of an attack would be a warning.
     logging.getLogger("strategies.rounds.lineage_watch").setLevel(logging.ERROR)
     with RunProgress(console) as progress:
         progress.stage("the model")
         base, donor, shop = make_workshop(
-            str(options["models"]),
-            str(options["base"]),
-            blocks=int(options["blocks"]),
+            options["models"],
+            options["base"],
+            blocks=options["blocks"],
             owners=owners,
             work=work,
             seed=experiment.config.seed,
@@ -236,24 +230,16 @@ def thresholds(tallies: Mapping[str, Tally], config: LineageConfig) -> dict[str,
 
 
 def print_rows(console: Console, rows: list[dict[str, Any]], blends: list[dict[str, Any]]) -> None:
-    """Print both tables."""
+    """Print what each case came to, and where a share of a stranger is refused."""
     names = list(rows[0])
-    for title, columns in (
-        ("the gate in federations", names[:6]),
-        ("what it saw", [names[0], *names[6:]]),
+    for title, columns, found, left in (
+        ("the gate in federations", names[:6], rows, 1),
+        ("what it saw", [names[0], *names[6:]], rows, 1),
+        ("an update with a share of a stranger in it", list(blends[0]), blends, 0),
     ):
-        table = Table(title=title, title_justify="left")
-        for name in columns:
-            table.add_column(name.replace("_", " "), justify="left" if name == "case" else "right")
-        for row in rows:
-            table.add_row(*(_shown(row[name]) for name in columns))
-        console.print(table)
-    table = Table(title="an update with a share of a stranger in it", title_justify="left")
-    for name in blends[0]:
-        table.add_column(name, justify="right")
-    for row in blends:
-        table.add_row(*(_shown(value) for value in row.values()))
-    console.print(table)
+        heads = [name.replace("_", " ") for name in columns]
+        shown = ([_shown(row[name]) for name in columns] for row in found)
+        console.print(make_table(heads, shown, title=title, left=left))
 
 
 def _shown(value: Any) -> str:

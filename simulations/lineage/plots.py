@@ -6,20 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.errors import RunError
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.models.loading import LoadedModel
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise RunError(f"matplotlib: {error}: pip install 'fedsplit[plot]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+from simulations.core.plots import picture
 
 
 def breaking_plot(
@@ -36,28 +25,31 @@ def breaking_plot(
     Returns:
         The file's name.
     """
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
-    steps = [row["steps"] for row in series]
-    for name, fingerprint in FINGERPRINTS.items():
-        colour, label = fingerprint.colour, fingerprint.label
-        values = [row[name] for row in series]
-        if any(v is None for v in values):
-            continue
-        mean, sd, most = limits[name]
-        left.plot(steps, values, color=colour, marker="o", markersize=3, label=label)
-        left.plot([steps[0], steps[-1]], [most, most], color=colour, linestyle=":", linewidth=0.9)
-        z = [max(0.05, (v - mean) / sd) for v in values]
-        right.plot(steps, z, color=colour, marker="o", markersize=3, label=label)
-    left.set(xscale="log", xlabel="steps of further training", ylabel="similarity to the base")
-    left.set_title(f"{base} (dotted: its highest stranger)", fontsize=10)
-    right.set(
-        xscale="log", yscale="log", xlabel="steps of further training", ylabel="Z from strangers"
-    )
-    right.axhline(3.0, color="#bbbbbb", linewidth=0.8)
-    right.set_title("in standard deviations of independent pairs (line: 3)", fontsize=10)
-    left.legend(fontsize=8)
-    _save(plt, figure, path)
+    with picture(path, 1, 2, figsize=(12, 4.8)) as (_, (left, right)):
+        steps = [row["steps"] for row in series]
+        for name, fingerprint in FINGERPRINTS.items():
+            colour, label = fingerprint.colour, fingerprint.label
+            values = [row[name] for row in series]
+            if any(v is None for v in values):
+                continue
+            mean, sd, most = limits[name]
+            left.plot(steps, values, color=colour, marker="o", markersize=3, label=label)
+            left.plot(
+                [steps[0], steps[-1]], [most, most], color=colour, linestyle=":", linewidth=0.9
+            )
+            z = [max(0.05, (v - mean) / sd) for v in values]
+            right.plot(steps, z, color=colour, marker="o", markersize=3, label=label)
+        left.set(xscale="log", xlabel="steps of further training", ylabel="similarity to the base")
+        left.set_title(f"{base} (dotted: its highest stranger)", fontsize=10)
+        right.set(
+            xscale="log",
+            yscale="log",
+            xlabel="steps of further training",
+            ylabel="Z from strangers",
+        )
+        right.axhline(3.0, color="#bbbbbb", linewidth=0.8)
+        right.set_title("in standard deviations of independent pairs (line: 3)", fontsize=10)
+        left.legend(fontsize=8)
     return path.name
 
 
@@ -67,32 +59,32 @@ def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> 
     Returns:
         The file's name.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(6.4, 4.8))
-    ordered = sorted(points, key=lambda row: float(row["weight"]))
-    for name in ("score", "ics_whitened", "awm", "pcs"):
-        colour, label = FINGERPRINTS[name].colour, FINGERPRINTS[name].label
-        axes.plot(
-            [row[name] for row in ordered],
-            [row["perplexity"] for row in ordered],
-            color=colour,
-            marker="o",
-            markersize=4,
-            label=label,
+    with picture(path, figsize=(6.4, 4.8)) as (_, axes):
+        ordered = sorted(points, key=lambda row: float(row["weight"]))
+        for name in ("score", "ics_whitened", "awm", "pcs"):
+            colour, label = FINGERPRINTS[name].colour, FINGERPRINTS[name].label
+            axes.plot(
+                [row[name] for row in ordered],
+                [row["perplexity"] for row in ordered],
+                color=colour,
+                marker="o",
+                markersize=4,
+                label=label,
+            )
+        for row in ordered:
+            axes.annotate(
+                f"{row['weight']:g}",
+                (row["score"], row["perplexity"]),
+                fontsize=7,
+                xytext=(4, 4),
+                textcoords="offset points",
+            )
+        axes.axhline(points[0]["perplexity_base"], color="#bbbbbb", linestyle="--", linewidth=0.8)
+        axes.set(yscale="log", xlabel="similarity to the base", ylabel="held-out perplexity")
+        axes.set_title(
+            f"{base}: fine-tuning with a penalty on the score (numbers: weight)", fontsize=9
         )
-    for row in ordered:
-        axes.annotate(
-            f"{row['weight']:g}",
-            (row["score"], row["perplexity"]),
-            fontsize=7,
-            xytext=(4, 4),
-            textcoords="offset points",
-        )
-    axes.axhline(points[0]["perplexity_base"], color="#bbbbbb", linestyle="--", linewidth=0.8)
-    axes.set(yscale="log", xlabel="similarity to the base", ylabel="held-out perplexity")
-    axes.set_title(f"{base}: fine-tuning with a penalty on the score (numbers: weight)", fontsize=9)
-    axes.legend(fontsize=8)
-    _save(plt, figure, path)
+        axes.legend(fontsize=8)
     return path.name
 
 
@@ -121,9 +113,3 @@ def lineage_sheet(
         drawn.append((title, vectors))
     draw_sheet(drawn, path, size=size)
     return path.name
-
-
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)

@@ -13,11 +13,11 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
@@ -26,9 +26,11 @@ from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
 from fedsplit.fingerprints.gate.verdict import NullDistribution, separation
 from fedsplit.models.loading import LoadedModel
 from fedsplit.statistics import auc
+from simulations.core.cells import FILE, CellStore, Row
 from simulations.core.progress import RunProgress
-from simulations.core.run_folder import RunFolder, write_atomically
-from simulations.core.settings import Experiment
+from simulations.core.run_folder import RunFolder
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import make_table
 from simulations.lineage.bases import Base, chosen, find_bases, load_base, own_bases, retrained
 from simulations.lineage.descendants import (
     RECIPES,
@@ -71,21 +73,21 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    options = read_options(experiment, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    plan, stops = plan_of(options), _stops(str(options["breaking-steps"]))
+    plan, stops = plan_of(options), _stops(options["breaking-steps"])
     shelf = Shelf(folder.path / "models")
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
-    with limited_threads(int(options["threads"])), RunProgress(console) as progress:
-        texts = read_texts(str(options["text"]), str(options["other"]))
+    with limited_threads(options["threads"]), RunProgress(console) as progress:
+        texts = read_texts(options["text"], options["other"])
         progress.stage("base models")
         bases = all_bases(shelf, options, texts, plan)
         live = {base.name: load_base(base) for base in bases}
-        parents = chosen(bases, str(options["bases"]))
+        parents = chosen(bases, options["bases"])
         picked = parents[len(parents) // 2]
         if options["breaking-base"]:
-            picked = chosen(bases, str(options["breaking-base"]))[0]
+            picked = chosen(bases, options["breaking-base"])[0]
         family: dict[str, list[tuple[str, str, LoadedModel]]] = {}
         made: list[dict[str, Any]] = []
         progress.stage("descendants")
@@ -99,13 +101,15 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         folder.record(about=experiment.about, bases=[b.name for b in bases], descendants=made)
 
         progress.stage("comparing")
-        plans = list(_pairs(bases, live, parents, family, bool(options["transforms"])))
+        plans = list(_pairs(bases, live, parents, family, options["transforms"]))
         skipped: list[dict[str, Any]] = []
-        known = _Known(folder.path / "rows.json")
+        settings = {"fingerprints": COLUMNS}
+        store = CellStore(folder.path / FILE, settings, earlier_rows(folder.path / "rows.json"))
         for n, pair in enumerate(plans):
             base_name, suspect, relation, how, loaded = pair
             try:
-                found = known.get(live[base_name], loaded, how)
+                key = {"base": live[base_name].digest, "suspect": loaded.digest, "transform": how}
+                [found] = store.rows(key, partial(compared, live[base_name], loaded, how))
             except (LineageError, UnsupportedModelError) as error:
                 skipped.append({"suspect": suspect, "transform": how, "why": str(error)})
                 continue
@@ -118,9 +122,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         say_rows(progress, rows)
 
         progress.stage("training on until each breaks")
-        breaking = breaking_series(
-            picked, texts, plan, stops, float(options["breaking-lr"]), progress
-        )
+        breaking = breaking_series(picked, texts, plan, stops, options["breaking-lr"], progress)
         limits = {c: _most(rows, c) for c in COLUMNS}
         folder.record(
             breaking={"base": picked.name, "steps": breaking, **broken_at(breaking, limits)}
@@ -131,9 +133,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             for b in parents
         ]
         columns += [(b.name, [("base", live[b.name])]) for b in bases if b.name not in family]
-        plots.append(
-            lineage_sheet(folder.path / "sheet.png", columns, int(options["portrait-size"]))
-        )
+        plots.append(lineage_sheet(folder.path / "sheet.png", columns, options["portrait-size"]))
         folder.record(pictures=plots, seconds=round(time.perf_counter() - began, 1))
     print_table(console, rows)
     for path in plots:
@@ -144,46 +144,25 @@ def _labelled(base: Base, suspect: str, _: str, loaded: LoadedModel) -> tuple[st
     return suspect.removeprefix(f"{base.name}-"), loaded
 
 
-def read_options(experiment: Experiment, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The experiment's options over their defaults.
-
-    Raises:
-        ConfigError: for an unknown option or one of another type.
-    """
-    for key, value in experiment.options.items():
-        if key not in known:
-            raise ConfigError(f"options.{key}: must be one of {', '.join(known)}")
-        wanted = type(known[key])
-        fits = isinstance(value, wanted) or (wanted is float and isinstance(value, int))
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise ConfigError(f"options.{key}={value!r}: must be of type {wanted.__name__}")
-    return {**known, **experiment.options}
-
-
 def plan_of(options: Mapping[str, Any]) -> Training:
-    """The training settings among the options."""
-    return Training(
-        int(options["steps"]),
-        float(options["lr"]),
-        int(options["batch"]),
-        int(options["length"]),
-    )
+    """Return the training settings among the options."""
+    return Training(options["steps"], options["lr"], options["batch"], options["length"])
 
 
 def all_bases(shelf: Shelf, options: Mapping[str, Any], texts: Texts, plan: Training) -> list[Base]:
     """The folder's checkpoints with retrained twins of the narrowest, or twins trained here."""
-    scratch = Training(int(options["own-steps"]), 2e-3, 2 * plan.batch, plan.length, plan.seed)
+    scratch = Training(options["own-steps"], 2e-3, 2 * plan.batch, plan.length, plan.seed)
     if not options["models"]:
-        return own_bases(shelf, int(options["own-bases"]), scratch)
-    bases = find_bases(str(options["models"]))
+        return own_bases(shelf, options["own-bases"], scratch)
+    bases = find_bases(options["models"])
     narrow = min(bases, key=lambda base: base.width)
-    return bases + retrained(shelf, narrow, int(options["retrained"]), texts.tuning, scratch)
+    return bases + retrained(shelf, narrow, options["retrained"], texts.tuning, scratch)
 
 
-def compare(base: Any, suspect: Any) -> dict[str, float | None]:
-    """Every fingerprint's value; None where it refuses the pair."""
+def compare(base: nn.Module, suspect: nn.Module) -> Row:
+    """Return every fingerprint's value; None where it refuses the pair."""
     views = WeightView.of_module(base), WeightView.of_module(suspect)
-    found: dict[str, float | None] = {}
+    found: Row = {}
     for name in COLUMNS:
         try:
             found[name] = FINGERPRINTS[name]().compare(*views).value
@@ -192,28 +171,22 @@ def compare(base: Any, suspect: Any) -> dict[str, float | None]:
     return found
 
 
-class _Known:
-    """Values found before in this folder, by the models' digests, so that a killed run goes on.
+def compared(base: LoadedModel, suspect: LoadedModel, how: str) -> list[Row]:
+    """Return every fingerprint of a pair, the suspect changed by the map ``how`` unless "none"."""
+    model = suspect.model if how == "none" else transform(suspect.model, how).model
+    return [compare(base.model, model)]
 
-    Args:
-        path: a JSON file, written after every new pair.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.rows: dict[str, dict[str, float | None]] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            self.rows = {}
-
-    def get(self, base: LoadedModel, suspect: LoadedModel, how: str) -> dict[str, float | None]:
-        """Every fingerprint of a pair, the suspect changed by the map ``how`` unless "none"."""
-        key = f"{base.digest} {suspect.digest} {how}"
-        if key not in self.rows or self.rows[key].keys() != set(COLUMNS):
-            model = suspect.model if how == "none" else transform(suspect.model, how).model
-            self.rows[key] = compare(base.model, model)
-            write_atomically(self.path, json.dumps(self.rows).encode())
-        return self.rows[key]
+def earlier_rows(path: Path) -> Iterator[tuple[dict[str, str], list[Row]]]:
+    """Yield the pairs that earlier versions kept in ``rows.json``, under their keys of today."""
+    names = ("base", "suspect", "transform")
+    try:
+        found: dict[str, Row] = json.loads(path.read_text(encoding="utf-8"))
+        for key, values in found.items():
+            if values.keys() == set(COLUMNS):
+                yield dict(zip(names, key.split(" "), strict=True)), [values]
+    except (OSError, ValueError, AttributeError):  # none, or damaged: the pairs are compared again
+        return
 
 
 Pair = tuple[str, str, str, str, LoadedModel]
@@ -345,20 +318,16 @@ def say_rows(progress: RunProgress, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_table(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Every pair as it is, then separation."""
-    table = Table(title="Pairs (models as they are)", title_justify="left")
-    for column in ("base", "suspect", "relation", *COLUMNS):
-        table.add_column(column.replace("_", " "), overflow="fold")
-    for row in rows:
-        if row["transform"] == "none":
-            cells = ["" if row[c] is None else f"{row[c]:.3f}" for c in COLUMNS]
-            table.add_row(row["base"], row["suspect"], row["relation"], *cells)
-    console.print(table)
-    table = Table(title="Separation", title_justify="left")
-    names = ("fingerprint", "models", "auc", "z", "z_tuned", "tuned_least", "independent_most")
-    for name in names:
-        table.add_column(name.replace("_", " "))
-    for found in separations(rows):
-        cells = [found[n] for n in names]
-        table.add_row(*(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells))
-    console.print(table)
+    """Print every pair as it is, then separation."""
+
+    def shown(row: Mapping[str, Any], columns: Sequence[str]) -> list[Any]:
+        return [f"{row[c]:.3f}" if isinstance(row[c], float) else row[c] for c in columns]
+
+    columns: Sequence[str] = ("base", "suspect", "relation", *COLUMNS)
+    plain = (shown(row, columns) for row in rows if row["transform"] == "none")
+    heads = [name.replace("_", " ") for name in columns]
+    console.print(make_table(heads, plain, title="Pairs (models as they are)", left=3))
+    columns = ("fingerprint", "models", "auc", "z", "z_tuned", "tuned_least", "independent_most")
+    heads = [name.replace("_", " ") for name in columns]
+    found = (shown(row, columns) for row in separations(rows))
+    console.print(make_table(heads, found, title="Separation", left=2))

@@ -9,12 +9,12 @@ each part of the budget, on held-out public text and on the owner's own task.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -22,20 +22,22 @@ from torch import Tensor
 from fedsplit.attacks import Truth, View, make_attack
 from fedsplit.attacks.extraction.attack import Gap, Task
 from fedsplit.data import docstrings_are_public
-from fedsplit.emulators import Emulator, Material, adapter_state
+from fedsplit.emulators import Emulator, adapter_state
 from fedsplit.emulators.lm import pack
 from fedsplit.emulators.planning.trial import tune
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import check
 from fedsplit.evaluation.perplexity import text_ids
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
-from simulations.core.cells import Cells, Row
-from simulations.core.progress import RunProgress
+from simulations.core.cells import CellStore, Row, product, run_cells
+from simulations.core.plots import draw_if_possible
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
-from simulations.offsite.extraction_plot import closed_plot
-from simulations.offsite.table import METHODS, World
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import grouped, make_table, mean
+from simulations.offsite.plots import closed_plot
+from simulations.offsite.setting import OffsiteSetting
+from simulations.offsite.table import METHODS, SELECTING
 from simulations.offsite.table import OPTIONS as TABLE_OPTIONS
 
 OPTIONS: dict[str, Any] = {
@@ -68,29 +70,17 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         FedsplitError: whatever failed, named.
     """
     options = checked_options(experiment.options)
-    config = experiment.config
-    flat = config.to_flat()
-    folder.write_config({**flat, "options": options})
-    # The choice of rows and the number of seeds change no row.
-    same = {k: v for k, v in options.items() if k not in ("methods", "attacks", "seeds", "full")}
-    cells = Cells(folder.path / "cells.jsonl", {**flat, **same})
-    world = Attacked(World(config, same, folder.path, cells), options)
-    rows: list[Row] = []
-    todo = [
-        {"method": method, "seed": seed, "attack": attack}
-        for seed in range(int(options["seeds"]))
-        for method in options["methods"]
-        for attack in options["attacks"]
-    ]
-    with RunProgress(console) as progress:
-        progress.stage("attacks")
-        for done, cell in enumerate(todo, 1):
-            rows += cells.rows(cell, partial(world.cell, **cell))
-            folder.record(about=experiment.about, rows=rows)
-            shown = f"{cell['method']}, {cell['attack']}, seed {cell['seed']}"
-            progress.update(done / len(todo), shown)
+    selecting = (*SELECTING, "attacks")
+    store = CellStore.open(folder, experiment.config, options, selecting)
+    setting = ExtractionSetting(experiment.config, store.options, folder.path, store)
+    keys = product(
+        seed=range(options["seeds"]), method=options["methods"], attack=options["attacks"]
+    )
+    rows = run_cells(experiment, folder, console, store, keys, setting.cell)
     console.print(table(rows))
-    folder.record(plots=[closed_plot(folder.path / "extraction.png", rows)])
+    path = folder.path / "extraction.png"
+    draw_if_possible(console, path, lambda: closed_plot(path, rows))
+    folder.record(plots=[path.name])
 
 
 def checked_options(given: Any) -> dict[str, Any]:
@@ -99,10 +89,7 @@ def checked_options(given: Any) -> dict[str, Any]:
     Raises:
         ConfigError: an unknown one, or a value out of its range.
     """
-    unknown = given.keys() - OPTIONS.keys()
-    if unknown:
-        raise ConfigError(f"options.{min(unknown)}: must be one of {', '.join(OPTIONS)}")
-    options = {**OPTIONS, **given}
+    options = read_options(given, OPTIONS)
     for method in options["methods"]:
         pick(METHODS, method, "method")
     for attack in options["attacks"]:
@@ -110,53 +97,44 @@ def checked_options(given: Any) -> dict[str, Any]:
     budget = options["budget"]
     good = bool(budget) and all(isinstance(s, int) and s >= 0 for s in budget)
     check(good and max(budget) >= 1, "options.budget", budget, "steps >= 0, one of them >= 1")
-    check(int(options["windows"]) >= 2, "options.windows", options["windows"], ">= 2")
+    check(options["windows"] >= 2, "options.windows", options["windows"], ">= 2")
     return options
 
 
 @dataclass
-class Attacked:
-    """What all cells share: texts, and each method's emulator with the owner's tuned adapters."""
+class ExtractionSetting(OffsiteSetting):
+    """The attacker's texts, and each method's emulator with the owner's tuned adapters."""
 
-    world: World
-    options: dict[str, Any]
     _sent: dict[tuple[str, int], tuple[Emulator, dict[str, Tensor]]] = field(default_factory=dict)
-    _texts: tuple[Tensor, Tensor] | None = None
 
-    @property
+    @cached_property
     def texts(self) -> tuple[Tensor, Tensor]:
         """The attacker's blocks (N, T), and held-out public ids (n,)."""
-        if self._texts is None:
-            tokenizer = self.world.loaded.tokenizer
-            length = self.world.config.offsite.block
-            own = str(self.options["attack-text"]) or self.world.config.offsite.public
-            docstrings = docstrings_are_public(self.world.config.data.kind)
-            ids = text_ids(tokenizer, public_texts(own, docstrings=docstrings))
-            if self.options["attack-held-out"]:
-                path = Path(str(self.options["attack-held-out"]))
-                held_out = text_ids(tokenizer, public_texts(str(path)))
-            else:
-                cut = len(ids) - len(ids) // 10
-                ids, held_out = ids[:cut], ids[cut:]
-            self._texts = pack(ids, length), held_out[: self._measured]
-        return self._texts
+        tokenizer = self.loaded.tokenizer
+        own = self.options["attack-text"] or self.config.offsite.public
+        docstrings = docstrings_are_public(self.config.data.kind)
+        ids = text_ids(tokenizer, public_texts(own, docstrings=docstrings))
+        if self.options["attack-held-out"]:
+            path = Path(self.options["attack-held-out"])
+            held_out = text_ids(tokenizer, public_texts(str(path)))
+        else:
+            cut = len(ids) - len(ids) // 10
+            ids, held_out = ids[:cut], ids[cut:]
+        return pack(ids, self.config.offsite.block), held_out[: self._measured]
 
     @property
     def _measured(self) -> int:
-        return (int(self.options["windows"]) + 1) * (self.world.config.offsite.block // 2)
+        return int((self.options["windows"] + 1) * (self.config.offsite.block // 2))
 
     def sent(self, method: str, seed: int) -> tuple[Emulator, dict[str, Tensor]]:
         """Return a method's emulator as it is sent, and the adapters that the owner tuned in it."""
         key = (method, seed)
         if key not in self._sent:
-            train, _, public = self.world.tokens
-            made, importance, _ = METHODS[method](self.world, seed)
-            loaded = self.world.loaded
-            material = Material(tokens=public, importance=importance, base_digest=loaded.digest)
-            emulator = made.build(loaded.model, material)
+            made, importance, _ = METHODS[method](self, seed)
+            emulator = made.build(self.loaded.model, self.material(importance))
             before = adapter_state(emulator)
             parameters = list(emulator.adapter_parameters().values())
-            tune(emulator.model, parameters, train, self.world.tuning(seed))
+            tune(emulator.model, parameters, self.tokens[0], self.tuning(seed))
             tuned = adapter_state(emulator)
             named = emulator.adapter_parameters()
             with torch.no_grad():
@@ -171,21 +149,21 @@ class Attacked:
         emulator, tuned = self.sent(method, seed)
         queries, regrow = ATTACKERS[attack]
         budget = sorted(set(self.options["budget"]))
-        work = self.world.tokens[1].flatten()[: self._measured]
+        work = self.tokens[1].flatten()[: self._measured]
         made = make_attack(
             "extraction",
             derive_seed(seed, "extraction") % 2**31,
             steps=budget[-1],
-            batch_size=int(self.options["attack-batch"]),
-            lr=float(self.options["attack-lr"]),
+            batch_size=self.options["attack-batch"],
+            lr=self.options["attack-lr"],
             queries=queries,
             regrow=regrow,
-            bf16=bool(self.options["bf16"]),
-            window=self.world.config.offsite.block,
+            bf16=self.options["bf16"],
+            window=self.config.offsite.block,
             marks=tuple(budget),
             control=attack == CONTROL,
         )
-        base = self.world.loaded.model
+        base = self.loaded.model
         view = View(emulator=emulator, text=public, teacher=base if queries else None)
         result = made.run(view, Truth(gap=Gap(base, held_out, Task(tuned, work))))
         about: Row = {
@@ -198,36 +176,30 @@ class Attacked:
 
 
 def table(rows: list[Row]) -> Table:
-    """The shares closed with the whole budget, means over seeds; gaps in nats a token."""
+    """Return the shares closed with the whole budget, means over seeds; gaps in nats a token."""
     tokens = max((int(r["tokens"]) for r in rows), default=0)
-    title = f"share of the gap (nats) closed with {tokens} tokens"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("method", "attack"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("gap", "closed", "95 % (%)", "of control", "task closed"):
-        shown.add_column(name, justify="right", min_width=len(name.split()[-1]))
-    for method, attack in dict.fromkeys((r["method"], r["attack"]) for r in rows):
-        mine = [r for r in rows if (r["method"], r["attack"]) == (method, attack)]
-        last = [r for r in mine if r["steps"] == max(m["steps"] for m in mine)]
-        shown.add_row(
-            str(method),
-            str(attack),
-            f"{_mean(last, 'public_emulator') - _mean(last, 'public_full'):.3f}",
-            _share(last, "public_closed"),
-            " ".join(_interval(r) for r in last),
-            of_control(last, rows),
-            _share(last, "task_closed"),
+    shown = []
+    for (method, attack), mine in grouped(rows, "method", "attack").items():
+        most = max(m["steps"] for m in mine)
+        last = [r for r in mine if r["steps"] == most]
+        gap = mean(last, "public_emulator") - mean(last, "public_full")
+        intervals = " ".join(map(_interval, last))
+        closed, task = (_share(last, f"{name}_closed") for name in ("public", "task"))
+        shown.append(
+            (method, attack, f"{gap:.3f}", closed, intervals, of_control(last, rows), task)
         )
-    return shown
-
-
-def _mean(rows: list[Row], key: str) -> float:
-    return sum(float(r[key]) for r in rows) / len(rows)
+    return make_table(
+        ("method", "attack", "gap", "closed", "95 % (%)", "of control", "task closed"),
+        shown,
+        title=f"share of the gap (nats) closed with {tokens} tokens",
+        left=2,
+        narrow=True,
+    )
 
 
 def _share(rows: list[Row], key: str) -> str:
     values = [float(r[key]) for r in rows if r[key] is not None]
-    return f"{100 * sum(values) / len(values):.0f} %" if values else "no gap"
+    return f"{100 * fmean(values):.0f} %" if values else "no gap"
 
 
 def of_control(mine: list[Row], rows: list[Row]) -> str:
@@ -244,7 +216,7 @@ def of_control(mine: list[Row], rows: list[Row]) -> str:
         if twin is not None and row["attack"] != CONTROL:
             best = row["public_emulator"] - twin["public_attacked"]
             shares.append((row["public_emulator"] - row["public_attacked"]) / best)
-    return f"{100 * sum(shares) / len(shares):.0f} %" if shares else ""
+    return f"{100 * fmean(shares):.0f} %" if shares else ""
 
 
 def _interval(row: Row) -> str:

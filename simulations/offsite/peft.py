@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -21,12 +21,12 @@ from fedsplit.emulators.build import tune_in_full, tune_inside
 from fedsplit.emulators.planning.trial import tune
 from fedsplit.models.adapters.methods import METHODS, MethodSettings
 from fedsplit.registry import pick
-from simulations.core.cells import Cells, Row
-from simulations.core.progress import RunProgress
+from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
-from simulations.offsite import table as offsite_experiment
-from simulations.offsite.setting import World, options_of, perplexity_of
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import grouped, make_table, mean
+from simulations.offsite import table as emulator_table
+from simulations.offsite.setting import OffsiteSetting, perplexity_of
 
 # Beside those of ``offsite-table``, whose emulators are built here.  Rates of the small methods are
 # customary ones (about ten times full adapters' for LoRA), bottlenecks' of three tried on one seed.
@@ -52,62 +52,42 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    options = options_of(experiment.options, {**offsite_experiment.OPTIONS, **OPTIONS})
+    options = read_options(experiment.options, {**emulator_table.OPTIONS, **OPTIONS})
     for method in options["methods"]:
         pick(METHODS, method, "method")
-    pick(offsite_experiment.METHODS, options["emulator"], "emulator")
-    config = experiment.config
-    flat = config.to_flat()
-    folder.write_config({**flat, "options": options})
-    # More methods or seeds leave finished cells as they are.
-    same = {k: v for k, v in options.items() if k not in ("methods", "seeds", "full")}
-    cells = Cells(folder.path / "cells.jsonl", {**flat, **same})
-    bench = Bench(World(config, same, folder.path, cells))
-    rows: list[Row] = []
-    done, whole = 0, len(options["methods"]) * int(options["seeds"])
-    with RunProgress(console) as progress:
-        progress.stage("methods")
-        for seed in range(int(options["seeds"])):
-            for method in options["methods"]:
-                identity = {"method": method, "seed": seed}
-                rows += cells.rows(identity, partial(bench.cell, method, seed))
-                folder.record(about=experiment.about, rows=compared(rows))
-                done += 1
-                progress.update(done / whole, f"{method}, seed {seed}")
+    pick(emulator_table.METHODS, options["emulator"], "emulator")
+    store = CellStore.open(folder, experiment.config, options, emulator_table.SELECTING)
+    setting = PeftSetting(experiment.config, store.options, folder.path, store)
+    keys = product(seed=range(options["seeds"]), method=options["methods"])
+    rows = run_cells(
+        experiment, folder, console, store, keys, setting.cell, lambda r: {"rows": compared(r)}
+    )
     console.print(table(compared(rows)))
 
 
-class Bench:
-    """One emulator a seed, and what each method makes of it.
+@dataclass
+class PeftSetting(OffsiteSetting):
+    """One emulator a seed, and what each method makes of it."""
 
-    Args:
-        world: model, texts, importance, options.
-    """
-
-    def __init__(self, world: World) -> None:
-        self.world = world
-        self._built: tuple[int, Emulator, float] | None = None
+    _built: tuple[int, Emulator, float] | None = None
 
     def emulator(self, seed: int) -> tuple[Emulator, float]:
         """Return the seed's emulator and its held-out loss before tuning; the last one is kept."""
         if self._built is None or self._built[0] != seed:
-            name = str(self.world.options["emulator"])
-            made, importance, _ = offsite_experiment.METHODS[name](self.world, seed)
-            emulator = made.build(self.world.loaded.model, self.world.material(importance))
-            self._built = (seed, emulator, self.world.measured(emulator.model))
+            made, importance, _ = emulator_table.METHODS[self.options["emulator"]](self, seed)
+            emulator = made.build(self.loaded.model, self.material(importance))
+            self._built = (seed, emulator, self.measured(emulator.model))
         return self._built[1], self._built[2]
 
     def cell(self, method: str, seed: int) -> list[Row]:
         """Return the row of one method and seed."""
         built, before = self.emulator(seed)
-        model, o = self.world.loaded.model, self.world.options
-        train, held_out, _ = self.world.tokens
-        zero_shot = self.world.full_zero_shot()
-        settings = MethodSettings(
-            method, int(o["rank"]), float(o["lora-alpha"]), int(o["width"]), int(o["prefix"]), seed
-        )
-        rate = float(o[f"lr-{method}"])
-        tuning = replace(self.world.tuning(seed), lr=rate)
+        model, o = self.loaded.model, self.options
+        train, held_out, _ = self.tokens
+        zero_shot = self.full_zero_shot()
+        settings = MethodSettings(method, o["rank"], o["lora-alpha"], o["width"], o["prefix"], seed)
+        rate = o[f"lr-{method}"]
+        tuning = replace(self.tuning(seed), lr=rate)
         emulator = copy.deepcopy(built)
         inside = tune_inside(emulator, settings)
         began = time.perf_counter()
@@ -116,14 +96,14 @@ class Bench:
         full = copy.deepcopy(model)
         plugged = tune_in_full(full, built.plan, settings)
         plugged.load(inside.state())
-        plug_in = self.world.measured(full)
+        plug_in = self.measured(full)
         return [
             {
                 "method": method,
                 "seed": seed,
                 "full_zero_shot": perplexity_of(zero_shot),
                 "emulator_zero_shot": perplexity_of(before),
-                "emulator_ft": perplexity_of(self.world.measured(emulator.model)),
+                "emulator_ft": perplexity_of(self.measured(emulator.model)),
                 "plug_in": perplexity_of(plug_in),
                 "gain_nats": zero_shot - plug_in,
                 "trained_params": inside.count(),
@@ -150,25 +130,25 @@ def compared(rows: list[Row]) -> list[Row]:
 
 def table(rows: list[Row]) -> Table:
     """Return means over seeds, and the worst seed's relative gain."""
-    shown = Table(title="trained inside A, means over seeds", title_justify="left")
-    shown.add_column("method", no_wrap=True)
-    for name in ("lr", "trained", "emulator ft", "plug in", "gain (nats)", "of full", "worst seed"):
-        shown.add_column(name, justify="right")
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        share = [float(row.get("relative_gain", math.nan)) for row in mine]
 
-        def mean(name: str, mine: list[Row] = mine) -> float:
-            return sum(float(row[name]) for row in mine) / len(mine)
+    def shares(mine: list[Row]) -> list[float]:
+        return [float(row.get("relative_gain", math.nan)) for row in mine]
 
-        shown.add_row(
-            method,
-            f"{mean('lr'):.0e}",
-            f"{100 * mean('trained_share'):.2f} %",
-            f"{mean('emulator_ft'):.2f}",
-            f"{mean('plug_in'):.2f}",
-            f"{mean('gain_nats'):.4f}",
-            f"{100 * sum(share) / len(share):.1f} %",
-            f"{100 * min(share):.1f} %",
-        )
-    return shown
+    heads = ("lr", "trained", "emulator ft", "plug in", "gain (nats)", "of full", "worst seed")
+    return make_table(
+        ("method", *heads),
+        (
+            (
+                method,
+                f"{mean(mine, 'lr'):.0e}",
+                f"{100 * mean(mine, 'trained_share'):.2f} %",
+                f"{mean(mine, 'emulator_ft'):.2f}",
+                f"{mean(mine, 'plug_in'):.2f}",
+                f"{mean(mine, 'gain_nats'):.4f}",
+                f"{100 * fmean(shares(mine)):.1f} %",
+                f"{100 * min(shares(mine)):.1f} %",
+            )
+            for (method,), mine in grouped(rows, "method").items()
+        ),
+        title="trained inside A, means over seeds",
+    )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from fedsplit.errors import RunError
+from simulations.core.plots import picture
 
 Rows = Sequence[Mapping[str, Any]]
 # column -> marker, colour, label
@@ -25,13 +23,14 @@ CURVES: dict[str, tuple[str, str]] = {
     "emulator_zero_shot": ("#bbbbbb", "emulator, zero-shot"),
 }
 
-
-def drawn(console: Console, draw: Callable[[], None]) -> None:
-    """Draw a picture; without matplotlib say so and go on: the figures are in results.json."""
-    try:
-        draw()
-    except RunError as error:
-        console.print(f"[yellow]no picture[/yellow]: {error}", highlight=False)
+# attacker -> line style
+LINES: dict[str, Any] = {
+    "control": (0, (1, 5)),
+    "lm": ":",
+    "lm-regrow": "-.",
+    "queries": "--",
+    "queries-regrow": "-",
+}
 
 
 def table_plot(path: Path, rows: Rows) -> None:
@@ -40,26 +39,26 @@ def table_plot(path: Path, rows: Rows) -> None:
     Raises:
         RunError: matplotlib is not installed.
     """
-    plt = _pyplot()
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
-    figure, axes = plt.subplots(figsize=(8.4, 1.2 + 0.55 * len(methods)))
-    for column, (marker, colour, label) in POINTS.items():
-        at = [(row[column], methods.index(str(row["method"]))) for row in rows]
-        axes.scatter(*zip(*at, strict=True), marker=marker, c=colour, label=label, s=42, zorder=3)
-    for column, style in (("full_zero_shot", "--"), ("full_ft", ":")):
-        values = [float(row[column]) for row in rows if row.get(column) is not None]
-        if values:
-            mean = sum(values) / len(values)
-            axes.axvline(mean, color="#777777", linestyle=style, linewidth=0.9)
-            axes.text(mean, -0.75, column.replace("_", " "), fontsize=7, ha="center")
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set(xscale="log", xlabel="held-out perplexity (lower is better)")
-    axes.set_ylim(len(methods) - 0.5, -1.0)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.xaxis.set_minor_formatter("{x:.0f}")
-    axes.grid(axis="y", color="#eeeeee")
-    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    _save(plt, figure, path)
+    with picture(path, figsize=(8.4, 1.2 + 0.55 * len(methods))) as (_, axes):
+        for column, (marker, colour, label) in POINTS.items():
+            at = [(row[column], methods.index(str(row["method"]))) for row in rows]
+            axes.scatter(
+                *zip(*at, strict=True), marker=marker, c=colour, label=label, s=42, zorder=3
+            )
+        for column, style in (("full_zero_shot", "--"), ("full_ft", ":")):
+            values = [float(row[column]) for row in rows if row.get(column) is not None]
+            if values:
+                mean = sum(values) / len(values)
+                axes.axvline(mean, color="#777777", linestyle=style, linewidth=0.9)
+                axes.text(mean, -0.75, column.replace("_", " "), fontsize=7, ha="center")
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set(xscale="log", xlabel="held-out perplexity (lower is better)")
+        axes.set_ylim(len(methods) - 0.5, -1.0)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.xaxis.set_minor_formatter("{x:.0f}")
+        axes.grid(axis="y", color="#eeeeee")
+        axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
 
 def importance_plot(
@@ -75,21 +74,19 @@ def importance_plot(
     Raises:
         RunError: matplotlib is not installed.
     """
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8.4, 3.2))
-    width = 0.8 / max(1, len(scores))
-    for k, (seed, values) in enumerate(scores.items()):
-        places = [i + (k - (len(scores) - 1) / 2) * width for i in range(len(values))]
-        axes.bar(places, values, width, label=f"seed {seed}")
-    if rank_by == "costs":  # the first block's is tens of times the others'
-        axes.set(yscale="log", ylabel="KL(full, replaced), nats")
-    else:
-        axes.set_ylabel("importance score")
-        axes.axhline(0, color="#777777", linewidth=0.7)
-    axes.set_xlabel("block")
-    axes.set_xticks(range(max((len(v) for v in scores.values()), default=0)))
-    axes.legend(fontsize=7)
-    _save(plt, figure, path)
+    with picture(path, figsize=(8.4, 3.2)) as (_, axes):
+        width = 0.8 / max(1, len(scores))
+        for k, (seed, values) in enumerate(scores.items()):
+            places = [i + (k - (len(scores) - 1) / 2) * width for i in range(len(values))]
+            axes.bar(places, values, width, label=f"seed {seed}")
+        if rank_by == "costs":  # the first block's is tens of times the others'
+            axes.set(yscale="log", ylabel="KL(full, replaced), nats")
+        else:
+            axes.set_ylabel("importance score")
+            axes.axhline(0, color="#777777", linewidth=0.7)
+        axes.set_xlabel("block")
+        axes.set_xticks(range(max((len(v) for v in scores.values()), default=0)))
+        axes.legend(fontsize=7)
 
 
 def sweep_plot(path: Path, rows: Rows) -> None:
@@ -100,47 +97,86 @@ def sweep_plot(path: Path, rows: Rows) -> None:
     Raises:
         RunError: matplotlib is not installed.
     """
-    plt = _pyplot()
     panels = list(dict.fromkeys((str(r["knob"]), str(r["target"])) for r in rows))
     size = (1.0 + 3.1 * len(panels), 5.6)
     # Tuned networks apart from untuned ones, whose range would hide the difference that matters.
-    figure, grid = plt.subplots(2, len(panels), figsize=size, sharey="row", squeeze=False)
-    for at, columns in enumerate((("plug_in", "emulator_ft"), ("emulator_zero_shot",))):
-        for axes, (knob, target) in zip(grid[at], panels, strict=True):
-            mine = [r for r in rows if (str(r["knob"]), str(r["target"])) == (knob, target)]
-            values = sorted({float(r["value"]) for r in mine})
-            for column in columns:
-                colour, label = CURVES[column]
-                found = [[float(r[column]) for r in mine if float(r["value"]) == v] for v in values]
-                means = [math.exp(sum(map(math.log, f)) / len(f)) for f in found]
-                spread = [
-                    [m - min(f) for m, f in zip(means, found, strict=True)],
-                    [max(f) - m for m, f in zip(means, found, strict=True)],
-                ]
-                axes.errorbar(
-                    values, means, spread, color=colour, marker="o", markersize=4, label=label
-                )
-            axes.set(yscale="log", xlabel=f"{knob}, {target}" if target else knob)
-            axes.yaxis.set_major_formatter("{x:.0f}")
-            axes.yaxis.set_minor_formatter("{x:.0f}")
-            axes.grid(color="#eeeeee")
-        grid[at][0].set_ylabel("held-out perplexity")
-        grid[at][0].legend(fontsize=7)
-    _save(plt, figure, path)
+    with picture(path, 2, len(panels), figsize=size, sharey="row", squeeze=False) as (_, grid):
+        for at, columns in enumerate((("plug_in", "emulator_ft"), ("emulator_zero_shot",))):
+            for axes, (knob, target) in zip(grid[at], panels, strict=True):
+                mine = [r for r in rows if (str(r["knob"]), str(r["target"])) == (knob, target)]
+                values = sorted({float(r["value"]) for r in mine})
+                for column in columns:
+                    colour, label = CURVES[column]
+                    found = [
+                        [float(r[column]) for r in mine if float(r["value"]) == v] for v in values
+                    ]
+                    means = [math.exp(sum(map(math.log, f)) / len(f)) for f in found]
+                    spread = [
+                        [m - min(f) for m, f in zip(means, found, strict=True)],
+                        [max(f) - m for m, f in zip(means, found, strict=True)],
+                    ]
+                    axes.errorbar(
+                        values, means, spread, color=colour, marker="o", markersize=4, label=label
+                    )
+                axes.set(yscale="log", xlabel=f"{knob}, {target}" if target else knob)
+                axes.yaxis.set_major_formatter("{x:.0f}")
+                axes.yaxis.set_minor_formatter("{x:.0f}")
+                axes.grid(color="#eeeeee")
+            grid[at][0].set_ylabel("held-out perplexity")
+            grid[at][0].legend(fontsize=7)
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise RunError(f"matplotlib: {error}: pip install 'fedsplit[plot]'") from None
-    mpl.use("Agg")
-    from matplotlib import pyplot
+def closed_plot(path: Path, rows: Rows) -> None:
+    """Draw both gaps side by side, a line for each emulator and attacker, means over seeds.
 
-    return pyplot
+    Intervals are those over blocks of the first seed.
+
+    Raises:
+        RunError: matplotlib is not installed.
+    """
+    methods = list(dict.fromkeys(str(r["method"]) for r in rows))
+    attacks = list(dict.fromkeys(str(r["attack"]) for r in rows))
+    titles = {"public": "held-out public text", "task": "the owner's task, tuned adapters"}
+    bottom = 0.05 + 0.035 * len(attacks)
+    size = (12, 5.6)
+    with picture(path, 1, 2, dpi=110, bottom=bottom, figsize=size, sharey=True) as (figure, axes):
+        for axis, (gap, title) in zip(axes, titles.items(), strict=True):
+            for number, method in enumerate(methods):
+                for attack in attacks:
+                    mine = [r for r in rows if r["method"] == method and r["attack"] == attack]
+                    points = _points(mine, gap)
+                    if not points:
+                        continue
+                    tokens, shares, low, high = (
+                        list(column) for column in zip(*points, strict=True)
+                    )
+                    colour = f"C{number}"
+                    line = LINES.get(attack, "-")
+                    style = {"linestyle": line, "color": colour, "marker": "o", "markersize": 3}
+                    axis.plot(tokens, shares, label=f"{method}, {attack}", **style)
+                    axis.fill_between(tokens, low, high, color=colour, alpha=0.08)
+            if not axis.lines:
+                where = {"transform": axis.transAxes, "ha": "center", "va": "center"}
+                axis.text(0.5, 0.5, "no gap: nothing to close", color="0.4", **where)
+            axis.axhline(0, color="0.7", linewidth=0.8)
+            axis.axhline(1, color="0.7", linewidth=0.8)
+            axis.set_title(title)
+            axis.set_xlabel("tokens that the attacker trained on")
+        axes[0].set_ylabel("share of the gap to the full model closed")
+        handles, labels = axes[0].get_legend_handles_labels()
+        if handles:  # below: a dozen lines hide what they name; a column for each emulator
+            columns = len(methods)
+            figure.legend(handles, labels, loc="lower center", ncols=columns, fontsize=8)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def _points(rows: Rows, gap: str) -> list[tuple[float, ...]]:
+    """Return (tokens, mean share, low, high) where there is a share."""
+    found: list[tuple[float, ...]] = []
+    for tokens in sorted({int(r["tokens"]) for r in rows}):
+        here = [r for r in rows if r["tokens"] == tokens and r[f"{gap}_closed"] is not None]
+        if here:
+            mean = sum(float(r[f"{gap}_closed"]) for r in here) / len(here)
+            found.append(
+                (float(tokens), mean, float(here[0][f"{gap}_low"]), float(here[0][f"{gap}_high"]))
+            )
+    return found

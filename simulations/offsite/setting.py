@@ -14,16 +14,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsplit.config import RunConfig
 from fedsplit.data import docstrings_are_public
-from fedsplit.emulators import Material
+from fedsplit.emulators import Compressor, Material
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.importance.files import (
     Importance,
@@ -33,14 +31,15 @@ from fedsplit.emulators.importance.files import (
 )
 from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.emulators.lm import mean_loss, pack
-from fedsplit.emulators.planning.trial import Tuning, fully_tuned, tuned_in_full
-from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.emulators.planning.trial import TrialRow, Tuning, fully_tuned, tuned_in_full
+from fedsplit.emulators.planning.trial import trial as run_trial
+from fedsplit.errors import FedsplitError
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.offsite.owner import blocks_of
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
-from simulations.core.cells import Cells
+from simulations.core.setting import ExperimentSetting
 from strategies.split_tuning.run import DTYPES
 
 # Options of every experiment on offsite tuning; an experiment adds its own.
@@ -61,101 +60,68 @@ COMMON: dict[str, Any] = {
 }
 
 
-def options_of(given: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with their defaults.
-
-    Raises:
-        ConfigError: if one is unknown.
-    """
-    unknown = given.keys() - known.keys()
-    if unknown:
-        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(known)}")
-    return {**known, **given}
-
-
 @dataclass
-class World:
-    """What all cells share.
+class OffsiteSetting(ExperimentSetting):
+    """Base, texts, importance runs and baselines of one experiment on offsite tuning."""
 
-    Attributes:
-        config: of the run.
-        options: :data:`COMMON` and the experiment's own.
-        folder: the run's, where importance runs are kept; None: in memory alone.
-        cells: of the run, where baselines are kept; None likewise.
-    """
-
-    config: RunConfig
-    options: dict[str, Any]
-    folder: Path | None = None
-    cells: Cells | None = None
     _losses: dict[str, float] = field(default_factory=dict)
     _importance: dict[int, tuple[Importance, float]] = field(default_factory=dict)
     _settled: dict[tuple[int, ScaleOT], tuple[Importance, float]] = field(default_factory=dict)
-    _loaded: LoadedModel | None = None
-    _tokens: tuple[Tensor, Tensor, Tensor] | None = None
 
-    @property
+    @cached_property
     def loaded(self) -> LoadedModel:
         """The base model and its tokenizer."""
-        if self._loaded is None:
-            m = self.config.model
-            # Eager attention: for blocks this short it trains 2-3 times faster under autocast.
-            self._loaded = load(
-                m.name,
-                "causal-lm",
-                dtype=DTYPES[m.dtype],
-                dropout=0.0,
-                attn="eager",
-                expected_sha256=m.sha256 or None,
-            )
-        return self._loaded
+        m = self.config.model
+        # Eager attention: for blocks this short it trains 2-3 times faster under autocast.
+        return load(
+            m.name,
+            "causal-lm",
+            dtype=DTYPES[m.dtype],
+            dropout=0.0,
+            attn="eager",
+            expected_sha256=m.sha256 or None,
+        )
 
-    @property
+    @cached_property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         """The owners' training blocks, their held-out blocks, and public ones, (N, T) each."""
-        if self._tokens is None:
-            length = self.config.offsite.block
-            tokenizer = self.loaded.tokenizer
-            shares = simulated_shares(self.config.data, self.config.seed, False)
-            parts = [blocks_of(tokenizer, a.texts, b.texts, length) for a, b in shares]
-            wanted = int(self.options["public-blocks"]) * length
-            ids: list[int] = []
-            for text in public_texts(
-                self.config.offsite.public, docstrings=docstrings_are_public(self.config.data.kind)
-            ):
-                ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-                if len(ids) >= wanted:
-                    break
-            held = int(self.options["held-out"])
-            each = max(1, held // len(parts))
-            self._tokens = (
-                torch.cat([p.train for p in parts]),
-                torch.cat([p.test[:each] for p in parts])[:held],
-                pack(torch.tensor(ids[:wanted]), length),
-            )
-        return self._tokens
+        length = self.config.offsite.block
+        tokenizer = self.loaded.tokenizer
+        shares = simulated_shares(self.config.data, self.config.seed, False)
+        parts = [blocks_of(tokenizer, a.texts, b.texts, length) for a, b in shares]
+        wanted = self.options["public-blocks"] * length
+        ids: list[int] = []
+        for text in public_texts(
+            self.config.offsite.public, docstrings=docstrings_are_public(self.config.data.kind)
+        ):
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) >= wanted:
+                break
+        held = self.options["held-out"]
+        each = max(1, held // len(parts))
+        return (
+            torch.cat([p.train for p in parts]),
+            torch.cat([p.test[:each] for p in parts])[:held],
+            pack(torch.tensor(ids[:wanted]), length),
+        )
 
     def tuning(self, seed: int) -> Tuning:
-        """How adapters are tuned: the same for every method."""
+        """Return how adapters are tuned: the same for every method."""
         o = self.options
         return Tuning(
-            steps=int(o["steps"]),
-            batch_size=int(o["batch"]),
-            lr=float(o["lr"]),
-            bf16=bool(o["bf16"]),
-            seed=seed,
+            steps=o["steps"], batch_size=o["batch"], lr=o["lr"], bf16=o["bf16"], seed=seed
         )
 
     def material(self, importance: Importance | None) -> Material:
-        """What a compressor may use: public text and what was made of it."""
+        """Return what a compressor may use: public text and what was made of it."""
         return Material(self.tokens[2], importance, self.loaded.digest)
 
     def importance(self, seed: int) -> tuple[Importance, float]:
         """Return the seed's importance run and its seconds; one run serves many emulators."""
         if seed not in self._importance:
             settings = ImportanceSettings(
-                steps=int(self.options["importance-steps"]),
-                bf16=bool(self.options["bf16"]),
+                steps=self.options["importance-steps"],
+                bf16=self.options["bf16"],
                 seed=derive_seed(seed) % 2**31,
             )
             public = self.tokens[2]
@@ -186,8 +152,8 @@ class World:
             beta=0.0,
             attention=True,
             ffn=False,
-            settle_steps=int(o["settle-steps"]),
-            bf16=bool(o["bf16"]),
+            settle_steps=o["settle-steps"],
+            bf16=o["bf16"],
             seed=seed,
         )
         key = (seed, asked)
@@ -209,7 +175,7 @@ class World:
     ) -> tuple[Importance, float]:
         """Return an importance run from the run's folder, or make and keep it."""
         began = time.perf_counter()
-        if self.folder is None or self.cells is None:
+        if self.folder is None or self.store is None:
             return make(), time.perf_counter() - began
         # Other settings in the same folder must not find it.
         settings = json.dumps([self.config.to_flat(), self.options], sort_keys=True, default=str)
@@ -222,7 +188,7 @@ class World:
             save_importance(made[0], where)
             return [{"seconds": seconds}]
 
-        rows = self.cells.rows(about, timed)
+        rows = self.store.rows(about, timed)
         if not made:
             try:
                 model, digest = self.loaded.model, self.loaded.digest
@@ -251,6 +217,20 @@ class World:
             lambda: tuned_in_full(self.loaded.model, adapters, train, held_out, self.tuning(seed)),
         )
 
+    def trial(self, seed: int, made: Compressor, importance: Importance | None) -> TrialRow:
+        """Build an emulator, tune adapters in it, plug them into the base; return the losses."""
+        train, held_out, _ = self.tokens
+        return run_trial(
+            self.loaded.model,
+            made,
+            self.material(importance),
+            train,
+            held_out,
+            self.tuning(seed),
+            full_zero_shot=self.full_zero_shot(),
+            bound=math.nan,
+        )[0]
+
     def measured(self, model: Any) -> float:
         """Return a model's held-out loss in nats."""
         return mean_loss(model, self.tokens[1])
@@ -258,11 +238,10 @@ class World:
     def _loss(self, key: Mapping[str, Any], make: Callable[[], float]) -> float:
         name = json.dumps(key, sort_keys=True)
         if name not in self._losses:
-            if self.cells is None:
+            if self.store is None:
                 self._losses[name] = make()
             else:
-                row = self.cells.rows(key, lambda: [{"nats": make()}])[0]
-                self._losses[name] = float(row["nats"])
+                self._losses[name] = self.store.rows(key, lambda: [{"nats": make()}])[0]["nats"]
         return self._losses[name]
 
 

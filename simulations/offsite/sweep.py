@@ -8,7 +8,6 @@ otherwise, so that what a curve shows is rank alone.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,13 @@ from rich.console import Console
 
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.planning.plan import check_fraction
-from fedsplit.emulators.planning.trial import trial
 from fedsplit.registry import pick
-from simulations.core.cells import Cells, Row
-from simulations.core.progress import RunProgress
+from simulations.core.cells import CellStore, Row, run_cells
+from simulations.core.plots import draw_if_possible
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
-from simulations.offsite.setting import COMMON, World, options_of, perplexity_of
+from simulations.core.settings import Experiment, read_options
+from simulations.offsite.plots import sweep_plot
+from simulations.offsite.setting import COMMON, OffsiteSetting, perplexity_of
 
 OPTIONS: dict[str, Any] = {
     **COMMON,
@@ -37,6 +36,7 @@ TARGETS: dict[str, tuple[bool, bool]] = {
     "ffn": (False, True),
     "both": (True, True),
 }
+LOSSES = ("full_zero_shot", "emulator_zero_shot", "emulator_ft", "plug_in")
 PLOT = "offsite-sweep.png"
 
 
@@ -46,71 +46,46 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    from simulations.offsite.plots import drawn, sweep_plot
-
-    options = options_of(experiment.options, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     for value in (*options["alphas"], *options["betas"]):
         check_fraction("options.alphas, options.betas", value)
     points = [("alpha", "", float(v)) for v in options["alphas"]]
     for target in options["targets"]:
         pick(TARGETS, target, "target")
         points += [("beta", target, float(v)) for v in options["betas"]]
-    config = experiment.config
-    flat = config.to_flat()
-    folder.write_config({**flat, "options": options})
-    # Which points are asked for changes none of them.
-    same = {k: v for k, v in options.items() if k not in ("seeds", "alphas", "betas", "targets")}
-    cells = Cells(folder.path / "cells.jsonl", {**flat, **same})
-    world = World(config, same, folder.path, cells)
-    rows: list[Row] = []
-    done, whole = 0, len(points) * int(options["seeds"])
-    with RunProgress(console) as progress:
-        progress.stage("emulators")
-        for seed in range(int(options["seeds"])):
-            for knob, target, value in points:
-                identity = {"knob": knob, "target": target, "value": value, "seed": seed}
-                rows += cells.rows(identity, partial(cell, world, knob, target, value, seed))
-                folder.record(about=experiment.about, rows=rows)
-                done += 1
-                progress.update(done / whole, f"{knob} {target} {value:g}, seed {seed}")
-    drawn(console, lambda: sweep_plot(folder.path / PLOT, rows))
+    keys = [
+        {"knob": knob, "target": target, "value": value, "seed": seed}
+        for seed in range(options["seeds"])
+        for knob, target, value in points
+    ]
+    selecting = ("seeds", "alphas", "betas", "targets")
+    store = CellStore.open(folder, experiment.config, options, selecting)
+    setting = OffsiteSetting(experiment.config, store.options, folder.path, store)
+    rows = run_cells(experiment, folder, console, store, keys, partial(cell, setting))
+    path = folder.path / PLOT
+    draw_if_possible(console, path, lambda: sweep_plot(path, rows))
 
 
-def cell(world: World, knob: str, target: str, value: float, seed: int) -> list[Row]:
+def cell(setting: OffsiteSetting, knob: str, target: str, value: float, seed: int) -> list[Row]:
     """Return the row of one emulator."""
-    alpha = value if knob == "alpha" else float(world.options["alpha"])
-    beta = value if knob == "beta" else 0.0
     attention, ffn = TARGETS[target or "mhsa"]
     asked = ScaleOT(
-        n_adapters=int(world.options["adapters"]),
-        alpha=alpha,
-        beta=beta,
+        n_adapters=setting.options["adapters"],
+        alpha=value if knob == "alpha" else setting.options["alpha"],
+        beta=value if knob == "beta" else 0.0,
         attention=attention,
         ffn=ffn,
-        rank_by=str(world.options["rank-by"]),
+        rank_by=setting.options["rank-by"],
     )
-    made, importance, _ = world.settled(seed, asked)
-    train, held_out, _ = world.tokens
-    row, _ = trial(
-        world.loaded.model,
-        made,
-        world.material(importance),
-        train,
-        held_out,
-        world.tuning(seed),
-        full_zero_shot=world.full_zero_shot(),
-        bound=math.nan,
-    )
+    made, importance, _ = setting.settled(seed, asked)
+    row = setting.trial(seed, made, importance)
     return [
         {
             "knob": knob,
             "target": target,
             "value": value,
             "seed": seed,
-            "full_zero_shot": perplexity_of(row.full_zero_shot),
-            "emulator_zero_shot": perplexity_of(row.emulator_zero_shot),
-            "emulator_ft": perplexity_of(row.emulator_ft),
-            "plug_in": perplexity_of(row.plug_in),
+            **{name: perplexity_of(getattr(row, name)) for name in LOSSES},
             "emulator_params": row.emulator_params,
             "adapters": ",".join(map(str, row.adapters)),
         }

@@ -21,25 +21,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from fedsplit.emulators import Compressor, make_compressor
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.importance.files import Importance
-from fedsplit.emulators.planning.trial import trial
 from fedsplit.errors import ConfigError
 from fedsplit.models.anatomy import probe
 from fedsplit.registry import pick
-from simulations.core.cells import Cells, Row
-from simulations.core.progress import RunProgress
+from simulations.core.cells import CellStore, Row, product, run_cells
+from simulations.core.plots import draw_if_possible
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
-from simulations.offsite.setting import COMMON, World, options_of, perplexity_of
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import grouped, make_table, mean
+from simulations.offsite.plots import importance_plot, table_plot
+from simulations.offsite.setting import COMMON, OffsiteSetting, perplexity_of
 
 OPTIONS: dict[str, Any] = {
     **COMMON,
@@ -48,6 +48,8 @@ OPTIONS: dict[str, Any] = {
     "beta-gradot": 0.5,
     "full": True,
 }
+# Options that choose rows and change none.
+SELECTING = ("methods", "seeds", "full")
 LOSSES = ("full_zero_shot", "emulator_zero_shot", "emulator_ft", "plug_in", "adapters_in_full")
 PLOT = "offsite-table.png"
 SCORES_PLOT = "offsite-importance.png"
@@ -59,163 +61,128 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    options = options_of(experiment.options, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     for method in options["methods"]:
         pick(METHODS, method, "method")
-    config = experiment.config
-    flat = config.to_flat()
-    folder.write_config({**flat, "options": options})
-    # The choice of rows and the number of seeds change no row.
-    same = {k: v for k, v in options.items() if k not in ("methods", "seeds", "full")}
-    cells = Cells(folder.path / "cells.jsonl", {**flat, **same})
-    world = World(config, same, folder.path, cells)
-    rows: list[Row] = []
-    scores: dict[str, list[float]] = {}
-    done, whole = 0, len(options["methods"]) * int(options["seeds"])
-    with RunProgress(console) as progress:
-        progress.stage("emulators")
-        for seed in range(int(options["seeds"])):
-            full = perplexity_of(world.full_ft(seed)) if options["full"] else None
-            for method in options["methods"]:
-                identity = {"method": method, "seed": seed}
-                made = cells.rows(identity, partial(cell, world, method, seed))
-                rows += [{**row, "full_ft": full} for row in made]
-                if method.startswith("scaleot"):
-                    importance = world.importance(seed)[0]
-                    scores[str(seed)] = list(getattr(importance, str(options["rank-by"])))
-                folder.record(about=experiment.about, rows=rows, importance=scores)
-                done += 1
-                progress.update(done / whole, f"{method}, seed {seed}")
+    store = CellStore.open(folder, experiment.config, options, SELECTING)
+    setting = OffsiteSetting(experiment.config, store.options, folder.path, store)
+    rank_by = options["rank-by"]
+
+    def recorded(rows: list[Row]) -> dict[str, Any]:
+        """Add what does not depend on the method: the tuned base, and the blocks' importance."""
+        seeds = dict.fromkeys(row["seed"] for row in rows)
+        full = {s: perplexity_of(setting.full_ft(s)) if options["full"] else None for s in seeds}
+        ranked = dict.fromkeys(r["seed"] for r in rows if r["method"].startswith("scaleot"))
+        return {
+            "rows": [{**row, "full_ft": full[row["seed"]]} for row in rows],
+            "importance": {
+                str(s): list(getattr(setting.importance(s)[0], rank_by)) for s in ranked
+            },
+        }
+
+    keys = product(seed=range(options["seeds"]), method=options["methods"])
+    make = partial(cell, setting)
+    found = recorded(run_cells(experiment, folder, console, store, keys, make, recorded))
+    rows, scores = found["rows"], found["importance"]
     console.print(table(rows))
-    draw(folder, rows, scores, console, str(options["rank-by"]))
+    plot, ranks = folder.path / PLOT, folder.path / SCORES_PLOT
+    draw_if_possible(console, plot, lambda: table_plot(plot, rows))
+    if scores:
+        draw_if_possible(console, ranks, lambda: importance_plot(ranks, scores, rank_by))
 
 
-def cell(world: World, method: str, seed: int) -> list[Row]:
+def cell(setting: OffsiteSetting, method: str, seed: int) -> list[Row]:
     """Return the row of one method and seed."""
-    train, held_out, _ = world.tokens
-    model = world.loaded.model
-    made, importance, ready_s = METHODS[method](world, seed)
-    row, _ = trial(
-        model,
-        made,
-        world.material(importance),
-        train,
-        held_out,
-        world.tuning(seed),
-        full_zero_shot=world.full_zero_shot(),
-        bound=math.nan,
-    )
-    bound = world.bound(seed, row.adapters)
+    made, importance, ready_s = METHODS[method](setting, seed)
+    row = setting.trial(seed, made, importance)
+    bound = setting.bound(seed, row.adapters)
     nats = {name: getattr(row, name) for name in LOSSES} | {"adapters_in_full": bound}
-    out: Row = {"method": method, "seed": seed}
-    out |= {name: perplexity_of(value) for name, value in nats.items()}
     return [
-        out
-        | {
+        {
+            "method": method,
+            "seed": seed,
+            **{name: perplexity_of(value) for name, value in nats.items()},
             "closed": (row.full_zero_shot - row.plug_in) / (row.full_zero_shot - bound),
             "model_privacy_nats": row.emulator_ft - row.plug_in,
             "emulator_params": row.emulator_params,
             "build_s": row.build_s + ready_s,
             "trained_params": row.trained_params,
             "adapters": ",".join(map(str, row.adapters)),
-            "held_out_tokens": held_out.numel(),
-            "zero_shot_check": perplexity_of(world.measured(model)),
+            "held_out_tokens": setting.tokens[1].numel(),
+            "zero_shot_check": perplexity_of(setting.measured(setting.loaded.model)),
         }
     ]
-
-
-def draw(
-    folder: RunFolder,
-    rows: list[Row],
-    scores: dict[str, list[float]],
-    console: Console,
-    rank_by: str,
-) -> None:
-    """Leave the pictures in the run's folder, where matplotlib is installed."""
-    from simulations.offsite.plots import drawn, importance_plot, table_plot
-
-    drawn(console, lambda: table_plot(folder.path / PLOT, rows))
-    if scores:
-        drawn(console, lambda: importance_plot(folder.path / SCORES_PLOT, scores, rank_by))
 
 
 Made = tuple[Compressor, Importance | None, float]
 
 
-def _ends(world: World, large: bool = False) -> dict[str, Any]:
+def _ends(setting: OffsiteSetting, large: bool = False) -> dict[str, Any]:
     """Offsite-Tuning's choice: the first and last blocks are A, half of the others are kept."""
-    layers = probe(world.loaded.model).num_layers
-    count = int(world.options["adapters"])
+    layers = probe(setting.loaded.model).num_layers
+    count = setting.options["adapters"]
     half = max(1, count // 2)
     adapters = tuple(sorted({*range(half), *range(layers - (count - half), layers)}))
     if len(adapters) >= layers:
         raise ConfigError(f"options.adapters={count}: must be < {layers} blocks")
     rest = layers - len(adapters)
-    replaced = math.floor((float(world.options["alpha"]) if large else 0.5) * rest + 0.5)
+    replaced = math.floor((setting.options["alpha"] if large else 0.5) * rest + 0.5)
     return {"adapters": adapters, "rest": max(1, rest - replaced)}
 
 
-def _ot(world: World, seed: int, large: bool = False) -> Made:
-    at = _ends(world, large)
-    return make_compressor("layerdrop", adapters=at["adapters"], keep=at["rest"]), None, 0.0
-
-
-def _ot_kd(world: World, seed: int, large: bool = False) -> Made:
-    at = _ends(world, large)
-    made = make_compressor(
-        "layerdrop",
-        adapters=at["adapters"],
-        keep=at["rest"],
-        distil_steps=int(world.options["distil-steps"]),
-        bf16=bool(world.options["bf16"]),
-        seed=seed,
-    )
+def _ot(setting: OffsiteSetting, seed: int, large: bool = False, distil: bool = False) -> Made:
+    at = _ends(setting, large)
+    more: dict[str, Any] = {}
+    if distil:
+        o = setting.options
+        more = {"distil_steps": o["distil-steps"], "bf16": o["bf16"], "seed": seed}
+    made = make_compressor("layerdrop", adapters=at["adapters"], keep=at["rest"], **more)
     return made, None, 0.0
 
 
-def _crash(world: World, seed: int) -> Made:
-    at = _ends(world)
+def _crash(setting: OffsiteSetting, seed: int) -> Made:
+    at = _ends(setting)
     return make_compressor("crash", adapters=at["adapters"], clusters=at["rest"]), None, 0.0
 
 
-def _gradot(world: World, seed: int) -> Made:
-    at, share = _ends(world), float(world.options["beta-gradot"])
+def _gradot(setting: OffsiteSetting, seed: int) -> Made:
+    at, share = _ends(setting), setting.options["beta-gradot"]
     return make_compressor("gradot", adapters=at["adapters"], attention=share, ffn=share), None, 0.0
 
 
-def _gradot_placed(world: World, seed: int) -> Made:
-    importance, seconds = world.importance(seed)
-    placed = ScaleOT(n_adapters=int(world.options["adapters"]), rank_by=world.options["rank-by"])
-    adapters = placed.plan(world.loaded.model, world.material(importance)).adapters
-    share = float(world.options["beta-gradot"])
+def _gradot_placed(setting: OffsiteSetting, seed: int) -> Made:
+    importance, seconds = setting.importance(seed)
+    placed = ScaleOT(n_adapters=setting.options["adapters"], rank_by=setting.options["rank-by"])
+    adapters = placed.plan(setting.loaded.model, setting.material(importance)).adapters
+    share = setting.options["beta-gradot"]
     made = make_compressor("gradot", adapters=adapters, attention=share, ffn=share)
     return made, None, seconds
 
 
-def _scaleot(world: World, seed: int, alpha: float = -1.0, beta: float = 0.0) -> Made:
-    o = world.options
+def _scaleot(setting: OffsiteSetting, seed: int, alpha: float = -1.0, beta: float = 0.0) -> Made:
+    o = setting.options
     made = ScaleOT(
-        n_adapters=int(o["adapters"]),
-        alpha=float(o["alpha"]) if alpha < 0 else alpha,
+        n_adapters=o["adapters"],
+        alpha=o["alpha"] if alpha < 0 else alpha,
         beta=beta,
-        rank_by=str(o["rank-by"]),
+        rank_by=o["rank-by"],
     )
-    return world.settled(seed, made)
+    return setting.settled(seed, made)
 
 
-def _scaleot_src(world: World, seed: int) -> Made:
-    return _scaleot(world, seed, beta=float(world.options["beta"]))
+def _scaleot_src(setting: OffsiteSetting, seed: int) -> Made:
+    return _scaleot(setting, seed, beta=setting.options["beta"])
 
 
-METHODS: dict[str, Callable[[World, int], Made]] = {
+METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {
     "ot": _ot,
-    "ot-kd": _ot_kd,
+    "ot-kd": partial(_ot, distil=True),
     "crash": _crash,
     "gradot": _gradot,
     "scaleot": _scaleot,
     "scaleot-src": _scaleot_src,
     "ot-large": partial(_ot, large=True),
-    "ot-kd-large": partial(_ot_kd, large=True),
+    "ot-kd-large": partial(_ot, large=True, distil=True),
     "gradot-placed": _gradot_placed,
     "scaleot-half": partial(_scaleot, alpha=0.5),
 }
@@ -234,25 +201,22 @@ HEADS = {
 
 def table(rows: list[Row]) -> Table:
     """Return the paper's columns as means over seeds; of perplexities those in nats."""
-    title = "held-out perplexity, means over seeds (in nats)"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    shown.add_column("method", no_wrap=True)
-    for name in (*HEADS.values(), "closed %", "size M", "build s"):
-        shown.add_column(name, justify="right", min_width=max(map(len, name.split())))
-    for method in dict.fromkeys(str(row["method"]) for row in rows):
-        mine = [row for row in rows if row["method"] == method]
 
-        def values(name: str, mine: list[Row] = mine) -> list[float]:
-            return [float(row[name]) for row in mine if row.get(name) is not None] or [math.nan]
+    def values(mine: list[Row], name: str) -> list[float]:
+        return [float(row[name]) for row in mine if row.get(name) is not None] or [math.nan]
 
-        shown.add_row(
-            method,
-            *(f"{geometric_mean(values(name)):#.4g}" for name in HEADS),
-            f"{100 * fmean(values('closed')):.1f}",
-            f"{fmean(values('emulator_params')) / 1e6:.2f}",
-            f"{fmean(values('build_s')):.0f}",
-        )
-    return shown
-
-
-__all__ = ["METHODS", "OPTIONS", "World", "cell", "run", "table"]
+    return make_table(
+        ("method", *HEADS.values(), "closed %", "size M", "build s"),
+        (
+            (
+                method,
+                *(f"{geometric_mean(values(mine, name)):#.4g}" for name in HEADS),
+                f"{100 * mean(mine, 'closed'):.1f}",
+                f"{mean(mine, 'emulator_params') / 1e6:.2f}",
+                f"{mean(mine, 'build_s'):.0f}",
+            )
+            for (method,), mine in grouped(rows, "method").items()
+        ),
+        title="held-out perplexity, means over seeds (in nats)",
+        narrow=True,
+    )

@@ -10,36 +10,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from fedsplit.attacks import Truth, View, make_attack
 from fedsplit.attacks.inversion.learned import padded, represent
 from fedsplit.attacks.membership.attribute import known_part, pool
-from fedsplit.config import RunConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.data import TextDataset, load_dataset
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from fedsplit.privacy import MECHANISMS, Mechanism, build_mechanism, representation_norm
 from fedsplit.privacy.perturb import SamplePerturber
-from fedsplit.privacy.public_text import public_ids
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.registry import pick
 from fedsplit.seeding import numpy_generator
-from simulations.core.cells import Cells, Row
+from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
-from simulations.split.depth import read_options
-from strategies.split_tuning.run import load_base
+from simulations.core.setting import ExperimentSetting
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import grouped, make_table, mean
 
 OPTIONS: dict[str, Any] = {
     "seeds": 3,
@@ -99,31 +96,17 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    options = read_options(experiment, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     for name in options["data"]:
         pick(SOURCES, name, "data")
-    config = experiment.config
-    folder.write_config({**config.to_flat(), "options": options})
-    # The choice of cells changes none of them.
-    same = {k: v for k, v in options.items() if k not in ("seeds", "data", "depths")}
-    cells = Cells(folder.path / "cells.jsonl", {**config.to_flat(), **same})
-    world = World(config, int(options["samples"]), float(options["known-share"]))
-    levels = noise_levels(options["mechanisms"])
-    keys: list[dict[str, Any]] = [
-        {"data": data, "k": int(k), "seed": seed}
-        for data in options["data"]
-        for k in options["depths"]
-        for seed in range(int(options["seeds"]))
-    ]
-    rows: list[Row] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("attributes", total=len(keys))
-        for key in keys:
-            progress.update(task, description=f"{key['data']}, k = {key['k']}, seed {key['seed']}")
-            rows += cells.rows(key, partial(world.cell, levels=levels, **key))
-            folder.record(about=experiment.about, rows=rows)
-            progress.advance(task)
-    print_rows(console, rows)
+    check(options["samples"] >= 50, "options.samples", options["samples"], ">= 50 (texts)")
+    store = CellStore.open(folder, experiment.config, options, ("seeds", "data", "depths"))
+    setting = AttributeSetting(experiment.config, options)
+    keys = product(
+        data=options["data"], k=map(int, options["depths"]), seed=range(options["seeds"])
+    )
+    make = partial(setting.cell, levels=noise_levels(options["mechanisms"]))
+    console.print(table(run_cells(experiment, folder, console, store, keys, make)))
 
 
 def noise_levels(mechanisms: Sequence[str]) -> list[tuple[str, float]]:
@@ -149,25 +132,11 @@ def noise_levels(mechanisms: Sequence[str]) -> list[tuple[str, float]]:
     return levels
 
 
-class World:
-    """What all cells share: the model and the data.
+@dataclass
+class AttributeSetting(ExperimentSetting):
+    """The model and the data; ``data.path`` is the folder with the sources."""
 
-    Args:
-        config: ``data.path`` is the folder with the sources.
-        samples: texts per cell.
-        known_share: of the people, whose attribute the attacker (and whose label the task) has.
-    """
-
-    def __init__(self, config: RunConfig, samples: int, known_share: float = 0.6) -> None:
-        check(samples >= 50, "options.samples", samples, ">= 50 (texts)")
-        self._known_share = known_share
-        self._config, self._samples = config, samples
-        self._data: dict[str, TextDataset] = {}
-
-    @cached_property
-    def loaded(self) -> Any:
-        """The base model and its tokenizer."""
-        return load_base(self._config)
+    _data: dict[str, TextDataset] = field(default_factory=dict)
 
     def texts(self, data: str, seed: int) -> Texts:
         """Draw the texts of one cell, only those whose attribute is known.
@@ -177,7 +146,7 @@ class World:
         """
         source = SOURCES[data]
         if data not in self._data:
-            path = Path(self._config.data.path) / source.file
+            path = Path(self.config.data.path) / source.file
             if not path.exists():
                 raise DataError(f"{path}: missing; --set data.path= the folder with {source.file}")
             columns = tuple(c for c in (source.attribute, source.group) if c)
@@ -187,14 +156,11 @@ class World:
         whole = self._data[data]
         attribute = source.attributes(whole.columns[source.attribute])
         known = [i for i, a in enumerate(attribute) if a >= 0]
-        rng = numpy_generator(self._config.seed + seed, "attributes", data)
+        rng = numpy_generator(self.config.seed + seed, "attributes", data)
         groups = [str(g) for g in whole.columns[source.group]] if source.group else []
-        rows = sorted(int(i) for i in rng.permutation(known)[: self._samples])
-        ids = public_ids(
-            self.loaded.tokenizer, [whole.texts[i] for i in rows], self._config.model.max_tokens
-        )
+        rows = sorted(int(i) for i in rng.permutation(known)[: self.options["samples"]])
         return Texts(
-            ids=[torch.tensor(x) for x in ids],
+            ids=self.token_ids([whole.texts[i] for i in rows]),
             labels=[whole.labels[i] for i in rows],
             attribute=[attribute[i] for i in rows],
             groups=[groups[i] if groups else str(i) for i in rows],
@@ -224,7 +190,7 @@ class World:
                     "eta": eta or None,
                     "k": k,
                     "seed": seed,
-                    **measure(texts, seen, self._known_share, seed),
+                    **measure(texts, seen, self.options["known-share"], seed),
                     "seconds": time.perf_counter() - began,
                 }
             )
@@ -283,29 +249,20 @@ def measure(texts: Texts, seen: Sequence[Tensor], known_share: float, seed: int)
     }
 
 
-def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """Print means over seeds."""
-    table = Table(
-        *("data", "k", "mechanism", "eta", "AUC", "accuracy", "majority", "task", "task majority"),
+def table(rows: Sequence[Row]) -> Table:
+    """Return means over seeds."""
+    shares = ("accuracy", "majority", "task_accuracy", "task_majority")
+    return make_table(
+        ("data", "k", "mechanism", "eta", "AUC", "accuracy", "majority", "task", "task majority"),
+        (
+            (
+                *key,
+                None if eta is None else f"{eta:g}",
+                f"{mean(mine, 'auc'):.3f}",
+                *(f"{100 * mean(mine, name):.1f} %" for name in shares),
+            )
+            for (*key, eta), mine in grouped(rows, "data", "k", "mechanism", "eta").items()
+        ),
         title="Private attribute from pooled representations, mean over seeds",
+        left=4,
     )
-    names = ("data", "k", "mechanism", "eta")
-    for key in dict.fromkeys(tuple(row[n] for n in names) for row in rows):
-        same = [r for r in rows if tuple(r[n] for n in names) == key]
-
-        def mean(name: str, same: list[Row] = same) -> float:
-            return float(sum(r[name] for r in same) / len(same))
-
-        data, k, mechanism, eta = key
-        table.add_row(
-            data,
-            str(k),
-            mechanism,
-            "" if eta is None else f"{eta:g}",
-            f"{mean('auc'):.3f}",
-            *(
-                f"{100 * mean(name):.1f} %"
-                for name in ("accuracy", "majority", "task_accuracy", "task_majority")
-            ),
-        )
-    console.print(table)

@@ -9,32 +9,32 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
 from fedsplit.attacks import ATTACKS, Attack, Public, Truth, View, make_attack
 from fedsplit.attacks.inversion.learned import padded_ids
-from fedsplit.config import RunConfig
 from fedsplit.data import docstrings_are_public, load_dataset
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
 from fedsplit.privacy.denoising.ngram import NgramModel
-from fedsplit.privacy.public_text import public_ids, public_texts
+from fedsplit.privacy.public_text import public_texts
 from fedsplit.registry import pick
 from fedsplit.seeding import numpy_generator
-from simulations.core.cells import Cells, Row
+from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
-from strategies.split_tuning.run import load_base
+from simulations.core.setting import ExperimentSetting
+from simulations.core.settings import Experiment, read_options
+from simulations.core.tables import grouped, make_table
 
 LONE = "white box: the initial bottom; each token alone, and public text's mean states"
 OPTIONS: dict[str, Any] = {
@@ -57,51 +57,20 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    options = read_options(experiment, OPTIONS)
+    options = read_options(experiment.options, OPTIONS)
     for name in options["attacks"]:
         pick(ATTACKS, name, "attack")
-    folder.write_config({**experiment.config.to_flat(), "options": options})
-    # The choice of cells changes none of them.
-    same = {k: v for k, v in options.items() if k not in ("seeds", "depths")}
-    cells = Cells(folder.path / "cells.jsonl", {**experiment.config.to_flat(), **same})
-    world = World(experiment.config, options)
-    rows: list[Row] = []
-    depths = [int(k) for k in options["depths"]]
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("attacks", total=len(depths) * int(options["seeds"]))
-        for k in depths:
-            for seed in range(int(options["seeds"])):
-                progress.update(task, description=f"k = {k}, seed {seed}")
-                found = cells.rows({"k": k, "seed": seed}, partial(world.cell, k, seed))
-                rows += found
-                folder.record(about=experiment.about, rows=rows)
-                progress.advance(task)
-    print_rows(console, rows, options["attacks"])
-
-
-def read_options(experiment: Experiment, known: dict[str, Any]) -> dict[str, Any]:
-    """Return the experiment's options over the defaults.
-
-    Raises:
-        ConfigError: for an unknown one.
-    """
-    unknown = experiment.options.keys() - known.keys()
-    if unknown:
-        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(known)}")
-    return {**known, **experiment.options}
+    check(options["samples"] >= 2, "options.samples", options["samples"], ">= 2 (texts)")
+    store = CellStore.open(folder, experiment.config, options, ("seeds", "depths"))
+    setting = DepthSetting(experiment.config, options)
+    keys = product(k=map(int, options["depths"]), seed=range(options["seeds"]))
+    rows = run_cells(experiment, folder, console, store, keys, setting.cell)
+    console.print(table(rows, options["attacks"]))
 
 
 @dataclass
-class World:
-    """What all cells share: the model, the private texts, and what the attacker has."""
-
-    config: RunConfig
-    options: dict[str, Any]
-
-    @cached_property
-    def loaded(self) -> Any:
-        """The base model and its tokenizer."""
-        return load_base(self.config)
+class DepthSetting(ExperimentSetting):
+    """The private texts, and what the attacker has."""
 
     @cached_property
     def deepest(self) -> Bottom:
@@ -116,17 +85,17 @@ class World:
         texts = load_dataset(
             data.kind, path=data.path, text_column=data.text_column, label_column=data.label_column
         ).texts
-        return [torch.tensor(x) for x in self.tokens(texts)]
+        return self.token_ids(texts)
 
     @cached_property
     def public(self) -> list[Tensor]:
         """The attacker's texts' ids."""
         texts = public_texts(
-            str(self.options["public"]), docstrings=docstrings_are_public(self.config.data.kind)
+            self.options["public"], docstrings=docstrings_are_public(self.config.data.kind)
         )
-        ids = [torch.tensor(x) for x in self.tokens(texts) if len(x) > 3]
+        ids = [x for x in self.token_ids(texts) if len(x) > 3]
         order = numpy_generator(0, "depth", "public").permutation(len(ids))
-        return [ids[i] for i in order[: int(self.options["public-samples"])]]
+        return [ids[i] for i in order[: self.options["public-samples"]]]
 
     @cached_property
     def public_states(self) -> list[list[Tensor]]:
@@ -138,19 +107,13 @@ class World:
         """The ids most frequent in public text, specials included; 0 asked for: all."""
         language = NgramModel([x.tolist() for x in self.public], self.deepest.vocab)
         prior = torch.from_numpy(language.unigram(np.arange(self.deepest.vocab)))
-        wanted = int(self.options["shortlist"]) or len(prior)
+        wanted = self.options["shortlist"] or len(prior)
         return prior.argsort(descending=True)[:wanted]
-
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the texts' ids, cut at the run's bound."""
-        return public_ids(self.loaded.tokenizer, texts, self.config.model.max_tokens)
 
     def cell(self, k: int, seed: int) -> list[Row]:
         """Attack one depth with one seed's texts; a row per attacker."""
-        wanted = int(self.options["samples"])
-        check(wanted >= 2, "options.samples", wanted, ">= 2 (texts)")
         rng = numpy_generator(self.config.seed + seed, "depth", "private")
-        order = rng.permutation(len(self.private))[:wanted]
+        order = rng.permutation(len(self.private))[: self.options["samples"]]
         truth = [self.private[i] for i in order]
         received = states(self.deepest, truth)[k]
         special = {int(i) for i in self.loaded.tokenizer.all_special_ids}
@@ -160,9 +123,7 @@ class World:
             attack = self.attack(name, seed)
             view = View(rows=received, public=self.knowledge(k, special), seed=seed)
             knowledge = ""
-            if (
-                k > 0 and name == "nearest"
-            ):  # the candidates of a bottom with blocks are lone tokens
+            if k > 0 and name == "nearest":  # behind blocks the candidates are lone tokens
                 lone, means = self.lone_candidates(k)
                 view.rows = [x - means[: len(x)] for x in received]
                 view.public.candidate_set = MatrixCandidates(lone)
@@ -195,12 +156,12 @@ class World:
         """Return a row of the attacks' table with this experiment's budget."""
         own: dict[str, dict[str, Any]] = {
             "optimisation": {
-                "steps": int(self.options["optimisation-steps"]),
-                "samples": int(self.options["optimisation-samples"]),
-                "shortlist": int(self.options["shortlist"]),
+                "steps": self.options["optimisation-steps"],
+                "samples": self.options["optimisation-samples"],
+                "shortlist": self.options["shortlist"],
                 "batch": 12,
             },
-            "learned": {"steps": int(self.options["learned-steps"])},
+            "learned": {"steps": self.options["learned-steps"]},
         }
         return make_attack(name, seed, own)
 
@@ -279,16 +240,18 @@ def states(bottom: Bottom, ids: Sequence[Tensor], batch: int = 64) -> list[list[
     return out
 
 
-def print_rows(console: Console, rows: Sequence[Row], attacks: Sequence[str]) -> None:
-    """Print the share of tokens recovered per depth, mean over seeds with its range."""
-    table = Table("blocks at the owner", title="Tokens recovered without noise, mean (range)")
-    for name in attacks:
-        table.add_column(name, justify="right")
-    for k in sorted({row["k"] for row in rows}):
-        cells = []
-        for name in attacks:
-            shares = [r["success"] for r in rows if r["k"] == k and r["attack"] == name]
-            low, high = (100 * min(shares), 100 * max(shares))
-            cells.append(f"{100 * sum(shares) / len(shares):.1f} % ({low:.1f} to {high:.1f})")
-        table.add_row(str(k), *cells)
-    console.print(table)
+def table(rows: Sequence[Row], attacks: Sequence[str]) -> Table:
+    """Return the share of tokens recovered per depth, mean over seeds with its range."""
+
+    def shown(mine: Sequence[Row], name: str) -> str:
+        shares = [100 * r["success"] for r in mine if r["attack"] == name]
+        return f"{fmean(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})"
+
+    return make_table(
+        ("blocks at the owner", *attacks),
+        (
+            (k, *(shown(mine, name) for name in attacks))
+            for (k,), mine in sorted(grouped(rows, "k").items())
+        ),
+        title="Tokens recovered without noise, mean (range)",
+    )

@@ -12,7 +12,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
+from simulations.core.settings import Experiment, read_options
 from simulations.core.shares import OwnerShare, data_digest, label_names, owner_shares
 from simulations.runtime.federated import simulate
 from simulations.split.centralised import CentralisedTwin, TwinReport
@@ -20,7 +20,7 @@ from simulations.split.table import print_table
 from simulations.split.transcript import attack_transcript, write_truth_file
 from strategies.split_tuning.run import load_base
 
-OPTIONS = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
+OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
@@ -29,10 +29,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named; what was recorded before is kept.
     """
-    unknown = experiment.options.keys() - OPTIONS.keys()
-    if unknown:
-        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(OPTIONS)}")
-    options = {**OPTIONS, **experiment.options}
+    options = read_options(experiment.options, OPTIONS)
     config = experiment.config
     folder.write_config(config.to_flat())
     stages: dict[str, float] = {}
@@ -55,7 +52,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         config, server = simulate(
             config,
             folder.path,
-            cpus_per_owner=float(options["cpus-per-owner"]),
+            cpus_per_owner=options["cpus-per-owner"],
             on_line=progress.on_line,
         )
         stages["federated"] = time.perf_counter() - began
@@ -68,7 +65,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             began = time.perf_counter()
             transcript = folder.path / "server" / "transcript.safetensors"
             attack = attack_transcript(
-                config, transcript, shares, samples=int(options["attack-samples"])
+                config, transcript, shares, samples=options["attack-samples"]
             )
             stages["attack"] = time.perf_counter() - began
             folder.record(privacy=_privacy(config, server, attack))

@@ -11,13 +11,11 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -28,10 +26,11 @@ from fedsplit.errors import ConfigError, RunError, check
 from fedsplit.privacy.labels.table import head_at_owner, parts_of
 from fedsplit.seeding import torch_generator
 from fedsplit.settings import read_settings
-from simulations.core.cells import Cells, Row
+from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment
+from simulations.core.settings import Experiment, read_options
 from simulations.core.shares import OwnerShare, owner_shares
+from simulations.core.tables import grouped, make_table, mean
 from simulations.runtime.local_grid import LocalGrid
 from simulations.runtime.local_run import run_in_process
 from strategies.split_tuning.run import load_base
@@ -71,28 +70,17 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     Raises:
         FedsplitError: whatever failed, named.
     """
-    unknown = experiment.options.keys() - OPTIONS.keys()
-    if unknown:
-        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(OPTIONS)}")
-    options = {**OPTIONS, **experiment.options}
+    options = read_options(experiment.options, OPTIONS)
     config = experiment.config
     check(config.model.labels == 2, "model.labels", config.model.labels, "2 (two-class attacks)")
-    folder.write_config({**config.to_flat(), "options": options})
-    cells = Cells(folder.path / "cells.jsonl", {**config.to_flat(), "known": options["known"]})
-    rows: list[Row] = []
-    jobs = [(p, s) for p in options["protections"] for s in range(int(options["seeds"]))]
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("runs", total=len(jobs))
-        for protection, seed in jobs:
-            progress.update(task, description=f"{protection}, seed {seed}")
-            cell = protected(config, protection, seed)
-            rows += cells.rows(
-                {"protection": protection, "seed": seed},
-                partial(run_cell, cell, folder.path / "cell", int(options["known"])),
-            )
-            folder.record(about=experiment.about, rows=rows)
-            progress.advance(task)
-    print_rows(console, rows)
+    store = CellStore.open(folder, config, options, ("seeds", "protections"))
+
+    def make(protection: str, seed: int) -> list[Row]:
+        cell = protected(config, protection, seed)
+        return run_cell(cell, folder.path / "cell", options["known"])
+
+    keys = product(protection=options["protections"], seed=range(options["seeds"]))
+    console.print(table(run_cells(experiment, folder, console, store, keys, make)))
 
 
 def protected(config: RunConfig, protection: str, seed: int) -> RunConfig:
@@ -200,23 +188,17 @@ def attack_all(
     return result
 
 
-def print_rows(console: Console, rows: list[Row]) -> None:
-    """Print means over seeds, one line per protection: its strongest attack beside its accuracy."""
-    table = Table(title="Labels recovered from what the server received", title_justify="left")
-    for column in ("protection", "setting", "attack", "leaked", "guessing", "accuracy", "runs"):
-        justify = "left" if column in ("protection", "setting", "attack") else "right"
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in rows:
-        by_attack = groups.setdefault((row["protection"], row["setting"]), {})
-        by_attack.setdefault(row["attack"], []).append(row)
-    for (protection, setting), by_attack in groups.items():
-        name = max(by_attack, key=lambda a: _mean(by_attack[a], "leaked"))
-        found = by_attack[name]
-        shares = (f"{100 * _mean(found, k):.1f} %" for k in ("leaked", "baseline", "accuracy"))
-        table.add_row(protection, setting, name, *shares, str(len(found)))
-    console.print(table)
-
-
-def _mean(rows: list[Row], column: str) -> float:
-    return sum(float(r[column]) for r in rows) / len(rows)
+def table(rows: list[Row]) -> Table:
+    """Return means over seeds: each protection's strongest attack beside its accuracy."""
+    shown = []
+    for (protection, setting), mine in grouped(rows, "protection", "setting").items():
+        attacks = grouped(mine, "attack")
+        found = max(attacks.values(), key=lambda rows: mean(rows, "leaked"))
+        shares = (f"{100 * mean(found, k):.1f} %" for k in ("leaked", "baseline", "accuracy"))
+        shown.append((protection, setting, found[0]["attack"], *shares, len(found)))
+    return make_table(
+        ("protection", "setting", "attack", "leaked", "guessing", "accuracy", "runs"),
+        shown,
+        title="Labels recovered from what the server received",
+        left=3,
+    )

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from simulations.core.plots import picture
+from simulations.core.tables import make_table
+
 SETTINGS = ("variant", "mechanism", "eta", "noise_ratio", "k", "cti", "rho", "denoise")
 GROUP = (*SETTINGS, "label_protection")
 MEASURED = ("accuracy", "loss", "empirical_privacy", "empirical_privacy_map", "touched_share")
@@ -46,21 +49,21 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def frontier_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table that a sweep ends with."""
-    table = Table(title="mean over seeds, +- the 95 % interval of the mean", title_justify="left")
-    for name in ("variant", "eta", "k", "seeds"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for name in ("accuracy", "EP, nearest", "EP, strongest", "touched"):
-        table.add_column(name, justify="right")
-    for row in summary:
-        table.add_row(
-            str(row["variant"]),
-            f"{row['eta']:g}",
-            str(row["k"]),
-            str(row["seeds"]),
-            *(_percent(row, name, 2 if name == "touched_share" else 1) for name in
-              ("accuracy", "empirical_privacy", "empirical_privacy_map", "touched_share")),
-        )  # fmt: skip
-    return table
+    measured = ("accuracy", "empirical_privacy", "empirical_privacy_map", "touched_share")
+    return make_table(
+        ("variant", "eta", "k", "seeds", "accuracy", "EP, nearest", "EP, strongest", "touched"),
+        (
+            (
+                row["variant"],
+                f"{row['eta']:g}",
+                row["k"],
+                row["seeds"],
+                *(_percent(row, name, 2 if name == "touched_share" else 1) for name in measured),
+            )
+            for row in summary
+        ),
+        title="mean over seeds, +- the 95 % interval of the mean",
+    )
 
 
 def _percent(row: Mapping[str, Any], name: str, digits: int) -> str:
@@ -71,52 +74,45 @@ def _percent(row: Mapping[str, Any], name: str, digits: int) -> str:
     return text if half is None else f"{text} +- {100 * half:.{digits}f}"
 
 
-def plot_frontier(summary: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw accuracy against empirical privacy, a line per variant; returns whether there was one.
+def plot_frontier(path: Path, summary: Sequence[Mapping[str, Any]]) -> None:
+    """Draw accuracy against empirical privacy, a line per variant; nothing where no cell has both.
 
     Left: against the nearest neighbour, the paper's attacker.  Right: against the strongest.
+
+    Raises:
+        RunError: matplotlib is not installed.
     """
     drawn = [r for r in summary if r.get("empirical_privacy") is not None and "accuracy" in r]
     if not drawn:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.8), sharey=True)
+        return
     variants = list(dict.fromkeys(str(r["variant"]) for r in drawn))
-    colours = plt.get_cmap("tab10")
     panels = (
         ("empirical_privacy", "against the nearest neighbour (the paper's attacker)"),
         ("empirical_privacy_map", "against the strongest attacker measured"),
     )
-    for axis, (column, title) in zip(axes, panels, strict=True):
-        for index, variant in enumerate(variants):
-            points = sorted(
-                (r for r in drawn if r["variant"] == variant and column in r),
-                key=lambda r: r[column],
-            )
-            axis.errorbar(
-                [100 * p[column] for p in points],
-                [100 * p["accuracy"] for p in points],
-                xerr=[100 * (p.get(f"{column}_pm") or 0.0) for p in points],
-                yerr=[100 * (p.get("accuracy_pm") or 0.0) for p in points],
-                label=variant, color=colours(index % 10), marker="o", capsize=3, linewidth=1.6,
-            )  # fmt: skip
-            for p in points:
-                label = "no noise" if math.isinf(p["eta"]) else f"{p['eta']:g}"
-                axis.annotate(
-                    label, (100 * p[column], 100 * p["accuracy"]), textcoords="offset points",
-                    xytext=(5, 5), fontsize=7, color=colours(index % 10),
+    with picture(path, 1, 2, figsize=(11.5, 4.8), sharey=True) as (figure, axes):
+        for axis, (column, title) in zip(axes, panels, strict=True):
+            for index, variant in enumerate(variants):
+                points = sorted(
+                    (r for r in drawn if r["variant"] == variant and column in r),
+                    key=lambda r: r[column],
+                )
+                axis.errorbar(
+                    [100 * p[column] for p in points],
+                    [100 * p["accuracy"] for p in points],
+                    xerr=[100 * (p.get(f"{column}_pm") or 0.0) for p in points],
+                    yerr=[100 * (p.get("accuracy_pm") or 0.0) for p in points],
+                    label=variant, color=f"C{index % 10}", marker="o", capsize=3, linewidth=1.6,
                 )  # fmt: skip
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("tokens not recovered (empirical privacy), %")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("held-out accuracy, %")
-    axes[0].legend(fontsize=8)  # wherever it hides least
-    figure.suptitle("Privacy and utility; labels are eta, bars 95 % intervals over seeds")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
+                for p in points:
+                    label = "no noise" if math.isinf(p["eta"]) else f"{p['eta']:g}"
+                    axis.annotate(
+                        label, (100 * p[column], 100 * p["accuracy"]), textcoords="offset points",
+                        xytext=(5, 5), fontsize=7, color=f"C{index % 10}",
+                    )  # fmt: skip
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("tokens not recovered (empirical privacy), %")
+            axis.grid(alpha=0.25)
+        axes[0].set_ylabel("held-out accuracy, %")
+        axes[0].legend(fontsize=8)  # wherever it hides least
+        figure.suptitle("Privacy and utility; labels are eta, bars 95 % intervals over seeds")

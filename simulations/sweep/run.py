@@ -2,13 +2,15 @@
 
 ``options.public-text`` is the prior's text of the cells that denoise.
 ``options.known`` names an earlier sweep's Parquet file, whose cells are taken as they are.
-A cell's row is written to ``cells/KEY.json`` as soon as it is known, under a digest of everything
-that decides it.  A sweep that was killed, or that is started again with more cells or seeds, runs
-only what is missing; a cell that broke is a row with its error, and the next start tries it again.
+A cell's row is written to ``cells.jsonl`` as soon as it is known, under a digest of everything
+that decides it (earlier versions wrote ``cells/KEY.json``; those are read).  A sweep that was
+killed, or that is started again with more cells or seeds, runs only what is missing; a cell that
+broke is a row with its error, and the next start tries it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,10 +23,12 @@ from typing import Any
 from rich.console import Console
 
 from fedsplit import storage
-from fedsplit.errors import ConfigError, RunError, check
+from fedsplit.errors import RunError, check
+from simulations.core.cells import FILE, CellStore, Row
+from simulations.core.plots import draw_if_possible
 from simulations.core.progress import RunProgress
-from simulations.core.run_folder import RunFolder, strict, write_atomically
-from simulations.core.settings import Experiment
+from simulations.core.run_folder import RunFolder
+from simulations.core.settings import Experiment, read_options
 from simulations.runtime.environment import ray_credentials
 from simulations.sweep.cell import run_cell
 from simulations.sweep.frontier import frontier_table, plot_frontier, summarise
@@ -47,19 +51,21 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         ConfigError: a bad option, or a setting out of range in any cell, before anything runs.
         RunError: every cell failed, or Ray cannot be started.
     """
-    unknown = experiment.options.keys() - OPTIONS.keys()
-    if unknown:
-        raise ConfigError(f"options.{sorted(unknown)[0]}: must be one of {', '.join(OPTIONS)}")
-    options = {**OPTIONS, **experiment.options}
+    options = read_options(experiment.options, OPTIONS)
     fixed = {"output.threads": 1, "output.owner-threads": 1, "output.save": False}
     run_settings = {**experiment.run, **fixed}
-    groups = with_public_text(options["cells"], str(options["public-text"]))
-    cells = cells_of(run_settings, groups, int(options["seeds"]))
-    workers = int(options["workers"]) or min(os.cpu_count() or 1, len(cells))
+    groups = with_public_text(options["cells"], options["public-text"])
+    cells = cells_of(run_settings, groups, options["seeds"])
+    workers = options["workers"] or min(os.cpu_count() or 1, len(cells))
     check(1 <= workers <= 1024, "options.workers", workers, "in [1, 1024]")
     folder.write_config(experiment.config.to_flat())
-    store = CellStore(folder.path / "cells", str(options["known"]))
-    rows = {cell.key: row for cell in cells if (row := store.load(cell)) is not None}
+    earlier = earlier_rows(folder.path / "cells", options["known"])
+    store = CellStore(folder.path / FILE, {}, earlier)
+    rows = {
+        cell.key: {**found[0], **cell.columns(), "key": cell.key}  # Parquet holds no infinity
+        for cell in cells
+        if (found := store.find({"cell": cell.key}))
+    }
     missing = [cell for cell in cells if cell.key not in rows]
     console.print(f"{len(cells)} cells, {len(rows)} of them known, {workers} at once")
     folder.record(about=experiment.about, rows=_ordered(cells, rows), cells=len(cells))
@@ -67,58 +73,46 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     with RunProgress(console) as progress:
         progress.stage("cells")
         work = folder.path / "work"
-        for cell, row in run_cells(missing, work, int(options["attack-samples"]), workers):
+        for cell, row in run_cells(missing, work, options["attack-samples"], workers):
             rows[cell.key] = row = {**row, "key": cell.key}
-            store.save(cell, row)
+            if not row.get("error"):
+                store.save({"cell": cell.key}, [row])
             folder.record(rows=_ordered(cells, rows))
             progress.say(f"  {_told(row)}")
             progress.update(len(rows) / len(cells))
     done = _ordered(cells, rows)
     broken = [row for row in done if row.get("error")]
     summary = summarise(done)
-    folder.record(rows=done, summary=summary, broken=len(broken), sweep_s=_since(began))
+    folder.record(
+        rows=done, summary=summary, broken=len(broken), sweep_s=time.perf_counter() - began
+    )
     write_parquet(done, folder.path / "results.parquet")
     if len(broken) == len(done):
         raise RunError(f"all {len(done)} cells failed; the first: {broken[0]['error']}")
     console.print(frontier_table(summary))
-    picture = folder.path / "frontier.png"
-    if plot_frontier(summary, picture):
-        console.print(f"picture: {picture}")
+    path = folder.path / "frontier.png"
+    draw_if_possible(console, path, lambda: plot_frontier(path, summary))
     for row in broken[:5]:
         console.print(f"[yellow]broken[/yellow] {_told(row)}")
 
 
-class CellStore:
-    """Rows on disk, one file per cell; an unreadable file counts as missing.
+def earlier_rows(folder: Path, known: str) -> Iterator[tuple[dict[str, str], list[Row]]]:
+    """Yield finished cells that were found elsewhere, as :class:`CellStore` takes them.
 
     Args:
-        folder: where the files are.
-        known: a Parquet file that another sweep left, whose cells need not be run again; empty or
-            missing = none.
+        folder: where earlier versions wrote a file for each cell.
+        known: a Parquet file that another sweep left; empty or missing = none.
 
     Raises:
         RunError: ``known`` is there and cannot be read.
     """
-
-    def __init__(self, folder: Path, known: str = "") -> None:
-        self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._known = read_parquet(Path(known)) if known and Path(known).exists() else {}
-
-    def load(self, cell: Cell) -> dict[str, Any] | None:
-        """Return the cell's row, or None where it is not known (or broke)."""
-        try:
-            row = json.loads((self._folder / f"{cell.key}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            row = self._known.get(cell.key)
-        if not isinstance(row, dict) or row.get("error"):
-            return None
-        return {**row, **cell.columns(), "key": cell.key}  # JSON has no infinity, the cell has
-
-    def save(self, cell: Cell, row: Mapping[str, Any]) -> None:
-        """Write the cell's row, whole or not at all."""
-        text = json.dumps(strict(row, "", []), indent=1)
-        write_atomically(self._folder / f"{cell.key}.json", text.encode())
+    found = read_parquet(Path(known)) if known and Path(known).exists() else {}
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):  # damaged: the cell is run again
+            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    for key, row in found.items():
+        if isinstance(row, dict) and not row.get("error"):
+            yield {"cell": key}, [row]
 
 
 def run_cells(
@@ -218,7 +212,3 @@ def _told(row: Mapping[str, Any]) -> str:
         text += f", EP {100 * row['empirical_privacy']:.1f} %"
         text += f" ({100 * row['empirical_privacy_map']:.1f} % {row['strongest_attack']})"
     return f"{text}, {row['seconds']:.0f} s"
-
-
-def _since(began: float) -> float:
-    return time.perf_counter() - began

@@ -16,7 +16,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.models import load, split
 from simulations.bench import inversion as bench_inversion
-from simulations.core.cells import Cells
+from simulations.core.cells import CellStore
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import load_experiment
 from simulations.split import attributes as attributes_experiment
@@ -162,18 +162,18 @@ def test_other_settings_or_a_torn_line_start_a_cell_anew(tmp_path: Path):
         calls.append(1)
         return [{"a": len(calls)}]
 
-    first = Cells(path, {"n": 1}).rows({"k": 0}, make)
+    first = CellStore(path, {"n": 1}).rows({"k": 0}, make)
     with path.open("a") as file:
         file.write('{"settings": "torn')
-    assert Cells(path, {"n": 1}).rows({"k": 0}, make) == first
-    other = Cells(path, {"n": 2}).rows({"k": 0}, make)  # the first line after the torn one
+    assert CellStore(path, {"n": 1}).rows({"k": 0}, make) == first
+    other = CellStore(path, {"n": 2}).rows({"k": 0}, make)  # the first line after the torn one
     assert other != first
-    assert Cells(path, {"n": 2}).rows({"k": 0}, make) == other
+    assert CellStore(path, {"n": 2}).rows({"k": 0}, make) == other
     assert len(calls) == 2
     # The cells are older than this setting of runs: they were made at its default.
     usual, strange = RunConfig().to_flat()["train.lr"], 0.5
-    assert Cells(path, {"n": 2, "train.lr": usual}).rows({"k": 0}, make) == other
-    assert Cells(path, {"n": 2, "train.lr": strange}).rows({"k": 0}, make) != other
+    assert CellStore(path, {"n": 2, "train.lr": usual}).rows({"k": 0}, make) == other
+    assert CellStore(path, {"n": 2, "train.lr": strange}).rows({"k": 0}, make) != other
 
 
 def test_the_benchmark_finds_what_faiss_finds(material: Path, tmp_path: Path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit.errors import ConfigError
-from simulations.core.settings import load_experiment, names
+from simulations.core.settings import load_experiment, names, read_options
 
 
 @pytest.mark.parametrize("name", names())
@@ -55,3 +55,14 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path.write_text("kind = 3 = 4")
     with pytest.raises(ConfigError, match=r"mine\.toml"):
         load_experiment(str(path))
+
+
+def test_options_are_their_defaults_types() -> None:
+    defaults = {"lr": 0.5, "steps": 3, "names": ["a"], "on": True}
+    assert read_options({}, defaults) == defaults
+    assert read_options({"lr": 1, "names": []}, defaults) == {**defaults, "lr": 1.0, "names": []}
+    for wrong in ({"steps": 1.5}, {"steps": True}, {"on": 1}, {"names": "a"}, {"lr": "x"}):
+        with pytest.raises(ConfigError, match=r"options\.\w+=.*must be of type"):
+            read_options(wrong, defaults)
+    with pytest.raises(ConfigError, match=r"options\.stepz: must be one of lr, steps"):
+        read_options({"stepz": 1}, defaults)

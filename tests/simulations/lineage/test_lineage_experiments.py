@@ -32,7 +32,7 @@ from simulations.lineage.descendants import (
     train,
 )
 from simulations.lineage.evasion import FAMILIES, ScorePenalty, _random, live_block
-from simulations.lineage.table import COLUMNS, broken_at, run, separations
+from simulations.lineage.table import COLUMNS, broken_at, earlier_rows, run, separations
 
 RELATIONS = {recipe.relation for recipe in RECIPES.values()} | {"independent"}
 SMALL = [
@@ -79,6 +79,17 @@ def test_the_table_has_every_relation_and_keeps_the_bounds(table: dict[str, Any]
     assert len(table["breaking"]["steps"]) == 2
     for name in table["pictures"]:
         assert (table["folder"] / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    whole, old = dict.fromkeys(COLUMNS, 0.5), {"pcs": 0.5}
+    path.write_text(json.dumps({"aa bb none": whole, "aa cc none": old}))
+    assert list(earlier_rows(path)) == [
+        ({"base": "aa", "suspect": "bb", "transform": "none"}, [whole])
+    ]
+    path.write_text('{"aa bb')
+    assert not list(earlier_rows(path))
 
 
 def test_a_made_model_is_read_back_and_a_partial_one_is_made_again(shelf: Shelf, base: Any) -> None:

@@ -154,6 +154,24 @@ def test_intervals_are_those_of_the_mean() -> None:
     assert one["accuracy_pm"] is None
 
 
+def test_cells_of_an_earlier_version_are_read_and_broken_ones_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = cells_of({}, GROUPS, 1)
+    (tmp_path / "cells").mkdir()
+    rows = ({"accuracy": 0.25, "eta": None}, {"error": "ModelError: no"}, None)
+    for cell, row in zip(cells, rows, strict=True):
+        text = json.dumps(row) if row else '{"accuracy": 0.'
+        (tmp_path / "cells" / f"{cell.key}.json").write_text(text)
+    calls: list[Cell] = []
+    monkeypatch.setattr(sweep, "run_cells", fake(calls, set()))
+    with RunFolder(tmp_path, name="s", kind="table") as folder:
+        sweep.run(Experiment("s", "sweep", "", {}, {"cells": GROUPS}), folder, Console(quiet=True))
+    assert [cell.key for cell in calls] == [cell.key for cell in cells[1:]]
+    found = read_results(tmp_path)["rows"]
+    assert [row["accuracy"] for row in found] == [0.25, 0.5, 0.5]
+
+
 @pytest.mark.slow
 def test_real_cells_on_ray(make_config: Any, tmp_path: Path) -> None:
     config = make_config(data__owners=2, train__rounds=1, session__codec="fp32")

@@ -1,0 +1,61 @@
+"""Drawing pictures with matplotlib, which comes with the extra ``plot``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedsplit.errors import RunError
+
+
+@contextmanager
+def picture(
+    path: Path,
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    dpi: int = 130,
+    bottom: float = 0.0,
+    **subplots: Any,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield (figure, axes) as ``pyplot.subplots`` makes them; the block's end writes the file.
+
+    Args:
+        path: of the picture, PNG.
+        rows: of axes.
+        columns: of axes.
+        dpi: dots per inch.
+        bottom: share of the height left free below the axes.
+        **subplots: see ``pyplot.subplots``.
+
+    Raises:
+        RunError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise RunError(f"matplotlib: {error}: pip install 'fedsplit[plot]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, **subplots)
+    try:
+        yield figure, axes
+        figure.tight_layout(rect=(0, bottom, 1, 1))
+        figure.savefig(path, dpi=dpi)
+    finally:
+        pyplot.close(figure)
+
+
+def draw_if_possible(console: Console, path: Path, draw: Callable[[], object]) -> None:
+    """Draw a picture and name it; without matplotlib say so: the figures are in results.json."""
+    try:
+        draw()
+    except RunError as error:
+        console.print(f"[yellow]no picture[/yellow]: {error}", highlight=False)
+    if path.exists():
+        console.print(f"picture: {path}")
