@@ -194,7 +194,9 @@ def _table(config: RunConfig, figures: dict[str, Any]) -> Table:
         "deployment": f"deployment, {NODES} SuperNodes, TLS",
         "messages": "Flower messages alone",
     }
-    rows = [("centralised, one process", f"{figures['centralised']['steps_per_s']:.2f}")]
+    rows: list[tuple[str, ...]] = [
+        ("centralised, one process", f"{figures['centralised']['steps_per_s']:.2f}")
+    ]
     for name, title in titles.items():
         row = figures[name]
         later = row.get("later_epochs_ratio")

@@ -35,6 +35,6 @@ KINDS: dict[str, Kind] = {
     "offsite-sweep": _kind("offsite.sweep"),
     "offsite-table": _kind("offsite.table"),
     "offsite-peft": _kind("offsite.peft"),
-    "faults": _kind("faults.experiment"),
+    "faults": _kind("faults.fault_matrix"),
     "sweep": _kind("sweep.run"),
 }

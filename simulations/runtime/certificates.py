@@ -19,6 +19,15 @@ class Certificates:
     cert: Path
     key: Path
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables by which a server's session server shows them."""
+        return {
+            "FEDSPLIT_TLS_CERT": str(self.cert),
+            "FEDSPLIT_TLS_KEY": str(self.key),
+            "FEDSPLIT_TLS_CA": str(self.ca),
+        }
+
 
 @dataclass(frozen=True)
 class NodeKey:

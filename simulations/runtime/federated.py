@@ -80,15 +80,10 @@ def deploy(
     owners = config.data.owners
     check(owners <= 64, "data.owners", owners, "<= 64 for a deployment on one machine")
     tls = make_certificates(folder / "tls")
-    session = {
-        "FEDSPLIT_TLS_CERT": str(tls.cert),
-        "FEDSPLIT_TLS_KEY": str(tls.key),
-        "FEDSPLIT_TLS_CA": str(tls.ca),
-    }
     deployment = Deployment(
         owners,
         log_dir=folder / "log",
-        env={**owner_environment(homes), **session},
+        env={**owner_environment(homes), **tls.environment},
         server_threads=config.output.threads or None,
         client_threads=config.output.owner_threads,
     )

@@ -22,6 +22,8 @@ from simulations.runtime.federated import owner_environment, read_server
 from simulations.runtime.local_grid import LocalGrid
 from strategies import STRATEGIES
 
+LOCAL_RUN_ID = 1
+
 
 def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     """Run ``config`` to its end.
@@ -46,23 +48,28 @@ def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str
         output=replace(config.output, dir=str(server), checkpoint_steps=-1),
     )
     with environment(owner_environment(homes)):
-        torch.manual_seed(config.seed)
-        grid = LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID)
-        context = Context(
-            run_id=LOCAL_RUN_ID,
-            node_id=0,
-            node_config={},
-            state=RecordDict(),
-            run_config=dict(config.to_flat()),
-        )
         try:
-            pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)
+            run_strategy(config, LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID))
         finally:
             shutil.rmtree(homes, ignore_errors=True)
     return config, read_server(server)
 
 
-LOCAL_RUN_ID = 1
+def run_strategy(config: RunConfig, grid: LocalGrid) -> None:
+    """Run the strategy of ``config`` over the owners of ``grid`` to its end.
+
+    Raises:
+        FedsplitError: the run failed.
+    """
+    torch.manual_seed(config.seed)
+    context = Context(
+        run_id=grid.run_id,
+        node_id=0,
+        node_config={},
+        state=RecordDict(),
+        run_config=dict(config.to_flat()),
+    )
+    pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)
 
 
 @contextmanager

@@ -15,9 +15,10 @@ from rich.console import Console
 from fedsplit.errors import ConfigError
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import load_experiment
-from simulations.faults.experiment import run
-from simulations.faults.processes import Watch, _lost
+from simulations.faults.fault_matrix import run
+from simulations.faults.process_faults import KillTrigger
 from simulations.faults.proxy import Proxy
+from simulations.faults.testbed import describe_loss
 
 
 @pytest.mark.parametrize(
@@ -57,35 +58,35 @@ def until(true: object, what: str) -> None:
 
 def test_a_kill_comes_at_its_moment_and_the_next_state_is_noted(tmp_path: Path) -> None:
     killed = threading.Event()
-    watch = Watch(tmp_path, "between rounds", killed.set)
+    trigger = KillTrigger(tmp_path, "between rounds", killed.set)
     for number, stage in enumerate(("step", "trained"), start=1):
         state(tmp_path, number, 1, stage)
     time.sleep(0.3)
     assert not killed.is_set(), "too early"
     state(tmp_path, 3, 1, "evaluated")
     until(killed.is_set, "it should have been killed")
-    assert not watch.again
+    assert not trigger.again
     state(tmp_path, 4, 2, "step")
-    until(lambda: watch.again, "the next state should have been seen")
-    watch.stop()
+    until(lambda: trigger.again, "the next state should have been seen")
+    trigger.stop()
 
 
 def test_a_moment_that_never_comes_is_told(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, "second round", lambda: None)
-    watch.stop()
-    assert not watch.killed
+    trigger = KillTrigger(tmp_path, "second round", lambda: None)
+    trigger.stop()
+    assert not trigger.killed
 
 
-def test_what_is_lost() -> None:
+def test_what_isdescribe_loss() -> None:
     import torch
 
     model, other = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
     sound = {"rounds": [{"round": 1, "train": {"lost": {}}}]}
     hurt = {"rounds": [{"round": 1, "train": {"lost": {"a": "gone"}}}]}
-    assert _lost("", model, model, sound) == "nothing"
-    assert _lost("", other, model, sound).startswith("bits")
-    assert _lost("", model, model, hurt) == "a in round 1, train: gone"
-    assert _lost("it broke", {}, model, {}) == "the run: it broke"
+    assert describe_loss("", model, model, sound) == "nothing"
+    assert describe_loss("", other, model, sound).startswith("bits")
+    assert describe_loss("", model, model, hurt) == "a in round 1, train: gone"
+    assert describe_loss("it broke", {}, model, {}) == "the run: it broke"
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ from fedsplit.errors import SessionError
 from fedsplit.wire.frames import PROTOCOL, Kind
 from fedsplit.wire.messages import OFFER
 from fedsplit.wire.stream import connect
-from simulations.faults.bench import Bench, Fault, Row, row_of
-from simulations.faults.clock import in_a_process
+from simulations.faults.clock_faults import in_a_process
 from simulations.faults.proxy import Proxy
+from simulations.faults.testbed import Fault, FaultTestbed, Row, resumed, row_of
 from simulations.runtime.certificates import make_certificates
 from simulations.runtime.local_grid import LocalGrid
 
 DAY_S = 86_400.0
+NOWHERE = "after round 0, step 0"
 SLOW_S = 6.0
 EXPIRES_S = 2.0
 MARGIN = 4.0  # a certificate that expires during a run lives so many undisturbed runs
@@ -131,7 +132,7 @@ def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
 # ---- the cases -----------------------------------------------------------------------------
 
 
-def in_passing(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+def in_passing(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
     """Faults that an undisturbed run would not have noticed, at several moments."""
     acts: dict[str, Callable[[Proxy, LocalGrid], str | None]] = {
         "network cut": _cut(0.0),
@@ -140,44 +141,38 @@ def in_passing(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
         "network stall 60 s": _stall(60.0),
         "bit-flipped": _flip,
         "truncated": _truncate,
-        "replayed token": _stranger(bench.tls.ca, replay=True),
-        "unknown node": _stranger(bench.tls.ca, replay=False),
+        "replayed token": _stranger(testbed.tls.ca, replay=True),
+        "unknown node": _stranger(testbed.tls.ca, replay=False),
         "peer sends 1 byte/s": _slow_peer,
     }
     for number, moment in enumerate(moments):
         breaks = case.startswith(("network cut", "bit", "trunc"))
         fault = Fault(moment, acts[case], breaks)
-        start = bench.start(f"{case}-{number}".replace("/", " per "), fault)
-        if not fault.done:
-            yield row_of(case, f"{moment:.0%} of bytes", "not run: the run was over", None)
-            continue
-        yield row_of(
-            case, f"{moment:.0%} of bytes", bench.lost(start), fault.recovered_s, fault.said
-        )
+        outcome = testbed.start(f"{case}-{number}".replace("/", " per "), fault)
+        yield testbed.row(case, f"{moment:.0%} of bytes", outcome, fault)
 
 
-def certificates(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+def certificates(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
     """A server that shows a certificate no owner should accept, and an owner that pins another."""
-    folder = bench.folder / f"tls {case}"
+    folder = testbed.folder / f"tls {case}"
     if case == "certificate expired":
         tls = make_certificates(folder, valid_days=EXPIRES_S / DAY_S)
         time.sleep(EXPIRES_S + 1)
-        nodes = {i: {"session-ca": str(tls.ca)} for i in range(bench.config.data.owners)}
-        start = bench.start(case, tls=tls, nodes=nodes)
+        nodes = {i: {"session-ca": str(tls.ca)} for i in range(testbed.config.data.owners)}
+        start = testbed.start(case, tls=tls, nodes=nodes)
     else:
         other = make_certificates(folder)
-        start = bench.start(case, nodes={0: {"session-ca": str(other.ca)}})
-    yield row_of(case, "from the start", bench.lost(start), None)
-    if start.error:  # and with the right one the run begins
-        again = bench.start(case)
-        yield row_of(case, "put right", bench.lost(again), None)
+        start = testbed.start(case, nodes={0: {"session-ca": str(other.ca)}})
+    yield testbed.row(case, "from the start", start)
+    if start.error:  # and with the right one the run starts
+        yield testbed.row(case, "put right", testbed.start(case))
 
 
-def expiry(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+def expiry(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
     """The server's certificate expires while owners are at work; the next start has a new one."""
     for number, moment in enumerate(moments):
-        folder = bench.folder / f"tls expiring {number}"
-        lives = max(MARGIN * bench.reference.seconds, 5.0)
+        folder = testbed.folder / f"tls expiring {number}"
+        lives = max(MARGIN * testbed.reference.seconds, 5.0)
         tls = make_certificates(folder, valid_days=lives / DAY_S)
         expires = time.monotonic() + lives
 
@@ -187,52 +182,46 @@ def expiry(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
             return f"held until the certificate had expired ({left:.1f} s)"
 
         fault = Fault(moment, hold)
-        nodes = {i: {"session-ca": str(tls.ca)} for i in range(bench.config.data.owners)}
+        nodes = {i: {"session-ca": str(tls.ca)} for i in range(testbed.config.data.owners)}
         name = f"{case}-{number}"
-        start = bench.start(name, fault, tls=tls, nodes=nodes)
+        start = testbed.start(name, fault, tls=tls, nodes=nodes)
         told = f"{moment:.0%} of bytes"
-        if not fault.done:
-            yield row_of(case, told, "not run: the run was over", None)
-            continue
-        first = bench.lost(start)
-        yield row_of(case, told, first, fault.recovered_s, fault.said)
-        if start.error:
-            again = bench.start(name)
-            kept = again.server.get("resumed") or [{"after_round": 0, "step": 0}]
-            where = f"gone on after round {kept[-1]['after_round']}, step {kept[-1]['step']}"
-            yield row_of(case, f"{told}, then a new one", bench.lost(again), None, where)
+        yield testbed.row(case, told, start, fault)
+        if fault.done and start.error:
+            again = testbed.start(name)
+            where = f"gone on {(resumed(again.server) or [NOWHERE])[-1]}"
+            yield row_of(case, f"{told}, then a new one", testbed.lost(again), None, where)
 
 
-def clock(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+def clock(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
     """The wall clock jumps an hour ahead and an hour back, in a process of its own."""
     try:
-        yield from in_a_process(bench.config, bench.folder / "clock", case, moments)
+        yield from in_a_process(testbed.config, testbed.folder / "clock", case, moments)
     except (SessionError, subprocess.TimeoutExpired) as error:
         yield row_of(case, "any", f"not run: {error}"[:300], None)
 
 
-def full_disk(bench: Bench, case: str, moments: list[float]) -> Iterator[Row]:
+def full_disk(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
     """The server's disk is too small; later there is room and the run is started again."""
-    need = sum(p.stat().st_size for p in (bench.folder / "reference").rglob("*") if p.is_file())
-    kept = bench.reference.server["state"]
+    need = sum(p.stat().st_size for p in (testbed.folder / "reference").rglob("*") if p.is_file())
+    kept = testbed.reference.server["state"]
     room = need + int(3.2 * kept["bytes"] / kept["saves"])  # for two states, not for three
-    path = bench.folder / "disk"
+    path = testbed.folder / "disk"
     try:
         with small_disk(path, str(room)) as resize:
-            start = bench.start(case, out=path / "server")
+            start = testbed.start(case, out=path / "server")
             began = time.monotonic()
-            first = bench.lost(start)
+            first = testbed.lost(start)
             resize(str(20 * room))
-            again = bench.start(case, out=path / "server")
-            told = again.server.get("resumed") or [{"after_round": 0, "step": 0}]
-            where = f"after round {told[-1]['after_round']}, step {told[-1]['step']}"
+            again = testbed.start(case, out=path / "server")
+            where = (resumed(again.server) or [NOWHERE])[-1]
             note = f"first start: {first}; started again with room, it went on {where}"
-            yield row_of(case, "in a state", bench.lost(again), time.monotonic() - began, note)
+            yield row_of(case, "in a state", testbed.lost(again), time.monotonic() - began, note)
     except SessionError as error:
         yield row_of(case, "in a state", f"not run: {error}", None)
 
 
-CASES: dict[str, Callable[[Bench, str, list[float]], Iterator[Row]]] = {
+CASES: dict[str, Callable[[FaultTestbed, str, list[float]], Iterator[Row]]] = {
     "network cut": in_passing,
     "network cut 5 s": in_passing,
     "network stall 5 s": in_passing,

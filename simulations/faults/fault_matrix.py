@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import check
+from fedsplit.registry import pick
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import make_table
@@ -49,19 +50,18 @@ def _all(experiment: Experiment, options: dict[str, Any], folder: RunFolder) -> 
         train=replace(experiment.config.train, min_owners=experiment.config.data.owners),
     )
     if options["sessions"]:
-        from simulations.faults.bench import Bench
-        from simulations.faults.sessions import CASES
+        from simulations.faults.session_faults import CASES
+        from simulations.faults.testbed import FaultTestbed
 
         moments = [float(m) for m in options["session-moments"]]
         for name in options["sessions"]:
-            if name not in CASES:
-                raise ConfigError(f"options.sessions={name!r}: must be one of {', '.join(CASES)}")
+            pick(CASES, name, "options.sessions")
         for moment in moments:
             check(0 < moment < 1, "options.session-moments", moment, "in (0, 1)")
-        bench = Bench(config, folder.path / "sessions")
+        testbed = FaultTestbed(config, folder.path / "sessions")
         for name in options["sessions"]:
-            yield from CASES[name](bench, name, moments)
+            yield from CASES[name](testbed, name, moments)
     if options["processes"]:
-        from simulations.faults.processes import cases
+        from simulations.faults.process_faults import cases
 
         yield from cases(config, options, folder.path / "processes")

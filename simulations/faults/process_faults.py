@@ -20,19 +20,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
-from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError, RunError
 from fedsplit.registry import pick
+from simulations.faults.testbed import (
+    Row,
+    RunOutcome,
+    describe_loss,
+    read_outcome,
+    resumed,
+    row_of,
+)
 from simulations.runtime.certificates import Certificates, make_certificates
 from simulations.runtime.children import Child, wait_until
 from simulations.runtime.deployment import Deployment, is_settled
 from simulations.runtime.federated import ROOT, owner_environment
 from simulations.runtime.submission import app_processes, end_tree
 
-Row = dict[str, Any]
 TIMEOUT_S = 600.0
 COMES_BACK_S = 180.0
 RESTART_S = 10.0  # as a systemd unit with Restart=always does
@@ -71,6 +76,10 @@ class FragileDeployment(Deployment):
         )
         if not self._answers(self._superlink, self.certificates):
             raise self._superlink.failure("did not come back")
+
+    def answers(self) -> bool:
+        """Return whether the SuperLink's process runs."""
+        return self._superlink is not None and self._superlink.alive
 
     def kill_serverapp(self) -> None:
         """Kill the ServerApp's process."""
@@ -129,7 +138,7 @@ MOMENTS: dict[str, tuple[int, str] | None] = {
 }
 
 
-class Watch:
+class KillTrigger:
     """Looks at the kept states, kills at the moment, and notes when the next state came.
 
     Args:
@@ -184,8 +193,13 @@ class Watch:
                 break
         self.again = time.monotonic()
 
+    @property
+    def recovered_s(self) -> float | None:
+        """Seconds from the kill to the next state, None where none came."""
+        return round(self.again - self.killed, 1) if self.again else None
+
     def stop(self) -> None:
-        """Look no longer."""
+        """Stop looking."""
         self._over.set()
         self._thread.join(60)
 
@@ -201,7 +215,7 @@ def cases(config: RunConfig, options: Mapping[str, Any], folder: Path) -> Iterat
         pick(KILLS, process, "process")
     for moment in options["process-moments"]:
         pick(MOMENTS, moment, "moment")
-    owners = int(options["supernodes"])
+    owners = options["supernodes"]
     # Long enough rounds for a kill to come in the middle of one.
     config = replace(
         config,
@@ -213,53 +227,21 @@ def cases(config: RunConfig, options: Mapping[str, Any], folder: Path) -> Iterat
     homes = folder / "homes"  # owners have the bottom after the first run
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run in the same --out
     tls = make_certificates(folder / "tls")
-    reference = _one(config, folder / "reference", homes, tls, None, "")
-    if reference[0]:
-        raise RunError(f"the undisturbed run failed: {reference[0]}")
-    model = reference[1]
+    reference, _, _ = _one(config, folder / "reference", homes, tls)
+    if reference.error:
+        raise RunError(f"the undisturbed run failed: {reference.error}")
     for process in options["processes"]:
         for moment in options["process-moments"]:
-            name = f"{process}-{moment}".replace(" ", "-")
-            error, found, server, watch, note = _one(
-                config, folder / name, homes, tls, process, moment
-            )
-            case = f"kill -9 {process}"
-            if watch is None or not watch.killed:
-                why = (
-                    error
-                    or (watch.why if watch else "")
-                    or "the run was over before the moment came"
-                )
-                yield _row(case, moment, f"not run: {why[:200]}", None, note)
-                continue
-            yield _row(case, moment, _lost(error, found, model, server), watch, note)
-
-
-def _row(case: str, moment: str, lost: str, watch: Watch | None, note: str) -> Row:
-    seconds = round(watch.again - watch.killed, 1) if watch and watch.again else None
-    return {"case": case, "moment": moment, "lost": lost, "recovered_s": seconds, "note": note}
-
-
-def _lost(
-    error: str,
-    model: dict[str, torch.Tensor],
-    expected: dict[str, torch.Tensor],
-    server: dict[str, Any],
-) -> str:
-    if error:
-        return f"the run: {error[:200]}"
-    found = [
-        f"{name} in round {row['round']}, {part}: {why[:80]}"
-        for row in server["rounds"]
-        for part in ("train", "evaluate")
-        for name, why in row.get(part, {}).get("lost", {}).items()
-    ]
-    if found:
-        return "; ".join(found)
-    same = model.keys() == expected.keys() and all(
-        torch.equal(model[n], expected[n]) for n in expected
-    )
-    return "nothing" if same else "bits: the model differs"
+            where = folder / f"{process}-{moment}".replace(" ", "-")
+            found, trigger, note = _one(config, where, homes, tls, process, moment)
+            if trigger is None or not trigger.killed:
+                said = trigger.why if trigger else ""
+                why = found.error or said or "the run was over before the moment came"
+                lost, recovered = f"not run: {why[:200]}", None
+            else:
+                recovered = trigger.recovered_s
+                lost = describe_loss(found.error, found.model, reference.model, found.server)
+            yield row_of(f"kill -9 {process}", moment, lost, recovered, note)
 
 
 def _one(
@@ -267,30 +249,24 @@ def _one(
     folder: Path,
     homes: Path,
     tls: Certificates,
-    process: str | None,
-    moment: str,
-) -> tuple[str, dict[str, torch.Tensor], dict[str, Any], Watch | None, str]:
-    """Carry out one case; return (error, model, server.json, watch, note)."""
+    process: str = "",
+    moment: str = "",
+) -> tuple[RunOutcome, KillTrigger | None, str]:
+    """Carry out one case, where no process is named an undisturbed run; the text is the note."""
     server = folder / "server"
-    session = {
-        "FEDSPLIT_TLS_CERT": str(tls.cert),
-        "FEDSPLIT_TLS_KEY": str(tls.key),
-        "FEDSPLIT_TLS_CA": str(tls.ca),
-    }
     config = replace(config, output=replace(config.output, dir=str(server)))
     deployment = FragileDeployment(
         config.data.owners,
         log_dir=folder / "log",
-        env={**owner_environment(homes), **session},
+        env={**owner_environment(homes), **tls.environment},
         server_threads=1,
         client_threads=1,
         node_auth=True,
     )
-    watch, error, starts = None, "", 0
+    trigger, error, starts = None, "", 0
     with deployment:
-        if process is not None:
-            kill = KILLS[process]
-            watch = Watch(server, moment, lambda: kill(deployment))
+        if process:
+            trigger = KillTrigger(server, moment, partial(KILLS[process], deployment))
         for _ in range(3):
             starts += 1
             try:
@@ -299,22 +275,12 @@ def _one(
                 break
             except FedsplitError as failed:
                 error = str(failed).splitlines()[0]
-                if watch is None or not watch.killed:
+                if trigger is None or not trigger.killed:
                     break
                 # What is starting again must be there before an operator starts the run again.
-                wait_until(lambda: _answers(deployment), 60.0, 1.0)
-        if watch is not None:
-            watch.stop()
-    found, told = {}, {}
-    if (server / "top.safetensors").exists():
-        found = load_file(server / "top.safetensors")
-    if (server / "server.json").exists():
-        told = json.loads((server / "server.json").read_text())
-    again = [f"after round {r['after_round']}, step {r['step']}" for r in told.get("resumed", [])]
-    note = f"{starts} starts" + (f", gone on {'; '.join(again)}" if again else "")
-    return error, found, told, watch, note
-
-
-def _answers(deployment: FragileDeployment) -> bool:
-    superlink = deployment._superlink
-    return superlink is not None and superlink.alive
+                wait_until(deployment.answers, 60.0, 1.0)
+        if trigger is not None:
+            trigger.stop()
+    outcome = read_outcome(server, error)
+    again = resumed(outcome.server)
+    return outcome, trigger, f"{starts} starts" + (f", gone on {'; '.join(again)}" if again else "")

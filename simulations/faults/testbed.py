@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, RecordDict
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,17 +27,17 @@ from simulations.runtime.certificates import Certificates, make_certificates
 from simulations.runtime.children import free_port
 from simulations.runtime.federated import owner_environment
 from simulations.runtime.local_grid import LocalGrid
-from simulations.runtime.local_run import environment
-from strategies.split_tuning import run as split_tuning_run
+from simulations.runtime.local_run import environment, run_strategy
 
+Model = dict[str, Tensor]
 Row = dict[str, Any]
 
 
 @dataclass
-class Start:
-    """One start of the server, and what came of it."""
+class RunOutcome:
+    """What came of one start of the server."""
 
-    model: dict[str, Tensor] = field(default_factory=dict)
+    model: Model = field(default_factory=dict)
     server: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     passed: int = 0
@@ -70,7 +69,7 @@ class Fault:
         return self.again - self.done if self.again else None
 
 
-class Bench:
+class FaultTestbed:
     """Runs of one small federation, undisturbed and disturbed.
 
     Args:
@@ -98,7 +97,7 @@ class Bench:
         tls: Certificates | None = None,
         nodes: Mapping[int, dict[str, Any]] | None = None,
         out: Path | None = None,
-    ) -> Start:
+    ) -> RunOutcome:
         """Start the server in ``name``'s folder, which may hold an interrupted run.
 
         Args:
@@ -115,7 +114,7 @@ class Bench:
         output = replace(self.config.output, dir=str(server))
         config = replace(self.config, session=session, output=output)
         tls = tls or self.tls
-        result, began = Start(), time.monotonic()
+        error, began = "", time.monotonic()
         grid = LocalGrid(config, config.data.owners, run_id=run_id, first=1000 * self._runs)
         grid.node_configs = {i: {"session-ca": str(self.tls.ca)} for i in range(config.data.owners)}
         for index, more in (nodes or {}).items():
@@ -123,9 +122,7 @@ class Bench:
         with Proxy(port) as proxy:
             variables = {
                 **owner_environment(self.folder / "homes"),
-                "FEDSPLIT_TLS_CERT": str(tls.cert),
-                "FEDSPLIT_TLS_KEY": str(tls.key),
-                "FEDSPLIT_TLS_CA": str(tls.ca),
+                **tls.environment,
                 "FEDSPLIT_SESSION_ADDRESS": f"127.0.0.1:{proxy.port}",
             }
             over = threading.Event()
@@ -133,26 +130,15 @@ class Bench:
             watcher.start()
             try:
                 with environment(variables):
-                    torch.manual_seed(config.seed)
-                    context = Context(
-                        run_id=run_id,
-                        node_id=0,
-                        node_config={},
-                        state=RecordDict(),
-                        run_config=dict(config.to_flat()),
-                    )
-                    split_tuning_run.run(grid, context, config)
-                result.model = load_file(server / "top.safetensors")
-            except FedsplitError as error:
-                result.error = f"{type(error).__name__}: {error}"
+                    run_strategy(config, grid)
+            except FedsplitError as failed:
+                error = f"{type(failed).__name__}: {failed}"
             finally:
                 over.set()
                 watcher.join()
-            result.passed = proxy.passed
-        result.seconds = time.monotonic() - began
-        if (server / "server.json").exists():
-            result.server = json.loads((server / "server.json").read_text())
-        return result
+        outcome = read_outcome(server, error)
+        outcome.passed, outcome.seconds = proxy.passed, time.monotonic() - began
+        return outcome
 
     def _watch(
         self, fault: Fault | None, proxy: Proxy, grid: LocalGrid, over: threading.Event
@@ -173,27 +159,62 @@ class Bench:
                 break
         fault.again = time.monotonic()
 
-    # ---- what was lost ----------------------------------------------------------------------
+    def row(self, case: str, moment: str, outcome: RunOutcome, fault: Fault | None = None) -> Row:
+        """Return the row of a run, and of the fault that was done to it."""
+        if fault is not None and not fault.done:
+            return row_of(case, moment, "not run: the run was over", None)
+        recovered, note = (fault.recovered_s, fault.said) if fault else (None, "")
+        return row_of(case, moment, self.lost(outcome), recovered, note)
 
-    def same(self, start: Start) -> bool:
-        """Whether the final model is the undisturbed run's."""
-        mine, theirs = start.model, self.reference.model
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
-
-    def lost(self, start: Start) -> str:
+    def lost(self, outcome: RunOutcome) -> str:
         """Return what a run lost, in words."""
-        if start.error:
-            return f"the run: {start.error[:160]}"
-        found = [
-            f"{name} in round {row['round']}, {part}: {why[:100]}"
-            for row in start.server["rounds"]
-            for part in ("train", "evaluate")
-            for name, why in row.get(part, {}).get("lost", {}).items()
-        ]
-        same = self.same(start)
-        if found:
-            return "; ".join([*found, "the model is the same, bit for bit"] if same else found)
-        return "nothing" if same else "bits: the model differs"
+        model, expected = outcome.model, self.reference.model
+        text = describe_loss(outcome.error, model, expected, outcome.server)
+        if not outcome.error and lost_owners(outcome.server) and same_model(model, expected):
+            text += "; the model is the same, bit for bit"
+        return text
+
+
+def read_outcome(server: Path, error: str) -> RunOutcome:
+    """Return the model and the report that a server left in its folder, as far as there are any."""
+    outcome = RunOutcome(error=error)
+    if (server / "top.safetensors").exists():
+        outcome.model = load_file(server / "top.safetensors")
+    if (server / "server.json").exists():
+        outcome.server = json.loads((server / "server.json").read_text())
+    return outcome
+
+
+# ---- what was lost --------------------------------------------------------------------------
+
+
+def same_model(model: Model, expected: Model) -> bool:
+    """Return whether two models are the same, bit for bit."""
+    names = model.keys()
+    return names == expected.keys() and all(torch.equal(model[n], expected[n]) for n in names)
+
+
+def lost_owners(server: Mapping[str, Any]) -> list[str]:
+    """Return the owners that a server's report calls lost, with round, part and reason."""
+    return [
+        f"{name} in round {row['round']}, {part}: {why[:100]}"
+        for row in server["rounds"]
+        for part in ("train", "evaluate")
+        for name, why in row.get(part, {}).get("lost", {}).items()
+    ]
+
+
+def describe_loss(error: str, model: Model, expected: Model, server: Mapping[str, Any]) -> str:
+    """Return what a run lost beside the undisturbed one: itself, owners, bits, or nothing."""
+    if error:
+        return f"the run: {error[:200]}"
+    same = "nothing" if same_model(model, expected) else "bits: the model differs"
+    return "; ".join(lost_owners(server)) or same
+
+
+def resumed(server: Mapping[str, Any]) -> list[str]:
+    """Return where a server that was started again went on, in words, once for each start."""
+    return [f"after round {r['after_round']}, step {r['step']}" for r in server.get("resumed", [])]
 
 
 def row_of(case: str, moment: str, lost: str, recovered: float | None, note: str = "") -> Row:

@@ -20,8 +20,8 @@ from typing import Any
 from fedsplit import storage
 from fedsplit.config import RunConfig
 from fedsplit.errors import SessionError
-from simulations.faults.bench import Bench, Fault, Row, row_of
 from simulations.faults.proxy import Proxy
+from simulations.faults.testbed import Fault, FaultTestbed, Row
 from simulations.runtime.local_grid import LocalGrid
 
 HOUR_S = 3600
@@ -33,9 +33,9 @@ TIMEOUT_S = 1800.0
 def library() -> Path | None:
     """Return where libfaketime is, None where it is not installed."""
     found = ctypes.util.find_library("faketimeMT")
-    places = [Path(found)] if found and os.path.isabs(found) else []
-    places += [Path("/usr/lib") / LIBRARY, *Path("/usr/lib").glob(f"*-linux-gnu/{LIBRARY}")]
-    return next((place for place in places if place.exists()), None)
+    paths = [Path(found)] if found and os.path.isabs(found) else []
+    paths += [Path("/usr/lib") / LIBRARY, *Path("/usr/lib").glob(f"*-linux-gnu/{LIBRARY}")]
+    return next((path for path in paths if path.exists()), None)
 
 
 def in_a_process(config: RunConfig, folder: Path, case: str, moments: list[float]) -> list[Row]:
@@ -60,7 +60,7 @@ def in_a_process(config: RunConfig, folder: Path, case: str, moments: list[float
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "simulations.faults.clock", str(folder)],
+        [sys.executable, "-m", "simulations.faults.clock_faults", str(folder)],
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
@@ -84,7 +84,7 @@ def jump(offset: Path, seconds: int) -> str:
 def _rows(folder: Path) -> Iterator[Row]:
     task: dict[str, Any] = json.loads((folder / "task.json").read_text())
     offset = folder / "offset"
-    bench = Bench(RunConfig.from_flat(task["config"]), folder / "runs")
+    testbed = FaultTestbed(RunConfig.from_flat(task["config"]), folder / "runs")
     for number, moment in enumerate(task["moments"]):
         for seconds in JUMPS_S:
 
@@ -92,13 +92,10 @@ def _rows(folder: Path) -> Iterator[Row]:
                 return jump(offset, seconds)
 
             fault = Fault(moment, act)
-            start = bench.start(f"jump-{number}{seconds:+d}", fault)
+            outcome = testbed.start(f"jump-{number}{seconds:+d}", fault)
             jump(offset, 0)
             told = f"{moment:.0%} of bytes, {'+' if seconds > 0 else '-'}1 h"
-            if not fault.done:
-                yield row_of(task["case"], told, "not run: the run was over", None)
-                continue
-            yield row_of(task["case"], told, bench.lost(start), fault.recovered_s, fault.said)
+            yield testbed.row(task["case"], told, outcome, fault)
 
 
 def main(folder: Path) -> None:
