@@ -21,6 +21,7 @@ FACES = (
     "fedsplit.privacy",
     "fedsplit.strategies",
     "fedsplit.wire",
+    "simulations",
 )
 
 

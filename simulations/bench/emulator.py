@@ -31,8 +31,8 @@ from fedsplit.seeding import torch_generator
 from simulations.bench.figures import publish
 from simulations.core.settings import load_experiment, read_options
 from simulations.core.tables import make_table
+from simulations.offsite.emulator_table import OPTIONS
 from simulations.offsite.setting import OffsiteSetting, perplexity_of
-from simulations.offsite.table import OPTIONS
 from simulations.runtime.machine import machine
 
 STEPS = (100, 200, 400, 800, 1600)

@@ -7,7 +7,7 @@ does not favour either.  *Training*: a cohort of as many owners takes steps toge
 same owners one after another.
 
 The owners of the first part are threads of other processes and replay what a bottom made (see
-:mod:`simulations.bench.service_owners`); those of the second are whole, and share the server's
+:mod:`simulations.bench.replayed_owners`); those of the second are whole, and share the server's
 process.
 """
 
@@ -41,7 +41,7 @@ from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import MODE
 from fedsplit.wire.tokens import TokenBook
 from simulations.bench.figures import publish
-from simulations.core.shares import owner_shares
+from simulations.core.owner_samples import owner_samples
 from simulations.core.tables import make_table
 from simulations.runtime.local_run import run_in_process
 from simulations.runtime.machine import machine
@@ -128,7 +128,7 @@ def represent(config: RunConfig, path: Path) -> dict[str, Any]:
     """Write the bottom's representations of the texts, and return how many and how long."""
     loaded = load_base(config)
     bottom, _ = split(loaded.model, config.split.k)
-    shares = owner_shares(config, loaded.tokenizer)
+    shares = owner_samples(config, loaded.tokenizer)
     rows: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for ids in [ids for share in shares for ids in share.train.ids][:512]:
@@ -191,7 +191,7 @@ def _owners(
         for number in range(PROCESSES):
             tokens = {n: door.tokens.issue(RUN, n, 0, MODE) for n in nodes[number::PROCESSES]}
             child = subprocess.Popen(
-                [sys.executable, "-m", "simulations.bench.service_owners"],
+                [sys.executable, "-m", "simulations.bench.replayed_owners"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -29,8 +29,8 @@ from fedsplit.privacy import OwnerSecret, SamplePerturber, build
 from fedsplit.wire.codecs import CODECS
 from fedsplit.wire.frames import Frame, Kind, encode
 from simulations.bench.figures import publish
+from simulations.core.owner_samples import OwnerSamples, owner_samples
 from simulations.core.settings import load_experiment
-from simulations.core.shares import OwnerShare, owner_shares
 from simulations.core.tables import make_table
 from simulations.runtime.federated import deploy, simulate
 from simulations.runtime.machine import machine
@@ -58,7 +58,7 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
     threads = config.output.threads or int(machine()["cores"])
     torch.set_num_threads(threads)
     tokenizer = load_base(config).tokenizer
-    shares = owner_shares(config, tokenizer)
+    shares = owner_samples(config, tokenizer)
     figures: dict[str, Any] = {"machine": machine(), "threads": threads}
     anchors: list[float] = []
 
@@ -128,7 +128,7 @@ def _row(server: dict[str, Any], wall_s: float, anchor: float) -> dict[str, Any]
     return row
 
 
-def centralised(config: RunConfig, shares: Sequence[OwnerShare]) -> float:
+def centralised(config: RunConfig, shares: Sequence[OwnerSamples]) -> float:
     """Return steps/s of ordinary training: the whole model, the same parameters trained."""
     loaded = load_base(config)
     model = loaded.model.train()
@@ -171,7 +171,7 @@ def _whole_step(model: Any, step: Step, optimisation: Optimisation, progress: fl
     optimisation.step(progress)
 
 
-def bytes_per_token(config: RunConfig, shares: Sequence[OwnerShare]) -> dict[str, float]:
+def bytes_per_token(config: RunConfig, shares: Sequence[OwnerSamples]) -> dict[str, float]:
     """Return bytes on the wire per token sent, frames' headers included, for each codec."""
     bottom, _ = split(load_base(config).model, config.split.k, verify=False)
     samples = shares[0].train

@@ -24,17 +24,17 @@ def _kind(module: str) -> Kind:
 
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Kind] = {
-    "split": _kind("split.experiment"),
-    "sap-depth": _kind("split.depth"),
-    "attributes": _kind("split.attributes"),
+    "split": _kind("split.federated_run"),
+    "sap-depth": _kind("split.inversion_by_depth"),
+    "attributes": _kind("split.attribute_inference"),
     "label-leakage": _kind("split.label_leakage"),
-    "lineage-table": _kind("lineage.table"),
+    "lineage-table": _kind("lineage.fingerprint_table"),
     "lineage-evasion": _kind("lineage.evasion"),
     "lineage-gate": _kind("lineage.gate"),
     "offsite-extraction": _kind("offsite.extraction"),
-    "offsite-sweep": _kind("offsite.sweep"),
-    "offsite-table": _kind("offsite.table"),
-    "offsite-peft": _kind("offsite.peft"),
+    "offsite-sweep": _kind("offsite.emulator_sweep"),
+    "offsite-table": _kind("offsite.emulator_table"),
+    "offsite-peft": _kind("offsite.adapter_methods"),
     "faults": _kind("faults.fault_matrix"),
     "sweep": _kind("sweep.run"),
 }

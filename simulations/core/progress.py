@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from simulations.runtime.children import LogLine
+from simulations.runtime.child_processes import LogLine
 
 MARK = "fedsplit-progress "
 

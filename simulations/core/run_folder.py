@@ -17,7 +17,8 @@ A folder holds
 ``started``    UTC, ISO 8601
 ``ended``      the same; null while running
 ``time_s``     seconds from the start to this writing
-``versions``   of python, fedsplit, flwr, ray, torch, transformers, numpy (null: not installed)
+``versions``   of python, fedsplit, flwr, ray, torch, transformers, numpy (null: not installed),
+             and the git ``commit`` of the checkout (``+``: files differ; null: none)
 ``machine``    ``cpu``, ``cores``, ``memory_bytes``, ``platform``, ``gpus``
 ``error``      null, or why the run failed
 ``notes``      what the writer had to change, such as ``loss: NaN written as null``

@@ -33,7 +33,7 @@ from simulations.faults.testbed import (
     row_of,
 )
 from simulations.runtime.certificates import Certificates, make_certificates
-from simulations.runtime.children import Child, wait_until
+from simulations.runtime.child_processes import Child, wait_until
 from simulations.runtime.deployment import Deployment, is_settled
 from simulations.runtime.federated import ROOT, owner_environment
 from simulations.runtime.submission import app_processes, end_tree
@@ -51,7 +51,7 @@ class FragileDeployment(Deployment):
         self, arguments: list[str], more: Mapping[str, str], tls: Certificates | None
     ) -> None:
         self._more = dict(more)
-        database = str(self.nursery.folder("database") / "superlink.db")
+        database = str(self.processes.folder("database") / "superlink.db")
         super()._start_superlink([*arguments, "--database", database], more, tls)
 
     def kill_superlink(self) -> None:
@@ -64,12 +64,12 @@ class FragileDeployment(Deployment):
         for process in families:  # a machine that goes down takes them with it
             end_tree(process)
         assert isinstance(old.process.args, list)
-        self._superlink = self.nursery.add(
+        self._superlink = self.processes.add(
             Child(
                 "superlink",
                 [str(x) for x in old.process.args],
                 env=self._environment("superlink", self._more),
-                cwd=self.nursery.folder("cwd", "superlink"),
+                cwd=self.processes.folder("cwd", "superlink"),
                 log_path=self.log_dir / "superlink.log",
                 lines=self._lines,
             )

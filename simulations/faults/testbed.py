@@ -24,7 +24,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError, SessionError
 from simulations.faults.proxy import Proxy
 from simulations.runtime.certificates import Certificates, make_certificates
-from simulations.runtime.children import free_port
+from simulations.runtime.child_processes import free_port
 from simulations.runtime.federated import owner_environment
 from simulations.runtime.local_grid import LocalGrid
 from simulations.runtime.local_run import environment, run_strategy

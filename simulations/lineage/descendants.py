@@ -273,7 +273,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-class Shelf:
+class ModelStore:
     """Models made in this run's folder, each whole or not there at all.
 
     Args:

@@ -36,17 +36,17 @@ from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import make_table
-from simulations.lineage.bases import Base, find_bases, load_base, one_per_width, own_bases
+from simulations.lineage.base_models import Base, find_bases, load_base, one_per_width, own_bases
 from simulations.lineage.descendants import (
-    Shelf,
+    ModelStore,
     Training,
     Windows,
     limited_threads,
     read_texts,
     train,
 )
+from simulations.lineage.fingerprint_table import COLUMNS, compare
 from simulations.lineage.plots import penalty_plot
-from simulations.lineage.table import COLUMNS, compare
 
 OPTIONS: dict[str, Any] = {
     "models": "",  # a folder of trained checkpoints, each a family of its own; empty: none of them
@@ -338,7 +338,7 @@ def _penalty_base(folder: RunFolder, options: Mapping[str, Any]) -> Base:
     if wanted:
         raise ConfigError(f"options.penalty-base={wanted!r}: needs --set models=DIR")
     plan = Training(options["own-steps"], 2e-3, 2 * options["batch"])
-    return own_bases(Shelf(folder.path / "models"), 1, plan)[0]
+    return own_bases(ModelStore(folder.path / "models"), 1, plan)[0]
 
 
 def _weights(text: str) -> list[float]:

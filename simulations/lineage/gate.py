@@ -28,7 +28,13 @@ from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import make_table
-from simulations.lineage.gate_owners import ANSWERS, LocalWork, Update, Workshop, make_workshop
+from simulations.lineage.gate_owners import (
+    ANSWERS,
+    LocalWork,
+    OwnerTraining,
+    Update,
+    make_owner_training,
+)
 from strategies.rounds.lineage_setup import owners_gate
 from strategies.rounds.lineage_watch import LineageWatch
 
@@ -89,7 +95,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     logging.getLogger("strategies.rounds.lineage_watch").setLevel(logging.ERROR)
     with RunProgress(console) as progress:
         progress.stage("the model")
-        base, donor, shop = make_workshop(
+        base, donor, training = make_owner_training(
             options["models"],
             options["base"],
             blocks=options["blocks"],
@@ -101,16 +107,16 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         tallies: dict[str, Tally] = {}
         for case, answer, screened in CASES:
             progress.stage(case)
-            shop.load(shop.start)
+            training.load(training.start)
             watch = LineageWatch(
-                config, None, owners=owners_gate(shop.model, config), check_owners=screened
+                config, None, owners=owners_gate(training.model, config), check_owners=screened
             )
             rounds = int(options["rounds" if screened else "alone-rounds"])
-            tallies[case] = federation(shop, watch, answer, owners, rounds, progress)
+            tallies[case] = federation(training, watch, answer, owners, rounds, progress)
             rows.append({"case": case, **row_of(tallies[case])})
             folder.record(rows=rows)
         progress.stage("a share of a stranger")
-        blends = blended(shop, config)
+        blends = blended(training, config)
         folder.record(blends=blends, thresholds=thresholds(tallies, config))
     print_rows(console, rows, blends)
     if any(row["false_alarms"] or row["missed"] for row in rows[:3]):
@@ -118,7 +124,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
 
 def federation(
-    shop: Workshop,
+    training: OwnerTraining,
     watch: LineageWatch,
     answer: str,
     owners: int,
@@ -126,14 +132,14 @@ def federation(
     progress: RunProgress,
 ) -> Tally:
     """Rounds of FedAvg in which the last owner answers by ``answer``."""
-    tally, state = Tally(), shop.start
+    tally, state = Tally(), training.start
     attacker = f"owner-{owners - 1}"
     attacked = answer != "honest"
     for number in range(1, rounds + 1):
         updates: dict[str, Update] = {
-            f"owner-{i}": shop.honest(state, i, number) for i in range(owners - 1)
+            f"owner-{i}": training.honest(state, i, number) for i in range(owners - 1)
         }
-        updates[attacker] = ANSWERS[answer](shop, state, owners - 1, number)
+        updates[attacker] = ANSWERS[answer](training, state, owners - 1, number)
         began = time.perf_counter()
         row = watch.begin(number)
         kept = watch.screen(row, updates)
@@ -192,14 +198,14 @@ def row_of(tally: Tally) -> dict[str, Any]:
     }
 
 
-def blended(shop: Workshop, config: LineageConfig) -> list[dict[str, Any]]:
+def blended(training: OwnerTraining, config: LineageConfig) -> list[dict[str, Any]]:
     """How much of a stranger an update may hold before it is refused."""
     out: list[dict[str, Any]] = []
     for share in BLENDS:
-        shop.load(shop.start)
-        watch = LineageWatch(config, None, owners=owners_gate(shop.model, config))
+        training.load(training.start)
+        watch = LineageWatch(config, None, owners=owners_gate(training.model, config))
         row = watch.begin(1)
-        watch.screen(row, {"owner": shop.blend(shop.start, share, 1)})
+        watch.screen(row, {"owner": training.blend(training.start, share, 1)})
         found = row["owners"]["owner"]
         out.append(
             {"share": share}

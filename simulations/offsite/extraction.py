@@ -35,10 +35,10 @@ from simulations.core.plots import draw_if_possible
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import grouped, make_table, mean
+from simulations.offsite.emulator_table import METHODS, SELECTING
+from simulations.offsite.emulator_table import OPTIONS as TABLE_OPTIONS
 from simulations.offsite.plots import closed_plot
 from simulations.offsite.setting import OffsiteSetting
-from simulations.offsite.table import METHODS, SELECTING
-from simulations.offsite.table import OPTIONS as TABLE_OPTIONS
 
 OPTIONS: dict[str, Any] = {
     **TABLE_OPTIONS,

@@ -10,7 +10,7 @@ from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.node import node_config_text
 from fedsplit.errors import check
 from simulations.runtime.certificates import NodeKey, make_node_key
-from simulations.runtime.children import Child, free_port, is_port_taken, wait_until
+from simulations.runtime.child_processes import Child, free_port, is_port_taken, wait_until
 from simulations.runtime.environment import thread_environment
 from simulations.runtime.federation import CONNECTION, START_ATTEMPTS, START_TIMEOUT_S, Federation
 from simulations.runtime.submission import Scalar
@@ -107,12 +107,12 @@ class Deployment(Federation):
         if self.node_auth:
             arguments += ["--auth-supernode-private-key", str(self._keys[index].private)]
         more = {**thread_environment(self.client_threads), **self._client_env}
-        return self.nursery.add(
+        return self.processes.add(
             Child(
                 name,
                 [find_command("flower-supernode"), *arguments],
                 env=self._environment(name, more),
-                cwd=self.nursery.folder("cwd", name),
+                cwd=self.processes.folder("cwd", name),
                 log_path=self.log_dir / f"{name}.log",
                 lines=self._lines,
             )
@@ -120,7 +120,7 @@ class Deployment(Federation):
 
     def _make_keys(self) -> None:
         """Make the nodes' keys and let the SuperLink know them."""
-        folder = self.nursery.folder("keys")
+        folder = self.processes.folder("keys")
         self._keys = [make_node_key(folder, f"supernode-{i}") for i in range(self.supernodes)]
         for key in self._keys:
             self._flwr("supernode", "register", str(key.public), CONNECTION)

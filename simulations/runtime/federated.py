@@ -10,8 +10,10 @@ from typing import Any
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError, check
+from simulations.runtime.certificates import make_certificates
+from simulations.runtime.deployment import Deployment
 from simulations.runtime.federation import Federation, OnLine
-from simulations.runtime.flower_runtime import Deployment, Simulation, make_certificates
+from simulations.runtime.simulation import Simulation
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6 * 3600.0

@@ -22,10 +22,10 @@ import fedsplit
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import RunError, check
 from simulations.runtime.certificates import Certificates, make_certificates
-from simulations.runtime.children import (
+from simulations.runtime.child_processes import (
     Child,
     LogLine,
-    Nursery,
+    ProcessGroup,
     answers,
     free_port,
     is_port_taken,
@@ -82,7 +82,7 @@ class Federation(ABC):
         self._workdir = workdir
         self._extra_env = dict(env or {})
         self._lines: queue.SimpleQueue[LogLine] = queue.SimpleQueue()
-        self._nursery: Nursery | None = None
+        self._processes: ProcessGroup | None = None
         self._superlink: Child | None = None
         self._python_path: list[str] = []
         self._old_sigterm: Any = None
@@ -99,10 +99,10 @@ class Federation(ABC):
         for pattern in LOG_NAMES:
             for old in self.log_dir.glob(pattern):
                 old.unlink()
-        self._nursery = Nursery(self._workdir)
+        self._processes = ProcessGroup(self._workdir)
         try:
             self._catch_sigterm()
-            self._nursery.watch()
+            self._processes.watch()
             self._start()
         except BaseException:
             self.stop()
@@ -120,11 +120,11 @@ class Federation(ABC):
 
     def stop(self) -> None:
         """End every process of this runtime; harmless when called again."""
-        nursery, self._nursery = self._nursery, None
+        processes, self._processes = self._processes, None
         self.__dict__.pop("certificates", None)
         try:
-            if nursery is not None:
-                nursery.close()
+            if processes is not None:
+                processes.close()
         finally:
             if self._old_sigterm is not None:
                 signal.signal(signal.SIGTERM, self._old_sigterm)
@@ -143,15 +143,15 @@ class Federation(ABC):
         self._old_sigterm = signal.signal(signal.SIGTERM, leave)
 
     @property
-    def nursery(self) -> Nursery:
+    def processes(self) -> ProcessGroup:
         """The processes of this runtime.
 
         Raises:
             RunError: outside the ``with`` block.
         """
-        if self._nursery is None:
+        if self._processes is None:
             raise RunError(f"{type(self).__name__}: not running; use it in a with statement")
-        return self._nursery
+        return self._processes
 
     @cached_property
     def certificates(self) -> Certificates:
@@ -159,7 +159,7 @@ class Federation(ABC):
 
         A deployment's SuperLink uses them; a session server of our own can, in either mode.
         """
-        return make_certificates(self.nursery.folder("tls"))
+        return make_certificates(self.processes.folder("tls"))
 
     # What the two modes fill in.
 
@@ -178,12 +178,12 @@ class Federation(ABC):
     # Building blocks.
 
     def _environment(self, home: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
-        env = base_environment(self.nursery.mark, {**(more or {}), **self._extra_env})
+        env = base_environment(self.processes.mark, {**(more or {}), **self._extra_env})
         # The children run in folders of their own, and must find the very copy that launches them.
         given = [os.path.abspath(x) for x in env.get("PYTHONPATH", "").split(os.pathsep) if x]
         checkout = str(Path(fedsplit.__file__).resolve().parent.parent)
         env["PYTHONPATH"] = os.pathsep.join([*given, *self._python_path, checkout])
-        return env | {"FLWR_HOME": str(self.nursery.folder("home", home))}
+        return env | {"FLWR_HOME": str(self.processes.folder("home", home))}
 
     def _start_superlink(
         self, arguments: list[str], more: Mapping[str, str], tls: Certificates | None
@@ -192,7 +192,7 @@ class Federation(ABC):
         for attempt in range(START_ATTEMPTS):
             port = free_port()
             self.address = f"127.0.0.1:{port}"
-            self._superlink = self.nursery.add(
+            self._superlink = self.processes.add(
                 Child(
                     "superlink",
                     [
@@ -201,7 +201,7 @@ class Federation(ABC):
                         *arguments,
                     ],
                     env=self._environment("superlink", more),
-                    cwd=self.nursery.folder("cwd", "superlink"),
+                    cwd=self.processes.folder("cwd", "superlink"),
                     log_path=self.log_dir / "superlink.log",
                     lines=self._lines,
                     route=lambda text: None if ACCESS_LOG in text else LogLine("superlink", text),
@@ -217,7 +217,7 @@ class Federation(ABC):
         else:
             connection["root-certificates"] = str(tls.ca)
         text = tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
-        (self.nursery.folder("home", "cli") / "config.toml").write_text(text, encoding="utf-8")
+        (self.processes.folder("home", "cli") / "config.toml").write_text(text, encoding="utf-8")
 
     def _answers(self, superlink: Child, tls: Certificates | None) -> bool:
         """Wait until the SuperLink answers; return whether it does."""
@@ -230,7 +230,7 @@ class Federation(ABC):
 
     def _flwr(self, *arguments: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """Run one of Flower's CLI commands against this SuperLink (see :func:`flwr_json`)."""
-        env, cwd = self._environment("cli"), self.nursery.folder("cwd", "cli")
+        env, cwd = self._environment("cli"), self.processes.folder("cwd", "cli")
         return flwr_json(arguments, env=env, cwd=cwd, timeout_s=timeout_s)
 
     # Running an app.
@@ -265,16 +265,16 @@ class Federation(ABC):
         check_run_config(app_dir, run_config)
         arguments = [find_command("flwr"), "run", str(app_dir), CONNECTION, "--stream"]
         if run_config:
-            config_file = self.nursery.folder("run-config") / f"{time.monotonic_ns()}.toml"
+            config_file = self.processes.folder("run-config") / f"{time.monotonic_ns()}.toml"
             config_file.write_text(tomli_w.dumps(run_config), encoding="utf-8")
             arguments += ["-c", str(config_file)]
         began = time.monotonic()
-        stream = self.nursery.add(
+        stream = self.processes.add(
             Child(
                 "serverapp",
                 arguments + self._submission(),
                 env=self._environment("cli"),
-                cwd=self.nursery.folder("cwd", "cli"),
+                cwd=self.processes.folder("cwd", "cli"),
                 log_path=self.log_dir / "serverapp.log",
                 lines=self._lines,
                 route=route_app_line,
@@ -375,7 +375,7 @@ class Federation(ABC):
 
     def _keep_ray_logs(self) -> None:
         """Copy the small Ray logs of a failed run beside ours: they die with the temp folder."""
-        for source in self.nursery.ray_root.glob("ray/session_latest/logs/*"):
+        for source in self.processes.ray_root.glob("ray/session_latest/logs/*"):
             if source.suffix in (".out", ".err") and 0 < source.stat().st_size < 2**20:
                 target = self.log_dir / "ray"
                 target.mkdir(exist_ok=True)

@@ -7,11 +7,14 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+GIT_TIMEOUT_S = 20.0
 PACKAGES = ("fedsplit", "flwr", "ray", "torch", "transformers", "numpy")
 
 
@@ -23,14 +26,40 @@ def machine_cores() -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that matter, without importing them."""
+    """Return the versions of Python and of the packages that matter, without importing them.
+
+    ``commit`` is that of the checkout that runs, with a ``+`` where its files differ from it.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return found
+    return {**found, "commit": commit()}
+
+
+def commit(checkout: Path = CHECKOUT) -> str | None:
+    """Return the git commit of a checkout, ``+`` behind it where tracked files differ from it.
+
+    None where the folder is no checkout, or git is not installed.
+    """
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", "-C", str(checkout), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=GIT_TIMEOUT_S,
+                check=True,
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("diff", "HEAD", "--name-only"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+" if changes else head
 
 
 def machine() -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Simulation(Federation):
             more["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(self._object_store_bytes)
         client = {**thread_environment(self.client_threads), **self._client_env}
         more |= {
-            "RAY_TMPDIR": str(self.nursery.ray_root),
+            "RAY_TMPDIR": str(self.processes.ray_root),
             "RAY_RUNTIME_ENV_HOOK": hooks.RAY_HOOK,
             hooks.CLIENT_ENVIRONMENT_VARIABLE: json.dumps(client),
         }

@@ -15,7 +15,7 @@ import psutil
 
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import ConfigError, RunError, check
-from simulations.runtime.children import LogLine, tail_text
+from simulations.runtime.child_processes import LogLine, tail_text
 
 Scalar = bool | int | float | str
 

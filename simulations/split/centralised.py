@@ -22,7 +22,7 @@ from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.seeding import derive_seed
-from simulations.core.shares import OwnerShare
+from simulations.core.owner_samples import OwnerSamples
 from strategies.sessions.length_buckets import LengthBuckets
 from strategies.split_tuning.optimisation import Optimisation
 from strategies.split_tuning.round import natural
@@ -60,7 +60,7 @@ class CentralisedTwin:
         shares: every owner's samples.
     """
 
-    def __init__(self, config: RunConfig, shares: Sequence[OwnerShare]) -> None:
+    def __init__(self, config: RunConfig, shares: Sequence[OwnerSamples]) -> None:
         self.config = config
         self.shares = {share.name: share for share in shares}
         loaded = load_base(config)

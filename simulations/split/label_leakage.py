@@ -27,9 +27,9 @@ from fedsplit.privacy.labels.table import head_at_owner, parts_of
 from fedsplit.seeding import torch_generator
 from fedsplit.settings import read_settings
 from simulations.core.cells import CellStore, Row, product, run_cells
+from simulations.core.owner_samples import OwnerSamples, owner_samples
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
-from simulations.core.shares import OwnerShare, owner_shares
 from simulations.core.tables import grouped, make_table, mean
 from simulations.runtime.local_grid import LocalGrid
 from simulations.runtime.local_run import run_in_process
@@ -106,7 +106,7 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
     began = time.perf_counter()
     try:
         config, server = run_in_process(config, folder)
-        shares = owner_shares(config, load_base(config).tokenizer)
+        shares = owner_samples(config, load_base(config).tokenizer)
         nodes = LocalGrid(config, config.data.owners).nodes
         recorded = recorded_of(
             read_capture(folder / "server" / "capture"), [shares[nodes[n]] for n in sorted(nodes)]
@@ -133,7 +133,7 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
     return rows
 
 
-def recorded_of(transcript: Transcript, shares: Sequence[OwnerShare]) -> Recorded:
+def recorded_of(transcript: Transcript, shares: Sequence[OwnerSamples]) -> Recorded:
     """Put the recorded gradients of all owners' training samples together.
 
     Args:

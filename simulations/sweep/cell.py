@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from simulations.core.shares import owner_shares
+from simulations.core.owner_samples import owner_samples
 from simulations.runtime.local_run import run_in_process
-from simulations.split.transcript import attack_transcript
+from simulations.split.transcript_attacks import attack_transcript
 from simulations.sweep.plan import Cell
 from strategies.split_tuning.run import load_base
 
@@ -32,7 +32,7 @@ def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
         row["train_seconds"] = time.perf_counter() - began
         frozen = config.split.bottom == "frozen"  # a joint bottom's rows are not kept
         if attack_samples and config.output.transcript and frozen:
-            shares = owner_shares(config, load_base(config).tokenizer)
+            shares = owner_samples(config, load_base(config).tokenizer)
             transcript = folder / "server" / "transcript.safetensors"
             row |= privacy(attack_transcript(config, transcript, shares, samples=attack_samples))
     finally:

@@ -19,8 +19,8 @@ from simulations.bench import inversion as bench_inversion
 from simulations.core.cells import CellStore
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import load_experiment
-from simulations.split import attributes as attributes_experiment
-from simulations.split import depth as depth_experiment
+from simulations.split import attribute_inference as attributes_experiment
+from simulations.split import inversion_by_depth as depth_experiment
 from tests.tiny_models import WORDS, save_texts, save_tiny_bert
 
 QUIET = Console(quiet=True)

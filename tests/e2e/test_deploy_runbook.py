@@ -24,7 +24,7 @@ from fedsplit.owners.app_digest import digest_of_app
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.ledger.chain import read_ledger
 from fedsplit.privacy.secret import OwnerSecret
-from simulations.runtime.children import Child, Nursery, answers, free_port, wait_until
+from simulations.runtime.child_processes import Child, ProcessGroup, answers, free_port, wait_until
 from simulations.runtime.environment import base_environment, thread_environment
 from simulations.runtime.local_run import run_in_process
 from simulations.runtime.watchdog import MARK_VARIABLE
@@ -64,8 +64,8 @@ def main(grid: Grid, context: Context) -> None:
 class Federation:
     """Folders, processes and placeholders of the runbook's parties, all on the loopback."""
 
-    def __init__(self, root: Path, nursery: Nursery) -> None:
-        self.root, self.nursery = root, nursery
+    def __init__(self, root: Path, processes: ProcessGroup) -> None:
+        self.root, self.processes = root, processes
         self.ports = (str(free_port()), str(free_port()))
         self.children: dict[str, Child] = {}
         names = {name: f"owner-{i}" for i, name in enumerate(OWNERS)}
@@ -104,7 +104,7 @@ class Federation:
     def environment(self, actor: str) -> dict[str, str]:
         threads = thread_environment(1, patient=actor != SERVER)
         home = {"HOME": str(self.folder(actor)), "PYTHONPATH": str(ROOT)}
-        env = base_environment(self.nursery.mark, {**threads, **home})
+        env = base_environment(self.processes.mark, {**threads, **home})
         return {k: v for k, v in env.items() if not k.startswith("FEDSPLIT_") or k == MARK_VARIABLE}
 
     def hand_over(self) -> None:
@@ -152,7 +152,7 @@ class Federation:
         return done.stdout
 
     def stay(self, actor: str, text: str, name: str = "") -> Child:
-        child = self.nursery.add(
+        child = self.processes.add(
             Child(
                 name or actor,
                 ["bash", "-euo", "pipefail", "-c", text],
@@ -230,16 +230,16 @@ def prepare_material(federation: Federation) -> dict[str, Any]:
 def run_through(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Federation, Any]]:
     """The whole runbook, from keys to ledgers; SuperLink and SuperNodes stay up behind it."""
     root = tmp_path_factory.mktemp("federation")
-    nursery = Nursery(None)
-    nursery.watch()
+    processes = ProcessGroup(None)
+    processes.watch()
     try:
-        federation = Federation(root, nursery)
+        federation = Federation(root, processes)
         data = prepare_material(federation)
         for step in steps():
             federation.do(step)
         yield federation, data
     finally:
-        nursery.close()
+        processes.close()
 
 
 def summary(server: dict[str, Any]) -> list[float]:

@@ -19,8 +19,12 @@ from fedsplit.errors import AttackError, ConfigError
 from fedsplit.models import load, split
 from fedsplit.owners.samples import Samples
 from fedsplit.privacy import DChi, OwnerSecret
-from simulations.core.shares import OwnerShare
-from simulations.split.transcript import attack_transcript, embedding_inversion, write_truth_file
+from simulations.core.owner_samples import OwnerSamples
+from simulations.split.transcript_attacks import (
+    attack_transcript,
+    embedding_inversion,
+    write_truth_file,
+)
 from tests.tiny_models import WORDS, save_tiny_bert, save_tiny_llama
 
 SMALL = parse_budget(
@@ -101,7 +105,7 @@ def test_attacks_are_chosen_by_the_split(models, public, tmp_path, family, k, et
 def test_a_simulation_attacks_any_split_and_writes_its_truth(models, public, tmp_path):
     run = make_run(tmp_path / "run", models["bert"], 1)
     ids = tuple(read_truth(run / "truth.safetensors")["owner-0", "train"].values())
-    shares = [OwnerShare("owner-0", Samples(ids, None), Samples((), None))]
+    shares = [OwnerSamples("owner-0", Samples(ids, None), Samples((), None))]
     config = RunConfig.from_flat(read_config(run / "config.toml"))
     transcript = run / "server" / "transcript.safetensors"
 

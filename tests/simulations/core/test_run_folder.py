@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from simulations.core.run_folder import (
     read_results,
     write_atomically,
 )
+from simulations.runtime.machine import commit
 
 TABLE = {"rows": [{"round": 1, "loss": 0.5}], "metrics": {"accuracy": 0.9}}
 
@@ -44,7 +46,7 @@ def test_folder_records_versions_machine_time_and_results(tmp_path: Path) -> Non
     assert document["versions"]["python"].startswith("3.")
     assert document["versions"]["numpy"] == np.__version__
     assert set(document["versions"]) == {
-        *("python", "fedsplit", "flwr", "ray", "torch", "transformers", "numpy")
+        *("python", "fedsplit", "flwr", "ray", "torch", "transformers", "numpy", "commit")
     }
     assert document["machine"]["cores"] >= 1
     assert document["machine"]["memory_bytes"] > 2**20
@@ -249,3 +251,24 @@ def test_unreadable_results_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(RunError, match=r"results\.json"):
         read_results(tmp_path)
+
+
+def test_the_commit_of_a_checkout_is_told_and_whether_files_differ(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        done = subprocess.run(
+            ["git", "-C", str(tmp_path), *who, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.strip()
+
+    assert commit(tmp_path) is None
+    (tmp_path / "a").write_text("1")
+    for arguments in (("init", "-q"), ("add", "a"), ("commit", "-qm", "x")):
+        git(*arguments)
+    head = git("rev-parse", "HEAD")
+    assert commit(tmp_path) == head
+    (tmp_path / "a").write_text("2")
+    assert commit(tmp_path) == f"{head}+"

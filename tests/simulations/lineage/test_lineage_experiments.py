@@ -20,10 +20,10 @@ from fedsplit.fingerprints.weights_file import open_view
 from simulations.bench import fingerprint as bench_fingerprint
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import load_experiment
-from simulations.lineage.bases import chosen, find_bases, load_base, own_bases
+from simulations.lineage.base_models import chosen, find_bases, load_base, own_bases
 from simulations.lineage.descendants import (
     RECIPES,
-    Shelf,
+    ModelStore,
     Texts,
     Training,
     Windows,
@@ -32,7 +32,7 @@ from simulations.lineage.descendants import (
     train,
 )
 from simulations.lineage.evasion import FAMILIES, ScorePenalty, _random, live_block
-from simulations.lineage.table import COLUMNS, broken_at, earlier_rows, run, separations
+from simulations.lineage.fingerprint_table import COLUMNS, broken_at, earlier_rows, run, separations
 
 RELATIONS = {recipe.relation for recipe in RECIPES.values()} | {"independent"}
 SMALL = [
@@ -48,13 +48,13 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    return Shelf(tmp_path_factory.mktemp("shelf"))
+def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    return ModelStore(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
-def base(shelf: Shelf) -> Any:
-    return own_bases(shelf, 1, Training(5, 2e-3, 4, 24))[0]
+def base(store: ModelStore) -> Any:
+    return own_bases(store, 1, Training(5, 2e-3, 4, 24))[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,15 @@ def test_pairs_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     assert not list(earlier_rows(path))
 
 
-def test_a_made_model_is_read_back_and_a_partial_one_is_made_again(shelf: Shelf, base: Any) -> None:
+def test_a_made_model_is_read_back_and_a_partial_one_is_made_again(
+    store: ModelStore, base: Any
+) -> None:
     texts, calls = Texts("plain words and numbers " * 400, "x = 1\n" * 2000), []
     plan = Training(2, 1e-3, 2, 16)
-    first, facts = shelf.descendant(base.path, "fine-tuned", texts, plan)
-    again, same = shelf.keep(
+    first, facts = store.descendant(base.path, "fine-tuned", texts, plan)
+    again, same = store.keep(
         f"{base.name}-fine-tuned",
-        json.loads((shelf.folder / f"{base.name}-fine-tuned" / "made.json").read_text())[
+        json.loads((store.folder / f"{base.name}-fine-tuned" / "made.json").read_text())[
             "settings"
         ],
         lambda: calls.append("made") or (first, {}),  # type: ignore[func-returns-value]
@@ -106,10 +108,10 @@ def test_a_made_model_is_read_back_and_a_partial_one_is_made_again(shelf: Shelf,
     assert not calls
     assert again.digest == first.digest
     assert same == facts
-    (shelf.folder / f"{base.name}-fine-tuned" / "made.json").unlink()
-    rebuilt, _ = shelf.descendant(base.path, "fine-tuned", texts, plan)
+    (store.folder / f"{base.name}-fine-tuned" / "made.json").unlink()
+    rebuilt, _ = store.descendant(base.path, "fine-tuned", texts, plan)
     assert rebuilt.digest == first.digest
-    longer, _ = shelf.descendant(base.path, "fine-tuned", texts, Training(3, 1e-3, 2, 16))
+    longer, _ = store.descendant(base.path, "fine-tuned", texts, Training(3, 1e-3, 2, 16))
     assert longer.digest != first.digest
 
 

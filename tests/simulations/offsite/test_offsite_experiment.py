@@ -16,9 +16,9 @@ from fedsplit.errors import ConfigError
 from simulations.bench.emulator import run as run_bench
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment
-from simulations.offsite.sweep import PLOT as SWEEP_PLOT
-from simulations.offsite.sweep import run as run_sweep
-from simulations.offsite.table import METHODS, run
+from simulations.offsite.emulator_sweep import PLOT as SWEEP_PLOT
+from simulations.offsite.emulator_sweep import run as run_sweep
+from simulations.offsite.emulator_table import METHODS, run
 
 COLUMNS = {
     *("method", "seed", "full_zero_shot", "full_ft", "emulator_zero_shot", "emulator_ft"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from fedsplit.errors import ConfigError
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment, load_experiment
-from simulations.offsite.peft import OPTIONS, compared, run
+from simulations.offsite.adapter_methods import OPTIONS, compared, run
 
 SMALL = {
     "seeds": 1,

@@ -28,30 +28,25 @@ from flwr.common.config import parse_config_args
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.node import node_config_text
 from fedsplit.errors import ConfigError, RunError
-from simulations.runtime.children import (
+from simulations.runtime import Deployment, Simulation
+from simulations.runtime.certificates import make_certificates, make_node_key
+from simulations.runtime.child_processes import (
     MAX_SOCKET_LENGTH,
     RAY_SOCKET_LENGTH,
     Child,
     LogLine,
-    Nursery,
+    ProcessGroup,
+    free_port,
 )
 from simulations.runtime.environment import (
     THREAD_VARIABLES,
     base_environment,
     thread_environment,
 )
-from simulations.runtime.flower_runtime import (
-    Deployment,
-    Simulation,
-    check_run_config,
-    free_port,
-    machine_cores,
-    make_certificates,
-    make_node_key,
-)
 from simulations.runtime.hooks import CLIENT_ENVIRONMENT_VARIABLE, FOLDER, RAY_HOOK
 from simulations.runtime.hooks.fedsplit_ray_hook import add_client_environment
-from simulations.runtime.submission import route_app_line
+from simulations.runtime.machine import machine_cores
+from simulations.runtime.submission import check_run_config, route_app_line
 from simulations.runtime.watchdog import MARK_VARIABLE, end_marked, marked_processes
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -342,18 +337,18 @@ def test_marked_processes_are_found_wherever_they_went() -> None:
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
-def test_closing_a_nursery_leaves_neither_process_nor_folder(tmp_path: Path) -> None:
-    nursery = Nursery(None)
-    nursery.watch()
-    folder = nursery.folder("cwd", "x")
-    env = {**os.environ, MARK_VARIABLE: nursery.mark}
-    nursery.add(Child("sleeper", SLEEP, env=env, cwd=folder, log_path=tmp_path / "log"))
-    assert len(marked_processes(nursery.mark)) == 1
+def test_closing_a_process_group_leaves_neither_process_nor_folder(tmp_path: Path) -> None:
+    processes = ProcessGroup(None)
+    processes.watch()
+    folder = processes.folder("cwd", "x")
+    env = {**os.environ, MARK_VARIABLE: processes.mark}
+    processes.add(Child("sleeper", SLEEP, env=env, cwd=folder, log_path=tmp_path / "log"))
+    assert len(marked_processes(processes.mark)) == 1
 
-    nursery.close()
+    processes.close()
 
-    assert marked_processes(nursery.mark) == []
-    assert not nursery.root.exists()
+    assert marked_processes(processes.mark) == []
+    assert not processes.root.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -363,14 +358,15 @@ def test_when_the_launcher_is_killed_the_watchdog_cleans_up(
     code = f"""
 import os, sys, time
 from pathlib import Path
-from simulations.runtime.children import Child, Nursery
+from simulations.runtime.child_processes import Child, ProcessGroup
+from simulations.runtime import Deployment, Simulation
 from simulations.runtime.watchdog import MARK_VARIABLE
-nursery = Nursery(None)
-nursery.watch()
-env = {{**os.environ, MARK_VARIABLE: nursery.mark}}
+processes = ProcessGroup(None)
+processes.watch()
+env = {{**os.environ, MARK_VARIABLE: processes.mark}}
 log = Path({str(tmp_path)!r}) / "log"
-nursery.add(Child("s", {SLEEP!r}, env=env, cwd=nursery.root, log_path=log))
-print(nursery.mark, nursery.root, flush=True)
+processes.add(Child("s", {SLEEP!r}, env=env, cwd=processes.root, log_path=log))
+print(processes.mark, processes.root, flush=True)
 time.sleep(60)
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -394,13 +390,13 @@ time.sleep(60)
 def test_deep_work_folders_do_not_break_rays_sockets(tmp_path: Path) -> None:
     deep = tmp_path / ("d" * 60) / ("e" * 60)
     deep.mkdir(parents=True)
-    nursery = Nursery(deep)
+    processes = ProcessGroup(deep)
     try:
-        assert nursery.root.parent == deep
-        assert len(str(nursery.ray_root)) + RAY_SOCKET_LENGTH <= MAX_SOCKET_LENGTH
+        assert processes.root.parent == deep
+        assert len(str(processes.ray_root)) + RAY_SOCKET_LENGTH <= MAX_SOCKET_LENGTH
     finally:
-        nursery.close()
-    assert not nursery.ray_root.exists()
+        processes.close()
+    assert not processes.ray_root.exists()
     assert list(deep.iterdir()) == []
 
 

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from fedsplit.errors import RunError
-from simulations.runtime.flower_runtime import Deployment, LogLine, Simulation
+from simulations.runtime import Deployment, Simulation
+from simulations.runtime.child_processes import LogLine
 from simulations.runtime.watchdog import MARK_VARIABLE, lives, marked_processes
 
 PROJECT = """
@@ -110,7 +111,7 @@ def facts(lines: list[LogLine]) -> list[dict[str, object]]:
 def test_simulation_runs_an_app_and_leaves_nothing(app: Path, tmp_path: Path) -> None:
     lines: list[LogLine] = []
     with Simulation(3, log_dir=tmp_path, server_threads=2, client_threads=1) as federation:
-        mark, roots = federation.nursery.mark, list(federation.nursery.folders)
+        mark, roots = federation.processes.mark, list(federation.processes.folders)
         run = federation.run(
             app, {"nodes": 3, "nested.note": NOTE}, timeout_s=200, on_line=lines.append
         )
@@ -142,7 +143,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         server_threads=2,
         client_threads=1,
     ) as federation:
-        mark, roots = federation.nursery.mark, list(federation.nursery.folders)
+        mark, roots = federation.processes.mark, list(federation.processes.folders)
         yield federation
     assert marked_processes(mark) == []
     assert not any(root.exists() for root in roots)
@@ -214,10 +215,10 @@ def test_two_runtimes_side_by_side(tmp_path: Path) -> None:
         Simulation(2, log_dir=tmp_path / "b") as second,
     ):
         assert first.address != second.address
-        assert first.nursery.ray_root != second.nursery.ray_root
+        assert first.processes.ray_root != second.processes.ray_root
         assert first.certificates.ca.read_bytes() != second.certificates.ca.read_bytes()
         second.stop()
-        assert marked_processes(first.nursery.mark)
+        assert marked_processes(first.processes.mark)
     with first:  # can be used again
         assert first.certificates.ca.exists()
 
@@ -230,10 +231,10 @@ def test_interrupted_simulation_leaves_no_process(
     code = f"""
 import sys
 from pathlib import Path
-from simulations.flower_runtime import Simulation
+from simulations.runtime import Simulation
 
 with Simulation(2, log_dir=Path({str(tmp_path)!r})) as federation:
-    print(federation.nursery.mark, flush=True)
+    print(federation.processes.mark, flush=True)
     show = lambda line: print(line.text, flush=True)
     federation.run(Path({str(app)!r}), {{"nodes": 2, "do": "sleep"}}, on_line=show)
 """

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fedsplit.errors import AttackError
-from simulations.core.shares import data_digest, owner_shares
+from simulations.core.owner_samples import data_digest, owner_samples
 from simulations.split.centralised import CentralisedTwin
-from simulations.split.transcript import embedding_inversion, read_transcript
+from simulations.split.transcript_attacks import embedding_inversion, read_transcript
 from strategies.split_tuning.run import load_base
 
 
@@ -28,7 +28,7 @@ def test_without_noise_the_twin_is_the_federation(
         split__k=k, session__schedule=schedule, train__optimizer="sgd", train__lr=0.1
     )
     run = run_locally(config)
-    twin = CentralisedTwin(config, owner_shares(config, load_base(config).tokenizer))
+    twin = CentralisedTwin(config, owner_samples(config, load_base(config).tokenizer))
 
     report = twin.run(waves_of(run))
 
@@ -45,7 +45,7 @@ def test_without_noise_the_twin_is_the_federation(
 def test_the_twin_of_a_language_model(make_config: Any, run_locally: Any, tiny_llama: Path) -> None:
     config = make_config(model__name=str(tiny_llama), model__task="causal-lm", split__k=1)
     run = run_locally(config)
-    twin = CentralisedTwin(config, owner_shares(config, load_base(config).tokenizer))
+    twin = CentralisedTwin(config, owner_samples(config, load_base(config).tokenizer))
     report = twin.run(waves_of(run))
     evaluated = run.server["rounds"][-1]["evaluate"]["metrics"]
     assert report.loss == pytest.approx(evaluated["loss"], rel=1e-3)
@@ -60,7 +60,7 @@ def test_inversion_reads_everything_without_noise_and_less_with_more(
         noise = {"privacy__mechanism": "dchi", "privacy__eta": eta} if eta else {}
         config = make_config(output__dir=str(tmp_path / f"eta-{eta}"), **noise)
         run = run_locally(config)
-        shares = owner_shares(config, load_base(config).tokenizer)
+        shares = owner_samples(config, load_base(config).tokenizer)
         transcript = run.folder / "transcript.safetensors"
         found = embedding_inversion(config, transcript, shares, samples=1000)
         success.append(found["embedding_inversion"]["success"])

@@ -25,7 +25,7 @@ from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import grouped, make_table, mean
-from simulations.offsite import table as emulator_table
+from simulations.offsite import emulator_table
 from simulations.offsite.setting import OffsiteSetting, perplexity_of
 
 # Beside those of ``offsite-table``, whose emulators are built here.  Rates of the small methods are

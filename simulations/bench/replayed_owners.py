@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from fedsplit.wire.messages import SessionOffer
 PATIENCE_S = 600.0
 
 
-class Asker:
+class ReplayedOwner:
     """One owner.
 
     Args:
@@ -85,15 +85,6 @@ class Asker:
             self.error = f"{type(error).__name__}: {error}"
 
 
-def each(askers: list[Asker], work: str) -> None:
-    """Let every owner do its work in a thread of its own and wait for all."""
-    threads = [threading.Thread(target=getattr(asker, work)) for asker in askers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def main() -> None:
     """Connect, say so, wait for a line, ask, and print what it took; told by one line of JSON."""
     torch.set_num_threads(1)
@@ -101,21 +92,22 @@ def main() -> None:
     rows = load_file(Path(told["rows"]))
     texts = [rows[str(index)] for index in range(len(rows))]
     offer = SessionOffer(**{**told["offer"], "ca": b""})
-    askers = []
+    owners = []
     for node, token in told["tokens"].items():
         own = replace(offer, node=int(node), token=token)
         steps = [(int(node) * 31 + step) % len(texts) for step in range(told["steps"])]
-        askers.append(Asker(own, texts, steps))
-    for asker in askers:
-        asker.connect()
+        owners.append(ReplayedOwner(own, texts, steps))
+    for owner in owners:
+        owner.connect()
     print("ready", flush=True)
     sys.stdin.readline()
     began = time.perf_counter()
-    each(askers, "ask")
+    with ThreadPoolExecutor(max(1, len(owners))) as pool:
+        list(pool.map(ReplayedOwner.ask, owners))
     found = {
         "seconds": time.perf_counter() - began,
-        "latencies": [latency for asker in askers for latency in asker.latencies],
-        "errors": [asker.error for asker in askers if asker.error],
+        "latencies": [latency for owner in owners for latency in owner.latencies],
+        "errors": [owner.error for owner in owners if owner.error],
     }
     print(json.dumps(found), flush=True)
 

@@ -14,7 +14,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.models.layout.projections import read_config
 from fedsplit.models.loading import TASKS, LoadedModel, load
 from fedsplit.seeding import derive_seed
-from simulations.lineage.descendants import Shelf, Training, Windows, docstrings, train
+from simulations.lineage.descendants import ModelStore, Training, Windows, docstrings, train
 
 OWN_SHAPE: dict[str, Any] = {
     "model_type": "llama",
@@ -61,24 +61,24 @@ def find_bases(folder: str) -> list[Base]:
     return [Base(p.name, p, int(read_config(p).hidden_size)) for p in found]
 
 
-def own_bases(shelf: Shelf, count: int, plan: Training) -> list[Base]:
+def own_bases(store: ModelStore, count: int, plan: Training) -> list[Base]:
     """Train ``count`` small LLaMA models on half of the docstrings, seeds apart: all twins.
 
     Same data, same tokenizer, same shape: the hardest negatives there are.
     """
     text = docstrings(second=False)
-    shape = shelf.folder / "own-shape"
+    shape = store.folder / "own-shape"
     _write_shape(shape, text)
     return [
-        _trained_from_scratch(shelf, shape, f"own-seed{seed}", text, seed, plan)
+        _trained_from_scratch(store, shape, f"own-seed{seed}", text, seed, plan)
         for seed in range(count)
     ]
 
 
-def retrained(shelf: Shelf, base: Base, count: int, text: str, plan: Training) -> list[Base]:
+def retrained(store: ModelStore, base: Base, count: int, text: str, plan: Training) -> list[Base]:
     """Train ``count`` models of a base's shape and tokenizer from scratch, seeds apart."""
     return [
-        _trained_from_scratch(shelf, base.path, f"{base.name}-retrained{seed}", text, seed, plan)
+        _trained_from_scratch(store, base.path, f"{base.name}-retrained{seed}", text, seed, plan)
         for seed in range(count)
     ]
 
@@ -109,7 +109,7 @@ def chosen(bases: Sequence[Base], names: str) -> list[Base]:
 
 
 def _trained_from_scratch(
-    shelf: Shelf, shape: Path, name: str, text: str, seed: int, plan: Training
+    store: ModelStore, shape: Path, name: str, text: str, seed: int, plan: Training
 ) -> Base:
     plan = Training(**{**asdict(plan), "seed": plan.seed + 1000 + seed})
 
@@ -120,8 +120,8 @@ def _trained_from_scratch(
         return loaded, {"perplexity_after": windows.perplexity(loaded.model)}
 
     settings = {"from": str(shape), "seed": seed, "text": len(text), **asdict(plan)}
-    loaded, _ = shelf.keep(name, settings, make)
-    return Base(name, shelf.folder / name, int(loaded.model.config.hidden_size), own=True)
+    loaded, _ = store.keep(name, settings, make)
+    return Base(name, store.folder / name, int(loaded.model.config.hidden_size), own=True)
 
 
 def _fresh(shape: Path, seed: int) -> LoadedModel:

@@ -1,8 +1,8 @@
 """The kind ``lineage-table``: every fingerprint on descendants and strangers of real checkpoints.
 
 Rows are pairs.  Positives are descendants made here (:mod:`simulations.lineage.descendants`),
-negatives are
-all pairs of bases of one width and every descendant against another base; both again after each
+negatives are all
+pairs of bases of one width and every descendant against another base; both again after each
 function-preserving map.  Then one base is trained on, further and further, to show where each
 fingerprint loses it.
 """
@@ -31,10 +31,17 @@ from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import make_table
-from simulations.lineage.bases import Base, chosen, find_bases, load_base, own_bases, retrained
+from simulations.lineage.base_models import (
+    Base,
+    chosen,
+    find_bases,
+    load_base,
+    own_bases,
+    retrained,
+)
 from simulations.lineage.descendants import (
     RECIPES,
-    Shelf,
+    ModelStore,
     Texts,
     Training,
     Windows,
@@ -76,13 +83,13 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
     plan, stops = plan_of(options), _stops(options["breaking-steps"])
-    shelf = Shelf(folder.path / "models")
+    models = ModelStore(folder.path / "models")
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
     with limited_threads(options["threads"]), RunProgress(console) as progress:
         texts = read_texts(options["text"], options["other"])
         progress.stage("base models")
-        bases = all_bases(shelf, options, texts, plan)
+        bases = all_bases(models, options, texts, plan)
         live = {base.name: load_base(base) for base in bases}
         parents = chosen(bases, options["bases"])
         picked = parents[len(parents) // 2]
@@ -93,7 +100,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("descendants")
         for n, base in enumerate(parents):
             for m, (name, recipe) in enumerate(RECIPES.items()):
-                loaded, facts = shelf.descendant(base.path, name, texts, plan)
+                loaded, facts = models.descendant(base.path, name, texts, plan)
                 suspect = f"{base.name}-{name}"
                 family.setdefault(base.name, []).append((suspect, recipe.relation, loaded))
                 made.append({"name": suspect, "relation": recipe.relation, **facts})
@@ -149,14 +156,16 @@ def plan_of(options: Mapping[str, Any]) -> Training:
     return Training(options["steps"], options["lr"], options["batch"], options["length"])
 
 
-def all_bases(shelf: Shelf, options: Mapping[str, Any], texts: Texts, plan: Training) -> list[Base]:
+def all_bases(
+    store: ModelStore, options: Mapping[str, Any], texts: Texts, plan: Training
+) -> list[Base]:
     """The folder's checkpoints with retrained twins of the narrowest, or twins trained here."""
     scratch = Training(options["own-steps"], 2e-3, 2 * plan.batch, plan.length, plan.seed)
     if not options["models"]:
-        return own_bases(shelf, options["own-bases"], scratch)
+        return own_bases(store, options["own-bases"], scratch)
     bases = find_bases(options["models"])
     narrow = min(bases, key=lambda base: base.width)
-    return bases + retrained(shelf, narrow, options["retrained"], texts.tuning, scratch)
+    return bases + retrained(store, narrow, options["retrained"], texts.tuning, scratch)
 
 
 def compare(base: nn.Module, suspect: nn.Module) -> Row:

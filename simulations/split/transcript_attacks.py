@@ -19,7 +19,7 @@ from fedsplit.attacks.transcripts import (
 )
 from fedsplit.config import RunConfig
 from fedsplit.errors import AttackError
-from simulations.core.shares import OwnerShare
+from simulations.core.owner_samples import OwnerSamples
 
 __all__ = [
     "attack_transcript",
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 
-def truth_of(shares: Sequence[OwnerShare]) -> Samples:
+def truth_of(shares: Sequence[OwnerSamples]) -> Samples:
     """Return what only the experimenter knows: (owner, split) -> slot -> token ids."""
     parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
     return {(name, part): dict(enumerate(held.ids)) for name, part, held in parts}
 
 
-def labels_of(shares: Sequence[OwnerShare]) -> dict[tuple[str, str], dict[int, int]]:
+def labels_of(shares: Sequence[OwnerSamples]) -> dict[tuple[str, str], dict[int, int]]:
     """Return the private labels, where there are classes: (owner, split) -> slot -> label."""
     parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
     return {
@@ -46,7 +46,7 @@ def labels_of(shares: Sequence[OwnerShare]) -> dict[tuple[str, str], dict[int, i
     }
 
 
-def write_truth_file(folder: Path, shares: Sequence[OwnerShare]) -> Path:
+def write_truth_file(folder: Path, shares: Sequence[OwnerSamples]) -> Path:
     """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
     path = folder / TRUTH
     write_truth(path, truth_of(shares), labels_of(shares))
@@ -56,7 +56,7 @@ def write_truth_file(folder: Path, shares: Sequence[OwnerShare]) -> Path:
 def attack_transcript(
     config: RunConfig,
     transcript: Path,
-    shares: Sequence[OwnerShare],
+    shares: Sequence[OwnerSamples],
     *,
     samples: int = 400,
     public: str = "",
@@ -93,7 +93,7 @@ def attack_transcript(
 def embedding_inversion(
     config: RunConfig,
     transcript: Path,
-    shares: list[OwnerShare],
+    shares: list[OwnerSamples],
     *,
     samples: int = 400,
 ) -> dict[str, dict[str, Any]]:
@@ -108,6 +108,6 @@ def embedding_inversion(
 
 
 def _chosen(
-    config: RunConfig, transcript: Path, shares: Sequence[OwnerShare], samples: int
+    config: RunConfig, transcript: Path, shares: Sequence[OwnerSamples], samples: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     return chosen_samples(read_transcript(transcript), truth_of(shares), samples, config.seed)

@@ -10,14 +10,14 @@ from rich.console import Console
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
+from simulations.core.owner_samples import OwnerSamples, data_digest, label_names, owner_samples
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
-from simulations.core.shares import OwnerShare, data_digest, label_names, owner_shares
 from simulations.runtime.federated import simulate
 from simulations.split.centralised import CentralisedTwin, TwinReport
-from simulations.split.table import print_table
-from simulations.split.transcript import attack_transcript, write_truth_file
+from simulations.split.results_table import print_table
+from simulations.split.transcript_attacks import attack_transcript, write_truth_file
 from strategies.split_tuning.run import load_base
 
 OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
@@ -37,7 +37,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("preparing data")
         began = time.perf_counter()
         tokenizer = load_base(config).tokenizer
-        shares = owner_shares(config, tokenizer)
+        shares = owner_samples(config, tokenizer)
         _check_labels(config, shares)
         folder.record(
             about=experiment.about,
@@ -83,14 +83,14 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     print_table(console, folder.results, label_names(config))
 
 
-def _check_labels(config: RunConfig, shares: list[OwnerShare]) -> None:
+def _check_labels(config: RunConfig, shares: list[OwnerSamples]) -> None:
     if config.model.task == "sequence-classification":
         top = max(int(s.train.labels.max()) for s in shares if s.train.labels is not None)
         if top >= config.model.labels:
             raise ConfigError(f"model.labels={config.model.labels}: must be >= {top + 1}")
 
 
-def _owners(shares: list[OwnerShare]) -> list[dict[str, Any]]:
+def _owners(shares: list[OwnerSamples]) -> list[dict[str, Any]]:
     rows = []
     for share in shares:
         row: dict[str, Any] = {

@@ -174,7 +174,7 @@ def is_port_taken(child: Child) -> bool:
     return not child.alive and any("address already in use" in x.lower() for x in child.tail)
 
 
-class Nursery:
+class ProcessGroup:
     """Owns the processes and temporary folders of one runtime and leaves nothing behind.
 
     Every child carries the runtime's mark in its environment (see :mod:`.watchdog`).  A watchdog

@@ -16,7 +16,7 @@ from fedsplit.privacy.secret import OwnerSecret
 
 
 @dataclass(frozen=True)
-class OwnerShare:
+class OwnerSamples:
     """One simulated owner's samples, in the slots that it uses in a run."""
 
     name: str
@@ -24,7 +24,7 @@ class OwnerShare:
     test: Samples
 
 
-def owner_shares(config: RunConfig, tokenizer: Any) -> list[OwnerShare]:
+def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
     """Return every simulated owner's samples exactly as the owner itself prepares them.
 
     Raises:
@@ -46,7 +46,7 @@ def owner_shares(config: RunConfig, tokenizer: Any) -> list[OwnerShare]:
             )
             for split, texts in (("train", train), ("test", test))
         ]
-        shares.append(OwnerShare(name, parts[0], parts[1]))
+        shares.append(OwnerSamples(name, parts[0], parts[1]))
     return shares
 
 
