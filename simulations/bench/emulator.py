@@ -52,8 +52,6 @@ def run(
     """Measure and print.
 
     Args:
-        console: for the tables.
-        json_path: where to write the figures, or None.
         overrides: of the experiment ``offsite-table``: model, data, steps ...
         steps: of the distillations to try, rising; empty: the SVD alone.
         width: side of the matrix whose SVD is timed; 0: no SVD.

@@ -71,8 +71,6 @@ def run(
     """Measure all ways and print the table.
 
     Args:
-        console: where the table goes.
-        json_path: also write the figures there.
         layers: blocks of the checkpoint (22: 1.1 billion parameters at the default width).
         width: of the residual stream; the other sizes keep their proportion to it.
         tokens: K.

@@ -45,8 +45,6 @@ def run(
     """Measure and print.
 
     Args:
-        console: for the table.
-        json_path: where to write the figures, or None.
         model: whose word embeddings are the matrix.
         tokens: queries.
         repeats: of each, alternating.

@@ -89,8 +89,6 @@ def run(
     """Measure and print.
 
     Args:
-        console: where to.
-        json_path: also write the figures here.
         owners: connected at once.
         steps: texts that each owner asks in one repeat.
         repeats: of each way of serving.

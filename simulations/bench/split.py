@@ -46,8 +46,6 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
     """Measure all ways and print the table.
 
     Args:
-        console: where the table goes.
-        json_path: also write the figures there.
         overrides: as for ``run``; the experiment is ``bench-split``.
 
     Raises:

@@ -1,4 +1,9 @@
-"""What kinds of experiment there are."""
+"""What kinds of experiment there are: a kind is one file with ``run``, and one row here.
+
+``run(experiment, folder, console)`` checks the options, carries the experiment out, records what is
+known in the folder as it comes (a killed run keeps it) and prints a table at the end.  It raises a
+:class:`fedsplit.errors.FedsplitError` that names whatever failed.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import tomli_w
@@ -132,12 +131,7 @@ class RunFolder:
         """Return the folder."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Record how the run ended; an explicit earlier :meth:`mark` other than running stays."""
         if error is None:
             if self.status == "running":

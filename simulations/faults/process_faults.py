@@ -33,7 +33,7 @@ from simulations.faults.testbed import (
     row_of,
 )
 from simulations.runtime.certificates import Certificates, make_certificates
-from simulations.runtime.child_processes import Child, wait_until
+from simulations.runtime.child_processes import wait_until
 from simulations.runtime.deployment import Deployment, is_settled
 from simulations.runtime.federated import ROOT, owner_environment
 from simulations.runtime.submission import app_processes, end_tree
@@ -64,16 +64,7 @@ class FragileDeployment(Deployment):
         for process in families:  # a machine that goes down takes them with it
             end_tree(process)
         assert isinstance(old.process.args, list)
-        self._superlink = self.processes.add(
-            Child(
-                "superlink",
-                [str(x) for x in old.process.args],
-                env=self._environment("superlink", self._more),
-                cwd=self.processes.folder("cwd", "superlink"),
-                log_path=self.log_dir / "superlink.log",
-                lines=self._lines,
-            )
-        )
+        self._superlink = self._spawn("superlink", list(map(str, old.process.args)), self._more)
         if not self._answers(self._superlink, self.certificates):
             raise self._superlink.failure("did not come back")
 

@@ -91,11 +91,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; rows are recorded family by family.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; rows are recorded family by family."""
     options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
     weights = _weights(options["penalty-weights"])

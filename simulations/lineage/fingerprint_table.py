@@ -75,11 +75,7 @@ Live = Mapping[str, LoadedModel]
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; rows are recorded as they are made.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; rows are recorded as they are made."""
     options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
     plan, stops = plan_of(options), _stops(options["breaking-steps"])

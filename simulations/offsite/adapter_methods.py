@@ -47,11 +47,7 @@ BASE = "full"  # whose gain the others' is a share of
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; finished cells are kept if it is killed."""
     options = read_options(experiment.options, {**emulator_table.OPTIONS, **OPTIONS})
     for method in options["methods"]:
         pick(METHODS, method, "method")

@@ -41,11 +41,7 @@ PLOT = "offsite-sweep.png"
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the sweep; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the sweep; finished cells are kept if it is killed."""
     options = read_options(experiment.options, OPTIONS)
     for value in (*options["alphas"], *options["betas"]):
         check_fraction("options.alphas, options.betas", value)

@@ -56,11 +56,7 @@ SCORES_PLOT = "offsite-importance.png"
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; finished cells are kept if it is killed."""
     options = read_options(experiment.options, OPTIONS)
     for method in options["methods"]:
         pick(METHODS, method, "method")

@@ -64,11 +64,7 @@ ATTACKERS: dict[str, tuple[bool, bool]] = {
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; finished cells are kept if it is killed."""
     options = checked_options(experiment.options)
     selecting = (*SELECTING, "attacks")
     store = CellStore.open(folder, experiment.config, options, selecting)

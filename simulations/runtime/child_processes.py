@@ -181,7 +181,7 @@ class ProcessGroup:
     process ends them all even if this process is killed with SIGKILL.
     """
 
-    def __init__(self, parent: Path | None) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         """Make the folders; nothing is started yet.
 
         Args:

@@ -32,9 +32,7 @@ class Deployment(Federation):
         log_dir: Path,
         node_configs: Sequence[Mapping[str, Scalar]] | None = None,
         node_auth: bool = False,
-        workdir: Path | None = None,
         env: Mapping[str, str] | None = None,
-        client_env: Mapping[str, str] | None = None,
         server_threads: int | None = None,
         client_threads: int | None = None,
     ) -> None:
@@ -47,9 +45,7 @@ class Deployment(Federation):
             node_configs: one per SuperNode, added to ``partition-id`` and ``num-partitions``, which
                 it may override.
             node_auth: register an EC key per SuperNode and let no other node in.
-            workdir: parent of the temporary folder; None is the system's.
             env: variables for all processes; wins over everything set here.
-            client_env: variables for SuperNodes and their ClientApps only.
             server_threads: compute threads of the ServerApp.
             client_threads: compute threads of each ClientApp.
 
@@ -66,7 +62,6 @@ class Deployment(Federation):
         )
         super().__init__(
             log_dir=log_dir,
-            workdir=workdir,
             env=env,
             server_threads=server_threads,
             client_threads=client_threads,
@@ -80,7 +75,6 @@ class Deployment(Federation):
         self.node_ids: list[int] = []
         for config in self.node_configs:
             node_config_text(config)
-        self._client_env = dict(client_env or {})
         self._nodes: list[Child] = []
         self._keys: list[NodeKey] = []
 
@@ -106,17 +100,8 @@ class Deployment(Federation):
         arguments += ["--host", "127.0.0.1", "--port", str(free_port())]
         if self.node_auth:
             arguments += ["--auth-supernode-private-key", str(self._keys[index].private)]
-        more = {**thread_environment(self.client_threads), **self._client_env}
-        return self.processes.add(
-            Child(
-                name,
-                [find_command("flower-supernode"), *arguments],
-                env=self._environment(name, more),
-                cwd=self.processes.folder("cwd", name),
-                log_path=self.log_dir / f"{name}.log",
-                lines=self._lines,
-            )
-        )
+        command = [find_command("flower-supernode"), *arguments]
+        return self._spawn(name, command, thread_environment(self.client_threads))
 
     def _make_keys(self) -> None:
         """Make the nodes' keys and let the SuperLink know them."""

@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import psutil
@@ -26,6 +26,7 @@ from simulations.runtime.child_processes import (
     Child,
     LogLine,
     ProcessGroup,
+    Router,
     answers,
     free_port,
     is_port_taken,
@@ -67,7 +68,6 @@ class Federation(ABC):
         self,
         *,
         log_dir: Path,
-        workdir: Path | None,
         env: Mapping[str, str] | None,
         server_threads: int | None,
         client_threads: int | None,
@@ -79,7 +79,6 @@ class Federation(ABC):
         self.server_threads = server_threads
         self.client_threads = client_threads
         self.address = ""
-        self._workdir = workdir
         self._extra_env = dict(env or {})
         self._lines: queue.SimpleQueue[LogLine] = queue.SimpleQueue()
         self._processes: ProcessGroup | None = None
@@ -99,7 +98,7 @@ class Federation(ABC):
         for pattern in LOG_NAMES:
             for old in self.log_dir.glob(pattern):
                 old.unlink()
-        self._processes = ProcessGroup(self._workdir)
+        self._processes = ProcessGroup()
         try:
             self._catch_sigterm()
             self._processes.watch()
@@ -109,12 +108,7 @@ class Federation(ABC):
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End everything."""
         self.stop()
 
@@ -185,6 +179,29 @@ class Federation(ABC):
         env["PYTHONPATH"] = os.pathsep.join([*given, *self._python_path, checkout])
         return env | {"FLWR_HOME": str(self.processes.folder("home", home))}
 
+    def _spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        more: Mapping[str, str] | None = None,
+        *,
+        home: str = "",
+        route: Router | None = None,
+        logs: Mapping[str, Path] | None = None,
+    ) -> Child:
+        """Start a component in a home and a working directory of its own (``home``: another's)."""
+        child = Child(
+            name,
+            argv,
+            env=self._environment(home or name, more),
+            cwd=self.processes.folder("cwd", home or name),
+            log_path=self.log_dir / f"{name}.log",
+            lines=self._lines,
+            route=route,
+            logs=logs,
+        )
+        return self.processes.add(child)
+
     def _start_superlink(
         self, arguments: list[str], more: Mapping[str, str], tls: Certificates | None
     ) -> None:
@@ -192,20 +209,12 @@ class Federation(ABC):
         for attempt in range(START_ATTEMPTS):
             port = free_port()
             self.address = f"127.0.0.1:{port}"
-            self._superlink = self.processes.add(
-                Child(
-                    "superlink",
-                    [
-                        *(find_command("flower-superlink"), "--host", "127.0.0.1"),
-                        *("--port", str(port), "--disable-runtime-dependency-installation"),
-                        *arguments,
-                    ],
-                    env=self._environment("superlink", more),
-                    cwd=self.processes.folder("cwd", "superlink"),
-                    log_path=self.log_dir / "superlink.log",
-                    lines=self._lines,
-                    route=lambda text: None if ACCESS_LOG in text else LogLine("superlink", text),
-                )
+            command = [find_command("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)]
+            self._superlink = self._spawn(
+                "superlink",
+                [*command, "--disable-runtime-dependency-installation", *arguments],
+                more,
+                route=lambda text: None if ACCESS_LOG in text else LogLine("superlink", text),
             )
             if self._answers(self._superlink, tls):
                 break
@@ -269,17 +278,12 @@ class Federation(ABC):
             config_file.write_text(tomli_w.dumps(run_config), encoding="utf-8")
             arguments += ["-c", str(config_file)]
         began = time.monotonic()
-        stream = self.processes.add(
-            Child(
-                "serverapp",
-                arguments + self._submission(),
-                env=self._environment("cli"),
-                cwd=self.processes.folder("cwd", "cli"),
-                log_path=self.log_dir / "serverapp.log",
-                lines=self._lines,
-                route=route_app_line,
-                logs={"clientapp": self.log_dir / "clientapps.log"},
-            )
+        stream = self._spawn(
+            "serverapp",
+            arguments + self._submission(),
+            home="cli",
+            route=route_app_line,
+            logs={"clientapp": self.log_dir / "clientapps.log"},
         )
         try:
             deadline = None if timeout_s is None else began + timeout_s

@@ -42,13 +42,9 @@ class Simulation(Federation):
         log_dir: Path,
         cpus_per_client: float = 1.0,
         gpus_per_client: float = 0.0,
-        max_actors: int | None = None,
-        workdir: Path | None = None,
         env: Mapping[str, str] | None = None,
-        client_env: Mapping[str, str] | None = None,
         server_threads: int | None = None,
         client_threads: int | None = None,
-        object_store_bytes: int | None = None,
     ) -> None:
         """Describe the federation; it starts with the ``with`` statement.
 
@@ -59,45 +55,23 @@ class Simulation(Federation):
                 started, at most one per owner and min(32, cores + 4).  Bookkeeping only: nothing
                 binds an actor to cores.
             gpus_per_client: GPUs an actor counts as; with 0 Ray hides all GPUs from the actors.
-            max_actors: upper bound of the number of actors; each costs a Python process with torch.
-            workdir: parent of the temporary folder; None is the system's.
             env: variables for all processes; wins over everything set here.
-            client_env: variables for the actors only.
             server_threads: compute threads of the ServerApp's process.
             client_threads: compute threads of each actor; None is max(1, floor(cpus_per_client)).
-            object_store_bytes: bound of Ray's shared memory; None is Ray's 30 % of the memory.
 
         Raises:
             ConfigError: if a parameter is out of its range.
         """
         check(supernodes >= 1, "supernodes", supernodes, ">= 1")
-        check(
-            cpus_per_client > 0 and math.isfinite(cpus_per_client),
-            "cpus_per_client",
-            cpus_per_client,
-            "> 0 and finite (cores)",
-        )
+        positive = cpus_per_client > 0 and math.isfinite(cpus_per_client)
+        check(positive, "cpus_per_client", cpus_per_client, "> 0 and finite (cores)")
         cores = machine_cores()
-        check(
-            cpus_per_client <= cores,
-            "cpus_per_client",
-            cpus_per_client,
-            f"<= {cores}, the cores of this machine, or no client could run",
-        )
+        bound = f"<= {cores}, the cores of this machine, or no client could run"
+        check(cpus_per_client <= cores, "cpus_per_client", cpus_per_client, bound)
         check(gpus_per_client >= 0, "gpus_per_client", gpus_per_client, ">= 0")
-        check(max_actors is None or max_actors >= 1, "max_actors", max_actors, ">= 1, or None")
-        if object_store_bytes is not None:
-            least = 75 * 2**20
-            check(
-                object_store_bytes >= least,
-                "object_store_bytes",
-                object_store_bytes,
-                f">= {least} (Ray's minimum)",
-            )
         threads = client_threads or max(1, math.floor(cpus_per_client))
         super().__init__(
             log_dir=log_dir,
-            workdir=workdir,
             env=env,
             server_threads=server_threads,
             client_threads=threads,
@@ -107,12 +81,9 @@ class Simulation(Federation):
         self.actors = min(
             supernodes,
             math.floor(cores / cpus_per_client + 1e-9),
-            max_actors or supernodes,
             ENGINE_MAX_THREADS,
             (os.cpu_count() or 1) + ENGINE_EXTRA_THREADS,
         )
-        self._client_env = dict(client_env or {})
-        self._object_store_bytes = object_store_bytes
 
     def _start(self) -> None:
         more = {
@@ -120,13 +91,10 @@ class Simulation(Federation):
             **ray_credentials(),
             **thread_environment(self.server_threads, patient=False),
         }
-        if self._object_store_bytes is not None:
-            more["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(self._object_store_bytes)
-        client = {**thread_environment(self.client_threads), **self._client_env}
         more |= {
             "RAY_TMPDIR": str(self.processes.ray_root),
             "RAY_RUNTIME_ENV_HOOK": hooks.RAY_HOOK,
-            hooks.CLIENT_ENVIRONMENT_VARIABLE: json.dumps(client),
+            hooks.CLIENT_ENVIRONMENT_VARIABLE: json.dumps(thread_environment(self.client_threads)),
         }
         self._python_path = [hooks.FOLDER]
         self._start_superlink(["--insecure", "--simulation"], more, tls=None)

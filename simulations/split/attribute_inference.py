@@ -91,11 +91,7 @@ class Texts:
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; finished cells are kept if it is killed."""
     options = read_options(experiment.options, OPTIONS)
     for name in options["data"]:
         pick(SOURCES, name, "data")

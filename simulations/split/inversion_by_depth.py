@@ -52,11 +52,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; finished cells are kept if it is killed."""
     options = read_options(experiment.options, OPTIONS)
     for name in options["attacks"]:
         pick(ATTACKS, name, "attack")

@@ -65,11 +65,7 @@ class Recorded:
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; finished cells are kept if it is killed.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-    """
+    """Carry out the experiment; finished cells are kept if it is killed."""
     options = read_options(experiment.options, OPTIONS)
     config = experiment.config
     check(config.model.labels == 2, "model.labels", config.model.labels, "2 (two-class attacks)")

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fedsplit.attacks import Truth, View, suited
 from fedsplit.attacks.files import Budget, public_knowledge
 from fedsplit.attacks.transcripts import (
@@ -18,16 +16,7 @@ from fedsplit.attacks.transcripts import (
     write_truth,
 )
 from fedsplit.config import RunConfig
-from fedsplit.errors import AttackError
 from simulations.core.owner_samples import OwnerSamples
-
-__all__ = [
-    "attack_transcript",
-    "embedding_inversion",
-    "read_transcript",
-    "truth_of",
-    "write_truth_file",
-]
 
 
 def truth_of(shares: Sequence[OwnerSamples]) -> Samples:
@@ -76,38 +65,15 @@ def attack_transcript(
     Returns:
         Per attack (its ``result_key``) its result.  At k = 0 ``embedding_inversion``, the nearest
         neighbour, which knows nothing of the noise, and with noise ``map_inversion`` and
-        ``contextual_inversion``, which know its law and the language; with blocks
+        ``contextual_inversion``, which know its distribution and the language; with blocks
         ``optimisation_inversion`` and ``learned_inversion``.
 
     Raises:
         AttackError: no transcript.
     """
-    rows, ids = _chosen(config, transcript, shares, samples)
+    rows, ids = chosen_samples(read_transcript(transcript), truth_of(shares), samples, config.seed)
     view = View(public=public_knowledge(config, public=public), rows=rows, seed=config.seed)
     return {
         attack.result_key: attack.run(view, Truth(ids=ids)).to_dict()
         for attack in suited(view, config.seed, budget)
     }
-
-
-def embedding_inversion(
-    config: RunConfig,
-    transcript: Path,
-    shares: list[OwnerSamples],
-    *,
-    samples: int = 400,
-) -> dict[str, dict[str, Any]]:
-    """Run :func:`attack_transcript` on an embeddings-only bottom.
-
-    Raises:
-        AttackError: no transcript, or a bottom with blocks (there are no candidates then).
-    """
-    if config.split.k != 0:
-        raise AttackError(f"split.k={config.split.k}: must be 0 for these attacks")
-    return attack_transcript(config, transcript, shares, samples=samples)
-
-
-def _chosen(
-    config: RunConfig, transcript: Path, shares: Sequence[OwnerSamples], samples: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    return chosen_samples(read_transcript(transcript), truth_of(shares), samples, config.seed)

@@ -22,7 +22,6 @@ from fedsplit.privacy import DChi, OwnerSecret
 from simulations.core.owner_samples import OwnerSamples
 from simulations.split.transcript_attacks import (
     attack_transcript,
-    embedding_inversion,
     write_truth_file,
 )
 from tests.tiny_models import WORDS, save_tiny_bert, save_tiny_llama
@@ -113,8 +112,6 @@ def test_a_simulation_attacks_any_split_and_writes_its_truth(models, public, tmp
 
     assert found.keys() == {"optimisation_inversion", "learned_inversion"}
     assert max(row["success"] for row in found.values()) == 1.0
-    with pytest.raises(AttackError, match=r"split\.k=1"):
-        embedding_inversion(config, transcript, shares)
     written = read_truth(write_truth_file(tmp_path, shares))
     assert all(map(torch.equal, written["owner-0", "train"].values(), ids))
 

@@ -122,7 +122,6 @@ def test_simulation_counts_actors_that_can_be_used(tmp_path: Path) -> None:
     assert half.client_threads == 1
     assert Simulation(1000, cpus_per_client=0.001, log_dir=tmp_path).actors == engine
     assert Simulation(1, cpus_per_client=0.25, log_dir=tmp_path).actors == 1
-    assert Simulation(9, cpus_per_client=0.1, max_actors=3, log_dir=tmp_path).actors == 3
     assert Simulation(9, cpus_per_client=float(cores), log_dir=tmp_path).client_threads == cores
 
 
@@ -134,10 +133,8 @@ def test_simulation_counts_actors_that_can_be_used(tmp_path: Path) -> None:
         ({"cpus_per_client": math.nan}, "cpus_per_client=nan"),
         ({"cpus_per_client": 1e6}, r"cpus_per_client=1000000\.0: must be <= \d+, the cores"),
         ({"gpus_per_client": -1.0}, r"gpus_per_client=-1\.0"),
-        ({"max_actors": 0}, "max_actors=0"),
         ({"server_threads": 0}, "server_threads=0"),
         ({"client_threads": -1}, "client_threads=-1"),
-        ({"object_store_bytes": 1}, "object_store_bytes=1: must be >= 78643200"),
     ],
 )
 def test_simulation_refuses(tmp_path: Path, arguments: dict[str, float], message: str) -> None:
