@@ -31,7 +31,7 @@ from simulations.fuzz import files as fuzz_files
 from simulations.fuzz import lineage as fuzz_lineage
 from simulations.fuzz import owner as fuzz_owner
 from simulations.fuzz import wire as fuzz_wire
-from simulations.fuzz.wire import Cases
+from simulations.fuzz.cases import Cases
 
 SLOWEST_S = 2.0
 HANG_S = 120.0
