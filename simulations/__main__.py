@@ -113,7 +113,8 @@ def sweep(
 
 @app.command("list")
 def list_() -> None:
-    """List the experiments that come with the project."""
+    """List the experiments that come with the project, and the kinds that a file may ask for."""
+    from simulations.core.kinds import KINDS
     from simulations.core.settings import load_experiment, names
 
     table = Table("name", "kind", "what it shows")
@@ -121,6 +122,7 @@ def list_() -> None:
         loaded = load_experiment(name)
         table.add_row(name, loaded.kind, loaded.about)
     console.print(table)
+    console.print(f"kinds: {', '.join(KINDS)}")
 
 
 @bench.command("split")
@@ -128,7 +130,7 @@ def bench_split(
     json_: JsonPath = None,
     set_: Overrides = None,
 ) -> None:
-    """Steps per second of split training beside the same work in one process."""
+    """Measure steps per second of split training beside the same work in one process."""
     from simulations.bench.split import run as run_bench
 
     run_bench(console, json_, set_ or [])
@@ -142,7 +144,7 @@ def bench_fingerprint(
     tokens: Annotated[int, typer.Option(help="K, rows of the embedding read")] = 4096,
     repeats: Annotated[int, typer.Option(help="runs of each way; the fastest counts")] = 3,
 ) -> None:
-    """Memory and seconds of corrected ICS from disk beside loading the whole model."""
+    """Measure memory and seconds of corrected ICS from disk beside loading the whole model."""
     from simulations.bench.fingerprint import run as run_bench
 
     run_bench(console, json_, layers=layers, width=width, tokens=tokens, repeats=repeats)
@@ -158,7 +160,7 @@ def bench_inversion(
     repeats: Annotated[int, typer.Option(help="of each, alternating")] = 7,
     threads: Annotated[int, typer.Option(help="for both; 0 = one per core")] = 0,
 ) -> None:
-    """Tokens per second of the nearest-neighbour attack beside FAISS flat search."""
+    """Measure tokens per second of the nearest-neighbour attack beside FAISS flat search."""
     from simulations.bench.inversion import run as run_bench
 
     run_bench(console, json_, model=model, tokens=tokens, repeats=repeats, threads=threads)
@@ -172,7 +174,7 @@ def bench_service(
     repeats: Annotated[int, typer.Option(help="of each way of serving, by turns")] = 3,
     training: Annotated[int, typer.Option(help="steps of a training cohort; 0 = none")] = 0,
 ) -> None:
-    """One session server and many owners: steps per second, latency, memory, batching."""
+    """Measure a session server with many owners: steps per second, latency, memory, batching."""
     from simulations.bench.service import run as run_bench
 
     run_bench(console, json_, owners=owners, steps=steps, repeats=repeats, training=training)
@@ -204,7 +206,7 @@ def bench_emulator(
     width: Annotated[int, typer.Option(help="side of the matrix for the SVD; 0: none")] = 2048,
     rank: Annotated[int, typer.Option(help="kept of it")] = 128,
 ) -> None:
-    """Seconds to ScaleOT's emulator beside distillation (of offsite-table), and of its SVD."""
+    """Measure seconds to ScaleOT's emulator beside distillation (offsite-table), and its SVD."""
     from simulations.bench.emulator import run as run_bench
 
     tried = [int(x) for x in steps.split(",") if x.strip()]

@@ -166,7 +166,7 @@ def _child(arguments: list[str]) -> dict[str, float]:
 
 
 def corrected(folder: Path, tokens: int, *, bf16: bool = True) -> float:
-    """Corrected ICS from the files: the factors and the norms that a comparison divides by."""
+    """Compute corrected ICS from the files: the factors, and the norms to divide by."""
     view = open_view(folder)
     picked = choose_tokens(view.vocabulary, tokens)
     memo: dict[tuple[int, int], Tensor] = {}
@@ -175,7 +175,7 @@ def corrected(folder: Path, tokens: int, *, bf16: bool = True) -> float:
 
 
 def published(folder: Path, tokens: int, *, dtype: torch.dtype = torch.float32) -> float:
-    """As the public script does: the whole model in memory, then six dense K x K matrices."""
+    """Compute ICS as the public script does: whole model in memory, six dense K x K matrices."""
     model = TASKS["causal-lm"].from_pretrained(
         folder,
         dtype=dtype,
@@ -218,7 +218,7 @@ WAYS: dict[str, Way] = {
 
 
 def _work(way: str, folder: str, setting: str) -> dict[str, float]:
-    """What a child does: write the checkpoint, or measure one way."""
+    """Do a child's work: write the checkpoint, or measure one way."""
     torch.set_num_threads(int(machine()["cores"]))
     if way == "write":
         return {"parameters": write_checkpoint(Path(folder), json.loads(setting))}

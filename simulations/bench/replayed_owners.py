@@ -49,7 +49,7 @@ class ReplayedOwner:
         self._link: Link | None = None
 
     def connect(self) -> None:
-        """Open the session, up to the server's leave to begin."""
+        """Open the session, up to the server's START."""
         config = RunConfig()
         link = open_stream(self.offer, config, {})
         link.send(Kind.HELLO, hello(self.offer, f"owner-{self.offer.node}"))

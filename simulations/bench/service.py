@@ -58,7 +58,7 @@ WAYS = ("one by one", "batched")
 
 
 def settings(owners: int) -> RunConfig:
-    """Return the settings that both parts begin with."""
+    """Return the settings that both parts start from."""
     flat: dict[str, Any] = {
         "strategy": "serving",
         "model.labels": 8,
@@ -126,10 +126,10 @@ def represent(config: RunConfig, path: Path) -> dict[str, Any]:
     """Write the bottom's representations of the texts, and return how many and how long."""
     loaded = load_base(config)
     bottom, _ = split(loaded.model, config.split.k)
-    shares = owner_samples(config, loaded.tokenizer)
+    owners = owner_samples(config, loaded.tokenizer)
     rows: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
-        for ids in [ids for share in shares for ids in share.train.ids][:512]:
+        for ids in [ids for owner in owners for ids in owner.train.ids][:512]:
             rows[str(len(rows))] = bottom(ids[None])[0].clone()
     save_file(rows, path)
     lengths = [int(r.shape[0]) for r in rows.values()]

@@ -56,12 +56,12 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
     threads = config.output.threads or int(machine()["cores"])
     torch.set_num_threads(threads)
     tokenizer = load_base(config).tokenizer
-    shares = owner_samples(config, tokenizer)
+    owners = owner_samples(config, tokenizer)
     figures: dict[str, Any] = {"machine": machine(), "threads": threads}
     anchors: list[float] = []
 
     def anchor() -> None:
-        anchors.append(centralised(config, shares))
+        anchors.append(centralised(config, owners))
         console.print(f"  centralised: {anchors[-1]:.2f} steps/s")
 
     with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder:
@@ -80,7 +80,7 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
             figures[name] = _row(server, wall, (anchors[-2] + anchors[-1]) / 2)
             console.print(f"  {name}: {figures[name]['steps_per_s']:.2f} steps/s")
     figures["centralised"] = {"steps_per_s": sum(anchors) / len(anchors), "runs": anchors}
-    figures["bytes_per_token"] = bytes_per_token(config, shares)
+    figures["bytes_per_token"] = bytes_per_token(config, owners)
     return publish(console, json_path, figures, [_table(config, figures)])
 
 
@@ -126,7 +126,7 @@ def _row(server: dict[str, Any], wall_s: float, anchor: float) -> dict[str, Any]
     return row
 
 
-def centralised(config: RunConfig, shares: Sequence[OwnerSamples]) -> float:
+def centralised(config: RunConfig, owners: Sequence[OwnerSamples]) -> float:
     """Return steps/s of ordinary training: the whole model, the same parameters trained."""
     loaded = load_base(config)
     model = loaded.model.train()
@@ -143,11 +143,11 @@ def centralised(config: RunConfig, shares: Sequence[OwnerSamples]) -> float:
         parameter.requires_grad_(True)
     optimisation = Optimisation(body, head, config.train)
     batches = {
-        s.name: train_steps(len(s.train), config.train, config.seed, s.name, 1)[0] for s in shares
+        s.name: train_steps(len(s.train), config.train, config.seed, s.name, 1)[0] for s in owners
     }
     steps: list[Step] = []
     for at in range(min(len(b) for b in batches.values())):
-        steps.append([(s.train, [int(i) for i in batches[s.name][at]]) for s in shares])
+        steps.append([(s.train, [int(i) for i in batches[s.name][at]]) for s in owners])
     began, counted = 0.0, 0
     for number, step in enumerate(steps):
         if number == 2:  # the first two fill caches and allocate
@@ -169,11 +169,11 @@ def _whole_step(model: Any, step: Step, optimisation: Optimisation, progress: fl
     optimisation.step(progress)
 
 
-def bytes_per_token(config: RunConfig, shares: Sequence[OwnerSamples]) -> dict[str, float]:
+def bytes_per_token(config: RunConfig, owners: Sequence[OwnerSamples]) -> dict[str, float]:
     """Return bytes on the wire per token sent, frames' headers included, for each codec."""
     bottom, _ = split(load_base(config).model, config.split.k, verify=False)
-    samples = shares[0].train
-    batches = train_steps(len(samples), config.train, config.seed, shares[0].name, 1)[0][:8]
+    samples = owners[0].train
+    batches = train_steps(len(samples), config.train, config.seed, owners[0].name, 1)[0][:8]
     tokens = sum(int(samples.ids[int(i)].shape[0]) for batch in batches for i in batch)
     found = {}
     for codec in CODECS:

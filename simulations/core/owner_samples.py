@@ -31,7 +31,7 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
         DataError: see :func:`fedsplit.owners.data_source.simulated_shares`.
     """
     labelled = config.model.task == "sequence-classification"
-    shares = []
+    owners = []
     for index, (train, test) in enumerate(simulated_shares(config.data, config.seed, labelled)):
         name = f"owner-{index}"
         secret = OwnerSecret.for_simulation(config.seed, name)
@@ -46,8 +46,8 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
             )
             for split, texts in (("train", train), ("test", test))
         ]
-        shares.append(OwnerSamples(name, parts[0], parts[1]))
-    return shares
+        owners.append(OwnerSamples(name, parts[0], parts[1]))
+    return owners
 
 
 def label_names(config: RunConfig) -> tuple[str, ...]:

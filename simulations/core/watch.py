@@ -136,7 +136,7 @@ def draw(view: View) -> RenderableType:
     """Return the view as something that rich prints."""
     page, server = view.page, view.server
     rounds = [row for row in _list(server.get("rounds")) if isinstance(row, dict)]
-    parts: list[RenderableType] = [_title(view), _place(page, rounds), _privacy(page, rounds)]
+    parts: list[RenderableType] = [_title(view), _position(page, rounds), _privacy(page, rounds)]
     if serving := _dict(page.get("serving") or server.get("serving")):
         told = ", ".join(f"{k} {_short(v)}" for k, v in serving.items() if _number(v) is not None)
         parts.append(_line(("serving ", "bold"), told))
@@ -164,7 +164,7 @@ def _title(view: View) -> Text:
     )
 
 
-def _place(page: Mapping[str, Any], rounds: list[dict[str, Any]]) -> RenderableType:
+def _position(page: Mapping[str, Any], rounds: list[dict[str, Any]]) -> RenderableType:
     if not page:
         return _line(f"{len(rounds)} rounds recorded")
     at, of = _number(page.get("round")) or 0, _number(page.get("rounds")) or 0

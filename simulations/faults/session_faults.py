@@ -133,7 +133,7 @@ def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
 
 
 def in_passing(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
-    """Faults that an undisturbed run would not have noticed, at several moments."""
+    """Run faults that a session should outlive, at several moments."""
     acts: dict[str, Callable[[Proxy, LocalGrid], str | None]] = {
         "network cut": _cut(0.0),
         "network cut 5 s": _cut(5.0),
@@ -153,7 +153,7 @@ def in_passing(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterat
 
 
 def certificates(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
-    """A server that shows a certificate no owner should accept, and an owner that pins another."""
+    """Run a server with a certificate no owner should accept, or an owner that pins another."""
     folder = testbed.folder / f"tls {case}"
     if case == "certificate expired":
         tls = make_certificates(folder, valid_days=EXPIRES_S / DAY_S)
@@ -169,7 +169,7 @@ def certificates(testbed: FaultTestbed, case: str, moments: list[float]) -> Iter
 
 
 def expiry(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
-    """The server's certificate expires while owners are at work; the next start has a new one."""
+    """Let the certificate expire while owners are at work; the next start has a new one."""
     for number, moment in enumerate(moments):
         folder = testbed.folder / f"tls expiring {number}"
         lives = max(MARGIN * testbed.reference.seconds, 5.0)
@@ -194,7 +194,7 @@ def expiry(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[R
 
 
 def clock(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
-    """The wall clock jumps an hour ahead and an hour back, in a process of its own."""
+    """Move the wall clock an hour ahead and an hour back, in a process of its own."""
     try:
         yield from in_a_process(testbed.config, testbed.folder / "clock", case, moments)
     except (SessionError, subprocess.TimeoutExpired) as error:
@@ -202,7 +202,7 @@ def clock(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Ro
 
 
 def full_disk(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
-    """The server's disk is too small; later there is room and the run is started again."""
+    """Give the server too small a disk, then room, and start the run again."""
     need = sum(p.stat().st_size for p in (testbed.folder / "reference").rglob("*") if p.is_file())
     kept = testbed.reference.server["state"]
     room = need + int(3.2 * kept["bytes"] / kept["saves"])  # for two states, not for three

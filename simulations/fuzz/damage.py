@@ -39,7 +39,7 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_text(text: str, rng: random.Random) -> str:
-    """Return ``text`` with a nasty value, or nothing, in the place of one of its words."""
+    """Return ``text`` with one of its words replaced by a nasty value, or by nothing."""
     at = rng.randrange(len(text) + 1)
     end = at + rng.randrange(12)
     put = rng.choice((*NASTY, "\x00", "\u2028", "=", "[[", "'''", "#", "\\", "\n" * 50))

@@ -43,7 +43,7 @@ from strategies.split_tuning.trained_weights import load_trained, save_trained
 
 
 def bottoms(scratch: Path) -> Cases:
-    """Bottom bundles that a server sends, with the right digest."""
+    """Fuzz bottom bundles that a server sends, with the right digest."""
     loaded = load(str(tiny_model(scratch / "model")), "causal-lm")
     bundle = pack_bottom(split(loaded.model, 1)[0], loaded.tokenizer)
 
@@ -53,7 +53,7 @@ def bottoms(scratch: Path) -> Cases:
 
 
 def heads(scratch: Path) -> Cases:
-    """Bundles with a head."""
+    """Fuzz bundles with a head."""
     loaded = load(
         str(tiny_model(scratch / "model")), "sequence-classification", num_labels=3, seed=0
     )
@@ -68,7 +68,7 @@ def heads(scratch: Path) -> Cases:
 
 
 def emulators(scratch: Path) -> Cases:
-    """Emulator folders, their tokenizers included."""
+    """Fuzz emulator folders, their tokenizers included."""
     loaded = load(str(tiny_model(scratch / "model")), "causal-lm")
     tokens = torch.zeros(2, 8, dtype=torch.int64)
     made = make_compressor("magnitude", adapters=(0,), sparsity=0.5).build(
@@ -85,7 +85,7 @@ def emulators(scratch: Path) -> Cases:
 
 
 def checkpoints(scratch: Path) -> Cases:
-    """What training left, as serving reads it."""
+    """Fuzz the weights that training left, as serving reads them."""
     path = scratch / "top.safetensors"
     save_trained(path, {"a": torch.ones(3, 2), "b": torch.ones(1)}, None, {"base": "x"})
     sound = path.read_bytes()
@@ -97,7 +97,7 @@ def checkpoints(scratch: Path) -> Cases:
 
 
 def states(scratch: Path) -> Cases:
-    """What an interrupted server goes on from, with digests that fit."""
+    """Fuzz the states of an interrupted server, with digests that fit."""
     folder = scratch / "state"
     kept = StateFolder(folder, {"model": "x"})
     kept.save({"round": 1, "done": [1, "a"]}, {"a": torch.ones(3)}, {"a/train/rows": torch.ones(2)})
@@ -133,7 +133,7 @@ def states(scratch: Path) -> Cases:
 
 
 def adapters(scratch: Path) -> Cases:
-    """PEFT adapter folders, put on a model."""
+    """Fuzz PEFT adapter folders, put on a model."""
     model = load(str(tiny_model(scratch / "model")), "causal-lm").model
     at = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     size = SHAPE["hidden_size"]
@@ -156,7 +156,7 @@ def adapters(scratch: Path) -> Cases:
 
 
 def transcripts(scratch: Path) -> Cases:
-    """Recorded transcripts, as attacks read them."""
+    """Fuzz recorded transcripts, as attacks read them."""
     path = scratch / "transcript.safetensors"
     tensors = {
         "a/train/rows": torch.ones(5, 4),
@@ -168,7 +168,7 @@ def transcripts(scratch: Path) -> Cases:
 
 
 def run_folders(scratch: Path) -> Cases:
-    """A run's files while they are written, as `watch` shows them."""
+    """Fuzz a run's files while they are written, as `watch` shows them."""
     part = {"metrics": {"loss": 0.5, "owners": {"a": {"loss": 0.5}}}, "row_tokens": 5}
     part |= {"finished": ["a"], "lost": {"b": "why"}, "steps": 3, "bytes_up": 100}
     row = {"round": 1, "train": part, "lineage": {"verdict": "in_lineage", "score": 0.9}}

@@ -28,7 +28,7 @@ from simulations.fuzz.damage import damaged_safetensors, flipped
 
 
 def weight_folders(scratch: Path) -> Cases:
-    """A suspect's checkpoint, viewed without loading it."""
+    """Fuzz a suspect's checkpoint, viewed without loading it."""
     folder = tiny_model(scratch / "model")
     files = {p.name: p.read_bytes() for p in folder.iterdir() if "tokenizer" not in p.name}
     return folder_cases(
@@ -39,13 +39,13 @@ def weight_folders(scratch: Path) -> Cases:
 
 
 def encoders(scratch: Path) -> Cases:
-    """Encoder weights."""
+    """Fuzz encoder weights."""
     sound, path = Path(SHIPPED).read_bytes(), scratch / "encoder.safetensors"
     return file_cases(path, lambda rng: damaged_safetensors(sound, rng), load_encoder)
 
 
 def generators(scratch: Path) -> Cases:
-    """ONNX generators."""
+    """Fuzz ONNX generators."""
     import numpy as np
     import onnx
 
@@ -76,7 +76,7 @@ def generators(scratch: Path) -> Cases:
 
 
 def evidences(scratch: Path) -> Cases:
-    """Lineage evidence, with a hostile signer's own good signatures."""
+    """Fuzz lineage evidence, with a hostile signer's own good signatures."""
     key = Ed25519PrivateKey.generate()
     body: dict[str, Any] = {
         "version": 1,
@@ -110,7 +110,7 @@ def evidences(scratch: Path) -> Cases:
 
 
 def fingerprints(scratch: Path) -> Cases:
-    """Published fingerprint files, signed by whoever made them."""
+    """Fuzz published fingerprint files, signed by whoever made them."""
     key, path = Ed25519PrivateKey.generate(), scratch / "fingerprint.json"
     view = open_view(tiny_model(scratch / "model"))
     public_file.write(public_file.make(view, "m", size=4), path, key)

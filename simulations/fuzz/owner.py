@@ -29,7 +29,7 @@ def _entry(entry: dict[str, Any], _: Totals) -> dict[str, Any]:
 
 
 def ledgers(scratch: Path) -> Cases:
-    """An owner's ledger with lines that are damaged, cut off, or another's with good hashes."""
+    """Fuzz an owner's ledger with lines damaged, cut off, or another's with good hashes."""
     folder = scratch / "home"
     folder.mkdir(exist_ok=True)
     with Ledger(folder) as ledger:
@@ -67,7 +67,7 @@ def ledgers(scratch: Path) -> Cases:
 
 
 def policies(_: Path) -> Cases:
-    """owner.toml."""
+    """Fuzz owner.toml."""
     sound = re.sub(r"(?m)^# (?=\w+ = )", "", TEMPLATE)  # with its suggestions in force
     sound = sound.replace("...", "ab" * 32)
     Policy.parse(sound.encode(), "owner.toml")
@@ -83,7 +83,7 @@ def policies(_: Path) -> Cases:
 
 
 def serving_offers(scratch: Path) -> Cases:
-    """An owner's kept offer of a serving model."""
+    """Fuzz an owner's kept offer of a serving model."""
     session = SessionOffer(7, 5, 0, "predict", "stream", "", "127.0.0.1:1", b"", "", "ab")
     save_offer(scratch, ServingOffer(session, ("a.1.b",)), RunConfig().to_flat(), {"x": 1})
     sound = json.loads((scratch / FILE).read_bytes())
@@ -96,7 +96,7 @@ def serving_offers(scratch: Path) -> Cases:
 
 
 def apps(_: Path) -> Cases:
-    """App bundles, whose digest an owner compares and whose facts a reviewer reads."""
+    """Fuzz app bundles, whose digest an owner compares and whose facts a reviewer reads."""
     project = """[project]
 name = "x"
 [tool.flwr.app.components]

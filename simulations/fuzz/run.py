@@ -146,8 +146,8 @@ def _fail(outcome: Outcome, number: int, text: str, error: Exception | None = No
     outcome.failures += 1
     if len(outcome.failed) < 5:
         where = traceback.extract_tb(error.__traceback__)[-1] if error is not None else None
-        place = f" ({Path(where.filename).name}:{where.lineno})" if where is not None else ""
-        outcome.failed.append((number, f"{text[:200]}{place}"))
+        at = f" ({Path(where.filename).name}:{where.lineno})" if where is not None else ""
+        outcome.failed.append((number, f"{text[:200]}{at}"))
 
 
 def _peak() -> int:

@@ -43,7 +43,7 @@ BOUND = 1 << 20
 
 
 def frames(_: Path) -> Cases:
-    """Frames, and that what is accepted encodes to itself again."""
+    """Fuzz frames; what is accepted must encode to itself again."""
     known = sample_frames(random.Random(0))
 
     def parse(data: bytes) -> None:
@@ -55,7 +55,7 @@ def frames(_: Path) -> Cases:
 
 
 def codecs(_: Path) -> Cases:
-    """Tensor bodies under every codec, with a shape that may not be theirs."""
+    """Fuzz tensor bodies under every codec, with a shape that may not be theirs."""
     rows = torch.linspace(-3, 3, 60).reshape(5, 12)
     bodies = {name: encode_rows(rows, name) for name in CODECS}
 
@@ -78,7 +78,7 @@ def codecs(_: Path) -> Cases:
 
 
 def transfers(_: Path) -> Cases:
-    """Files in slices over a session, with headers that lie."""
+    """Fuzz files in slices over a session, with headers that lie."""
 
     def draw(rng: random.Random) -> Case:
         left, right = loopback(BOUND)
@@ -110,7 +110,7 @@ def transfers(_: Path) -> Cases:
 
 
 def hellos(_: Path) -> Cases:
-    """HELLO frames and tokens; what is admitted was issued, and only once."""
+    """Fuzz HELLO frames and tokens; what is admitted was issued, and only once."""
     door = Door(TokenBook(clock=lambda: 1e9), 7)
 
     def draw(rng: random.Random) -> Case:
@@ -148,7 +148,7 @@ def hellos(_: Path) -> Cases:
 
 
 def tickets(_: Path) -> Cases:
-    """Tickets by which a cut session goes on, and what the peer says has reached it."""
+    """Fuzz tickets by which a cut session goes on, and what the peer says has reached it."""
 
     def draw(rng: random.Random) -> Case:
         left, right = loopback(BOUND)
@@ -173,13 +173,13 @@ def tickets(_: Path) -> Cases:
 
 
 def offers(_: Path) -> Cases:
-    """Session offers as an owner reads them."""
+    """Fuzz session offers as an owner reads them."""
     sound = SessionOffer(7, 5, 1, "train", "stream", "t.1.m", "127.0.0.1:1", b"pem", "n", "ab")
     return _records(OFFER, dict(sound.to_record()), SessionOffer.from_content)
 
 
 def serving_offers(_: Path) -> Cases:
-    """Offers of a model that serves."""
+    """Fuzz offers of a model that serves."""
     session = SessionOffer(7, 5, 0, "predict", "stream", "", "127.0.0.1:1", b"", "", "ab")
     content = ServingOffer(session, ("a.1.b", "c.2.d")).to_content()
     tokens = content.config_records[SERVING]
@@ -203,7 +203,7 @@ def serving_offers(_: Path) -> Cases:
 
 
 def replies(_: Path) -> Cases:
-    """Owners' reports as the server reads them."""
+    """Fuzz owners' reports as the server reads them."""
     schema = reply_schema("offsite-tuning", "evaluate")
     metrics = {"num-examples": 3, "loss": 0.5, "targets": 3.0}
 
@@ -227,7 +227,7 @@ def replies(_: Path) -> Cases:
 
 
 def packed_frames(_: Path) -> Cases:
-    """Frames in a Flower message (messages transport)."""
+    """Fuzz frames in a Flower message (messages transport)."""
     known = [encode(f, 0, BOUND) for f in sample_frames(random.Random(0), 2)]
     sound = pack_frames(known[:8])["frames"].data
 
@@ -245,7 +245,7 @@ def packed_frames(_: Path) -> Cases:
 
 
 def settings(_: Path) -> Cases:
-    """The run's settings, which the other party writes."""
+    """Fuzz the run's settings, which the other party writes."""
     sound = RunConfig().to_flat()
 
     def draw(rng: random.Random) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def settings(_: Path) -> Cases:
 
 
 def members(_: Path) -> Cases:
-    """An owner's frames in a session of training, as the server takes them."""
+    """Fuzz an owner's frames in a session of training, as the server takes them."""
     rows = encode_rows(torch.ones(6, 4), "fp32")
     batch: dict[str, Any] = {
         "step": 0,

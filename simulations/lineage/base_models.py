@@ -84,7 +84,7 @@ def retrained(store: ModelStore, base: Base, count: int, text: str, plan: Traini
 
 
 def one_per_width(bases: Sequence[Base]) -> list[Base]:
-    """The first base of each width."""
+    """Return the first base of each width."""
     first: dict[int, Base] = {}
     for base in bases:
         first.setdefault(base.width, base)
@@ -92,7 +92,7 @@ def one_per_width(bases: Sequence[Base]) -> list[Base]:
 
 
 def chosen(bases: Sequence[Base], names: str) -> list[Base]:
-    """The bases named in a comma-separated list, or one per width.
+    """Return the bases named in a comma-separated list, or one per width.
 
     Raises:
         ConfigError: for an unknown name.
@@ -125,7 +125,7 @@ def _trained_from_scratch(
 
 
 def _fresh(shape: Path, seed: int) -> LoadedModel:
-    """A model of the folder's configuration with new weights, and the folder's tokenizer."""
+    """Return a model of the folder's configuration with new weights, and the folder's tokenizer."""
     from fedsplit.models.loading import local_tokenizer
 
     with torch.random.fork_rng(devices=[]):
@@ -135,7 +135,7 @@ def _fresh(shape: Path, seed: int) -> LoadedModel:
 
 
 def _write_shape(folder: Path, text: str) -> None:
-    """A configuration and a byte-level BPE tokenizer trained on the text."""
+    """Write A configuration and a byte-level BPE tokenizer trained on the text."""
     from tokenizers import ByteLevelBPETokenizer
 
     if (folder / "tokenizer_config.json").is_file():
@@ -153,5 +153,5 @@ def _write_shape(folder: Path, text: str) -> None:
 
 
 def load_base(base: Base) -> LoadedModel:
-    """The base, ready to run."""
+    """Return the base, ready to run."""
     return load(base.path, "causal-lm")

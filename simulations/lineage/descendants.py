@@ -96,14 +96,14 @@ class Windows:
         self._generator = torch_generator(seed, "lineage-windows")
 
     def batch(self, count: int) -> Tensor:
-        """Random training windows, (count, length)."""
+        """Return random training windows, (count, length)."""
         starts = torch.randint(
             0, len(self.train) - self.length, (count,), generator=self._generator
         )
         return self.train[starts[:, None] + torch.arange(self.length)]
 
     def perplexity(self, model: nn.Module, windows: int = 32) -> float:
-        """exp of the mean held-out loss (nats per token), on evenly spaced windows."""
+        """Return exp of the mean held-out loss (nats per token), on evenly spaced windows."""
         most = len(self.held_out) - self.length
         starts = torch.linspace(0, most, windows).long()
         ids = self.held_out[starts[:, None] + torch.arange(self.length)]
@@ -366,7 +366,7 @@ def _file(option: str, path: str) -> str:
 
 
 def docstrings(*, second: bool) -> str:
-    """One half of the standard library's docstrings, a line each (every other one)."""
+    """Return one half of the standard library's docstrings, a line each (every other one)."""
     from fedsplit.data import docstrings as source
     from fedsplit.data.table import Request
 

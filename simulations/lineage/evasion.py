@@ -141,7 +141,7 @@ Subject = tuple[str, nn.Module, nn.Module]
 
 
 def families(folder: Path, options: Mapping[str, Any]) -> list[Subject]:
-    """(name, model, an independent model of the same shape) of everything that is attacked.
+    """Return (name, model, an independent model of the same shape) of everything that is attacked.
 
     Raises:
         FedsplitError: if a checkpoint cannot be read.
@@ -164,7 +164,7 @@ def families(folder: Path, options: Mapping[str, Any]) -> list[Subject]:
 
 
 def _random(folder: Path, seed: int) -> nn.Module:
-    """A random model whose norms and biases are not trivial; an encoder comes without its head."""
+    """Return a random model with norms and biases that are not trivial; an encoder without head."""
     config = read_config(folder)
     task = "sequence-classification" if config.model_type == "bert" else "causal-lm"
     with torch.random.fork_rng(devices=[]):
@@ -180,7 +180,7 @@ def _random(folder: Path, seed: int) -> nn.Module:
 
 
 def _shuffled(model: nn.Module) -> nn.Module:
-    """A stranger with the same marginal weights: every matrix's entries in another order."""
+    """Return a stranger with the same marginal weights: every matrix's entries in another order."""
     stranger = copy.deepcopy(model)
     generator = torch_generator(0, "evasion-stranger")
     with torch.no_grad():
@@ -192,7 +192,7 @@ def _shuffled(model: nn.Module) -> nn.Module:
 
 
 def _changing(family: str, model: nn.Module, stranger: nn.Module) -> list[dict[str, Any]]:
-    """Pruning and splicing: the output difference says how much of the function is left."""
+    """Return rows of pruning and splicing; the output difference says what the function lost."""
     pruned = copy.deepcopy(model)
     pruning(Editor(pruned), torch_generator(0, "pruning"), share=0.3)
     before = outputs(model)
@@ -234,7 +234,7 @@ class ScorePenalty:
             self.base = [self._products(prefix) for prefix in self.editor.prefixes]
 
     def __call__(self) -> Tensor:
-        """weight x score."""
+        """Return weight x score."""
         cosines = []
         for prefix, ours in zip(self.editor.prefixes, self.base, strict=True):
             theirs = self._products(prefix)
@@ -252,7 +252,7 @@ class ScorePenalty:
 def live_block(
     layout: BlockLayout, parameters: Mapping[str, Tensor], prefix: str
 ) -> BlockProjections:
-    """One block's projections with the norms' gains folded in, inside the autograd graph."""
+    """Return one block's projections with the norms' gains folded in, inside the autograd graph."""
 
     def weight(role: str) -> Tensor:
         site = getattr(layout, role)

@@ -155,7 +155,7 @@ def plan_of(options: Mapping[str, Any]) -> Training:
 def all_bases(
     store: ModelStore, options: Mapping[str, Any], texts: Texts, plan: Training
 ) -> list[Base]:
-    """The folder's checkpoints with retrained twins of the narrowest, or twins trained here."""
+    """Return the folder's checkpoints and retrained twins of the narrowest, or own twins."""
     scratch = Training(options["own-steps"], 2e-3, 2 * plan.batch, plan.length, plan.seed)
     if not options["models"]:
         return own_bases(store, options["own-bases"], scratch)
@@ -204,7 +204,7 @@ def _pairs(
     family: Mapping[str, Sequence[tuple[str, str, LoadedModel]]],
     maps: bool,
 ) -> Iterator[Pair]:
-    """(base, suspect, relation, map, the suspect before the map)."""
+    """Yield (base, suspect, relation, map, the suspect before the map)."""
     names = ["none", *(TRANSFORMS if maps else ())]
     for base in parents:
         for suspect, relation, loaded in family[base.name]:
@@ -221,7 +221,7 @@ def _pairs(
 
 
 def separations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """AUC and |Z| per fingerprint, on the models as they are and over every map of them.
+    """Return AUC and |Z| per fingerprint, on the models as they are and over every map of them.
 
     Z is measured in the spread of pairs of bases, one each: a base's descendants repeat its own
     similarity to a stranger and would make the spread look smaller than it is.
@@ -259,7 +259,7 @@ def separations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _most(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float, float]:
-    """(mean, standard deviation) of pairs of bases, and the maximum of all independent pairs."""
+    """Return (mean, standard deviation) of pairs of bases, and the maximum of independent pairs."""
     descendants = {r["suspect"] for r in rows if r["relation"] != "independent"}
     kept = [r for r in rows if r["relation"] == "independent" and r["transform"] == "none"]
     values = {(r["base"], r["suspect"]): float(r[column]) for r in kept if r[column] is not None}
@@ -303,7 +303,7 @@ def breaking_series(
 def broken_at(
     series: Sequence[Mapping[str, Any]], limits: Mapping[str, tuple[float, float, float]]
 ) -> dict[str, Any]:
-    """First number of steps at which a fingerprint is no higher than its highest stranger."""
+    """Return the first step at which each fingerprint is no higher than its highest stranger."""
     out: dict[str, Any] = {}
     for column, (_, _, most) in limits.items():
         found = [r["steps"] for r in series if r[column] is not None and r[column] <= most]
@@ -312,7 +312,7 @@ def broken_at(
 
 
 def say_rows(progress: RunProgress, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line: how many pairs, and the two bounds that the gate rests on."""
+    """Print one line: how many pairs, and the two bounds that the gate rests on."""
     tuned = [r["score"] for r in rows if r["relation"] in ("fine-tuned", "lora")]
     strangers = [abs(r["score"]) for r in rows if r["relation"] == "independent"]
     if tuned and strangers:

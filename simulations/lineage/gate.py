@@ -131,7 +131,7 @@ def federation(
     rounds: int,
     progress: RunProgress,
 ) -> Tally:
-    """Rounds of FedAvg in which the last owner answers by ``answer``."""
+    """Run rounds of FedAvg in which the last owner answers by ``answer``."""
     tally, state = Tally(), training.start
     attacker = f"owner-{owners - 1}"
     attacked = answer != "honest"
@@ -184,7 +184,7 @@ def count(tally: Tally, row: Mapping[str, Any], kept: list[str], attacker: str |
 
 
 def row_of(tally: Tally) -> dict[str, Any]:
-    """A case's row; least and most are over blocks, owners and rounds."""
+    """Return a case's row; least and most are over blocks, owners and rounds."""
     return {
         "rounds": tally.rounds,
         "false_alarms": tally.false_alarms,
@@ -199,7 +199,7 @@ def row_of(tally: Tally) -> dict[str, Any]:
 
 
 def blended(training: OwnerTraining, config: LineageConfig) -> list[dict[str, Any]]:
-    """How much of a stranger an update may hold before it is refused."""
+    """Measure how much of a stranger an update may hold before it is refused."""
     out: list[dict[str, Any]] = []
     for share in BLENDS:
         training.load(training.start)
@@ -215,7 +215,7 @@ def blended(training: OwnerTraining, config: LineageConfig) -> list[dict[str, An
 
 
 def thresholds(tallies: Mapping[str, Tally], config: LineageConfig) -> dict[str, Any]:
-    """The block threshold in use, and the middle between what honest work and attacks gave."""
+    """Return the block threshold in use, and the middle between honest work's and attacks'."""
     honest = [s for t in tallies.values() for s in t.honest_blocks]
     attacks = [
         s

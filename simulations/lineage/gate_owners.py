@@ -130,12 +130,12 @@ class OwnerTraining:
         return self.read()
 
     def independent(self, state: Update, owner: int, number: int) -> Update:
-        """Another model's blocks."""
+        """Return another model's blocks."""
         del state, owner, number
         return {name: tensor.clone() for name, tensor in self.foreign.items()}
 
     def noise(self, state: Update, owner: int, number: int) -> Update:
-        """Random matrices of the right norm; vectors stay, as a careful attacker's would."""
+        """Return random matrices of the right norm; vectors stay, as a careful attacker's would."""
         generator = torch_generator(self.seed, "lineage-gate-noise", owner, number)
         out: Update = {}
         for name, tensor in state.items():
@@ -147,7 +147,7 @@ class OwnerTraining:
         return out
 
     def permuted(self, state: Update, owner: int, number: int) -> Update:
-        """Honest work with the hidden units of each feed-forward layer shuffled: equivalent."""
+        """Return honest work with each feed-forward layer's hidden units shuffled: equivalent."""
         self.load(self.honest(state, owner, number))
         generator = torch_generator(self.seed, "lineage-gate-permutation", owner, number)
         editor = self.editor
@@ -161,7 +161,7 @@ class OwnerTraining:
         return self.read()
 
     def blend(self, state: Update, share: float, number: int) -> Update:
-        """Honest work with a share of the independent model mixed in."""
+        """Return honest work with a share of the independent model mixed in."""
         own = self.honest(state, 0, number)
         return {name: torch.lerp(own[name], self.foreign[name], share) for name in own}
 
@@ -169,7 +169,7 @@ class OwnerTraining:
 def make_owner_training(
     models: str, base: str, *, blocks: int, owners: int, work: LocalWork, seed: int
 ) -> tuple[str, str, OwnerTraining]:
-    """(base's name, donor's name, training) of a folder of checkpoints, or of MiniLM.
+    """Return (base's name, donor's name, training) of a folder of checkpoints, or of MiniLM.
 
     MiniLM's donor is a new model of its shape, trained here on the same text for a moment.
 
@@ -202,7 +202,7 @@ def make_owner_training(
 
 
 def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
-    """A new model of the same shape, all of it trained for a moment on the same text."""
+    """Return a new model of the same shape, all of it trained for a moment on the same text."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lineage-gate-donor"))
         model = TASKS["sequence-classification"].from_config(loaded.model.config)

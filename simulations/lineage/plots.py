@@ -17,7 +17,7 @@ def breaking_plot(
     series: Sequence[Mapping[str, Any]],
     limits: Mapping[str, tuple[float, float, float]],
 ) -> str:
-    """Similarity and distance from strangers against steps of further training.
+    """Draw similarity and distance from strangers against steps of further training.
 
     Args:
         limits: (mean, standard deviation, maximum) of independent pairs, per fingerprint.
@@ -54,7 +54,7 @@ def breaking_plot(
 
 
 def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> str:
-    """Similarity against perplexity, a point per penalty weight.
+    """Draw similarity against perplexity, a point per penalty weight.
 
     Returns:
         The file's name.
@@ -91,7 +91,7 @@ def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> 
 def lineage_sheet(
     path: Path, columns: Sequence[tuple[str, Sequence[tuple[str, LoadedModel]]]], size: int
 ) -> str:
-    """Portraits: a column per base, its descendants under it; all read on the base's token list.
+    """Draw portraits: a column per base, its descendants under it, read on the base's token list.
 
     Returns:
         The file's name.

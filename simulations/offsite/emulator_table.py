@@ -114,7 +114,7 @@ Made = tuple[Compressor, Importance | None, float]
 
 
 def _ends(setting: OffsiteSetting, large: bool = False) -> dict[str, Any]:
-    """Offsite-Tuning's choice: the first and last blocks are A, half of the others are kept."""
+    """Return Offsite-Tuning's choice: the first and last blocks are A, half of the rest kept."""
     layers = probe(setting.loaded.model).num_layers
     count = setting.options["adapters"]
     half = max(1, count // 2)

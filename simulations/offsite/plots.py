@@ -34,7 +34,7 @@ LINES: dict[str, Any] = {
 
 
 def table_plot(path: Path, rows: Rows) -> None:
-    """Held-out perplexity of each method, a point per seed; lines at the base's own figures.
+    """Draw held-out perplexity of each method, a point per seed; lines at the base's own figures.
 
     Raises:
         RunError: matplotlib is not installed.
@@ -64,7 +64,7 @@ def table_plot(path: Path, rows: Rows) -> None:
 def importance_plot(
     path: Path, scores: Mapping[str, Sequence[float]], rank_by: str = "scores"
 ) -> None:
-    """Importance of each block, a bar per seed (ScaleOT's figure 6): high means "keep".
+    """Draw importance of each block, a bar per seed (ScaleOT's figure 6): high means "keep".
 
     Args:
         path: of the picture.
@@ -77,8 +77,8 @@ def importance_plot(
     with picture(path, figsize=(8.4, 3.2)) as (_, axes):
         width = 0.8 / max(1, len(scores))
         for k, (seed, values) in enumerate(scores.items()):
-            places = [i + (k - (len(scores) - 1) / 2) * width for i in range(len(values))]
-            axes.bar(places, values, width, label=f"seed {seed}")
+            positions = [i + (k - (len(scores) - 1) / 2) * width for i in range(len(values))]
+            axes.bar(positions, values, width, label=f"seed {seed}")
         if rank_by == "costs":  # the first block's is tens of times the others'
             axes.set(yscale="log", ylabel="KL(full, replaced), nats")
         else:
@@ -90,7 +90,7 @@ def importance_plot(
 
 
 def sweep_plot(path: Path, rows: Rows) -> None:
-    """Perplexity against alpha, and against beta for each target (ScaleOT's figures 3 and 4).
+    """Draw perplexity against alpha, and against beta for each target (ScaleOT's figures 3 and 4).
 
     Means over seeds; bars from the lowest to the highest seed.
 

@@ -22,7 +22,7 @@ class Deployment(Federation):
     """SuperLink and SuperNodes as an operator would start them, all on this machine.
 
     Every message starts a new ClientApp process at its SuperNode, so module state does not outlive
-    a message: an app keeps it on disk, in a place named by its SuperNode's node config.
+    a message: an app keeps it on disk, in a folder named by its SuperNode's node config.
     """
 
     def __init__(

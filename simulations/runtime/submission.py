@@ -151,8 +151,8 @@ def end_tree(process: psutil.Process) -> None:
         family = [*process.children(recursive=True), process]
     except psutil.Error:
         return
-    for member in family:
+    for each in family:
         try:
-            member.kill()
+            each.kill()
         except psutil.Error:
             continue

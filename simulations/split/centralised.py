@@ -57,12 +57,12 @@ class CentralisedTwin:
 
     Args:
         config: the run's settings; privacy, label, session and lineage settings are ignored.
-        shares: every owner's samples.
+        owners: every owner's samples.
     """
 
-    def __init__(self, config: RunConfig, shares: Sequence[OwnerSamples]) -> None:
+    def __init__(self, config: RunConfig, owners: Sequence[OwnerSamples]) -> None:
         self.config = config
-        self.shares = {share.name: share for share in shares}
+        self.owners = {owner.name: owner for owner in owners}
         loaded = load_base(config)
         self.bottom, self.top = split(loaded.model, config.split.k, verify=False)
         self.top.autocast = AUTOCASTS[config.model.autocast]
@@ -136,14 +136,14 @@ class CentralisedTwin:
             for number, group in enumerate(groups):
                 batches = {
                     name: train_steps(
-                        len(self.shares[name].train), config.train, config.seed, name, index + 1
+                        len(self.owners[name].train), config.train, config.seed, name, index + 1
                     )[0]
                     for name in sorted(group, key=natural)
                 }
                 longest = max(len(b) for b in batches.values())
                 for at in range(longest):
                     step: Step = [
-                        (self.shares[name].train, [int(i) for i in own[at]])
+                        (self.owners[name].train, [int(i) for i in own[at]])
                         for name, own in batches.items()
                         if at < len(own)
                     ]
@@ -180,11 +180,11 @@ class CentralisedTwin:
         size = 2 * self.config.train.batch_size
         loss = right = count = 0.0
         with torch.inference_mode():
-            for share in self.shares.values():
-                n = len(share.test)
+            for owner in self.owners.values():
+                n = len(owner.test)
                 for at in range(0, n, size):
                     slots = list(range(at, min(at + size, n)))
-                    logits, targets = self.logits([(share.test, slots)])
+                    logits, targets = self.logits([(owner.test, slots)])
                     loss += float(
                         functional.cross_entropy(logits.float(), targets, reduction="sum")
                     )
@@ -196,8 +196,8 @@ class CentralisedTwin:
         """Return the accuracy of always answering the most frequent training class."""
         if self.config.model.task != "sequence-classification":
             return 0.0
-        train = np.concatenate([_labels(s.train) for s in self.shares.values()])
-        test = np.concatenate([_labels(s.test) for s in self.shares.values()])
+        train = np.concatenate([_labels(s.train) for s in self.owners.values()])
+        test = np.concatenate([_labels(s.test) for s in self.owners.values()])
         return float((test == np.bincount(train).argmax()).mean())
 
 

@@ -37,12 +37,12 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("preparing data")
         began = time.perf_counter()
         tokenizer = load_base(config).tokenizer
-        shares = owner_samples(config, tokenizer)
-        _check_labels(config, shares)
+        owners = owner_samples(config, tokenizer)
+        _check_labels(config, owners)
         folder.record(
             about=experiment.about,
             seed=config.seed,
-            owners=_owners(shares),
+            owners=_owners(owners),
             data_digest=data_digest(config),
         )
         stages["prepare"] = time.perf_counter() - began
@@ -60,12 +60,12 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
         attack: dict[str, Any] = {}
         if config.output.transcript and config.split.bottom == "frozen":
-            write_truth_file(folder.path, shares)
+            write_truth_file(folder.path, owners)
             progress.stage("attacking what the server received")
             began = time.perf_counter()
             transcript = folder.path / "server" / "transcript.safetensors"
             attack = attack_transcript(
-                config, transcript, shares, samples=options["attack-samples"]
+                config, transcript, owners, samples=options["attack-samples"]
             )
             stages["attack"] = time.perf_counter() - began
             folder.record(privacy=_privacy(config, server, attack))
@@ -75,7 +75,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             progress.stage("centralised twin: same model and steps, no split, no noise")
             began = time.perf_counter()
             waves = [r["train"]["waves"] for r in server["rounds"]]
-            twin = CentralisedTwin(config, shares).run(
+            twin = CentralisedTwin(config, owners).run(
                 waves, lambda done, whole: progress.update(done / whole)
             )
             stages["centralised"] = time.perf_counter() - began
@@ -83,24 +83,24 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     print_table(console, folder.results, label_names(config))
 
 
-def _check_labels(config: RunConfig, shares: list[OwnerSamples]) -> None:
+def _check_labels(config: RunConfig, owners: list[OwnerSamples]) -> None:
     if config.model.task == "sequence-classification":
-        top = max(int(s.train.labels.max()) for s in shares if s.train.labels is not None)
+        top = max(int(s.train.labels.max()) for s in owners if s.train.labels is not None)
         if top >= config.model.labels:
             raise ConfigError(f"model.labels={config.model.labels}: must be >= {top + 1}")
 
 
-def _owners(shares: list[OwnerSamples]) -> list[dict[str, Any]]:
+def _owners(owners: list[OwnerSamples]) -> list[dict[str, Any]]:
     rows = []
-    for share in shares:
+    for owner in owners:
         row: dict[str, Any] = {
-            "name": share.name,
-            "train": len(share.train),
-            "test": len(share.test),
-            "tokens": sum(share.train.lengths),
+            "name": owner.name,
+            "train": len(owner.train),
+            "test": len(owner.test),
+            "tokens": sum(owner.train.lengths),
         }
-        if share.train.labels is not None:
-            row["labels"] = share.train.labels.bincount().tolist()
+        if owner.train.labels is not None:
+            row["labels"] = owner.train.labels.bincount().tolist()
         rows.append(row)
     return rows
 

@@ -186,7 +186,7 @@ class DepthSetting(ExperimentSetting):
     def lone_candidates(self, k: int) -> tuple[Tensor, Tensor]:
         """Return lone tokens' states less their mean, ``(V, d)``, and public means, ``(P, d)``.
 
-        The mean of public text at each position takes the place's and the blocks' common part out.
+        Public text's mean at each position takes out what position and blocks add to every token.
         """
         longest = self.config.model.max_tokens
         total = torch.zeros(longest, self._lone[k].shape[1])

@@ -19,15 +19,15 @@ from fedsplit.config import RunConfig
 from simulations.core.owner_samples import OwnerSamples
 
 
-def truth_of(shares: Sequence[OwnerSamples]) -> Samples:
+def truth_of(owners: Sequence[OwnerSamples]) -> Samples:
     """Return what only the experimenter knows: (owner, split) -> slot -> token ids."""
-    parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
+    parts = [(s.name, part, getattr(s, part)) for s in owners for part in ("train", "test")]
     return {(name, part): dict(enumerate(held.ids)) for name, part, held in parts}
 
 
-def labels_of(shares: Sequence[OwnerSamples]) -> dict[tuple[str, str], dict[int, int]]:
+def labels_of(owners: Sequence[OwnerSamples]) -> dict[tuple[str, str], dict[int, int]]:
     """Return the private labels, where there are classes: (owner, split) -> slot -> label."""
-    parts = [(s.name, part, getattr(s, part)) for s in shares for part in ("train", "test")]
+    parts = [(s.name, part, getattr(s, part)) for s in owners for part in ("train", "test")]
     return {
         (name, part): dict(enumerate(held.labels.tolist()))
         for name, part, held in parts
@@ -35,17 +35,17 @@ def labels_of(shares: Sequence[OwnerSamples]) -> dict[tuple[str, str], dict[int,
     }
 
 
-def write_truth_file(folder: Path, shares: Sequence[OwnerSamples]) -> Path:
+def write_truth_file(folder: Path, owners: Sequence[OwnerSamples]) -> Path:
     """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
     path = folder / TRUTH
-    write_truth(path, truth_of(shares), labels_of(shares))
+    write_truth(path, truth_of(owners), labels_of(owners))
     return path
 
 
 def attack_transcript(
     config: RunConfig,
     transcript: Path,
-    shares: Sequence[OwnerSamples],
+    owners: Sequence[OwnerSamples],
     *,
     samples: int = 400,
     public: str = "",
@@ -56,7 +56,7 @@ def attack_transcript(
     Args:
         config: the run's settings; the attacker knows them, the initial bottom, and public text.
         transcript: the server's recording.
-        shares: the truth, used for scoring alone.
+        owners: the truth, used for scoring alone.
         samples: samples attacked at most, drawn over all owners by the run's seed.
         public: the attacker's text, one per line; empty: the run's own public text, or what the
             interpreter ships.
@@ -71,7 +71,7 @@ def attack_transcript(
     Raises:
         AttackError: no transcript.
     """
-    rows, ids = chosen_samples(read_transcript(transcript), truth_of(shares), samples, config.seed)
+    rows, ids = chosen_samples(read_transcript(transcript), truth_of(owners), samples, config.seed)
     view = View(public=public_knowledge(config, public=public), rows=rows, seed=config.seed)
     return {
         attack.result_key: attack.run(view, Truth(ids=ids)).to_dict()

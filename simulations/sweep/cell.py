@@ -32,9 +32,9 @@ def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
         row["train_seconds"] = time.perf_counter() - began
         frozen = config.split.bottom == "frozen"  # a joint bottom's rows are not kept
         if attack_samples and config.output.transcript and frozen:
-            shares = owner_samples(config, load_base(config).tokenizer)
+            owners = owner_samples(config, load_base(config).tokenizer)
             transcript = folder / "server" / "transcript.safetensors"
-            row |= privacy(attack_transcript(config, transcript, shares, samples=attack_samples))
+            row |= privacy(attack_transcript(config, transcript, owners, samples=attack_samples))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     row["seconds"] = time.perf_counter() - began

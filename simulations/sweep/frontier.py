@@ -30,11 +30,11 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not row.get("error"):
             groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
     out = []
-    for key, members in groups.items():
+    for key, cells in groups.items():
         summary: dict[str, Any] = dict(zip(GROUP, key, strict=True))
-        summary["seeds"] = len(members)
+        summary["seeds"] = len(cells)
         for name in MEASURED:
-            values = [float(m[name]) for m in members if m.get(name) is not None]
+            values = [float(m[name]) for m in cells if m.get(name) is not None]
             if not values:
                 continue
             summary[name] = float(np.mean(values))

@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
 from fedsplit.errors import ConfigError
-from simulations.core.settings import load_experiment, names, read_options
+from simulations.__main__ import app
+from simulations.core.kinds import KINDS
+from simulations.core.run_folder import RunFolder, read_results
+from simulations.core.settings import Experiment, load_experiment, names, read_options
 
 
 @pytest.mark.parametrize("name", names())
@@ -66,3 +71,21 @@ def test_options_are_their_defaults_types() -> None:
             read_options(wrong, defaults)
     with pytest.raises(ConfigError, match=r"options\.stepz: must be one of lr, steps"):
         read_options({"stepz": 1}, defaults)
+
+
+def test_every_kind_is_shipped_as_an_experiment_and_can_be_carried_out() -> None:
+    assert {load_experiment(name).kind for name in names()} == set(KINDS)
+    listed = CliRunner().invoke(app, ["list"], env={"COLUMNS": "300"})
+    assert all(name in listed.output for name in (*names(), *KINDS))
+
+
+def test_a_new_kind_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+        folder.record(rows=[read_options(experiment.options, {"size": 1})])
+
+    monkeypatch.setitem(KINDS, "toy", run)
+    path = tmp_path / "toy.toml"
+    path.write_text('kind = "toy"\nabout = "x"\n[options]\nsize = 3\n')
+    done = CliRunner().invoke(app, ["run", str(path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert read_results(tmp_path / "out")["rows"] == [{"size": 3}]
