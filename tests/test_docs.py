@@ -25,6 +25,16 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     assert [t for t in relative if not (page.parent / t).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_of_the_project_that_a_page_names_is_there(page: Path) -> None:
+    if page.name == "CHANGELOG.md":  # it names what was, too
+        return
+    named = set(
+        re.findall(r"`((?:fedsplit|strategies|simulations|tests)/[\w/.-]+)`", page.read_text())
+    )
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
 def test_the_paper_index_names_functions_that_exist() -> None:
     found = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", (ROOT / "docs/paper_index.md").read_text())
     assert len(found) > 20
