@@ -35,6 +35,15 @@ def test_every_path_of_the_project_that_a_page_names_is_there(page: Path) -> Non
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_the_pictures_of_the_architecture_name_files_that_exist() -> None:
+    pictures = re.findall(r"```\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    assert len(pictures) == 4
+    named = set(re.findall(r"[\w/]+/\w+\.py", "".join(pictures)))
+    assert len(named) > 20
+    for name in named:
+        assert any((ROOT / top / name).is_file() for top in ("fedsplit", "strategies")), name
+
+
 def test_the_paper_index_names_functions_that_exist() -> None:
     found = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", (ROOT / "docs/paper_index.md").read_text())
     assert len(found) > 20
