@@ -93,7 +93,7 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
     unknown = content.keys() - {"kind", "about", "minutes", "run", "options"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
-    run = dict(_flatten(content.get("run", {})))
+    run = dict(flatten(content.get("run", {})))
     options = dict(content.get("options", {}))
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -141,10 +141,15 @@ def read_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
     return options
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:
+    """Yield (dotted key, value) of nested tables.
+
+    Raises:
+        ConfigError: a value is neither a table nor a scalar; names its key.
+    """
     for key, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         elif isinstance(value, bool | int | float | str):
             yield f"{prefix}{key}", value
         else:

@@ -15,6 +15,7 @@ import psutil
 
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.errors import ConfigError, RunError, check
+from simulations.core.settings import flatten
 from simulations.runtime.child_processes import LogLine, tail_text
 
 Scalar = bool | int | float | str
@@ -57,17 +58,7 @@ def app_run_config(app_dir: Path) -> dict[str, Scalar]:
         raise ConfigError(
             f"app_dir={str(app_dir)!r}: must hold a pyproject.toml with [tool.flwr.app] ({error!r})"
         ) from error
-    flat: dict[str, Scalar] = {}
-
-    def add(prefix: str, table: Mapping[str, Any]) -> None:
-        for key, value in table.items():
-            if isinstance(value, Mapping):
-                add(f"{prefix}{key}.", value)
-            else:
-                flat[f"{prefix}{key}"] = value
-
-    add("", app.get("config", {}))
-    return flat
+    return dict(flatten(app.get("config", {})))
 
 
 def check_run_config(app_dir: Path, run_config: Mapping[str, Scalar]) -> None:
