@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,20 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
+# cells, folder, attacked samples, cells at once -> each cell with its row, as it comes
+Runner = Callable[[Sequence[Cell], Path, int, int], Iterator[tuple[Cell, Row]]]
+
+
+def run(
+    experiment: Experiment, folder: RunFolder, console: Console, runner: Runner | None = None
+) -> None:
     """Run or continue the sweep in ``folder``.
+
+    Args:
+        experiment: of the kind ``sweep``.
+        folder: of the run.
+        console: where tables and progress go.
+        runner: carries out the cells; None: :func:`run_cells`, on Ray.
 
     Raises:
         ConfigError: a bad option, or a setting out of range in any cell, before anything runs.
@@ -73,7 +85,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     with RunProgress(console) as progress:
         progress.stage("cells")
         work = folder.path / "work"
-        for cell, row in run_cells(missing, work, options["attack-samples"], workers):
+        for cell, row in (runner or run_cells)(missing, work, options["attack-samples"], workers):
             rows[cell.key] = row = {**row, "key": cell.key}
             if not row.get("error"):
                 store.save({"cell": cell.key}, [row])

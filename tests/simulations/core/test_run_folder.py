@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import stat
 import subprocess
 import tomllib
@@ -164,11 +165,11 @@ def test_full_disk_names_path_and_bytes_and_keeps_the_previous_file(
 
 
 def test_failure_to_record_does_not_hide_the_runs_own_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     def run() -> None:
-        with RunFolder(tmp_path, name="demo", kind="table") as folder:
-            monkeypatch.setattr(folder, "results_path", tmp_path / "gone" / "results.json")
+        with RunFolder(tmp_path / "gone", name="demo", kind="table") as folder:
+            shutil.rmtree(folder.path)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

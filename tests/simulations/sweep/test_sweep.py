@@ -91,24 +91,20 @@ def fake(calls: list[Cell], broken: set[float]) -> Any:
     return run_cells
 
 
-def test_a_second_start_runs_only_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_start_runs_only_what_is_missing(tmp_path: Path) -> None:
     calls: list[Cell] = []
     console = Console(file=io.StringIO())
     experiment = Experiment("s", "sweep", "", {}, {"seeds": 2, "cells": GROUPS})
 
-    monkeypatch.setattr(sweep, "run_cells", fake(calls, {8.0}))
     with RunFolder(tmp_path, name="s", kind="table") as folder:
-        sweep.run(experiment, folder, console)
+        sweep.run(experiment, folder, console, fake(calls, {8.0}))
     first = read_results(tmp_path)
     assert len(calls) == len(first["rows"]) == 6
     assert first["broken"] == 2
 
     calls.clear()
-    monkeypatch.setattr(sweep, "run_cells", fake(calls, set()))
     with RunFolder(tmp_path, name="s", kind="table", force=True) as folder:
-        sweep.run(experiment, folder, console)
+        sweep.run(experiment, folder, console, fake(calls, set()))
     second = read_results(tmp_path)
     assert {c.config.privacy.eta for c in calls} == {8.0}
     assert second["broken"] == 0
@@ -124,21 +120,18 @@ def test_a_second_start_runs_only_what_is_missing(
     known = {"known": str(tmp_path / "results.parquet")}
     wider = Experiment("s", "sweep", "", {}, {**known, "seeds": 3, "cells": GROUPS})
     with RunFolder(tmp_path / "other", name="s", kind="table") as folder:
-        sweep.run(wider, folder, console)
+        sweep.run(wider, folder, console, fake(calls, set()))
     assert {c.config.seed for c in calls} == {2}
     assert len(read_results(tmp_path / "other")["rows"]) == 9
 
 
-def test_a_sweep_of_which_nothing_came_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sweep, "run_cells", fake([], {8.0, 12.0}))
+def test_a_sweep_of_which_nothing_came_is_a_failure(tmp_path: Path) -> None:
     experiment = Experiment("s", "sweep", "", {}, {"cells": GROUPS[1:]})
     with (
         pytest.raises(RunError, match="all 2 cells failed"),
         RunFolder(tmp_path, name="s", kind="table") as folder,
     ):
-        sweep.run(experiment, folder, Console(file=io.StringIO()))
+        sweep.run(experiment, folder, Console(file=io.StringIO()), fake([], {8.0, 12.0}))
     assert read_results(tmp_path)["status"] == "failed"
 
 
@@ -154,9 +147,7 @@ def test_intervals_are_those_of_the_mean() -> None:
     assert one["accuracy_pm"] is None
 
 
-def test_cells_of_an_earlier_version_are_read_and_broken_ones_run_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_of_an_earlier_version_are_read_and_broken_ones_run_again(tmp_path: Path) -> None:
     cells = cells_of({}, GROUPS, 1)
     (tmp_path / "cells").mkdir()
     rows = ({"accuracy": 0.25, "eta": None}, {"error": "ModelError: no"}, None)
@@ -164,9 +155,9 @@ def test_cells_of_an_earlier_version_are_read_and_broken_ones_run_again(
         text = json.dumps(row) if row else '{"accuracy": 0.'
         (tmp_path / "cells" / f"{cell.key}.json").write_text(text)
     calls: list[Cell] = []
-    monkeypatch.setattr(sweep, "run_cells", fake(calls, set()))
+    experiment = Experiment("s", "sweep", "", {}, {"cells": GROUPS})
     with RunFolder(tmp_path, name="s", kind="table") as folder:
-        sweep.run(Experiment("s", "sweep", "", {}, {"cells": GROUPS}), folder, Console(quiet=True))
+        sweep.run(experiment, folder, Console(quiet=True), fake(calls, set()))
     assert [cell.key for cell in calls] == [cell.key for cell in cells[1:]]
     found = read_results(tmp_path)["rows"]
     assert [row["accuracy"] for row in found] == [0.25, 0.5, 0.5]
