@@ -53,14 +53,14 @@ def main() -> None:
         num_attention_heads=4, max_position_embeddings=T, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    train(model, public, 100, 3e-3)  # the model owner's own work
+    train(model, public, 80, 3e-3)  # the model owner's own work
 
     layerdrop = make_compressor("layerdrop", adapters=ends(6, 1, 1), keep=2)
     emulator = layerdrop.build(model, Material(tokens=public[:32]))  # what the owner is sent
     share = emulator.parameter_count() / model.num_parameters()
     print(f"emulator: {share:.0%} of the weights, {emulator.plan.adapters} are trained")
 
-    train(emulator.model, private, 80, 1e-3)  # at the owner
+    train(emulator.model, private, 60, 1e-3)  # at the owner
     tuned = adapter_state(emulator)  # what the owner returns
 
     with torch.no_grad():

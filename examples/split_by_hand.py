@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from fedsplit.data import load_dataset
 from fedsplit.models import load, split
 
-STEPS, BATCH = 6, 8
+STEPS, BATCH = 4, 4
 
 
 def main() -> None:
