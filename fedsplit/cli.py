@@ -24,6 +24,7 @@ from fedsplit.commands.attacks import extraction as attack_extraction
 from fedsplit.commands.attacks import inversion as attack
 from fedsplit.commands.attacks import lineage as attack_lineage
 from fedsplit.errors import FedsplitError
+from fedsplit.observe import printable
 
 app_cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -56,6 +57,7 @@ def app() -> None:
     try:
         app_cli()
     except FedsplitError as error:
-        text = escape(str(error))  # "[app]" in a message is text, not markup
+        # "[app]" in a message is text, not markup
+        text = escape(printable(error, keep="\n", most=1 << 16))
         console.print(f"[red]{type(error).__name__}[/red]: {text}", highlight=False)
         raise SystemExit(1) from None

@@ -32,7 +32,16 @@ class PrivacyError(FedsplitError, ValueError):
 
 
 class PolicyError(FedsplitError):
-    """The owner's own policy forbids what was asked; names the rule."""
+    """The owner's own policy forbids what was asked; names the rule.
+
+    Args:
+        message: names each rule, its bound and what was asked.
+        rules: names of the broken rules.
+    """
+
+    def __init__(self, message: str, rules: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.rules = rules
 
 
 class LedgerError(FedsplitError):

@@ -13,6 +13,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from fedsplit.client import offsite, serving, split
 from fedsplit.client.task import ClientTask
 from fedsplit.errors import FedsplitError, LedgerError, SessionError
+from fedsplit.observe import printable
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.registry import pick
 from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
@@ -78,7 +79,7 @@ def _handler(message: Message, context: Context) -> Handler:
 def _refusal(message: Message, error: Exception, task: ClientTask | None) -> Message:
     """Return an error reply that names what was wrong, never what the data was."""
     foreseen = isinstance(error, FedsplitError)
-    log.error("refused: %s: %s", type(error).__name__, error, exc_info=not foreseen)
+    log.error("refused: %s: %s", type(error).__name__, printable(error), exc_info=not foreseen)
     told = tellable(error)
     reason = f"{type(told).__name__}: {told}"[:1000]
     if task is not None:

@@ -30,7 +30,7 @@ def session(client: ClientTask) -> RecordDict:
         raise ConfigError(f"model.task={config.model.task!r}: must be causal-lm for {STRATEGY}")
     folder = _emulator(task)
     emulator = load_emulator(folder)  # its digest was verified on the way
-    train, test = own_data(config.data, config.seed, False, identity.node_config)
+    train, test = own_data(config.data, config.seed, False, identity.node_config, identity.secret)
     blocks = blocks_of(_tokenizer(folder), train.texts, test.texts, config.offsite.block)
     owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret)
     if averaged := averaged_weights(client.message):

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedsplit import storage
 from fedsplit.errors import ConfigError, DataError
+from fedsplit.observe import printable
 
 console = Console()
 
@@ -60,7 +61,8 @@ def predict(
         console.print(text, end="", style="dim", markup=False, highlight=False)
 
         def show(piece: str) -> None:
-            console.print(piece, end="", markup=False, highlight=False)
+            shown = printable(piece, keep="\n\t", most=len(piece))
+            console.print(shown, end="", markup=False, highlight=False)
 
         _, answered = generate(root, text, choose=choose, most=new_tokens, on_text=show)
         console.print()

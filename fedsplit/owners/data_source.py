@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from fedsplit.config import DataConfig
 from fedsplit.data import TextDataset, load_splits, partition, train_test_split
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.owners.home import in_simulation
 from fedsplit.owners.naming import owner_name
+from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import derive_seed
 
-__all__ = ["own_data", "owner_name", "simulated_shares"]
+__all__ = ["held_out", "own_data", "owner_name", "simulated_shares"]
+
+TEST_SHARE = 0.2  # of an owner that names none in its node config
 
 
 @lru_cache(maxsize=2)
@@ -59,16 +62,28 @@ def simulated_shares(
 
 
 def own_data(
-    config: DataConfig, seed: int, labelled: bool, node_config: Mapping[str, object]
+    config: DataConfig,
+    seed: int,
+    labelled: bool,
+    node_config: Mapping[str, object],
+    secret: OwnerSecret,
 ) -> tuple[TextDataset, TextDataset]:
     """Return this owner's (train, test).
 
-    Only in a simulation does the run config say which data; anywhere else it is the owner's node
-    config (keys ``data-kind``, ``data-path``, ``text-column``, ``label-column``): a server must not
-    be able to name a file on the owner's disk.
+    Only in a simulation does the run config say which data, and which of it is held out; anywhere
+    else it is the owner's node config (keys ``data-kind``, ``data-path``, ``text-column``,
+    ``label-column``, ``test-share``): a server must not be able to name a file on the owner's disk,
+    nor to move texts between training and evaluation, which different rules bound.
+
+    Args:
+        config: of the run; used in a simulation alone.
+        seed: of the run; used in a simulation alone.
+        labelled: whether labels are read.
+        node_config: the owner's own, from its SuperNode.
+        secret: decides which texts are held out, see :func:`held_out`.
 
     Raises:
-        ConfigError: no data named in the node config.
+        ConfigError: no data named in the node config, or ``test-share`` out of range.
         DataError: as :func:`simulated_shares`.
     """
     if in_simulation():
@@ -87,9 +102,41 @@ def own_data(
     )
     if test is not None:
         return train, test
-    if len(train) < 2:
-        raise DataError(f"{path}: {len(train)} samples: must be >= 2 to hold some out")
-    keep, held_out = train_test_split(
-        range(len(train)), train.labels, config.test_share, derive_seed(seed, "test")
-    )
-    return train.select(keep), train.select(held_out)
+    keep, out = held_out(train.texts, _test_share(node_config), secret)
+    return train.select(keep), train.select(out)
+
+
+def held_out(
+    texts: Sequence[str], share: float, secret: OwnerSecret
+) -> tuple[list[int], list[int]]:
+    """Return (training, held-out) indices, each text's side by its own keyed hash.
+
+    A text stays on its side for ever, in every run and however the owner's file grows; equal texts
+    are on the same side.
+
+    Args:
+        texts: the owner's.
+        share: expected share of the different texts that is held out, in (0, 1).
+        secret: the owner's.
+
+    Raises:
+        DataError: fewer than two different texts.
+    """
+    mark = {t: float(secret.stream("fedsplit.data.split.v1", t).uniform(1)[0]) for t in texts}
+    if len(mark) < 2:
+        raise DataError(f"{len(mark)} different texts: must be >= 2 to hold some out")
+    # At least one text on each side, whatever the draws are.
+    ordered = sorted(mark, key=lambda text: (mark[text], text))
+    count = min(max(sum(m < share for m in mark.values()), 1), len(ordered) - 1)
+    out = set(ordered[:count])
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index, text in enumerate(texts):
+        sides[text in out].append(index)
+    return sides
+
+
+def _test_share(node_config: Mapping[str, object]) -> float:
+    share = node_config.get("test-share", TEST_SHARE)
+    good = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share < 1
+    check(good, "node config test-share", share, "in (0, 1)")
+    return float(share)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.errors import DeadlineError, FrameError, SessionError
+from fedsplit.observe import printable
 from fedsplit.wire.frames import Frame, Kind, decode, encode
 
 _SEND_S = 60.0
@@ -223,7 +224,8 @@ class Link:
             raise FrameError(f"frame sequence {frame.sequence}: must be {self._received}")
         self._received += 1
         if frame.kind is Kind.ERROR:
-            raise SessionError(f"peer gave up: {frame['error']}: {frame['message']}")
+            told = printable(f"{frame['error']}: {frame['message']}")
+            raise SessionError(f"peer gave up: {told}")
         return frame
 
     def _next(self, timeout_s: float) -> bytes:

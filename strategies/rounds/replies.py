@@ -10,6 +10,7 @@ import torch
 from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
 from fedsplit.errors import ModelError, SessionError, WireError
+from fedsplit.observe import printable
 from fedsplit.wire.messages import WEIGHTS
 from fedsplit.wire.replies import ReplySchema
 
@@ -64,7 +65,7 @@ def node_of(reply: Message, asked: Iterable[Metadata]) -> int:
 
 def reason_of(reply: Message) -> str:
     """Return what an error reply says, for the record."""
-    return f"error {reply.error.code}: {reply.error.reason}"[:500]
+    return printable(f"error {reply.error.code}: {reply.error.reason}", most=500)
 
 
 def unanswered(asked: Iterable[Metadata], replies: Iterable[Message]) -> list[int]:

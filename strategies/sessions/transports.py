@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsplit.errors import ConfigError, FedsplitError, SessionError, WireError
-from fedsplit.observe import bound
+from fedsplit.observe import bound, printable
 from fedsplit.wire.authentication import Door, Hello
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link
@@ -229,7 +229,8 @@ class MessageHub:
             link = self._links[node]
             waiting.discard(node)
             if reply.has_error():
-                link.close(f"owner replied with error {reply.error.code}: {reply.error.reason}")
+                reason = printable(reply.error.reason)
+                link.close(f"owner replied with error {reply.error.code}: {reason}")
                 continue
             try:
                 for frame in unpack_frames(reply.content, self._max):

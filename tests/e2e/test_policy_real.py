@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -81,12 +80,11 @@ def test_a_server_that_breaks_the_policy_is_refused_and_an_honest_one_is_not(
     with pytest.raises(RunError, match="no owner took a step") as caught:
         deploy(RunConfig.from_flat(broken), tmp_path / "broken")
     told = str(caught.value) + (tmp_path / "broken" / "server" / "server.json").read_text()
-    assert "noise.max_eta: asked 400, must be <= 40" in told
+    assert "(rules: noise.max_eta, app.digest)" in told  # names, and no value
     for owner in OWNERS:
         kinds = {line["kind"] for line in read_ledger(tmp_path / "broken" / "homes" / owner)}
         assert kinds == {"error"}  # not even HELLO has left
 
-    assert set(re.findall(r"app\.digest: asked '([0-9a-f]{64})'", told)) == {digest}
     policy.write_text(HONEST + f'[app]\ndigest = "{digest}"\n')
     _, server = deploy(RunConfig.from_flat(material), tmp_path / "honest")
     (row,) = server["rounds"]

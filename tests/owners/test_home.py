@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 
 from fedsplit.config import DataConfig, RunConfig
-from fedsplit.errors import ConfigError, DataError, PrivacyError, SessionError
+from fedsplit.errors import (
+    ConfigError,
+    DataError,
+    FedsplitError,
+    PolicyError,
+    PrivacyError,
+    SessionError,
+)
 from fedsplit.owners.data_source import own_data, owner_name
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
-from fedsplit.owners.policy.refusals import tellable
+from fedsplit.owners.policy.refusals import TOLD, tellable
 from fedsplit.privacy.secret import OwnerSecret
+
+SECRET = OwnerSecret(bytes(range(32)))
 
 
 def numbers(secret: OwnerSecret) -> list[float]:
@@ -115,14 +124,14 @@ def test_run_folders_are_apart_and_private(tmp_path: Path) -> None:
 def test_outside_a_simulation_the_run_config_names_no_data(real: Path, texts: Path) -> None:
     asked = DataConfig(kind="file", path=str(texts), owners=1, partition="iid")
     with pytest.raises(ConfigError, match="data-path: must name this owner's own data"):
-        own_data(asked, 0, True, {"partition-id": 0})
+        own_data(asked, 0, True, {"partition-id": 0}, SECRET)
     own = texts.parent / "own.jsonl"
     own.write_text('{"words": "mine", "class": "yes"}\n{"words": "mine too", "class": "no"}\n' * 4)
     node = {"data-path": str(own), "text-column": "words", "label-column": "class"}
     shares = []
     for path, column in ((str(texts), "text"), ("/etc/passwd", "label"), ("", "words")):
         asked = replace(asked, path=path, text_column=column, kind="docstrings", limit=1)
-        shares.append(own_data(asked, 0, True, node))
+        shares.append(own_data(asked, 0, True, node, SECRET))
     for train, test in shares:
         assert {*train.texts, *test.texts} == {"mine", "mine too"}
         assert len(train) + len(test) == 8
@@ -131,11 +140,12 @@ def test_outside_a_simulation_the_run_config_names_no_data(real: Path, texts: Pa
 
 def test_in_a_simulation_it_is_the_partition_that_counts(simulated: Path, texts: Path) -> None:
     asked = DataConfig(kind="file", path=str(texts), owners=3, partition="iid")
-    parts = [own_data(asked, 0, True, {"partition-id": i, "data-path": "/x"}) for i in range(3)]
+    nodes = [{"partition-id": i, "data-path": "/x"} for i in range(3)]
+    parts = [own_data(asked, 0, True, node, SECRET) for node in nodes]
     assert sum(len(train) + len(test) for train, test in parts) == 120
     for bad in (3, -1, None, "0", 1.0):
         with pytest.raises(ConfigError, match=r"partition-id=.*must be in"):
-            own_data(asked, 0, True, {"partition-id": bad})
+            own_data(asked, 0, True, {"partition-id": bad}, SECRET)
 
 
 @pytest.mark.parametrize(
@@ -179,15 +189,21 @@ def test_what_leaves_of_an_error_is_not_the_data(real: Path, error: Exception) -
     told = tellable(error)
     assert "gout" not in str(told)
     assert "its own log says why" in str(told)
-    if isinstance(error, DataError):
-        assert isinstance(told, DataError)
-    else:
-        assert type(error).__name__ in str(told)
+    assert type(told) is (DataError if isinstance(error, DataError) else SessionError)
 
 
-def test_errors_that_name_no_data_are_told(real: Path) -> None:
-    for error in (SessionError("deadline"), PrivacyError("eta=-1"), ConfigError("k=9")):
-        assert tellable(error) is error
+def test_every_error_is_told_as_a_sentence_of_the_table(real: Path) -> None:
+    kinds, seen = [FedsplitError], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        seen.add(str(tellable(kind("hidden: 414 NaN values\n\x1b[2J"))))
+    assert seen == set(TOLD.values())
+
+
+def test_a_policys_refusal_names_its_rules_and_no_value(real: Path) -> None:
+    told = tellable(PolicyError("noise.max_eta: asked 8", ("noise.max_eta", "made.up 414")))
+    assert str(told).endswith("(rules: noise.max_eta)")
 
 
 def test_a_simulation_is_told_everything(simulated: Path) -> None:

@@ -314,7 +314,8 @@ def refuse(breaches: list[Breach]) -> None:
         PolicyError: names each rule, its bound and what was asked.
     """
     if breaches:
-        raise PolicyError("owner's policy: " + "; ".join(str(breach) for breach in breaches))
+        told = "; ".join(str(breach) for breach in breaches)
+        raise PolicyError(f"owner's policy: {told}", tuple(breach.rule for breach in breaches))
 
 
 def _protects(mechanism: str) -> bool:

@@ -82,7 +82,7 @@ def build_split_owner(task: OwnerTask, moved: str) -> SplitOwner:
     mode, round_, folder = offer.mode, offer.round, task.bottom_folder
     bottom, tokenizer = _bottom(folder)
     train_set, test_set = own_data(
-        config.data, config.seed, _labelled(config), identity.node_config
+        config.data, config.seed, _labelled(config), identity.node_config, identity.secret
     )
     train = _tokenised(config, identity, tokenizer, folder, "train", train_set)
     chosen = train
@@ -176,7 +176,9 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
     p = config.privacy
     mechanism = mechanism_type(p)
     if mechanism.protects() and (p.cti != "off" or mechanism.needs_own_text(p)):
-        texts, _ = own_data(config.data, config.seed, _labelled(config), identity.node_config)
+        texts, _ = own_data(
+            config.data, config.seed, _labelled(config), identity.node_config, identity.secret
+        )
         train = _tokenised(config, identity, tokenizer, folder, "train", texts)
         shown, _ = _label_side(config, identity, folder, train, train, "evaluate")
     perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)

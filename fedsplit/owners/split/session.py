@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 from fedsplit import storage
 from fedsplit.errors import ModelError, SessionError
 from fedsplit.models.bundle.bottom import Bundle
+from fedsplit.observe import printable
 from fedsplit.owners.handshake import greet, request_files
 from fedsplit.owners.ledger.disclosure import Outgoing
 from fedsplit.owners.task import OwnerTask
@@ -58,7 +59,8 @@ def run_session(link: Link, task: OwnerTask, build: Callable[[], A]) -> A:
             for outgoing in owner.handle(frame):
                 check.send(link, outgoing)
         if not owner.done:
-            raise SessionError(f"server ended the session early: {frame['reason']}")
+            reason = printable(frame["reason"])
+            raise SessionError(f"server ended the session early: {reason}")
         link.close()
     except Exception as error:
         check.fail(link, error)
