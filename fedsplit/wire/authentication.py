@@ -1,4 +1,4 @@
-"""Who may start a session: one check for every transport."""
+"""Authentication of sessions: one check for every transport."""
 
 from __future__ import annotations
 
@@ -22,17 +22,21 @@ class Hello:
     digest: str
 
 
-class Door:
-    """Admits sessions of one run.
+class SessionAuthenticator:
+    """Issues the session tokens of one run, and admits who shows one.
 
     Args:
-        tokens: the book that issued the run's tokens.
         run: Flower's run id.
+        tokens: issues and redeems the run's tokens; None: a new book.
     """
 
-    def __init__(self, tokens: TokenBook, run: int) -> None:
-        self.tokens = tokens
+    def __init__(self, run: int, tokens: TokenBook | None = None) -> None:
         self.run = run
+        self.tokens = tokens or TokenBook()
+
+    def issue(self, node: int, round_: int, mode: str, lifetime_s: float | None = None) -> str:
+        """Return a new token for one session, see :meth:`TokenBook.issue`."""
+        return self.tokens.issue(self.run, node, round_, mode, lifetime_s)
 
     def admit(self, frame: Frame) -> Hello:
         """Redeem a HELLO's token and return who it is.

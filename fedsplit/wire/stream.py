@@ -1,9 +1,9 @@
 """Sessions on one gRPC bidirectional stream that the owner opens.
 
 One RPC, ``/fedsplit.Session/Open``; both directions carry the raw bytes of frames.  The server is a
-plain gRPC server on its own port, with TLS except on the loopback interface.  A stream whose first
-frame is not a HELLO with a token that the :class:`~fedsplit.wire.authentication.Door` admits is
-closed
+plain gRPC server on its own port, with TLS except on the loopback interface.  A stream is closed
+whose first frame is not a HELLO with a token that the
+:class:`~fedsplit.wire.authentication.SessionAuthenticator` admits,
 before anything else is read; until then it can make the server hold ``_HELLO_BYTES`` and no more.
 """
 
@@ -20,7 +20,7 @@ from typing import ParamSpec, TypeVar
 import grpc
 
 from fedsplit.errors import ConfigError, FedsplitError, SessionError, TokenError
-from fedsplit.wire.authentication import Door, Hello
+from fedsplit.wire.authentication import Hello, SessionAuthenticator
 from fedsplit.wire.dial import GRACE_S, channel_options, is_loopback, read_all
 from fedsplit.wire.dial import METHOD as METHOD
 from fedsplit.wire.dial import connect as connect
@@ -72,7 +72,7 @@ class SessionServer:
     """Listens for owners and hands each accepted session to ``on_session``.
 
     Args:
-        door: decides who may start a session.
+        authenticator: decides who may start a session.
         on_session: called in the session's own thread with its link and HELLO; must not block.
         host: interface to listen on.
         port: port, 0 = any free one.
@@ -92,7 +92,7 @@ class SessionServer:
 
     def __init__(
         self,
-        door: Door,
+        authenticator: SessionAuthenticator,
         on_session: Callable[[Link, Hello], None],
         *,
         host: str = "127.0.0.1",
@@ -109,7 +109,7 @@ class SessionServer:
             raise ConfigError(
                 f"session.host={host!r}: without a certificate must be a loopback address"
             )
-        self._door = door
+        self._authenticator = authenticator
         self._on_session = on_session
         self._on_bytes = on_bytes
         self._max_frame = max_frame_bytes
@@ -268,7 +268,7 @@ class SessionServer:
             self._seats.pop(seat.name, None)
 
     def _greet(self, link: Link) -> Hello:
-        hello = self._door.admit(link.expect(Kind.HELLO, self._hello_deadline_s))
+        hello = self._authenticator.admit(link.expect(Kind.HELLO, self._hello_deadline_s))
         if self._on_bytes is not None:
             keep = self._on_bytes
             link.on_bytes = lambda data: keep(hello.node, hello.mode, data)

@@ -36,19 +36,18 @@ from safetensors.torch import save_file
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError, check
 from fedsplit.models.splitting.halves import split
-from fedsplit.wire.authentication import Door
+from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import MODE
-from fedsplit.wire.tokens import TokenBook
 from simulations.bench.figures import publish
 from simulations.core.owner_samples import owner_samples
 from simulations.core.tables import make_table
 from simulations.runtime.local_run import run_in_process
 from simulations.runtime.machine import machine
-from strategies.serving.inference_server import Desk
-from strategies.serving.run import build_desk
-from strategies.sessions.transports import StreamHub
-from strategies.split_tuning.run import load_base
+from strategies.base_model import load_base
+from strategies.serving.inference_server import InferenceServer
+from strategies.serving.run import build_inference_server
+from strategies.sessions.transports import StreamTransport
 from strategies.telemetry.status import quantile
 
 RUN = 1
@@ -138,27 +137,27 @@ def represent(config: RunConfig, path: Path) -> dict[str, Any]:
 
 def serve(config: RunConfig, rows: Path, owners: int, steps: int) -> dict[str, Any]:
     """Let all owners ask one server; return its speed, their waiting and its memory."""
-    desk = build_desk(config)
-    door = Door(TokenBook(), RUN)
-    hub = StreamHub(
-        door,
+    server = build_inference_server(config)
+    authenticator = SessionAuthenticator(RUN)
+    transport = StreamTransport(
+        authenticator,
         host="127.0.0.1",
         port=0,
         tls=None,
         max_frame_bytes=config.session.max_frame_mb << 20,
         on_bytes=None,
     )
-    hub.begin(desk)
+    transport.serve(server)
     try:
         before = resident()
-        offer = SessionOffer(RUN, 0, 0, MODE, "stream", "", hub.address, digest=desk.digest)
-        with _owners(offer, door, rows, owners, steps) as children:
+        offer = SessionOffer(RUN, 0, 0, MODE, "stream", "", transport.address, digest=server.digest)
+        with _owners(offer, authenticator, rows, owners, steps) as children:
             connected = resident()
             with sampled() as peak:
                 results = _answers(children)
     finally:
-        hub.stop()
-        desk.close()
+        transport.close()
+        server.close()
     errors = [error for result in results for error in result["errors"]]
     if errors:
         raise RunError(f"bench service: {len(errors)} of {owners} owners failed: {errors[0]}")
@@ -166,20 +165,20 @@ def serve(config: RunConfig, rows: Path, owners: int, steps: int) -> dict[str, A
     return {
         "steps_per_s": len(latencies) / max(result["seconds"] for result in results),
         "latencies": latencies,
-        "texts_per_forward": _texts_per_forward(desk),
+        "texts_per_forward": _texts_per_forward(server),
         "bytes_per_owner": (connected - before) / owners,
         "busy_bytes_per_owner": (max(peak) - before) / owners,
     }
 
 
-def _texts_per_forward(desk: Desk) -> float:
-    report = desk.batcher.report
+def _texts_per_forward(server: InferenceServer) -> float:
+    report = server.batcher.report
     return report.texts / max(1, report.forwards)
 
 
 @contextmanager
 def _owners(
-    offer: SessionOffer, door: Door, rows: Path, owners: int, steps: int
+    offer: SessionOffer, authenticator: SessionAuthenticator, rows: Path, owners: int, steps: int
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Start the owners' processes; inside the block all sessions are open."""
     children: list[subprocess.Popen[str]] = []
@@ -187,7 +186,7 @@ def _owners(
     plain = {key: value for key, value in asdict(offer).items() if key != "ca"}
     try:
         for number in range(PROCESSES):
-            tokens = {n: door.tokens.issue(RUN, n, 0, MODE) for n in nodes[number::PROCESSES]}
+            tokens = {n: authenticator.issue(n, 0, MODE) for n in nodes[number::PROCESSES]}
             child = subprocess.Popen(
                 [sys.executable, "-m", "simulations.bench.replayed_owners"],
                 stdin=subprocess.PIPE,

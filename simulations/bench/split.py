@@ -35,8 +35,8 @@ from simulations.core.tables import make_table
 from simulations.runtime.federated import deploy, simulate
 from simulations.runtime.machine import machine
 from simulations.split.centralised import Step
+from strategies.base_model import load_base
 from strategies.split_tuning.optimisation import Optimisation
-from strategies.split_tuning.run import load_base
 
 OWNERS = 4
 NODES = 2

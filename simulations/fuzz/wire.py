@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 import fedsplit
 from fedsplit.config import RunConfig
 from fedsplit.errors import FrameError
-from fedsplit.wire.authentication import Door, Hello
+from fedsplit.wire.authentication import Hello, SessionAuthenticator
 from fedsplit.wire.codecs import CODECS, decode_rows, encode_rows
 from fedsplit.wire.frames import PROTOCOL, Frame, Kind, decode, encode
 from fedsplit.wire.fuzz import damaged, sample_frames, sample_header
@@ -36,8 +36,8 @@ from fedsplit.wire.tokens import TokenBook
 from fedsplit.wire.transfer import receive_files
 from simulations.fuzz.cases import Case, Cases, cases_of
 from simulations.fuzz.damage import damaged_text, damaged_value, flipped
-from strategies.sessions.owner_session import Member
-from strategies.sessions.representation_cache import RepresentationStore
+from strategies.sessions.owner_session import OwnerSession
+from strategies.sessions.representation_cache import RepresentationCache
 
 BOUND = 1 << 20
 
@@ -111,10 +111,10 @@ def transfers(_: Path) -> Cases:
 
 def hellos(_: Path) -> Cases:
     """Fuzz HELLO frames and tokens; what is admitted was issued, and only once."""
-    door = Door(TokenBook(clock=lambda: 1e9), 7)
+    authenticator = SessionAuthenticator(7, TokenBook(clock=lambda: 1e9))
 
     def draw(rng: random.Random) -> Case:
-        token = door.tokens.issue(7, 5, 1, "train")
+        token = authenticator.tokens.issue(7, 5, 1, "train")
         sound: dict[str, Any] = {
             "protocol": PROTOCOL,
             "version": fedsplit.__version__,
@@ -138,7 +138,7 @@ def hellos(_: Path) -> Cases:
 
         def case() -> None:
             frame = decode(encode(Frame(Kind.HELLO, header), 0, BOUND), BOUND)
-            admitted = door.admit(frame)
+            admitted = authenticator.admit(frame)
             if admitted.run != 7 or frame["token"] != token or admitted.node != 5:
                 raise AssertionError("admitted what was never issued")
 
@@ -299,10 +299,10 @@ def members(_: Path) -> Cases:
 
     def draw(rng: random.Random) -> Case:
         ours, theirs = loopback(BOUND)
-        member = Member(
+        member = OwnerSession(
             ours,
             Hello(7, 5, 1, "train", "a", ""),
-            RepresentationStore(),
+            RepresentationCache(),
             width=4,
             max_tokens=64,
             joint=rng.random() < 0.5,

@@ -40,7 +40,7 @@ from fedsplit.owners.offsite.owner import blocks_of
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
 from simulations.core.setting import ExperimentSetting
-from strategies.split_tuning.run import DTYPES
+from strategies.base_model import DTYPES
 
 # Options of every experiment on offsite tuning; an experiment adds its own.
 COMMON: dict[str, Any] = {

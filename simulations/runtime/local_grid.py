@@ -19,7 +19,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsplit.client.dispatch import answer
 from fedsplit.config import RunConfig
 from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
-from strategies.rounds.prompt_grid import PromptGrid
+from strategies.rounds.polling_grid import PollingGrid
 
 HANDLERS = dict.fromkeys(("train", "evaluate", STEP_TYPE, WHO_TYPE, SERVE_TYPE), answer)
 
@@ -113,7 +113,7 @@ class LocalGrid(Grid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Run every message and return the replies."""
-        return PromptGrid(self).send_and_receive(messages, timeout=timeout)
+        return PollingGrid(self).send_and_receive(messages, timeout=timeout)
 
     def _work(self, message: Message, replies: list[Message]) -> None:
         node = message.metadata.dst_node_id

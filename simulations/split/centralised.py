@@ -23,10 +23,10 @@ from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.seeding import derive_seed
 from simulations.core.owner_samples import OwnerSamples
+from strategies.base_model import AUTOCASTS, load_base
+from strategies.rounds.report import natural
 from strategies.sessions.length_buckets import LengthBuckets
 from strategies.split_tuning.optimisation import Optimisation
-from strategies.split_tuning.round import natural
-from strategies.split_tuning.run import AUTOCASTS, load_base
 
 Step = list[tuple[Samples, list[int]]]
 

@@ -18,7 +18,7 @@ from simulations.runtime.federated import simulate
 from simulations.split.centralised import CentralisedTwin, TwinReport
 from simulations.split.results_table import print_table
 from simulations.split.transcript_attacks import attack_transcript, write_truth_file
-from strategies.split_tuning.run import load_base
+from strategies.base_model import load_base
 
 OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
 

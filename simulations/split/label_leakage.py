@@ -33,7 +33,7 @@ from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import grouped, make_table, mean
 from simulations.runtime.local_grid import LocalGrid
 from simulations.runtime.local_run import run_in_process
-from strategies.split_tuning.run import load_base
+from strategies.base_model import load_base
 
 # Protections with their parameter, as `--set options.protections` may name them.
 PROTECTIONS = [

@@ -11,7 +11,7 @@ from simulations.core.owner_samples import owner_samples
 from simulations.runtime.local_run import run_in_process
 from simulations.split.transcript_attacks import attack_transcript
 from simulations.sweep.plan import Cell
-from strategies.split_tuning.run import load_base
+from strategies.base_model import load_base
 
 
 def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:

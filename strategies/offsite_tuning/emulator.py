@@ -58,6 +58,10 @@ class Shipped:
     digest: str
     facts: dict[str, Any]
 
+    def files(self) -> dict[str, bytes]:
+        """Return the files' contents by name."""
+        return {path.name: path.read_bytes() for path in sorted(self.folder.iterdir())}
+
 
 def public_blocks(config: RunConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return (calibration, evaluation) blocks (N, T) of the server's public text.

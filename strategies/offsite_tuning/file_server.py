@@ -17,7 +17,7 @@ from ..sessions.owner_session import welcome_header
 log = logging.getLogger(__name__)
 
 
-class FileDesk:
+class FileServer:
     """Sends the same files to whoever is admitted.
 
     Args:

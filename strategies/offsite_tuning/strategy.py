@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
+import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -22,86 +25,108 @@ from flwr.app import (
     MetricRecord,
 )
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
-from torch import Tensor
+from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
-from fedsplit.emulators import Emulator
-from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import mean_loss
-from fedsplit.errors import LineageError, ModelError, RunError
-from fedsplit.models.adapters.methods import BlockTuning
+from fedsplit.errors import ConfigError, LineageError, ModelError, RunError
 from fedsplit.privacy.dp.accounting import spent_epsilon
-from fedsplit.wire.authentication import Door
 from fedsplit.wire.replies import reply_schema
 
-from ..rounds.averaging import remember, restore, state_of
-from ..rounds.client_manager import Roll
+from ..rounds.averaging import restore, set_current_arrays, state_of
+from ..rounds.client_manager import ClientManager
 from ..rounds.lineage_setup import average_watched, tensors
-from ..rounds.lineage_watch import LineageWatch, stop_reason
-from ..rounds.prompt_grid import PromptGrid
+from ..rounds.lineage_watch import stop_reason
 from ..rounds.recorder import Recorder
 from ..rounds.replies import Accepted, average, check_weights, collect, read_reply
+from ..rounds.report import RoundReport, natural
+from ..rounds.run_strategy import RunStrategy
 from ..sessions.offers import Offers
-from ..sessions.transports import StreamHub
-from ..split_tuning.round import RoundReport, natural
-from .file_server import FileDesk
+from ..settings import Settings, current_run, run_config
+from .export import export
+from .parts import OffsiteParts, build_parts
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class OffsiteParts:
-    """What a run's strategy works with; built by :mod:`strategies.offsite_tuning.run`.
-
-    Attributes:
-        model: the full model; adapters are plugged into it after every round.
-        emulator: what owners train.
-        tuning: what is trained, in A of the full model.
-        digest: of the emulator's files.
-        public: held-out public blocks (N, T) that the plugged-in model is evaluated on.
-        door: issues and redeems session tokens.
-        hub: the stream server.
-        desk: hands out the emulator.
-        watch: the lineage gate.
-        recorder: writes what happened.
-        averaging: Flower strategy that averages.
-        keep: called with (round, adapters) after every accepted round, for crashes to lose little.
-        ca: PEM that owners should trust for the stream.
-    """
-
-    model: Model
-    emulator: Emulator
-    tuning: BlockTuning
-    digest: str
-    public: Tensor
-    door: Door
-    hub: StreamHub
-    desk: FileDesk
-    watch: LineageWatch
-    recorder: Recorder
-    averaging: Strategy
-    keep: Callable[[int, dict[str, Tensor]], None]
-    ca: bytes = b""
-
-
-class OffsiteTuning(Strategy):
+class OffsiteTuning(RunStrategy):
     """Averages the owners' adapters and plugs them into the full model.
 
     Args:
         config: the run's settings.
         parts: model, emulator, sessions and records.
-        first: rounds done by an earlier, interrupted start of the same run.
     """
 
-    def __init__(self, config: RunConfig, parts: OffsiteParts, first: int = 0) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, parts: OffsiteParts) -> None:
+        super().__init__(config)
         self.parts = parts
-        self._first = first
+        self._first = self.rounds_done = parts.first
         self._shapes = {n: tuple(p.shape) for n, p in parts.tuning.named_parameters().items()}
-        self._roll = Roll(config, parts.watch)
+        self._clients = ClientManager(config, parts.watch)
         self._asked: list[Metadata] = []
         self._began = 0.0
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        config: Settings = None,
+        *,
+        averaging: Strategy | None = None,
+        run_id: int | None = None,
+        **settings: Any,
+    ) -> Iterator[Self]:
+        """Yield a strategy that is ready to start; on leaving, what was trained is exported.
+
+        ::
+
+            with OffsiteTuning.open(context, model="gpt2", compressor="scaleot") as strategy:
+                strategy.start(grid)
+
+        The run's folder (``output_dir=...``) gets ``server.json``, ``emulator/`` and
+        ``importance/`` (see :mod:`strategies.offsite_tuning.emulator`), ``adapters.safetensors``
+        after every round, and at the end ``adapter/`` and ``model/`` (see
+        :mod:`strategies.offsite_tuning.export`).
+
+        Args:
+            config: what the settings begin with: a RunConfig, flat settings, or the ServerApp's
+                context, whose run config and run id are used.
+            averaging: Flower strategy or wrapper that averages adapters in its
+                ``aggregate_train``; None: as ``offsite.averaging`` says.
+            run_id: Flower's id of the run; None: the context's, or this process's.
+            settings: see :func:`strategies.settings.run_config`.
+
+        Raises:
+            ConfigError, ModelError, LineageError: settings or a model that cannot be used.
+            RunError: ``output.dir`` cannot be used or written.
+        """
+        run_id = current_run(config, run_id)
+        config = run_config(config, "offsite-tuning", **settings)
+        if config.model.task != "causal-lm" or config.session.transport != "stream":
+            raise ConfigError(
+                f"model.task={config.model.task!r}, session.transport="
+                f"{config.session.transport!r}: must be causal-lm and stream for offsite tuning"
+            )
+        began = time.perf_counter()
+        if config.output.threads:
+            torch.set_num_threads(config.output.threads)
+        with Recorder.open(config, run_id) as recorder, TemporaryDirectory() as scratch:
+            folder = Path(config.output.dir or scratch)
+            with closing(build_parts(config, run_id, recorder, folder, averaging)) as parts:
+                strategy = cls(config, parts)
+                recorder.write(status="running", setup_s=time.perf_counter() - began)
+                yield strategy
+                if config.output.dir and config.output.save:
+                    recorder.write(exported=export(folder, parts.loaded, parts.tuning))
+                recorder.write(
+                    status="stopped" if strategy.rounds_left else "completed",
+                    run_s=time.perf_counter() - began,
+                )
+
+    @property
+    def initial_arrays(self) -> ArrayRecord:
+        """The adapters as they are now: where a start begins with."""
+        return self.parts.adapters()
 
     def summary(self) -> None:
         """Log what is about to happen."""
@@ -116,15 +141,11 @@ class OffsiteTuning(Strategy):
             o.averaging,
         )
 
-    def start(self, grid: Grid, *args: Any, **options: Any) -> Result:
-        """Run as Flower does, but find replies sooner than every three seconds."""
-        return super().start(PromptGrid(grid), *args, **options)
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Return one message per sampled owner, with the averaged adapters and an offer."""
-        remember(self.parts.averaging, arrays)
+        set_current_arrays(self.parts.averaging, arrays)
         return self._messages(server_round, MessageType.TRAIN, arrays, grid)
 
     def aggregate_train(
@@ -133,16 +154,17 @@ class OffsiteTuning(Strategy):
         """Check, average, plug in, evaluate, fingerprint; a failed round changes nothing."""
         watch, number = self.parts.watch, server_round + self._first
         report, good, metrics = self._read("train", replies)
-        benched = self._roll.sitting(number)
-        self._roll.settle(number, report.finished, report.cohort.lost)
+        benched = self._clients.sitting(number)
+        self._clients.settle(number, report.finished, report.cohort.lost)
         lineage = watch.begin(number)
         before = state_of(self.parts.averaging)
+        self.rounds_done = number
         arrays = average_watched(
             watch,
             lineage,
             number,
             good,
-            self._roll.names,
+            self._clients.names,
             self.parts.averaging,
             self.parts.tuning.dense,
         )
@@ -175,8 +197,8 @@ class OffsiteTuning(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Let owners measure the emulator with the averaged adapters on their held-out text."""
-        every, last = self.config.output.evaluate_every, self._rounds
-        if not every or (server_round % every and server_round != last):
+        every, number = self.config.output.evaluate_every, server_round + self._first
+        if not every or (number % every and number != self.config.train.rounds):
             return []
         return self._messages(server_round, MessageType.EVALUATE, arrays, grid)
 
@@ -194,25 +216,20 @@ class OffsiteTuning(Strategy):
 
     # ---- the parts --------------------------------------------------------------------------
 
-    @property
-    def _rounds(self) -> int:
-        """Rounds that this start has left to do."""
-        return self.config.train.rounds - self._first
-
     def _messages(
         self, server_round: int, mode: str, arrays: ArrayRecord, grid: Grid
     ) -> list[Message]:
         self._began = time.perf_counter()
         number = server_round + self._first
-        nodes = self._roll.sample(grid, number)
+        nodes = self._clients.sample(grid, number)
         self.parts.recorder.begin(number, mode, len(nodes))
         offers = Offers(
-            self.parts.door,
+            self.parts.stream.authenticator,
             number,
             mode,
             transport="stream",
-            address=self.parts.hub.address,
-            ca=self.parts.ca,
+            address=self.parts.stream.address,
+            ca=self.parts.stream.ca,
             digest=self.parts.digest,
             weights=arrays,
         )
@@ -224,7 +241,7 @@ class OffsiteTuning(Strategy):
     ) -> tuple[RoundReport, list[Message], dict[str, Any]]:
         """Return (report, acceptable replies in the order of their owners' names, averages)."""
         report = RoundReport(mode)
-        names = self._roll.names
+        names = self._clients.names
         schema = reply_schema("offsite-tuning", mode)
 
         def accept(node: int, reply: Message) -> Accepted:
@@ -249,8 +266,8 @@ class OffsiteTuning(Strategy):
             "metrics": metrics,
             "wall_s": time.perf_counter() - self._began,
             "adapter_bytes": size,
-            "emulator_bytes": self.parts.desk.bytes_down,
-            "emulators_sent": self.parts.desk.sent,
+            "emulator_bytes": self.parts.files.bytes_down,
+            "emulators_sent": self.parts.files.sent,
         }
 
     def _central_dp(self, number: int) -> dict[str, Any]:

@@ -14,11 +14,14 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     FedAdam,
     FedAvg,
+    FedAvgM,
     FedMedian,
     FedTrimmedAvg,
     Krum,
     Strategy,
 )
+from flwr.serverapp.strategy.dp_adaptive_clipping import DifferentialPrivacyAdaptiveBase
+from flwr.serverapp.strategy.fedopt import FedOpt
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.registry import pick
@@ -48,13 +51,23 @@ def make_averaging(offsite: OffsiteConfig) -> Strategy:
     return pick(AVERAGINGS, offsite.averaging, "offsite.averaging")(offsite)
 
 
-def remember(averaging: Strategy, arrays: ArrayRecord) -> None:
-    """Tell a strategy that works with the current weights what they are."""
-    if isinstance(averaging, CentralDp):
-        averaging.current_arrays = arrays
-        remember(averaging.strategy, arrays)
-    elif hasattr(averaging, "current_arrays"):
-        averaging.current_arrays = {name: array.numpy() for name, array in arrays.items()}
+def chain(averaging: Strategy) -> Iterator[Strategy]:
+    """Yield a strategy, and what it wraps."""
+    while isinstance(averaging, Strategy):
+        yield averaging
+        averaging = getattr(averaging, "strategy", None)  # type: ignore[assignment]
+
+
+def set_current_arrays(averaging: Strategy, arrays: ArrayRecord) -> None:
+    """Tell strategies that work with the current weights what they are.
+
+    Flower does so in ``configure_train``, which is not called here: sessions are opened instead.
+    """
+    for strategy in chain(averaging):
+        if isinstance(strategy, FedOpt):
+            strategy.current_arrays = {name: array.numpy() for name, array in arrays.items()}
+        elif hasattr(strategy, "current_arrays"):
+            strategy.current_arrays = arrays
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class AveragingState:
     """What an averaging strategy carries from round to round.
 
     Attributes:
-        arrays: moments by ``<moment>.<name of the weight>``.
+        arrays: moments by ``<attribute>.<name of the weight>``.
         facts: measured numbers.
     """
 
@@ -70,17 +83,45 @@ class AveragingState:
     facts: dict[str, float] = field(default_factory=dict)
 
 
+MOMENTS = ("m_t", "v_t")  # of Flower's adaptive strategies, by weight
+MEASURED = ("eta", "tau")  # of MeasuredFedAdam
+NORM = "clipping_norm"  # adaptive clipping moves it
+
+
 def state_of(averaging: Strategy) -> AveragingState:
     """Return what the strategy needs to go on as if it had not been interrupted; often nothing."""
-    inner = averaging.strategy if isinstance(averaging, CentralDp) else averaging
-    return inner.state() if isinstance(inner, MeasuredFedAdam) else AveragingState()
+    state = AveragingState()
+    for strategy in chain(averaging):
+        for key in MOMENTS if isinstance(strategy, FedOpt) else ():
+            moments: dict[str, NDArray] = getattr(strategy, key) or {}
+            state.arrays.update({f"{key}.{name}": array for name, array in moments.items()})
+        if isinstance(strategy, FedAvgM):
+            vector = strategy.momentum_vector or []
+            state.arrays.update({f"momentum.{i:06d}": array for i, array in enumerate(vector)})
+        if isinstance(strategy, MeasuredFedAdam) and strategy.measured:
+            state.facts.update({key: float(getattr(strategy, key)) for key in MEASURED})
+        if isinstance(strategy, DifferentialPrivacyAdaptiveBase):
+            state.facts[NORM] = float(strategy.clipping_norm)
+    return state
 
 
 def restore(averaging: Strategy, state: AveragingState) -> None:
-    """Put back what :func:`state_of` returned."""
-    inner = averaging.strategy if isinstance(averaging, CentralDp) else averaging
-    if isinstance(inner, MeasuredFedAdam):
-        inner.restore(state)
+    """Put back what :func:`state_of` returned; an empty state: the beginning."""
+    for strategy in chain(averaging):
+        for key in MOMENTS if isinstance(strategy, FedOpt) else ():
+            setattr(strategy, key, _below(f"{key}.", state.arrays) or None)
+        if isinstance(strategy, FedAvgM):
+            strategy.momentum_vector = list(_below("momentum.", state.arrays).values()) or None
+        if isinstance(strategy, MeasuredFedAdam):
+            strategy.measured = MEASURED[0] in state.facts
+            for key in MEASURED if strategy.measured else ():
+                setattr(strategy, key, state.facts[key])
+        if isinstance(strategy, DifferentialPrivacyAdaptiveBase) and NORM in state.facts:
+            strategy.clipping_norm = state.facts[NORM]
+
+
+def _below(prefix: str, arrays: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    return {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
 
 
 Aggregate = tuple[ArrayRecord | None, MetricRecord | None]
@@ -95,9 +136,9 @@ class MeasuredFedAdam(FedAdam):
     first average: ``tau`` is a tenth of the root mean square d of its changes (what the square root
     of the second moment starts with is a tenth of the change), and with ``eta`` the first step has
     root mean square ``server_lr``, or d.
-    :meth:`state` is kept with every round, so that a run goes on after a crash with the same
-    moments and the same step.  Averages are float32, as what owners sent is: Flower's arithmetic
-    makes float64 of them, twice the bytes for no information.
+    Both are part of every saved state, as the moments are, so that a run goes on after a crash with
+    the same step.  Averages are float32, as what owners sent is: Flower's arithmetic makes float64
+    of them, twice the bytes for no information.
 
     Args:
         server_lr: root mean square of the first step over all weights; 0: d.
@@ -106,12 +147,12 @@ class MeasuredFedAdam(FedAdam):
     def __init__(self, server_lr: float = 0.0) -> None:
         super().__init__(weighted_by_key=WEIGHT)
         self._server_lr = server_lr
-        self._measured = False
+        self.measured = False
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Step from the current weights along the owners' mean change."""
         replies = list(replies)
-        if not self._measured:
+        if not self.measured:
             mean = FedAvg.aggregate_train(self, server_round, replies)[0]
             if mean is not None and self.current_arrays is not None:
                 self._measure(mean, server_round)
@@ -119,28 +160,6 @@ class MeasuredFedAdam(FedAdam):
         if arrays is not None:
             arrays = weights_record({n: a.numpy().astype(np.float32) for n, a in arrays.items()})
         return arrays, metrics
-
-    def state(self) -> AveragingState:
-        """Return moments, and the measured sizes once there are any."""
-        if not self._measured or self.m_t is None or self.v_t is None:
-            return AveragingState()
-        moments = {"m": self.m_t, "v": self.v_t}
-        return AveragingState(
-            {
-                f"{kind}.{name}": a
-                for kind, by_name in moments.items()
-                for name, a in by_name.items()
-            },
-            {"eta": float(self.eta), "tau": float(self.tau)},
-        )
-
-    def restore(self, state: AveragingState) -> None:
-        """Go on from there; an empty state: from the beginning."""
-        self._measured = bool(state.facts)
-        self.m_t = _moments(state.arrays, "m.")
-        self.v_t = _moments(state.arrays, "v.")
-        if self._measured:
-            self.eta, self.tau = state.facts["eta"], state.facts["tau"]
 
     def _measure(self, mean: ArrayRecord, server_round: int) -> None:
         assert self.current_arrays is not None
@@ -156,12 +175,7 @@ class MeasuredFedAdam(FedAdam):
         ahead = server_round + 1.0
         raw *= np.sqrt(1 - self.beta_2**ahead) / (1 - self.beta_1**ahead)
         self.eta = (self._server_lr or size) / float(np.sqrt(np.mean(raw**2)))
-        self._measured = True
-
-
-def _moments(arrays: Mapping[str, NDArray], prefix: str) -> dict[str, NDArray] | None:
-    found = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-    return found or None
+        self.measured = True
 
 
 class CentralDp(DifferentialPrivacyClientSideFixedClipping):

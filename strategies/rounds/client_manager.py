@@ -17,8 +17,8 @@ from fedsplit.errors import RunError
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.messages import WHO, WHO_TYPE
 
-from ..split_tuning.round import natural
 from .lineage_watch import LineageWatch
+from .report import natural
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Bench:
     until: int
 
 
-class Roll:
+class ClientManager:
     """The nodes of one run by their owners' names.
 
     Node ids are random in every run; names are not, so the same seed samples the same owners.

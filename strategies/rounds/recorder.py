@@ -10,7 +10,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -19,7 +20,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
 from fedsplit.wire.link import Link
 
-from ..sessions.representation_cache import RepresentationStore
+from ..sessions.representation_cache import RepresentationCache
 from ..telemetry.observers import Observers
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,23 @@ class Recorder:
         """
         folder = Path(config.output.dir) if config.output.dir else None
         return cls(folder, capture=config.output.capture, observers=Observers(config, run))
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: RunConfig, run: int) -> Iterator[Self]:
+        """Yield :meth:`of`'s recorder; write down a failure of what is done with it, and close it.
+
+        Raises:
+            ConfigError, RunError: see :meth:`of`.
+        """
+        recorder = cls.of(config, run)
+        try:
+            yield recorder
+        except BaseException as error:
+            recorder.write(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            recorder.close()
 
     def begin(self, number: int, mode: str, asked: int) -> None:
         """Take note that the offers of round ``number`` go out to so many owners."""
@@ -143,7 +161,7 @@ class Recorder:
                 self._files[name] = open(folder / f"{name}.bin", "ab")  # noqa: SIM115
             self._files[name].write(len(data).to_bytes(8, "little") + data)
 
-    def transcript(self, store: RepresentationStore) -> None:
+    def transcript(self, store: RepresentationCache) -> None:
         """Write everything received, for attacks to be measured on.
 
         Raises:

@@ -14,7 +14,7 @@ from fedsplit.observe import printable
 from fedsplit.wire.messages import WEIGHTS
 from fedsplit.wire.replies import ReplySchema
 
-from ..split_tuning.round import RoundReport, natural
+from .report import RoundReport, natural
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -29,18 +29,17 @@ from fedsplit.wire.link import Link
 from fedsplit.wire.serving import MODE
 
 from ..sessions.length_buckets import LengthBuckets
-from ..sessions.owner_session import Batch, Member
-from ..sessions.representation_cache import RepresentationStore
+from ..sessions.owner_session import Batch, OwnerSession
+from ..sessions.representation_cache import RepresentationCache
 from ..split_tuning.cohort import pad_rows
+from ..split_tuning.model import SplitModel
 from .batcher import Batcher
 
 log = logging.getLogger(__name__)
 
-Denoise = Callable[[Sequence[Tensor]], list[Tensor]]
-
 
 @dataclass
-class DeskReport:
+class ServingReport:
     """What was served so far."""
 
     sessions: int = 0
@@ -50,32 +49,25 @@ class DeskReport:
     owners: set[str] = field(default_factory=set)
 
 
-class Desk:
+class InferenceServer:
     """Takes serving sessions; each runs in a thread of its own, the top in one.
 
     Args:
         config: the run's settings.
-        top: tuned, in evaluation mode.
-        bundle: the bottom's files and digest.
-        positions: final hidden states that the owners' head reads; empty: the head is the top's.
-        denoise: the server's estimate of what the noise hides, or None.
+        model: what answers; its top is frozen.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        top: Top,
-        bundle: tuple[Mapping[str, bytes], str],
-        *,
-        positions: str = "",
-        denoise: Denoise | None = None,
+        model: SplitModel,
     ) -> None:
         self.config = config
-        self.report = DeskReport()
-        self._top = top.eval()
-        self._bundle = bundle
-        self._positions = positions
-        self._denoise = denoise
+        self.report = ServingReport()
+        self._top = top = frozen(model.top)
+        self._bundle = model.bundle
+        self._positions = model.positions
+        self._denoise = model.denoise
         self._buckets = LengthBuckets(top)
         self._open: Counter[int] = Counter()
         self._lock = threading.Lock()
@@ -91,7 +83,7 @@ class Desk:
     @property
     def digest(self) -> str:
         """Of the bottom that owners must run."""
-        return self._bundle[1]
+        return self._bundle.digest
 
     def close(self) -> None:
         """Stop answering."""
@@ -116,12 +108,12 @@ class Desk:
 
     def _serve(self, link: Link, hello: Hello) -> None:
         try:
-            member = self._member(link, hello)
-            member.greet(*self._bundle)
+            session = self._member(link, hello)
+            session.greet(self._bundle.files, self._bundle.digest)
             if self.config.model.task == "causal-lm":
-                self._generate(link, member)
+                self._generate(link, session)
             else:
-                self._classify(member)
+                self._classify(session)
         except FedsplitError as error:
             log.warning("session of %s: %s: %s", hello.owner, type(error).__name__, error)
             link.fail(error)
@@ -136,12 +128,12 @@ class Desk:
             with self._lock:
                 self._open[hello.node] -= 1
 
-    def _member(self, link: Link, hello: Hello) -> Member:
+    def _member(self, link: Link, hello: Hello) -> OwnerSession:
         session = self.config.session
-        return Member(
+        return OwnerSession(
             link,
             hello,
-            RepresentationStore(),
+            RepresentationCache(),
             width=self._top.hidden_size,
             max_tokens=self.config.model.max_tokens,
             joint=True,  # nothing that is asked is kept
@@ -152,22 +144,22 @@ class Desk:
 
     # ---- classification ---------------------------------------------------------------------
 
-    def _classify(self, member: Member) -> None:
-        member.start(self.config.session.window)
+    def _classify(self, session: OwnerSession) -> None:
+        session.start(self.config.session.window)
         while True:
-            batch = member.batch()
+            batch = session.batch()
             answers = self.batcher.answer(batch.rows, self.config.session.deadline_s)
-            member.send_logits(batch, answers)
+            session.send_logits(batch, answers)
             with self._lock:
                 self.report.texts += len(batch.slots)
                 self.report.tokens += sum(batch.lengths)
             if batch.last:
-                member.finish()
+                session.finish()
                 return
 
     def _forward(self, rows: Sequence[Tensor]) -> Tensor:
         """Return what goes down per text (B, C): logits, or what the owner's head reads."""
-        hidden, mask = pad_rows(self._denoise(rows) if self._denoise is not None else rows)
+        hidden, mask = pad_rows(self._denoise.once(rows) if self._denoise is not None else rows)
         if self._positions:
             states = self._top.hidden_states(hidden, mask)
             return select_positions(states, mask, self._positions).float().cpu()
@@ -176,14 +168,14 @@ class Desk:
 
     # ---- generation -------------------------------------------------------------------------
 
-    def _generate(self, link: Link, member: Member) -> None:
+    def _generate(self, link: Link, session: OwnerSession) -> None:
         """Continue one text: every BATCH is its next piece, every LOGITS follows its last token."""
-        session = self.config.session
         decoder = CachedTop(self._top)
+        deadline_s = self.config.session.deadline_s
         link.send(Kind.START, {"window": 1})
         steps = 0
         while True:
-            frame = link.recv(session.deadline_s)
+            frame = link.recv(deadline_s)
             if frame.kind is Kind.DONE:
                 link.send(Kind.BYE, {"reason": "done"})
                 return
@@ -192,8 +184,8 @@ class Desk:
             def step(hidden: Tensor = piece) -> Tensor:
                 return decoder.step(hidden[None])
 
-            logits = self.batcher.alone(step, session.deadline_s).cpu()
-            member.send_logits(Batch(steps, [steps], [piece], False), logits)
+            logits = self.batcher.alone(step, deadline_s).cpu()
+            session.send_logits(Batch(steps, [steps], [piece], False), logits)
             steps += 1
             with self._lock:
                 self.report.tokens += int(piece.shape[0])
@@ -217,8 +209,8 @@ class Desk:
         return decode_rows(frame.body, (length, self._top.hidden_size), frame["codec"])
 
 
-def quiet(top: Top) -> Top:
-    """Return ``top`` for answering alone: evaluation mode, no gradients."""
+def frozen(top: Top) -> Top:
+    """Put ``top`` into evaluation mode, without gradients, and return it."""
     for parameter in top.parameters():
         parameter.requires_grad_(False)
     return top.eval()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
-from fedsplit.wire.authentication import Door
+from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
 
 
@@ -14,7 +14,7 @@ class Offers:
     """Makes one round's offers, each with a token of its own.
 
     Args:
-        door: issues the tokens.
+        authenticator: issues the tokens.
         number: of the round, from 1.
         mode: ``train`` or ``evaluate``; also the Flower message's type.
         transport: of the sessions.
@@ -29,7 +29,7 @@ class Offers:
 
     def __init__(
         self,
-        door: Door,
+        authenticator: SessionAuthenticator,
         number: int,
         mode: str,
         *,
@@ -44,7 +44,7 @@ class Offers:
     ) -> None:
         self.mode = mode
         self.sent: list[Metadata] = []  # Flower gives them their ids when it sends them
-        self._door = door
+        self._authenticator = authenticator
         self._number = number
         self._transport = transport
         self._address = address
@@ -57,14 +57,14 @@ class Offers:
 
     def content(self, node: int, exchange: int = 0) -> RecordDict:
         """Return a new RecordDict: one shared by all nodes would share their tokens too."""
-        run = self._door.run
+        run = self._authenticator.run
         offer = SessionOffer(
             run=run,
             node=node,
             round=self._number,
             mode=self.mode,
             transport=self._transport,
-            token=self._door.tokens.issue(run, node, self._number, self.mode, self._lifetime_s),
+            token=self._authenticator.issue(node, self._number, self.mode, self._lifetime_s),
             address=self._address,
             ca=self._ca,
             digest=self._digest,

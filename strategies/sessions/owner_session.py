@@ -17,7 +17,7 @@ from fedsplit.wire.frames import Frame, Kind
 from fedsplit.wire.link import Link
 from fedsplit.wire.transfer import send_files
 
-from .representation_cache import RepresentationStore
+from .representation_cache import RepresentationCache
 
 MAX_SLOTS = 1 << 24
 
@@ -47,7 +47,7 @@ def welcome_header(digest: str, codec: str, logits_codec: str) -> dict[str, str]
     }
 
 
-class Member:
+class OwnerSession:
     """Receives an owner's batches and gradients, checks them, and answers.
 
     Every problem raises an error that concerns this owner alone.
@@ -68,7 +68,7 @@ class Member:
         self,
         link: Link,
         hello: Hello,
-        store: RepresentationStore,
+        store: RepresentationCache,
         *,
         width: int,
         max_tokens: int,

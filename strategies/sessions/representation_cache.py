@@ -13,7 +13,7 @@ from fedsplit import storage
 from fedsplit.errors import FrameError
 
 
-class RepresentationStore:
+class RepresentationCache:
     """Privatised representations by (owner, split, slot), in the precision they were sent in.
 
     Args:

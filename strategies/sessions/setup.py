@@ -8,10 +8,10 @@ from typing import Any
 
 from fedsplit.config import SessionConfig
 from fedsplit.errors import ConfigError
-from fedsplit.wire.authentication import Door
+from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.stream import ServerTls
 
-from .transports import StreamHub
+from .transports import StreamTransport
 
 
 def server_tls() -> tuple[ServerTls | None, bytes]:
@@ -40,24 +40,24 @@ def server_tls() -> tuple[ServerTls | None, bytes]:
     return ServerTls(certificate, key, client_ca), ca
 
 
-def open_hub(session: SessionConfig, door: Door, **options: Any) -> tuple[StreamHub, bytes]:
-    """Open the port and return (hub, PEM of the authority to announce).
+def open_transport(session: SessionConfig, run: int, **options: Any) -> StreamTransport:
+    """Open the session server's port.
 
     Args:
         session: address and bounds.
-        door: decides who may start a session.
-        options: further ones of :class:`~strategies.sessions.transports.StreamHub`.
+        run: Flower's run id; only its sessions are admitted.
+        options: further ones of :class:`~strategies.sessions.transports.StreamTransport`.
 
     Raises:
-        ConfigError, SessionError: see :func:`server_tls`, StreamHub.
+        ConfigError, SessionError: see :func:`server_tls`, StreamTransport.
     """
     tls, ca = server_tls()
-    hub = StreamHub(
-        door,
+    return StreamTransport(
+        SessionAuthenticator(run),
         host=session.host,
         port=session.port,
         tls=tls,
+        ca=ca,
         max_frame_bytes=session.max_frame_mb << 20,
         **options,
     )
-    return hub, ca

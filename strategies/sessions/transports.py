@@ -14,13 +14,11 @@ from flwr.serverapp import Grid
 
 from fedsplit.errors import ConfigError, FedsplitError, SessionError, WireError
 from fedsplit.observe import bound, printable
-from fedsplit.wire.authentication import Door, Hello
+from fedsplit.wire.authentication import Hello, SessionAuthenticator
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link
 from fedsplit.wire.messages import FRAMES, STEP_TYPE, pack_frames, unpack_frames
 from fedsplit.wire.stream import ServerTls, SessionServer
-
-from ..split_tuning.round import Round
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +47,8 @@ def announced(host: str, port: int) -> str:
     return f"[{host.strip('[]')}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class Receiver(Protocol):
-    """What sessions go to: a round of training, or a desk that serves."""
+class SessionHandler(Protocol):
+    """What sessions go to: a round of training, an inference server, a file server."""
 
     def start(self) -> None:
         """Begin its work, in threads of its own."""
@@ -59,14 +57,28 @@ class Receiver(Protocol):
         """Take a session whose token was accepted, or raise SessionError."""
 
 
-class StreamHub:
+class MessageRound(Protocol):
+    """A round whose sessions are greeted one by one, over messages."""
+
+    def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
+        """Greet one owner and line it up."""
+
+    def lose(self, node: int, name: str, error: Exception) -> None:
+        """Record an owner that will not take part."""
+
+    def run(self) -> None:
+        """Step all owners to their end."""
+
+
+class StreamTransport:
     """The session server of one run; passes each admitted session to the round under way.
 
     Args:
-        door: decides who may start a session.
+        authenticator: decides who may start a session.
         host: interface to listen on.
         port: port, 0 = any free one.
         tls: certificate and key; None on loopback only.
+        ca: PEM of the authority that owners are told to trust; empty without TLS.
         max_frame_bytes: bound on one frame.
         on_bytes: see :class:`~fedsplit.wire.stream.SessionServer`.
         on_session: called with (owner, node, link) for every session that was admitted.
@@ -78,22 +90,25 @@ class StreamHub:
 
     def __init__(
         self,
-        door: Door,
+        authenticator: SessionAuthenticator,
         *,
         host: str,
         port: int,
         tls: ServerTls | None,
+        ca: bytes = b"",
         max_frame_bytes: int,
         on_bytes: Callable[[int, str, bytes], None] | None = None,
         on_session: Callable[[str, int, Link], None] | None = None,
         reconnect_s: float = 0.0,
     ) -> None:
-        self._receiver: Receiver | None = None
+        self.authenticator = authenticator
+        self.ca = ca
+        self._handler: SessionHandler | None = None
         self._on_session = on_session
         self._lock = threading.Lock()
         announced(host, port)  # before the port is taken
         self.server = SessionServer(
-            door,
+            authenticator,
             self._admit,
             host=host,
             port=port,
@@ -104,15 +119,15 @@ class StreamHub:
         )
         self.address = announced(host, self.server.port)
 
-    def begin(self, receiver: Receiver) -> None:
-        """Make ``receiver`` the one that sessions go to, and start it."""
+    def serve(self, handler: SessionHandler) -> None:
+        """Start ``handler`` and pass it every session from now on."""
         with self._lock:
-            self._receiver = receiver
-        receiver.start()
+            self._handler = handler
+        handler.start()
 
     def _admit(self, link: Link, hello: Hello) -> None:
         with self._lock:
-            current = self._receiver
+            current = self._handler
         with bound(owner=hello.owner, node=str(hello.node)):
             try:
                 if current is None:
@@ -125,7 +140,7 @@ class StreamHub:
             if self._on_session is not None:
                 self._on_session(hello.owner, hello.node, link)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Close all sessions and the port."""
         self.server.stop()
 
@@ -133,19 +148,19 @@ class StreamHub:
 class _MessageLink(Link):
     """A link whose frames wait until the server needs an answer; then all links' go at once."""
 
-    def __init__(self, hub: MessageHub, node: int, max_frame_bytes: int) -> None:
+    def __init__(self, transport: MessageTransport, node: int, max_frame_bytes: int) -> None:
         super().__init__(max_frame_bytes, depth=1 << 16)
-        self._hub = hub
+        self._transport = transport
         self.node = node
         self.exchange = 0
 
     def _next(self, timeout_s: float) -> bytes:
         while self.inbox.empty() and not self.closed:
-            self._hub.exchange(timeout_s)
+            self._transport.exchange(timeout_s)
         return super()._next(0.0)
 
 
-class MessageHub:
+class MessageTransport:
     """Carries a round's frames in Flower messages, without any second port.
 
     One exchange sends every waiting frame of every owner, one message each, and waits for all
@@ -153,7 +168,7 @@ class MessageHub:
 
     Args:
         grid: Flower's grid.
-        door: decides who may start a session.
+        authenticator: decides who may start a session.
         offer: (node, exchange) -> content of a message to that node, without frames.
         welcome: header of the server's first frame.
         max_frame_bytes: bound on one frame.
@@ -164,7 +179,7 @@ class MessageHub:
     def __init__(
         self,
         grid: Grid,
-        door: Door,
+        authenticator: SessionAuthenticator,
         offer: Callable[[int, int], RecordDict],
         welcome: dict[str, str],
         *,
@@ -173,7 +188,7 @@ class MessageHub:
         on_bytes: Callable[[int, str, bytes], None] | None,
     ) -> None:
         self._grid = grid
-        self._door = door
+        self._authenticator = authenticator
         self._offer = offer
         self._welcome = welcome
         self._max = max_frame_bytes
@@ -182,14 +197,14 @@ class MessageHub:
         self._links: dict[int, _MessageLink] = {}
         self.messages = 0
 
-    def run(self, round_: Round, nodes: Sequence[int]) -> None:
+    def run(self, round_: MessageRound, nodes: Sequence[int]) -> None:
         """Run the whole round over messages; returns when its last step is done."""
         self._links = {node: _MessageLink(self, node, self._max) for node in nodes}
         for link in self._links.values():
             link.send(Kind.WELCOME, self._welcome)
         for node, link in self._links.items():
             try:
-                hello = self._door.admit(link.expect(Kind.HELLO, self._deadline))
+                hello = self._authenticator.admit(link.expect(Kind.HELLO, self._deadline))
                 if hello.node != node:
                     raise SessionError(f"HELLO of node {hello.node}: must be of node {node}")
                 if self._on_bytes is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -22,47 +22,15 @@ from fedsplit.models.splitting.halves import Top
 from fedsplit.models.splitting.heads import select_positions
 from fedsplit.observe import bound
 
+from ..rounds.report import CohortReport
 from ..sessions.length_buckets import LengthBuckets
-from ..sessions.owner_session import Batch, Member
+from ..sessions.owner_session import Batch, OwnerSession
 from .denoising import CohortDenoiser
 from .optimisation import Optimisation
+from .round_context import Position
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a round is: so many steps of this group of this wave have been taken.
-
-    Attributes:
-        wave: index of the wave.
-        waves: of the round.
-        group: index of the owners that step together.
-        groups: of the wave (one where the schedule is parallel).
-        step: steps taken.
-        steps: of the group.
-    """
-
-    wave: int = 0
-    waves: int = 1
-    group: int = 0
-    groups: int = 1
-    step: int = 0
-    steps: int = 0
-
-
-@dataclass
-class CohortReport:
-    """What a cohort did in one round."""
-
-    steps: int = 0
-    samples: int = 0
-    tokens: int = 0
-    compute_s: float = 0.0
-    waiting_s: float = 0.0
-    seconds: float = 0.0
-    lost: dict[str, str] = field(default_factory=dict)
 
 
 class Cohort:
@@ -102,51 +70,51 @@ class Cohort:
         self._window = window
         self._on_step = on_step
         self._denoise = denoise
-        self.place = Place()
+        self.position = Position()
         self.live: list[str] = []  # who will take the next step
         self.waiting: list[str] = []  # whose turn comes later in this wave
 
     def train(
         self,
-        members: Sequence[Member],
+        sessions: Sequence[OwnerSession],
         schedule: str,
         progress: Callable[[float], float],
         report: CohortReport,
-        begin: Place | None = None,
+        resume: Position | None = None,
     ) -> None:
-        """Train with ``members``, in their order.
+        """Train with ``sessions``, in their order.
 
         Args:
-            members: connected owners, all greeted.
+            sessions: connected owners, all greeted.
             schedule: ``parallel`` or ``sequential``.
             progress: share of this wave that is done -> share of the run that is done.
             report: is added to.
-            begin: where an interrupted run had come to in this wave.
+            resume: where an interrupted run had come to in this wave.
         """
-        groups = [list(members)] if schedule == "parallel" else [[m] for m in members]
-        count = max(len(groups), begin.groups if begin else 0)
+        groups = [list(sessions)] if schedule == "parallel" else [[m] for m in sessions]
+        count = max(len(groups), resume.groups if resume else 0)
         began = time.perf_counter()
         self._top.train()
-        self.waiting = [m.name for m in members]
+        self.waiting = [m.name for m in sessions]
         for index, group in enumerate(groups, start=count - len(groups)):
             shared = partial(_progress, progress, index, count)
             self.waiting = self.waiting[len(group) :]
-            self.place = Place(group=index, groups=count)
-            self._train_group(group, shared, report, begin)
+            self.position = Position(group=index, groups=count)
+            self._train_group(group, shared, report, resume)
         report.seconds += time.perf_counter() - began
 
     def _train_group(
         self,
-        members: list[Member],
+        sessions: list[OwnerSession],
         progress: Callable[[float], float],
         report: CohortReport,
-        begin: Place | None = None,
+        resume: Position | None = None,
     ) -> None:
-        live = self._each(members, lambda m: m.start(1 if self._joint else self._window), report)
+        live = self._each(sessions, lambda m: m.start(1 if self._joint else self._window), report)
         steps = max((m.steps for m, _ in live), default=0)
         step = max((m.first for m, _ in live), default=0)
-        if begin is not None and step:  # whoever had the most steps may be gone
-            steps = max(steps, begin.steps)
+        if resume is not None and step:  # whoever had the most steps may be gone
+            steps = max(steps, resume.steps)
         while live:
             waited = time.perf_counter()
             batches = self._each([m for m, _ in live], lambda m: m.batch(), report)
@@ -160,13 +128,13 @@ class Cohort:
             live = [(m, None) for m, batch in survivors if not batch.last]
             step += 1
             self.live = [m.name for m, _ in live]
-            self.place = replace(self.place, step=step, steps=steps)
+            self.position = replace(self.position, step=step, steps=steps)
             self._on_step(step, steps)
 
     def _step(
-        self, batches: list[tuple[Member, Batch]], progress: float, report: CohortReport
-    ) -> list[tuple[Member, Batch]]:
-        """Do one step and return the members that are still there, with their batches."""
+        self, batches: list[tuple[OwnerSession, Batch]], progress: float, report: CohortReport
+    ) -> list[tuple[OwnerSession, Batch]]:
+        """Do one step and return the sessions that are still there, with their batches."""
         clock = time.perf_counter()
         hidden, mask = self._padded(batches)
         if self._joint:
@@ -189,12 +157,12 @@ class Cohort:
         total = sum(weight for _, (_, weight) in gradients)
         received = dict(gradients)
         pieces = []
-        for member in order:
-            if member in received:
-                gradient, weight = received[member]
+        for session in order:
+            if session in received:
+                gradient, weight = received[session]
                 pieces.append(gradient * (weight / total))
             else:  # lost since the forward: its rows contribute nothing
-                pieces.append(torch.zeros(parts[member].shape))
+                pieces.append(torch.zeros(parts[session].shape))
         self._optimisation.zero_grad()
         torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
         self._optimisation.step(progress)
@@ -218,11 +186,11 @@ class Cohort:
         report.tokens += sum(sum(order[m].lengths) for m in kept)
         return [(m, order[m]) for m in kept]
 
-    def evaluate(self, members: Sequence[Member], report: CohortReport) -> None:
-        """Answer the members' held-out batches; nothing is learned from them."""
+    def evaluate(self, sessions: Sequence[OwnerSession], report: CohortReport) -> None:
+        """Answer the sessions' held-out batches; nothing is learned from them."""
         began = time.perf_counter()
         self._top.eval()
-        live = [m for m, _ in self._each(members, lambda m: m.start(self._window), report)]
+        live = [m for m, _ in self._each(sessions, lambda m: m.start(self._window), report)]
         while live:
             answered = self._answer(self._each(live, lambda m: m.batch(), report), report)
             self._each([m for m, b in answered if b.last], lambda m: m.finish(), report)
@@ -230,9 +198,9 @@ class Cohort:
         report.seconds += time.perf_counter() - began
 
     def _answer(
-        self, batches: list[tuple[Member, Batch]], report: CohortReport
-    ) -> list[tuple[Member, Batch]]:
-        """Send each member the logits of its batch, without any gradient."""
+        self, batches: list[tuple[OwnerSession, Batch]], report: CohortReport
+    ) -> list[tuple[OwnerSession, Batch]]:
+        """Send each session the logits of its batch, without any gradient."""
         if not batches:
             return []
         with torch.inference_mode():
@@ -244,7 +212,7 @@ class Cohort:
         report.samples += sum(len(order[m].slots) for m, _ in sent)
         return [(m, order[m]) for m, _ in sent]
 
-    def _padded(self, batches: list[tuple[Member, Batch]]) -> tuple[Tensor, Tensor]:
+    def _padded(self, batches: list[tuple[OwnerSession, Batch]]) -> tuple[Tensor, Tensor]:
         """Return the cohort's representations (B, T, d), denoised if so configured, and mask."""
         rows = [row for _, batch in batches for row in batch.rows]
         if self._denoise is not None:
@@ -263,26 +231,31 @@ class Cohort:
         logits: Tensor = self._top(hidden, mask)
         return logits[mask.to(logits.device).bool()]
 
-    def _parts(self, batches: list[tuple[Member, Batch]], rows: Tensor) -> dict[Member, Tensor]:
-        """Cut rows into each member's own."""
+    def _parts(
+        self, batches: list[tuple[OwnerSession, Batch]], rows: Tensor
+    ) -> dict[OwnerSession, Tensor]:
+        """Cut rows into each session's own."""
         counts = [sum(b.lengths) if self._per_token else len(b.slots) for _, b in batches]
         parts = torch.split(rows.detach(), counts)
         return dict(zip([m for m, _ in batches], parts, strict=True))
 
     def _each(
-        self, members: Sequence[Member], action: Callable[[Member], T], report: CohortReport
-    ) -> list[tuple[Member, T]]:
-        """Apply ``action`` to each member; one that fails is told, recorded and left out."""
+        self,
+        sessions: Sequence[OwnerSession],
+        action: Callable[[OwnerSession], T],
+        report: CohortReport,
+    ) -> list[tuple[OwnerSession, T]]:
+        """Apply ``action`` to each session; one that fails is told, recorded and left out."""
         done = []
-        for member in members:
+        for session in sessions:
             try:
-                done.append((member, action(member)))
+                done.append((session, action(session)))
             except FedsplitError as error:
-                reason = member.last_word() or f"{type(error).__name__}: {error}"
-                report.lost[member.name] = reason
-                with bound(owner=member.name, node=str(member.hello.node)):
-                    log.warning("owner %s left out: %s", member.name, report.lost[member.name])
-                member.link.fail(error)
+                reason = session.last_word() or f"{type(error).__name__}: {error}"
+                report.lost[session.name] = reason
+                with bound(owner=session.name, node=str(session.hello.node)):
+                    log.warning("owner %s left out: %s", session.name, report.lost[session.name])
+                session.link.fail(error)
         return done
 
 

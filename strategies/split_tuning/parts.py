@@ -1,51 +1,95 @@
-"""What a run's strategy works with."""
+"""What a split-tuning run's strategy works with, and how it is put together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from fedsplit.models.adapters.trainable import Trainable
-from fedsplit.models.splitting.halves import Top
-from fedsplit.models.splitting.heads import Head
-from fedsplit.wire.authentication import Door
+from flwr.app import ArrayRecord
 
+from fedsplit.config import RunConfig
+from fedsplit.models.anatomy import probe
+from fedsplit.models.splitting.heads import head_parameters
+from fedsplit.wire.authentication import SessionAuthenticator
+from fedsplit.wire.messages import weights_record
+
+from ..rounds.lineage_setup import build_watch
 from ..rounds.lineage_watch import LineageWatch
 from ..rounds.recorder import Recorder
-from ..sessions.transports import StreamHub
-from .denoising import CohortDenoiser
+from ..sessions.setup import open_transport
+from ..sessions.transports import StreamTransport
+from .model import SplitModel, assemble, load_halves, owners_parameters
 from .optimisation import Optimisation
 
 
 @dataclass
 class ServerParts:
-    """What a run's strategy works with; built by :mod:`strategies.split_tuning.run`.
+    """What a run's strategy works with.
 
     Attributes:
-        top: the top model, placed and with its trainable part chosen.
-        trainable: that part.
-        optimisation: its optimizer.
-        bundle: the bottom's files and digest.
-        door: admits sessions of this run.
+        model: the cut model, its trainable part chosen.
+        optimisation: the optimizer of that part.
+        initial: what owners train and the server averages, as it starts; often empty.
+        authenticator: admits sessions of this run.
         watch: checks the lineage of what owners return and of each aggregate.
         recorder: writes what happened.
-        hub: the stream server, or None for ``transport = "messages"``.
-        ca: PEM that owners should trust for the stream; empty without TLS.
-        max_tokens: longest sample that an owner may send.
-        denoise: the server's estimate of what the noise hides, or None.
-        positions: which final hidden states the owners' head reads; empty: the head is the top's.
-        head: the owners' head as it starts, or None.
+        stream: the session server, or None for ``session.transport = "messages"``.
     """
 
-    top: Top
-    trainable: Trainable
+    model: SplitModel
     optimisation: Optimisation
-    bundle: tuple[dict[str, bytes], str]
-    door: Door
+    initial: ArrayRecord
+    authenticator: SessionAuthenticator
     watch: LineageWatch
     recorder: Recorder
-    hub: StreamHub | None
-    ca: bytes = b""
-    max_tokens: int = 1 << 17
-    denoise: CohortDenoiser | None = None
-    positions: str = ""
-    head: Head | None = None
+    stream: StreamTransport | None
+
+    def close(self) -> None:
+        """Close all sessions and the port."""
+        if self.stream is not None:
+            self.stream.close()
+
+
+def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerParts:
+    """Load and split the model, choose what is trained, open the session server.
+
+    Raises:
+        ConfigError, ModelError, LineageError, PrivacyError, SessionError: settings or material
+            that cannot be used.
+    """
+    halves = load_halves(config)
+    embedding = probe(halves.bottom.model).input_embeddings
+    watch = build_watch(
+        config.lineage,
+        Path(config.output.dir) if config.output.dir else None,
+        model=halves.top.model,
+        rows=next(embedding.parameters()).detach(),
+        owners=halves.bottom if config.split.bottom == "joint" else None,
+    )
+    model = assemble(config, halves)
+    fresh = head_parameters(model.top) if config.model.task == "sequence-classification" else set()
+    parameters = model.trainable.parameters()
+    optimisation = Optimisation(
+        [p for p in parameters if id(p) not in fresh],
+        [p for p in parameters if id(p) in fresh],
+        config.train,
+    )
+    owners = owners_parameters(config, halves.bottom, halves.head)
+    initial = weights_record({n: p.detach().float().numpy() for n, p in owners.items()})
+    authenticator, stream = SessionAuthenticator(run_id), None
+    if config.session.transport == "stream":
+        stream = open_transport(
+            config.session,
+            run_id,
+            on_bytes=recorder.on_bytes if config.output.capture else None,
+            reconnect_s=config.session.reconnect_s,
+        )
+        authenticator = stream.authenticator
+    recorder.write(
+        base_digest=model.base_digest,
+        bottom_digest=model.bundle.digest,
+        bottom_bytes=sum(len(b) for b in model.bundle.files.values()),
+        trainable_share=model.trainable.share,
+        trained_parameters=sum(p.numel() for p in parameters),
+    )
+    return ServerParts(model, optimisation, initial, authenticator, watch, recorder, stream)

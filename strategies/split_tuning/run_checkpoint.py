@@ -17,12 +17,11 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Strategy
@@ -32,10 +31,14 @@ from torch import Tensor
 from fedsplit.config import RunConfig
 from fedsplit.wire.messages import weights_record
 
+from ..rounds.averaging import AveragingState, restore, state_of
+from ..rounds.client_manager import ClientManager
+from ..rounds.report import CohortReport
 from ..rounds.state_folder import State, StateFolder
-from ..sessions.representation_cache import RepresentationStore
-from .cohort import CohortReport, Place
+from ..sessions.representation_cache import RepresentationCache
+from .cohort import Cohort
 from .parts import ServerParts
+from .round_context import Position, ResumePoint, RoundContext
 
 log = logging.getLogger(__name__)
 
@@ -48,30 +51,6 @@ FREE = {
     *("output.checkpoint-steps", "output.owner-threads", "output.log-json", "output.tensorboard"),
     *("output.metrics-port", "train.min-owners", "train.bench-after", "train.bench-rounds"),
 }
-MEMORY = ("m_t", "v_t", "current_arrays")  # what Flower's adaptive strategies remember
-
-
-@dataclass(frozen=True)
-class Begin:
-    """Where a resumed round begins.
-
-    Attributes:
-        place: of the next step.
-        live: the owners that the step is taken with.
-        out: owners that have finished the round, or were lost in it.
-        report: what the round had come to.
-        rng: state of torch's CPU generator.
-    """
-
-    place: Place
-    live: tuple[str, ...]
-    out: frozenset[str]
-    report: CohortReport
-    rng: Tensor
-
-    def first_of(self, name: str | None) -> int:
-        """Return the step of its own that an owner begins at."""
-        return self.place.step if name in self.live else 0
 
 
 @dataclass
@@ -82,22 +61,21 @@ class Resumed:
         job: names the run across its restarts; owners keep what they train under it.
         first: rounds that are over.
         trained: whether round ``first + 1`` was trained, and only its evaluation is missing.
-        begin: where round ``first + 1`` begins, if not at its start.
+        resume: where round ``first + 1`` goes on, if not at its start.
         arrays: what owners train, averaged; None = as at the start.
         cohort: names of the owners that the interrupted round had asked.
         good: the top at that round's start, where a rejected round goes back to it.
-        roll: who failed and who is benched, see
-        :meth:`strategies.rounds.client_manager.Roll.memory`.
+        clients: who failed and who is benched, see :meth:`.ClientManager.memory`.
     """
 
     job: str
     first: int = 0
     trained: bool = False
-    begin: Begin | None = None
+    resume: ResumePoint | None = None
     arrays: ArrayRecord | None = None
     cohort: tuple[str, ...] = ()
     good: dict[str, Tensor] | None = None
-    roll: dict[str, Any] = field(default_factory=dict)
+    clients: dict[str, Any] = field(default_factory=dict)
 
 
 def belongings(config: RunConfig, base_digest: str, bottom_digest: str) -> dict[str, Any]:
@@ -118,7 +96,7 @@ def earlier_content(folder: Path) -> dict[str, Any]:
         return {}
 
 
-class SplitState:
+class RunCheckpoint:
     """Keeps a run's states and takes a run up where the last one ended.
 
     Args:
@@ -126,22 +104,104 @@ class SplitState:
         parts: what is kept and restored.
         store: representations received.
         averaging: the strategy whose memory is kept.
+        clients: who takes part, and who is benched.
+        every: steps between states within a round; 0 = none there.
+
+    Attributes:
+        job: names the run across its restarts, each of which has a run id of its own.
     """
 
     def __init__(
         self,
         folder: StateFolder,
         parts: ServerParts,
-        store: RepresentationStore,
+        store: RepresentationCache,
         averaging: Strategy,
+        clients: ClientManager,
+        every: int,
     ) -> None:
         self.folder = folder
+        self.job = secrets.token_hex(16)
         self._parts = parts
         self._store = store
         self._averaging = averaging
-        self.job = secrets.token_hex(16)
+        self._clients = clients
+        self._every = every
+        self._steps = 0
 
     # ---- keeping ----------------------------------------------------------------------------
+
+    def keep_round(self, context: RoundContext, arrays: ArrayRecord | None) -> None:
+        """Write a state after a round was trained, or evaluated.
+
+        Raises:
+            RunError: it cannot be written; the state before is intact.
+        """
+        if context.mode == "train":
+            self.keep(self._facts(context, "trained"), _owners(arrays))
+        else:
+            numbers = self._parts.optimisation.state()[1]
+            self._save({**self._facts(context, "evaluated"), "numbers": numbers}, None)
+
+    def keep_step(
+        self,
+        context: RoundContext,
+        cohort: Cohort,
+        arrays: ArrayRecord | None,
+        good: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Write a state after a step, if one is due.
+
+        A round in which owners train something cannot be kept in its middle: what they train has
+        moved on their machines.
+
+        Args:
+            context: the round.
+            cohort: knows who takes the next step.
+            arrays: what owners train, as it was last averaged.
+            good: the top that a rejected round goes back to, or None.
+
+        Raises:
+            RunError: it cannot be written; the state before is intact.
+        """
+        self._steps += 1
+        due = self._every > 0 and self._steps % self._every == 0
+        if not due or len(context.arrays) or context.mode != "train":
+            return
+        count = context.wave_count
+        position = replace(cohort.position, wave=context.wave, waves=count)
+        going_on = {*cohort.live, *cohort.waiting}
+        if not going_on:  # the wave is over
+            position = Position(wave=context.wave + 1, waves=count)
+            if position.wave >= count:
+                return  # and with it the round, whose own state comes at once
+        out = set(self._names(context.asked))
+        if context.resume is not None:
+            out |= context.resume.out
+        report = context.report.cohort
+        resume = {
+            "place": asdict(position),
+            "live": list(cohort.live),
+            "out": sorted(out - going_on),
+            "report": vars(replace(report, lost=dict(report.lost))),
+        }
+        tensors = {
+            **_owners(arrays),
+            "rng": torch.get_rng_state(),
+            **_under("good", good or {}),
+        }
+        self.keep(self._facts(context, "step") | {"begin": resume}, tensors)
+
+    def _facts(self, context: RoundContext, stage: str) -> dict[str, Any]:
+        return {
+            "round": context.number,
+            "stage": stage,
+            "roll": self._clients.memory(),
+            "cohort": self._names(context.sampled),
+        }
+
+    def _names(self, nodes: Iterable[int]) -> list[str]:
+        return [name for node in nodes if (name := self._clients.names.get(node))]
 
     def keep(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Write a state: what all kinds share, and the caller's own.
@@ -150,28 +210,25 @@ class SplitState:
             RunError: it cannot be written; the state before is intact.
         """
         optimizer, numbers = self._parts.optimisation.state()
-        memory = {
-            f"{name}.{key}": torch.from_numpy(np.array(value))
-            for name in MEMORY
-            for key, value in (getattr(self._averaging, name, None) or {}).items()
-        }
+        averaging = state_of(self._averaging)
+        memory = {name: torch.from_numpy(array) for name, array in averaging.arrays.items()}
         everything = {
-            **_under("top", self._parts.trainable.state()),
+            **_under("top", self._parts.model.trainable.state()),
             **_under("optimizer", optimizer),
             **_under("averaging", memory),
             **tensors,
         }
         self._save({**facts, "numbers": numbers}, everything)
 
-    def keep_same(self, facts: Mapping[str, Any]) -> None:
-        """Write a state that differs from the one before in facts and in what was received."""
-        numbers = self._parts.optimisation.state()[1]
-        self._save({**facts, "numbers": numbers}, None)
-
     def _save(self, facts: dict[str, Any], tensors: Mapping[str, Tensor] | None) -> None:
         crowded = self.folder.crowded
         self.folder.save(
-            {**facts, "job": self.job, "watch": self._parts.watch.memory()},
+            {
+                **facts,
+                "job": self.job,
+                "watch": self._parts.watch.memory(),
+                "averaging": state_of(self._averaging).facts,
+            },
             tensors,
             self._store.tensors(unsaved=not crowded),
             whole=crowded,
@@ -192,12 +249,10 @@ class SplitState:
         if state is None:
             return Resumed(self.job)
         facts, parts = state.facts, self._parts
-        parts.trainable.load(_below("top", state))
+        parts.model.trainable.load(_below("top", state))
         parts.optimisation.load(_below("optimizer", state), facts["numbers"])
-        for name in MEMORY:
-            found = _below(f"averaging.{name}", state)
-            if found:
-                setattr(self._averaging, name, {k: v.numpy() for k, v in found.items()})
+        memory = {name: t.numpy() for name, t in _below("averaging", state).items()}
+        restore(self._averaging, AveragingState(memory, facts.get("averaging", {})))
         for path in state.segments:
             self._store.load(load_file(path))
         owners = _below("owners", state)
@@ -208,11 +263,11 @@ class SplitState:
             self.job,
             first=number if stage == "evaluated" else number - 1,
             trained=stage == "trained",
-            begin=_begin(facts["begin"], state.tensors["rng"]) if stage == "step" else None,
+            resume=_resume_point(facts["begin"], state.tensors["rng"]) if stage == "step" else None,
             arrays=weights_record({n: t.numpy() for n, t in owners.items()}) if owners else None,
             cohort=tuple(facts["cohort"]),
             good=_below("good", state) or None,
-            roll=dict(facts["roll"]),
+            clients=dict(facts["roll"]),
         )
         self._tell(state, resumed)
         return resumed
@@ -223,7 +278,7 @@ class SplitState:
         last = resumed.first + (1 if resumed.trained else 0)
         rows = [row for row in content["rounds"] if row["round"] <= last]
         content["rounds"] = rows
-        step = resumed.begin.place.step if resumed.begin else 0
+        step = resumed.resume.position.step if resumed.resume else 0
         told = {
             "state": state.number,
             "after_round": last,
@@ -234,9 +289,9 @@ class SplitState:
         log.info("going on after round %d, step %d (state %d)", last, step, state.number)
 
 
-def _begin(facts: Mapping[str, Any], rng: Tensor) -> Begin:
-    return Begin(
-        Place(**facts["place"]),
+def _resume_point(facts: Mapping[str, Any], rng: Tensor) -> ResumePoint:
+    return ResumePoint(
+        Position(**facts["place"]),
         tuple(facts["live"]),
         frozenset(facts["out"]),
         CohortReport(**facts["report"]),
@@ -244,17 +299,13 @@ def _begin(facts: Mapping[str, Any], rng: Tensor) -> Begin:
     )
 
 
-def begin_facts(
-    place: Place, live: Sequence[str], out: Sequence[str], report: CohortReport
-) -> dict[str, Any]:
-    """Return what :class:`Begin` is made of, JSON-able."""
-    kept = replace(report, lost=dict(report.lost))
-    return {"place": asdict(place), "live": list(live), "out": list(out), "report": vars(kept)}
-
-
-def open_state(
-    config: RunConfig, parts: ServerParts, store: RepresentationStore, averaging: Strategy
-) -> SplitState | None:
+def open_checkpoint(
+    config: RunConfig,
+    parts: ServerParts,
+    store: RepresentationCache,
+    averaging: Strategy,
+    clients: ClientManager,
+) -> RunCheckpoint | None:
     """Open the states of ``output.dir``; None where none are kept.
 
     Raises:
@@ -263,11 +314,12 @@ def open_state(
     if not config.output.dir or config.output.checkpoint_steps < 0:
         return None
     base = str(parts.recorder.content["base_digest"])
-    belongs = belongings(config, base, parts.bundle[1])
+    belongs = belongings(config, base, parts.model.bundle.digest)
     # At its default a setting means what versions without it did: their runs may go on.
     usual = {key: value for key, value in RunConfig().to_flat().items() if key in belongs}
     folder = StateFolder(Path(config.output.dir) / FOLDER, belongs, usual=usual)
-    return SplitState(folder, parts, store, averaging)
+    every = config.output.checkpoint_steps
+    return RunCheckpoint(folder, parts, store, averaging, clients, every)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,12 +331,7 @@ def _below(prefix: str, state: State) -> dict[str, Tensor]:
     return {n.removeprefix(start): t for n, t in state.tensors.items() if n.startswith(start)}
 
 
-def arrays_of(arrays: ArrayRecord | None) -> dict[str, Tensor]:
+def _owners(arrays: ArrayRecord | None) -> dict[str, Tensor]:
     """Return what owners train as tensors, under the names that a state keeps them by."""
     found = {} if arrays is None else {n: a.numpy().copy() for n, a in arrays.items()}
     return _under("owners", {n: torch.from_numpy(a) for n, a in found.items()})
-
-
-def good_of(good: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return the top that a rejected round goes back to, under the names a state keeps it by."""
-    return _under("good", good or {})

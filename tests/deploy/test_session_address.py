@@ -12,11 +12,10 @@ from fedsplit.config import RunConfig
 from fedsplit.deploy.keys import make_keys
 from fedsplit.errors import ConfigError, SessionError
 from fedsplit.owners.handshake import open_stream
-from fedsplit.wire.authentication import Door
+from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.messages import SessionOffer
-from fedsplit.wire.tokens import TokenBook
 from strategies.sessions.setup import server_tls
-from strategies.sessions.transports import ADDRESS_VARIABLE, StreamHub, announced
+from strategies.sessions.transports import ADDRESS_VARIABLE, StreamTransport, announced
 
 
 @pytest.mark.parametrize(
@@ -48,13 +47,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-def offer_of(hub: StreamHub) -> SessionOffer:
-    return SessionOffer(1, 2, 1, "train", "stream", "token", address=hub.address)
+def offer_of(transport: StreamTransport) -> SessionOffer:
+    return SessionOffer(1, 2, 1, "train", "stream", "token", address=transport.address)
 
 
-def knock(hub: StreamHub, folder: Path, client: Path | None) -> None:
+def knock(transport: StreamTransport, folder: Path, client: Path | None) -> None:
     """Open a stream as an owner's ClientApp does, and say nothing."""
-    offer = offer_of(hub)
+    offer = offer_of(transport)
     node: dict[str, object] = {"session-ca": str(folder / "ca.pem")}
     if client is not None:
         node["session-certificate"] = str(client / "client.pem")
@@ -63,11 +62,11 @@ def knock(hub: StreamHub, folder: Path, client: Path | None) -> None:
 
 
 @pytest.fixture
-def hub(folder: Path) -> StreamHub:
+def transport(folder: Path) -> StreamTransport:
     tls, ca = server_tls()
     assert ca == (folder / "ca.pem").read_bytes()
-    return StreamHub(
-        Door(TokenBook(), 1),
+    return StreamTransport(
+        SessionAuthenticator(1),
         host="127.0.0.1",
         port=0,
         tls=tls,
@@ -93,22 +92,24 @@ def within(seconds: float, call: Callable[[], None]) -> BaseException | None:
 
 
 def test_mutual_tls_lets_in_whom_the_authority_vouches_for(
-    hub: StreamHub, folder: Path, tmp_path: Path
+    transport: StreamTransport, folder: Path, tmp_path: Path
 ) -> None:
     foreign = make_keys(tmp_path / "foreign", ["localhost"], ["bank"], client_certificates=True)
     try:
-        assert within(20, lambda: knock(hub, folder, folder / "owners/bank")) is None
+        assert within(20, lambda: knock(transport, folder, folder / "owners/bank")) is None
         # Refused while shaking hands: the owner's side finds no connection, and goes on trying.
         for client in (None, foreign / "owners/bank"):
-            error = within(3, lambda client=client: knock(hub, folder, client))  # type: ignore[misc]
+            error = within(3, lambda client=client: knock(transport, folder, client))  # type: ignore[misc]
             assert isinstance(error, SessionError | TimeoutError)
     finally:
-        hub.stop()
+        transport.close()
 
 
-def test_a_client_certificate_without_its_key_is_named(hub: StreamHub, folder: Path) -> None:
-    offer = offer_of(hub)
+def test_a_client_certificate_without_its_key_is_named(
+    transport: StreamTransport, folder: Path
+) -> None:
+    offer = offer_of(transport)
     node: dict[str, object] = {"session-certificate": str(folder / "owners/bank/client.pem")}
     with pytest.raises(ConfigError, match="session-certificate and session-key"):
         open_stream(offer, RunConfig(), node)
-    hub.stop()
+    transport.close()

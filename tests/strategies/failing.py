@@ -43,14 +43,14 @@ def hurry(monkeypatch: pytest.MonkeyPatch, after: dict[int, set[int]]) -> None:
 
     def asked(self: Round, nodes: Any) -> None:
         ask(self, nodes)
-        self._wait_s = 60.0
+        self.wait_s = 60.0
 
     def one_more(self: Round, *args: Any, **options: Any) -> None:
         greet(self, *args, **options)
         with self._change:
             greeted[self] = greeted.get(self, 0) + 1
-            if greeted[self] in after.get(self.number, ()):
-                self._wait_s = 0.2
+            if greeted[self] in after.get(self.context.number, ()):
+                self.wait_s = 0.2
                 self._change.notify_all()
 
     monkeypatch.setattr(Round, "ask", asked)

@@ -12,7 +12,7 @@ from fedsplit.emulators.lm import lm_loss, logits_of
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.offsite.owner import blocks_of
 from fedsplit.owners.split.schedule import train_steps
-from strategies.split_tuning.run import load_base
+from strategies.base_model import load_base
 
 
 def train_on_the_union(

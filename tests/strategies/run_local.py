@@ -8,11 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord
 
 from fedsplit.config import RunConfig
-from strategies.rounds.recorder import Recorder
-from strategies.split_tuning.run import build_parts, initial_arrays, keep_trained
 from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.local_grid import LocalGrid
 
@@ -29,7 +26,7 @@ class LocalRun:
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        return self.strategy.parts.trainable.state()
+        return self.strategy.parts.model.trainable.state()
 
     def captured(self) -> list[bytes]:
         """Every frame the owners sent, in the order in which each came."""
@@ -49,19 +46,9 @@ def run_local(config: RunConfig, *, prepare: Any = None, **grid_options: Any) ->
     torch.manual_seed(0)
     folder = Path(config.output.dir)
     grid = LocalGrid(config, config.data.owners, **grid_options)
-    recorder = Recorder(folder, capture=config.output.capture)
-    parts, bottom = build_parts(config, grid.run_id, recorder)
-    strategy = SplitTuning(config, parts)
-    if prepare is not None:
-        prepare(grid, strategy)
-    initial: ArrayRecord = initial_arrays(config, bottom, parts.head)
-    try:
-        result = strategy.start(grid, initial, num_rounds=config.train.rounds)
-        keep_trained(config, parts, result.arrays)
-    finally:
-        if parts.hub is not None:
-            parts.hub.stop()
-        recorder.close()
-    recorder.transcript(strategy.store)
+    with SplitTuning.open(config, run_id=grid.run_id) as strategy:
+        if prepare is not None:
+            prepare(grid, strategy)
+        result = strategy.start(grid)
     server = json.loads((folder / "server.json").read_text())
     return LocalRun(grid, strategy, result, folder, server)

@@ -12,7 +12,7 @@ import grpc
 
 import fedsplit
 from fedsplit.errors import FedsplitError
-from fedsplit.wire.authentication import Door, Hello
+from fedsplit.wire.authentication import Hello, SessionAuthenticator
 from fedsplit.wire.frames import PROTOCOL, Kind
 from fedsplit.wire.link import Link
 from fedsplit.wire.stream import METHOD, ServerTls, SessionServer, connect
@@ -39,7 +39,9 @@ class Echo:
         self.ended: queue.Queue[tuple[str, FedsplitError]] = queue.Queue()
         self.links: list[Link] = []
         options.setdefault("max_frame_bytes", MAX_FRAME)
-        self.server = SessionServer(Door(self.book, RUN), self._start, tls=tls, **options)
+        self.server = SessionServer(
+            SessionAuthenticator(RUN, self.book), self._start, tls=tls, **options
+        )
         self.address = f"127.0.0.1:{self.server.port}"
 
     def _start(self, link: Link, hello: Hello) -> None:

@@ -92,8 +92,8 @@ def test_a_stranger_cannot_make_the_server_hold_much():
 def test_a_stranger_that_floods_is_held_back():
     with serving(hello_deadline_s=1.0) as echo:
         gate = threading.Event()
-        admit = echo.server._door.admit
-        echo.server._door.admit = lambda frame: gate.wait(5) and admit(frame)
+        admit = echo.server._authenticator.admit
+        echo.server._authenticator.admit = lambda frame: gate.wait(5) and admit(frame)
         with bare_stream(echo) as (_, call, sending):
             header = hello(echo.book.issue(RUN, 1, 1, "train"))
             sending.put(encode(Frame(Kind.HELLO, header), 0, MAX_FRAME))

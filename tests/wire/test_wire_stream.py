@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fedsplit.errors import ConfigError, SessionError
-from fedsplit.wire.authentication import Door
+from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.stream import ServerTls, SessionServer, connect, is_loopback
-from fedsplit.wire.tokens import TokenBook
 from tests.wire.stream_peers import MAX_FRAME, RUN, Echo, grad, serving, talk
 from tests.wire.wire_certificates import Authority
 
@@ -90,7 +89,7 @@ def test_port_in_use():
 def test_plaintext_stays_on_loopback(host: str):
     assert not is_loopback(host)
     with pytest.raises(ConfigError, match="loopback"):
-        SessionServer(Door(TokenBook(), RUN), lambda link, who: None, host=host)
+        SessionServer(SessionAuthenticator(RUN), lambda link, who: None, host=host)
     with pytest.raises(ConfigError):
         connect(f"{host}:5000", ca=None)
 

@@ -1,4 +1,4 @@
-"""Tokens and the door: once, in time, for exactly one session."""
+"""Tokens and the authenticator: once, in time, for exactly one session."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fedsplit
 from fedsplit.errors import SessionError, TokenError
-from fedsplit.wire.authentication import Door
+from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.frames import PROTOCOL, Frame, Kind
 from fedsplit.wire.tokens import MODES, TokenBook
 
@@ -147,9 +147,9 @@ def test_changed_tokens_are_refused(change):
 @pytest.mark.parametrize("mode", MODES)
 def test_door_admits_what_was_announced(mode: str):
     book = TokenBook()
-    door = Door(book, WHO[0])
+    authenticator = SessionAuthenticator(WHO[0], book)
 
-    who = door.admit(hello(book.issue(*WHO[:3], mode), mode=mode))
+    who = authenticator.admit(hello(book.issue(*WHO[:3], mode), mode=mode))
 
     assert (who.run, who.node, who.round, who.mode) == (*WHO[:3], mode)
     assert (who.owner, who.digest) == ("owner-1", "ab")
@@ -174,20 +174,20 @@ def test_door_admits_what_was_announced(mode: str):
 )
 def test_door_refuses(changes: dict[str, object], error: type[Exception], message: str):
     book = TokenBook()
-    door = Door(book, WHO[0])
+    authenticator = SessionAuthenticator(WHO[0], book)
     token = book.issue(*WHO)
 
     with pytest.raises(error, match=message):
-        door.admit(hello(token, **changes))
+        authenticator.admit(hello(token, **changes))
 
-    assert door.admit(hello(token)).node == WHO[1]  # a refusal does not use the token up
+    assert authenticator.admit(hello(token)).node == WHO[1]  # a refusal does not use the token up
 
 
 def test_door_is_for_one_run_even_with_a_good_token():
     book = TokenBook()
 
     with pytest.raises(TokenError):
-        Door(book, 8).admit(hello(book.issue(*WHO)))
+        SessionAuthenticator(8, book).admit(hello(book.issue(*WHO)))
 
 
 @pytest.mark.parametrize("jump", [86_400.0, -86_400.0])

@@ -117,7 +117,7 @@ def test_a_servers_head_sees_every_label_and_drawn_labels_only_after_a_draw(go: 
 
 def test_drawn_labels_are_those_of_the_owners_secret(go: Any) -> None:
     config, run = go(labels__protection="randomised-response", labels__epsilon=0.5, data__owners=1)
-    from strategies.split_tuning.run import load_base
+    from strategies.base_model import load_base
 
     tokenizer = load_base(config).tokenizer
     train = simulated_shares(config.data, config.seed, True)[0][0]

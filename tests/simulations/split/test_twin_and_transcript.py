@@ -12,7 +12,7 @@ from fedsplit.errors import AttackError
 from simulations.core.owner_samples import data_digest, owner_samples
 from simulations.split.centralised import CentralisedTwin
 from simulations.split.transcript_attacks import attack_transcript
-from strategies.split_tuning.run import load_base
+from strategies.base_model import load_base
 
 
 def waves_of(run: Any) -> list[list[list[str]]]:

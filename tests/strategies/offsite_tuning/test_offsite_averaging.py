@@ -12,7 +12,13 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.wire.messages import WEIGHTS, weights_record
-from strategies.rounds.averaging import WEIGHT, make_averaging, remember, restore, state_of
+from strategies.rounds.averaging import (
+    WEIGHT,
+    make_averaging,
+    restore,
+    set_current_arrays,
+    state_of,
+)
 
 START = {
     "a": np.linspace(-1, 1, 4000, dtype=np.float32),
@@ -40,7 +46,7 @@ def moved(by: float, seed: int = 0) -> dict[str, np.ndarray]:
 
 def averaged(offsite: OffsiteConfig, replies: list[Message], start: Arrays = START) -> Any:
     strategy = make_averaging(offsite)
-    remember(strategy, weights_record(dict(start)))
+    set_current_arrays(strategy, weights_record(dict(start)))
     record: ArrayRecord | None = strategy.aggregate_train(1, replies)[0]
     assert record is not None
     return {n: a.numpy() for n, a in record.items()}
@@ -75,7 +81,7 @@ def test_fedadam_goes_down_a_bowl_of_any_scale(scale: float) -> None:
     zero = {n: np.zeros_like(v) for n, v in START.items()}
     sizes = [size(now, zero)]
     for number in range(1, 26):
-        remember(strategy, weights_record(dict(now)))
+        set_current_arrays(strategy, weights_record(dict(now)))
         record = strategy.aggregate_train(number, [reply({n: 0.9 * v for n, v in now.items()})])[0]
         assert record is not None
         now = {n: a.numpy() for n, a in record.items()}
@@ -93,7 +99,7 @@ def test_a_round_that_is_undone_leaves_no_trace(offsite: dict[str, float]) -> No
         strategy = make_averaging(config)
         now = dict(START)
         for number, sent in enumerate(rounds):
-            remember(strategy, weights_record(now))
+            set_current_arrays(strategy, weights_record(now))
             before = state_of(strategy)
             record = strategy.aggregate_train(number if number < 2 else 1, [reply(sent)])[0]
             assert record is not None

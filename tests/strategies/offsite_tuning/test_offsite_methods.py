@@ -23,6 +23,7 @@ from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.adapters.files import attach_saved
 from fedsplit.owners.offsite.owner import AdapterOwner
 from simulations.runtime.local_run import run_in_process
+from strategies.base_model import load_base
 from strategies.offsite_tuning.export import (
     ADAPTERS,
     AVERAGING,
@@ -33,7 +34,6 @@ from strategies.offsite_tuning.export import (
     kept_averaging,
 )
 from strategies.rounds.averaging import AveragingState
-from strategies.split_tuning.run import load_base
 from tests.strategies.offsite_union import train_on_the_union
 
 SETTINGS = {

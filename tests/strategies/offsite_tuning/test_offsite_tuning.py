@@ -22,10 +22,10 @@ from fedsplit.owners.offsite.owner import AdapterOwner
 from fedsplit.wire.messages import SessionOffer
 from simulations.runtime.federated import read_server
 from simulations.runtime.local_run import run_in_process
+from strategies.base_model import load_base
 from strategies.offsite_tuning.emulator import importance_for, make_emulator, public_blocks
-from strategies.rounds.client_manager import Roll
+from strategies.rounds.client_manager import ClientManager
 from strategies.rounds.lineage_watch import LineageWatch
-from strategies.split_tuning.run import load_base
 from tests.strategies.local_grid import LocalGrid
 from tests.strategies.offsite_union import train_on_the_union
 
@@ -173,7 +173,7 @@ def test_the_same_seed_samples_the_same_owners(offsite: Any, tmp_path: Path) -> 
         grid = LocalGrid(folder, 4, first=first)
         nodes = dict(sorted(grid.nodes.items(), reverse=first > 1000))
         grid.nodes = {first + i: owner for i, owner in enumerate(nodes.values())}
-        roll = Roll(folder, LineageWatch(folder.lineage, None))
+        roll = ClientManager(folder, LineageWatch(folder.lineage, None))
         rounds = [roll.sample(grid, number) for number in range(1, 5)]
         sampled.append([[grid.nodes[node] for node in nodes] for nodes in rounds])
     assert sampled[0] == sampled[1]

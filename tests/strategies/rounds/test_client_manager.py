@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedsplit.config import LineageConfig, RunConfig
 from fedsplit.wire.frames import Kind
-from strategies.rounds.client_manager import Roll
+from strategies.rounds.client_manager import ClientManager
 from strategies.rounds.lineage_watch import LineageWatch
 from strategies.split_tuning.strategy import SplitTuning
 from tests.owners.interfere import Outgoing, tamper_with
@@ -26,10 +26,10 @@ QUICK: dict[str, Any] = {
 }
 
 
-def roll(after: int, rounds: int, least: int = 1) -> Roll:
+def roll(after: int, rounds: int, least: int = 1) -> ClientManager:
     flat = {"train.bench-after": after, "train.bench-rounds": rounds, "train.min-owners": least}
     config = RunConfig.from_flat(flat)
-    made = Roll(config, LineageWatch(LineageConfig(gate="off"), None))
+    made = ClientManager(config, LineageWatch(LineageConfig(gate="off"), None))
     made.names.update({1: "a", 2: "b", 3: "c"})
     return made
 

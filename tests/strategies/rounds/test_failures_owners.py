@@ -67,15 +67,15 @@ def test_an_owner_that_stops_answering(
     tamper_with(monkeypatch, {VICTIM: silence})
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
-        honest = strategy._member
+        honest = strategy._sessions._session
 
-        def member(link: Any, hello: Any) -> Any:
-            made = honest(link, hello)
+        def session(context: Any, link: Any, hello: Any) -> Any:
+            made = honest(context, link, hello)
             if hello.owner == "owner-1":  # the others may be slow on a busy machine
                 made._deadline = 1.0
             return made
 
-        strategy._member = member  # type: ignore[method-assign]
+        strategy._sessions._session = session  # type: ignore[method-assign]
 
     run = run_locally(make_config(**QUICK), prepare=prepare)
     assert_only_the_victim_is_lost(run, "DeadlineError: no frame within 1 s")
@@ -156,7 +156,7 @@ def test_a_wave_that_stays_smaller_than_expected(
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.dead.add(VICTIM)
         strategy.patience_s = 0.2
-        strategy._roll.names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
+        strategy.clients.names = {grid_node(grid, i): f"owner-{i}" for i in range(4)}
 
     config = make_config(data__owners=4, session__wave=2, **QUICK)
     train = run_locally(config, prepare=prepare, slots=2).server["rounds"][0]["train"]
@@ -175,7 +175,7 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
 
     def asked(self: Round, nodes: Any) -> None:
         rounds.append(self)
-        self._wait_s = 0.3 if len(rounds) == 1 else 60.0
+        self.wait_s = 0.3 if len(rounds) == 1 else 60.0
         ask(self, nodes)
 
     def late(task: OwnerTask) -> Any:
@@ -243,7 +243,7 @@ def test_two_owners_of_one_name(make_config: Any, run_locally: Any) -> None:
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         grid.node_configs[VICTIM] = {"owner": "owner-0"}
-        strategy._roll.names = {grid_node(grid, 0): "owner-0"}
+        strategy.clients.names = {grid_node(grid, 0): "owner-0"}
 
     run = run_locally(make_config(**QUICK), prepare=prepare)
     assert_only_the_victim_is_lost(run, "another node has it already", name="node 1034")

@@ -48,7 +48,7 @@ def plant(strategy: SplitTuning, number: int, value: float) -> None:
         if round_ == number:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
-                for parameter in strategy.parts.trainable.parameters():
+                for parameter in strategy.parts.model.trainable.parameters():
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(noise * value)
         return honest(round_)
@@ -141,9 +141,9 @@ def test_a_disk_that_fills_during_the_run(
 
 
 def test_a_disk_too_full_for_the_transcript(tmp_path: Path) -> None:
-    from strategies.sessions.representation_cache import RepresentationStore
+    from strategies.sessions.representation_cache import RepresentationCache
 
-    store = RepresentationStore()
+    store = RepresentationCache()
     store.put("owner-0", "train", 0, torch.ones(2, 3), torch.float32)
 
     with small_files(), pytest.raises(RunError, match="cannot write the transcript"):

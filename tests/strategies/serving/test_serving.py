@@ -20,13 +20,11 @@ from fedsplit.models.adapters.trainable import make_trainable
 from fedsplit.owners.serving.generation import sampler
 from fedsplit.owners.serving.inference import classify, generate
 from fedsplit.owners.serving.offers import take_offer
-from fedsplit.wire.authentication import Door
-from fedsplit.wire.messages import SessionOffer
-from fedsplit.wire.tokens import TokenBook
-from strategies.serving.inference_server import Desk
-from strategies.serving.run import Announcer, build_desk
-from strategies.sessions.transports import StreamHub
-from strategies.split_tuning.run import load_base
+from fedsplit.wire.authentication import SessionAuthenticator
+from strategies.base_model import load_base
+from strategies.serving.inference_server import InferenceServer
+from strategies.serving.run import Announcer, build_inference_server
+from strategies.sessions.transports import StreamTransport
 from strategies.split_tuning.trained_weights import identity, load_trained
 from tests.strategies.local_grid import LocalGrid
 
@@ -34,40 +32,32 @@ TEXTS = ["w1 w2 w3 w4", "w50 w7 w9", "w3 w3 w80 w81 w5 w6 w7 w8", "w11"]
 
 
 @contextmanager
-def served(config: RunConfig, *, tokens: int = 8) -> Iterator[tuple[Desk, Path, Announcer]]:
-    """Serve ``config`` on loopback and yield (desk, home of owner 0, announcer)."""
+def served(
+    config: RunConfig, *, tokens: int = 8
+) -> Iterator[tuple[InferenceServer, Path, Announcer]]:
+    """Serve ``config`` on loopback and yield (server, home of owner 0, announcer)."""
     import os
 
-    desk = build_desk(config)
-    config = replace(config, strategy="serving")
+    config = replace(config, strategy="serving", serving=replace(config.serving, tokens=tokens))
+    server = build_inference_server(config)
     grid = LocalGrid(config, config.data.owners)
-    door = Door(TokenBook(), grid.run_id)
-    hub = StreamHub(
-        door,
+    authenticator = SessionAuthenticator(grid.run_id)
+    transport = StreamTransport(
+        authenticator,
         host="127.0.0.1",
         port=0,
         tls=None,
         max_frame_bytes=1 << 24,
         on_bytes=None,
     )
-    hub.begin(desk)
-    session = SessionOffer(
-        run=grid.run_id,
-        node=0,
-        round=0,
-        mode="predict",
-        transport="stream",
-        token="",
-        address=hub.address,
-        digest=desk.digest,
-    )
-    announcer = Announcer(grid, door, session, tokens, 900.0)
-    announcer.round(20.0)
+    transport.serve(server)
+    announcer = Announcer(grid, transport, server)
+    announcer.announce()
     try:
-        yield desk, Path(os.environ["FEDSPLIT_HOME"]) / "owner-0", announcer
+        yield server, Path(os.environ["FEDSPLIT_HOME"]) / "owner-0", announcer
     finally:
-        hub.stop()
-        desk.close()
+        transport.close()
+        server.close()
 
 
 def whole(config: RunConfig, texts: list[str]) -> torch.Tensor:
@@ -96,14 +86,14 @@ def test_a_tuned_model_answers_as_in_one_piece(
     weights = run.folder / "top.safetensors"
     serving = replace(config.serving, weights=str(weights))
     config = replace(config, serving=serving, strategy="serving")
-    with served(config) as (desk, home, announcer):
+    with served(config) as (server, home, announcer):
         found, answered = classify(home, TEXTS)
         again, _ = classify(home, TEXTS[1:2])
     assert sorted(announcer.owners.values()) == ["owner-0", "owner-1", "owner-2"]
     assert torch.allclose(found[1:2], again, atol=1e-6)
     assert answered.tokens > len(TEXTS)
-    assert desk.report.texts == len(TEXTS) + 1
-    assert not desk.report.failed
+    assert server.report.texts == len(TEXTS) + 1
+    assert not server.report.failed
     untuned = whole(replace(config, serving=replace(serving, weights="")), TEXTS)
     assert not torch.allclose(found, untuned, atol=1e-3)
     if protection == "none":
@@ -128,7 +118,7 @@ def test_many_owners_at_once_get_their_own_answers(make_config: Any) -> None:
     config = make_config()
     expected = whole(config, TEXTS)
     found: dict[int, torch.Tensor] = {}
-    with served(config, tokens=16) as (desk, home, _):
+    with served(config, tokens=16) as (server, home, _):
 
         def ask(i: int) -> None:
             found[i] = classify(home, [TEXTS[i % 4]])[0]
@@ -138,7 +128,7 @@ def test_many_owners_at_once_get_their_own_answers(make_config: Any) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        assert desk.report.sessions == 4
+        assert server.report.sessions == 4
     for i, row in found.items():
         assert torch.allclose(row[0], expected[i % 4], atol=1e-5)
 
@@ -154,7 +144,7 @@ def test_generation_is_the_whole_models_own(make_config: Any, tiny_llama: Path) 
             torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0
         )[0, len(ids) :].tolist()
     pieces: list[str] = []
-    with served(config) as (desk, home, _):
+    with served(config) as (server, home, _):
         text, answered = generate(
             home, TEXTS[0], choose=sampler(0.0, 1.0, 0), most=6, on_text=pieces.append
         )
@@ -163,7 +153,7 @@ def test_generation_is_the_whole_models_own(make_config: Any, tiny_llama: Path) 
     assert text == loaded.tokenizer.decode(expected, skip_special_tokens=True)
     assert "".join(pieces) == text
     # Every token crossed once: the prompt, and all but the last of those chosen.
-    assert answered.tokens == len(ids) + len(expected) - 1 == desk.report.tokens
+    assert answered.tokens == len(ids) + len(expected) - 1 == server.report.tokens
 
 
 def test_rules_and_tokens_hold(
@@ -185,7 +175,7 @@ def test_rules_and_tokens_hold(
             classify(home, TEXTS)
         monkeypatch.setenv("FEDSPLIT_POLICY", str(policy))
         announcer._told.clear()
-        announcer.round(20.0)
+        announcer.announce()
         assert "eta" in next(iter(announcer.refused.values()))
     with pytest.raises(SessionError, match="no model serves"):
         take_offer(tmp_path)
@@ -196,7 +186,7 @@ def test_a_checkpoint_of_another_run_is_refused(make_config: Any, run_locally: A
     weights = str(run_locally(config).folder / "top.safetensors")
     other = replace(config, serving=replace(config.serving, weights=weights))
     with pytest.raises(ModelError, match=r"split\.k"):
-        build_desk(replace(other, split=replace(config.split, k=1)))
+        build_inference_server(replace(other, split=replace(config.split, k=1)))
     Path(weights).write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="no readable checkpoint"):
-        build_desk(other)
+        build_inference_server(other)

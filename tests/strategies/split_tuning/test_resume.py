@@ -24,10 +24,10 @@ from fedsplit.errors import RunError
 from fedsplit.fingerprints.evidence import chain as evidence
 from fedsplit.owners.ledger.chain import read_ledger
 from fedsplit.wire.frames import Frame, Kind, decode
+from strategies import STRATEGIES
 from strategies.rounds.state_folder import StateFolder
-from strategies.split_tuning import run as split_tuning_run
 from strategies.split_tuning.cohort import Cohort
-from strategies.split_tuning.run_checkpoint import SplitState
+from strategies.split_tuning.run_checkpoint import RunCheckpoint
 from strategies.split_tuning.strategy import SplitTuning
 from tests.disks import small_files
 from tests.strategies.local_grid import LocalGrid
@@ -61,7 +61,7 @@ def carry_out(config: RunConfig, *, run_id: int = 7) -> dict[str, torch.Tensor]:
     grid = LocalGrid(config, config.data.owners, run_id=run_id, first=1000 * run_id)
     flat = dict(config.to_flat())
     context = Context(run_id=run_id, node_id=0, node_config={}, state=RecordDict(), run_config=flat)
-    split_tuning_run.run(grid, context, config)
+    STRATEGIES["split-tuning"](grid, context, config)
     return load_file(Path(config.output.dir) / "top.safetensors")
 
 
@@ -102,7 +102,7 @@ MOMENTS = {
     "in the first step": dies(Cohort, "_step", 1),
     "in the second step": dies(Cohort, "_step", 2),
     "after the third step": dies(Cohort, "_step", 3, after=True),
-    "before the round's state": dies(SplitState, "keep", STEPS),
+    "before the round's state": dies(RunCheckpoint, "keep", STEPS),
     "before its evaluation": dies(SplitTuning, "configure_evaluate", 1),
     "in its evaluation": dies(Cohort, "_answer", 1),
     "after its evaluation": dies(SplitTuning, "aggregate_evaluate", 1, after=True),

@@ -23,7 +23,7 @@ LEAST_S, MOST_S = 0.05, 3.0  # between two looks; Flower's own is 3
 SHARE = 0.1  # of the time waited so far: a reply is found at most this much late
 
 
-class PromptGrid(Grid):
+class PollingGrid(Grid):
     """Sends through another grid and looks for replies at once, then ever less often.
 
     Args:

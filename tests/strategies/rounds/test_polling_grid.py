@@ -14,7 +14,7 @@ from flwr.app import Error, Message, RecordDict
 from fedsplit.config import RunConfig
 from simulations.runtime.federated import read_server
 from simulations.runtime.local_run import run_in_process
-from strategies.rounds.prompt_grid import PromptGrid
+from strategies.rounds.polling_grid import PollingGrid
 from strategies.rounds.replies import NO_REPLY
 from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.failing import (
@@ -68,27 +68,27 @@ def offers(*nodes: int) -> list[Message]:
 def test_every_reply_comes_once_and_is_heard_when_it_comes() -> None:
     inner = Scripted({1: 3, 2: 1, 3: 2})
     heard: list[tuple[str, int]] = []
-    grid = PromptGrid(inner, heard=lambda asked, m: heard.append((m.error.reason, inner.looked)))
+    grid = PollingGrid(inner, heard=lambda asked, m: heard.append((m.error.reason, inner.looked)))
     replies = list(grid.send_and_receive(offers(1, 2, 3), timeout=FOREVER_S))
     assert heard == [("2", 1), ("3", 2), ("1", 3)]
     assert [m.error.reason for m in replies] == ["2", "3", "1"]
 
 
 def test_what_could_not_be_sent_is_not_waited_for() -> None:
-    grid = PromptGrid(Scripted({1: 1, 3: 2}, unsent=[2]))
+    grid = PollingGrid(Scripted({1: 1, 3: 2}, unsent=[2]))
     replies = grid.send_and_receive(offers(1, 2, 3), timeout=FOREVER_S)
     assert [m.error.reason for m in replies] == ["1", "3"]
 
 
 def test_a_timeout_ends_the_wait_and_keeps_what_came() -> None:
-    grid = PromptGrid(Scripted({1: 1}))
+    grid = PollingGrid(Scripted({1: 1}))
     assert len(list(grid.send_and_receive(offers(1, 2), timeout=0.2))) == 1
 
 
 def test_patience_begins_when_the_session_is_over() -> None:
     busy = iter([True] * 4 + [False] * 1000)
     inner = Scripted({1: 1})
-    grid = PromptGrid(inner, waits_for=lambda nodes: nodes == {2} and next(busy), patience_s=0.01)
+    grid = PollingGrid(inner, waits_for=lambda nodes: nodes == {2} and next(busy), patience_s=0.01)
     assert len(list(grid.send_and_receive(offers(1, 2), timeout=FOREVER_S))) == 1
     assert inner.looked > 4
 
@@ -156,7 +156,7 @@ def test_an_offsite_owner_that_hangs_costs_itself_and_not_the_round(
         if not (victim and message.metadata.message_type == "train"):
             work(self, message, replies)
 
-    monkeypatch.setattr("strategies.rounds.prompt_grid.time", clock)
+    monkeypatch.setattr("strategies.rounds.polling_grid.time", clock)
     monkeypatch.setattr(LocalGrid, "pull_messages", leap)
     monkeypatch.setattr(LocalGrid, "_work", hang)
     run_in_process(config, tmp_path / "run")

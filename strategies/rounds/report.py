@@ -1,0 +1,71 @@
+"""What one round came to, whatever the strategy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NEVER = "never connected"
+HUNG_UP = "SessionError: session closed: peer closed"
+
+
+@dataclass
+class CohortReport:
+    """What a cohort did in one round."""
+
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    compute_s: float = 0.0
+    waiting_s: float = 0.0
+    seconds: float = 0.0
+    lost: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class RoundReport:
+    """What one round's sessions came to."""
+
+    mode: str
+    cohort: CohortReport = field(default_factory=CohortReport)
+    waves: list[list[str]] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    frames: int = 0
+    row_bytes: int = 0
+    row_tokens: int = 0
+    targets: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+    def lose(self, node: int, name: str | None, reason: str) -> None:
+        """Record an owner that is known by its reply; what its session said comes first."""
+        lost = self.cohort.lost
+        if lost.get(f"node {node}", "").startswith(NEVER):
+            del lost[f"node {node}"]
+        key = name or f"node {node}"
+        if lost.get(key, "").startswith(HUNG_UP):
+            del lost[key]  # whether its last words or the end of its stream came first is chance
+        lost.setdefault(key, reason)
+
+    def miss(self, node: int, name: str | None, reason: str) -> None:
+        """Record an owner that never replied, unless its session has told why."""
+        if not self.cohort.lost.keys() & {f"node {node}", name}:
+            self.cohort.lost[name or f"node {node}"] = reason
+
+    def call(self, names: Mapping[int, str]) -> None:
+        """Call lost nodes by their owners' names where those are known."""
+        known = {f"node {node}": name for node, name in names.items()}
+        self.cohort.lost = {known.get(k, k): why for k, why in self.cohort.lost.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report, JSON-able."""
+        row = {k: v for k, v in vars(self).items() if k != "cohort"}
+        return {**row, **vars(self.cohort)}
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Return a key that sorts owner-2 before owner-10."""
+    return tuple(int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name))

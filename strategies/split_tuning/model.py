@@ -1,0 +1,163 @@
+"""A base model cut in two for a run: what the server keeps, and what owners are sent.
+
+Training and serving put it together here, so that what was trained is what is served.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedsplit.config import RunConfig
+from fedsplit.errors import ModelError
+from fedsplit.models.adapters.trainable import Trainable, make_trainable
+from fedsplit.models.bundle.bottom import Bundle, pack_bottom
+from fedsplit.models.bundle.head import with_head
+from fedsplit.models.placing import place
+from fedsplit.models.splitting.halves import Bottom, Top, split
+from fedsplit.models.splitting.heads import Head, detach_head, head_parameters, positions_read
+from fedsplit.privacy import build_mechanism
+from fedsplit.privacy.labels.table import head_at_owner
+from fedsplit.settings import check_settings
+
+from ..base_model import AUTOCASTS, DTYPES, load_base
+from .denoising import CohortDenoiser, build_denoiser
+from .trained_weights import OWNERS, Trained
+
+
+@dataclass
+class Halves:
+    """A base model just after the cut, on the CPU and nothing of it chosen for training.
+
+    Attributes:
+        digest: of the base model's files.
+        tokenizer: of the base.
+        bottom: what owners run.
+        top: what the server runs.
+        head: the head, where it is the owners' and no longer the top's; else None.
+    """
+
+    digest: str
+    tokenizer: Any
+    bottom: Bottom
+    top: Top
+    head: Head | None
+
+
+@dataclass
+class SplitModel:
+    """A cut model, ready to be trained or served.
+
+    Attributes:
+        base_digest: of the base model's files.
+        top: placed on its device.
+        trainable: its trained part.
+        bundle: the bottom's files (with the owners' head, if they hold it) and their digest.
+        denoise: the server's estimate of what the owners' noise hides, or None.
+        head: the owners' head as it starts, or None.
+    """
+
+    base_digest: str
+    top: Top
+    trainable: Trainable
+    bundle: Bundle
+    denoise: CohortDenoiser | None
+    head: Head | None
+
+    @property
+    def positions(self) -> str:
+        """Which final hidden states the owners' head reads; empty: the head is the top's."""
+        return "" if self.head is None else positions_read(self.head)
+
+
+def load_halves(config: RunConfig) -> Halves:
+    """Load the base model and cut it.
+
+    Raises:
+        ModelError, UnsupportedModelError, ConfigError: see :func:`strategies.base_model.load_base`.
+    """
+    loaded = load_base(check_settings(config))
+    bottom, top = split(loaded.model, config.split.k)
+    head = detach_head(top) if head_at_owner(config.labels.protection) else None
+    return Halves(loaded.digest, loaded.tokenizer, bottom, top, head)
+
+
+def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) -> SplitModel:
+    """Choose what is trained, pack what owners get, and place the top.
+
+    Args:
+        config: the run's settings.
+        halves: from :func:`load_halves`; changed in place.
+        trained: weights of an earlier run to start from.
+
+    Raises:
+        ConfigError: settings that do not go together.
+        ModelError: ``trained`` does not fit the model.
+    """
+    bottom, top, head = halves.bottom, halves.top, halves.head
+    if trained is not None:
+        load_owners(trained.owners, bottom, head)
+    bundle = pack_bottom(bottom, halves.tokenizer)
+    if head is not None:
+        bundle = with_head(bundle, head)
+    mechanism = build_mechanism(
+        config.privacy,
+        bottom,
+        bottom.vocab,
+        halves.tokenizer,
+        frozen=config.split.bottom == "frozen",
+    )
+    denoise = build_denoiser(config, bottom, halves.tokenizer, mechanism)
+    trainable = make_trainable(top, config.train.method)
+    if head is not None:
+        trainable = trained_without_head(trainable)
+    if trained is not None:
+        trainable.load(trained.top)
+    place(top, config.model.device, DTYPES[config.model.dtype])
+    top.autocast = AUTOCASTS[config.model.autocast]
+    return SplitModel(halves.digest, top, trainable, bundle, denoise, head)
+
+
+def trained_without_head(trainable: Trainable) -> Trainable:
+    """Return what the server trains where the head is the owners'."""
+    head = head_parameters(trainable.top)
+    for parameter in trainable.parameters():
+        parameter.requires_grad_(id(parameter) not in head)
+    return Trainable(trainable.top, trainable.method)
+
+
+def owners_parameters(
+    config: RunConfig, bottom: Bottom, head: Head | None = None
+) -> dict[str, nn.Parameter]:
+    """Return what owners train and the server averages, by name; often nothing.
+
+    Args:
+        config: the run's settings.
+        bottom: as owners receive it.
+        head: the same, where it is theirs.
+    """
+    named: dict[str, nn.Parameter] = {}
+    if config.split.bottom == "joint":
+        named |= dict(bottom.named_parameters())
+    classify = config.model.task == "sequence-classification"
+    if head is not None and (classify or config.train.method == "all"):
+        named |= {f"head.{name}": p for name, p in head.named_parameters()}
+    return {name: p for name, p in named.items() if p.is_floating_point()}
+
+
+def load_owners(weights: Mapping[str, Tensor], bottom: Bottom, head: Head | None) -> None:
+    """Put the averaged weights of what owners trained into the halves that are shipped.
+
+    Raises:
+        ModelError: no parameter of that name and shape.
+    """
+    known = dict(bottom.named_parameters())
+    if head is not None:
+        known |= {f"head.{name}": p for name, p in head.named_parameters()}
+    for name, value in weights.items():
+        if name not in known or known[name].shape != value.shape:
+            raise ModelError(f"checkpoint {OWNERS}{name}: no parameter of that name and shape")
+        known[name].data.copy_(value)
