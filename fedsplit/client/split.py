@@ -45,8 +45,6 @@ def _open(client: ClientTask) -> tuple[OwnerTask, RunState]:
     """Accept the message's offer and keep what it brought: a later message meets a new process."""
     task = client.accept()
     state = RunState(task.run_folder, task.job_folder)
-    if task.offer.transport == "stream" or task.offer.exchange == 0:
-        state.name_session(task.offer.mode)
     if averaged := averaged_weights(client.message):
         state.save_averaged(averaged)
     return task, state
@@ -59,7 +57,7 @@ def _message_session(task: OwnerTask, state: RunState) -> MessageSession:
 def _build(task: OwnerTask, state: RunState) -> SplitOwner:
     """Build the owner; what it trains itself continues from the averaged weights."""
     offer = task.offer
-    owner = build_split_owner(task, state.session_name(offer.mode, offer.round))
+    owner = build_split_owner(task)
     averaged = state.averaged()
     if averaged is not None:
         owner.load_weights(averaged)

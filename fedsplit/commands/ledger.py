@@ -59,6 +59,7 @@ def show(
     exposed = totals.exposure.representations()
     if exposed:
         console.print(_exposure(totals))
+        console.print(_most_exposed(totals))
     if last:
         console.print(_lines(list(last)))
 
@@ -93,11 +94,12 @@ def _kinds(totals: Totals, run: str) -> Table:
 
 
 def _runs(totals: Totals) -> Table:
-    table = Table("run", "sessions", "epochs", "bytes", "tokens with reduced noise")
+    table = Table("run", "sessions", "passes", "bytes", "tokens with reduced noise")
     for name, row in totals.runs.items():
         sent = sum(row.tokens.values())
         share = f"{100 * sum(row.touched.values()) / sent:.2f} %" if sent else "-"
-        table.add_row(name or "-", str(row.sessions), f"{row.epochs:.2f}", f"{row.bytes:,}", share)
+        passes = ", ".join(f"{mode} {count:.2f}" for mode, count in row.passes.items()) or "-"
+        table.add_row(name or "-", str(row.sessions), passes, f"{row.bytes:,}", share)
     return table
 
 
@@ -124,6 +126,17 @@ def _exposure(totals: Totals) -> Table:
             f"{row['views']['max']}, {row['views']['median']}",
             "; ".join(cost),
         )
+    return table
+
+
+def _most_exposed(totals: Totals) -> Table:
+    table = Table(
+        "text (keyed name)", "views", "bottoms", "adds up to", title="texts with the most views"
+    )
+    for row in totals.exposure.most_exposed(10):
+        cost = [f"{unit} {amount:.4g}" for unit, amount in row.cost.items() if unit != "none"]
+        cost += ["no guarantee"] * ("none" in row.cost)
+        table.add_row(row.name, str(row.views), str(row.bottoms), "; ".join(cost))
     return table
 
 

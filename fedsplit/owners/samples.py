@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,13 @@ class Samples:
     Attributes:
         ids: one int64 tensor (T_i,) per slot, without padding.
         labels: one class per slot, or None for causal language modelling.
+        texts: what identifies each slot's raw text (:func:`text_identity`): views, draws and
+            budgets are counted by it, whatever tokens a server's tokenizer makes of the text.
     """
 
     ids: tuple[Tensor, ...]
     labels: Tensor | None
+    texts: tuple[bytes, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -33,33 +37,26 @@ class Samples:
         """Tokens per slot."""
         return [int(x.shape[0]) for x in self.ids]
 
-    def identity(self, slot: int) -> bytes:
-        """Return what identifies the slot's text wherever its views are counted."""
-        return text_identity(self.ids[slot])
 
-    def padded(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return (input_ids, attention_mask), both (B, T), right-padded with id 0.
+def text_identity(text: str) -> bytes:
+    """Return 32 bytes that identify a raw text: SHA-256 of its UTF-8 bytes, normalised in no way.
 
-        The padding id is irrelevant: masked positions are neither sent nor used.
-        """
-        chosen = [self.ids[slot] for slot in slots]
-        width = max(int(x.shape[0]) for x in chosen)
-        ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-        mask = torch.zeros(len(chosen), width, dtype=torch.int64)
-        for row, x in enumerate(chosen):
-            ids[row, : x.shape[0]] = x
-            mask[row, : x.shape[0]] = 1
-        return ids, mask
+    No tokenizer, cut or bottom enters: what a server can change must not make another text of it.
+    """
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def text_identity(ids: Tensor, after: int = 0) -> bytes:
-    """Return what identifies a text, or a piece of one.
+def piece_identity(text: bytes, continuation: Sequence[int]) -> bytes:
+    """Return what identifies a piece of a text that is being generated.
 
     Args:
-        ids: its tokens (T,).
-        after: number of the text that a piece continues; 0: it is a whole text.
+        text: identity of the prompt.
+        continuation: ids generated so far, the piece's own included; empty: the prompt itself.
     """
-    return ids.to(torch.int64).numpy().astype("<i8").tobytes() + (b"%d" % after if after else b"")
+    if not continuation:
+        return text
+    ids = np.asarray(continuation, dtype="<i8").tobytes()
+    return hashlib.sha256(text + ids).digest()
 
 
 def tokenise(
@@ -105,4 +102,5 @@ def tokenise(
     return Samples(
         tuple(torch.tensor(ids, dtype=torch.int64) for ids in encoded),
         None if labels is None else torch.tensor([int(x) for x in labels], dtype=torch.int64),
+        tuple(text_identity(text) for text in texts),
     )

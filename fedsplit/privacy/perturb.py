@@ -1,28 +1,31 @@
 """One sample in, what may leave out: noise identity, contributing tokens, mechanism.
 
 **Noise identity.**  The noise on a sample is a function of (secret, mechanism with its parameters,
-representation identity, per-token multipliers, the sample's content, view) and of nothing else:
+per-token multipliers, raw text, the very rows that it hides, view) and of nothing else:
 
-- *Same everything, same noise, for ever*: a second epoch, a restart or another run sends exactly
-  the bytes that the server already has, and teaches it nothing.  Fresh noise would average away:
-  the mean of v draws has its error divided by sqrt(v).
+- *Same text and same rows, same noise, for ever*: a second epoch, a restart or another run sends
+  exactly the bytes that the server already has, and teaches it nothing.  Fresh noise would average
+  away: the mean of v draws has its error divided by sqrt(v).
+- *Any bit of the rows differs, independent noise.*  With one noise n on two rows h1 and h2 of a
+  text the server would hold h1 - h2 exactly.  Whatever moved the rows, be it another bottom,
+  tokenizer, cut, truncation, precision or number of threads, the rows themselves are in the key, so
+  nothing that moves them can be forgotten.  A joint bottom that has moved draws anew; one that has
+  not sends what it sent.
 - *Any parameter differs, independent noise.*  One noise n reused under eta and eta/2 would send
   x1 = h + n and x2 = h + 2n, and the server would solve h = 2 x1 - x2 with no noise left.  The same
-  holds for multipliers (h + n and h + rho n), for another bottom or split point (h1 + n and h2 + n
-  give h1 - h2 exactly) and for another precision (the difference is how each coordinate of h was
-  rounded, which tells the token).  Independent draws instead compose: their etas add up.
-- *Two samples with the same text get the same noise*: the server sees that they are equal, and no
-  second draw of the same vectors.
+  holds for multipliers (h + n and h + rho n).  Independent draws instead compose: their etas add
+  up.
+- *Equal texts get equal noise*: the server sees that they are equal, and no second draw.
 
-``view`` counts the fresh draws that cannot be avoided: when joint training moves the bottom, h
-moves, and re-using n would leak the difference h_1 - h_0 exactly.  Every new view costs the
-mechanism's full parameter once more.
+Each different draw of a text's noise is one *view*: it costs the mechanism's full parameter once
+more, and the owner's ledger counts it by :attr:`View.noise`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,20 +47,38 @@ def content_digest(token_ids: Tensor) -> bytes:
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).digest()
 
 
+def rows_digest(rows: Tensor) -> bytes:
+    """Return 32 bytes that identify every bit of ``rows``, of any shape and dtype."""
+    raw = rows.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).digest()
+
+
+@dataclass(frozen=True)
+class View:
+    """What may leave of one sample.
+
+    Attributes:
+        rows: ``(T, d)``.
+        noise: names the draw: equal names are equal noise on equal rows of an equal text.  Keyed:
+            it tells nothing without the secret.
+    """
+
+    rows: Tensor
+    noise: bytes
+
+
 class SamplePerturber:
     """An owner's perturbation of its samples, one by one, with a count of what was touched.
 
     What breaks it:
-        Computing ``hidden`` with dropout on, or with another bottom under the same
-        ``representation_id``: then h differs between calls and n does not, and the server learns
-        the difference exactly.  The precision of the computation (autocast, quantised weights)
-        belongs into ``representation_id``; the dtype of ``hidden`` is counted by itself.
+        Computing ``hidden`` with dropout on, or in batches whose padding or size moves its last
+        bits: every call then draws new noise, and each draw is a view that adds up.
 
     Args:
         mechanism: what noise.
         secret: the owner's.
-        representation_id: identifies the map from tokens to ``hidden``: the bottom's digest and
-            the split point.
+        representation_id: names the map from tokens to ``hidden`` in reports and ledgers: the
+            bottom's digest and the split point.  The noise does not depend on it.
         cti: contributing tokens, whose noise is scaled by ``rho``; None for none.
         rho: noise multiplier of contributing tokens, in [0, 1].
 
@@ -84,47 +105,53 @@ class SamplePerturber:
         self._samples = 0
         self._tokens = 0
         self._touched = 0
-        self._views: dict[bytes, tuple[int, int]] = {}  # content -> (last view, draws)
+        self._views: dict[bytes, set[bytes]] = {}  # text -> its draws
 
-    def perturb(self, hidden: Tensor, token_ids: Tensor, view: int = 0) -> Tensor:
-        """Return what may leave for one sample.
+    def perturb(
+        self, hidden: Tensor, token_ids: Tensor, view: int = 0, text: bytes = b""
+    ) -> Tensor:
+        """Return what may leave for one sample; see :meth:`view`."""
+        return self.view(hidden, token_ids, text, view).rows
+
+    def view(self, hidden: Tensor, token_ids: Tensor, text: bytes = b"", fresh: int = 0) -> View:
+        """Return what may leave for one sample, with the name of its noise.
 
         Args:
             hidden: ``(T, d)``, the representations of ``token_ids``, without padding.
             token_ids: ``(T,)``.
-            view: 0 for a frozen bottom; counts up each time a moved bottom sends again.
-
-        Returns:
-            ``(T, d)``.
+            text: identifies the raw text; empty: the token ids do.
+            fresh: any other number asks for another draw of the same rows.  An owner never does.
 
         Raises:
-            PrivacyError: if the shapes do not fit, ``view`` is negative, or the mechanism refuses.
+            PrivacyError: if the shapes do not fit, ``fresh`` is negative, or the mechanism refuses.
         """
         if token_ids.dim() != 1 or hidden.dim() != 2 or hidden.shape[0] != token_ids.shape[0]:
             raise PrivacyError(
                 f"hidden.shape={tuple(hidden.shape)}, token_ids.shape={tuple(token_ids.shape)}: "
                 "must be (T, d) and (T,)"
             )
-        if view < 0:
-            raise PrivacyError(f"view={view}: must be >= 0 (number of earlier draws)")
+        if fresh < 0:
+            raise PrivacyError(f"view={fresh}: must be >= 0 (number of earlier draws)")
+        text = text or content_digest(token_ids)
         scale = self._multipliers(token_ids)
-        content = content_digest(token_ids)
-        stream = self._secret.stream(
-            "fedsplit.privacy.sample.v1",
+        hides = self.mechanism.covered(hidden, token_ids)
+        context = (
             self._identity,
-            self.representation_id,
             str(hidden.dtype),
             b"" if scale is None else scale.numpy().astype("<f8").tobytes(),
-            content,
-            view,
+            text,
+            f"{tuple(hides.shape)} {hides.dtype}",
+            rows_digest(hides),
+            fresh,
         )
-        out = self.mechanism.privatise_sample(hidden, token_ids, stream, scale)
+        stream = self._secret.stream("fedsplit.privacy.sample.v2", *context)
+        rows = self.mechanism.privatise_sample(hidden, token_ids, stream, scale)
+        noise = self._secret.name("fedsplit.privacy.sample.v2", *context)
         self._samples += 1
         self._tokens += token_ids.shape[0]
         self._touched += 0 if scale is None else int((scale < 1).sum())
-        last, draws = self._views.get(content[:8], (-1, 0))
-        self._views[content[:8]] = (view, draws + (view != last))
-        return out
+        self._views.setdefault(text[:8], set()).add(noise[:8])
+        return View(rows, noise)
 
     def _multipliers(self, token_ids: Tensor) -> Tensor | None:
         """Return ``(T,)`` multipliers, or None where every token keeps its full noise."""
@@ -145,7 +172,7 @@ class SamplePerturber:
 
     def report(self) -> dict[str, Any]:
         """Return what was done so far, JSON-able; ``views`` is the most draws of one sample."""
-        draws = max((count for _, count in self._views.values()), default=0)
+        draws = max(map(len, self._views.values()), default=0)
         return {
             "mechanism": self.mechanism.describe(),
             "representation_id": self.representation_id,

@@ -176,8 +176,14 @@ class OwnerSecret:
 
     def stream(self, *context: Context) -> SecretStream:
         """Return the stream that belongs to ``context``; other contexts give independent ones."""
+        return SecretStream(self._keyed(b"fedsplit-noise", context))
+
+    def name(self, *context: Context) -> bytes:
+        """Return 32 bytes that name ``context`` and tell nothing of it without the secret."""
+        return self._keyed(b"fedsplit-names", context)
+
+    def _keyed(self, purpose: bytes, context: tuple[Context, ...]) -> bytes:
         data = encode_context(*context)
-        key = hashlib.blake2b(
-            data, digest_size=SECRET_BYTES, key=self._secret, person=b"fedsplit-noise"
+        return hashlib.blake2b(
+            data, digest_size=SECRET_BYTES, key=self._secret, person=purpose
         ).digest()
-        return SecretStream(key)

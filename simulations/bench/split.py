@@ -179,7 +179,7 @@ def bytes_per_token(config: RunConfig, owners: Sequence[OwnerSamples]) -> dict[s
     for codec in CODECS:
         perturber = SamplePerturber(build("none"), OwnerSecret.for_simulation(0, "bench"), "bench")
         settings = SplitSettings("train", False, codec, "fp32")
-        owner = SplitOwner(bottom, samples, batches, [0] * len(batches), perturber, settings)
+        owner = SplitOwner(bottom, samples, batches, perturber, settings)
         frames = owner.handle(Frame(Kind.START, {"window": len(batches)}))
         sizes = [len(encode(Frame(f.kind, f.header, f.encode()), 0, 1 << 30)) for f in frames]
         found[codec] = sum(sizes) / tokens

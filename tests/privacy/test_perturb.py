@@ -26,8 +26,8 @@ def perturber(eta: float = 2.0, representation: str = "bottom k=0", **options) -
     return SamplePerturber(DChi(eta=eta), SECRET, representation, **options)
 
 
-def noise(p: SamplePerturber, ids: Tensor, view: int = 0) -> Tensor:
-    return p.perturb(TABLE[ids], ids, view) - TABLE[ids]
+def noise(p: SamplePerturber, ids: Tensor, view: int = 0, text: bytes = b"") -> Tensor:
+    return p.perturb(TABLE[ids], ids, view, text) - TABLE[ids]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -59,7 +59,6 @@ def test_other_content_gets_other_noise(a: str, b: str):
 
 CHANGES = {
     "eta": (perturber(eta=1.0), 0),
-    "representation": (perturber(representation="bottom k=2"), 0),
     "view": (perturber(), 1),
     "secret": (
         SamplePerturber(DChi(eta=2.0), OwnerSecret.for_simulation(0, "other"), "bottom k=0"),
@@ -77,6 +76,33 @@ def test_any_change_gives_an_independent_draw(change: str):
     other, view = CHANGES[change]
 
     a, b = noise(perturber(), IDS), noise(other, IDS, view)
+
+    assert abs(cosine(a, b)) < 5 / np.sqrt(a.numel())
+
+
+def test_rows_that_moved_by_one_bit_get_an_independent_draw():
+    """Whatever moved them: with one noise on both, the server would hold their difference."""
+    p, moved = perturber(), TABLE[IDS].clone()
+    moved[7, 3] = torch.nextafter(moved[7, 3], torch.tensor(torch.inf, dtype=torch.float64))
+
+    one, two = p.view(TABLE[IDS], IDS, b"text"), p.view(moved, IDS, b"text")
+
+    assert one.noise != two.noise
+    assert abs(cosine(one.rows - TABLE[IDS], two.rows - moved)) < 5 / np.sqrt(moved.numel())
+    assert p.report()["views"] == 2
+
+
+def test_equal_rows_of_a_text_keep_their_draw_whatever_made_them():
+    """Another bottom's name, or other token ids for the same rows, buy no second draw."""
+    one = perturber().view(TABLE[IDS], IDS, b"text")
+    two = perturber(representation="bottom k=2").view(TABLE[IDS], IDS + 1, b"text")
+
+    assert torch.equal(one.rows, two.rows)
+    assert one.noise == two.noise
+
+
+def test_two_texts_with_equal_rows_get_independent_draws():
+    a, b = noise(perturber(), IDS, 0, b"one"), noise(perturber(), IDS, 0, b"two")
 
     assert abs(cosine(a, b)) < 5 / np.sqrt(a.numel())
 

@@ -64,7 +64,7 @@ class RunTotals:
 
     bytes: int = 0
     sessions: int = 0
-    epochs: float = 0.0
+    passes: dict[str, float] = field(default_factory=dict)  # over a split's texts, by mode
     tokens: dict[str, int] = field(default_factory=dict)  # by mode
     touched: dict[str, int] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Totals:
     kinds: dict[str, list[int]] = field(default_factory=dict)  # kind -> [lines, bytes]
     runs: dict[str, RunTotals] = field(default_factory=dict)
     days: dict[str, int] = field(default_factory=dict)  # UTC day -> sessions
-    epochs: dict[str, float] = field(default_factory=dict)  # by bottom
+    passes: dict[str, dict[str, float]] = field(default_factory=dict)  # by bottom and mode
     exposure: Exposure = field(default_factory=Exposure)
 
     def run(self, run: str) -> RunTotals:
@@ -102,9 +102,9 @@ class Totals:
             day = str(entry["time"])[:10]
             self.days[day] = self.days.get(day, 0) + 1
         if "epochs" in entry:
-            run.epochs += float(entry["epochs"])
-            bottom = str(entry["bottom"])
-            self.epochs[bottom] = self.epochs.get(bottom, 0.0) + float(entry["epochs"])
+            mode, part = str(entry["mode"]), float(entry["epochs"])
+            for passes in (run.passes, self.passes.setdefault(str(entry["bottom"]), {})):
+                passes[mode] = passes.get(mode, 0.0) + part
         if "draw" in entry:
             mode = str(entry["mode"])
             run.tokens[mode] = run.tokens.get(mode, 0) + int(entry["tokens"])
@@ -115,7 +115,11 @@ class Totals:
                 dict(entry["mechanism"]),
                 float(entry["rho"]),
             )
-            self.exposure.apply(str(entry["draw"]), draw, entry["samples"])
+            names, views = entry["samples"], entry.get("views")
+            if views is None:  # of a time when one noise served a whole line
+                self.exposure.apply_old(str(entry["draw"]), draw, names)
+            else:
+                self.exposure.apply(str(entry["draw"]), draw, list(zip(names, views, strict=True)))
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, JSON-able."""

@@ -27,6 +27,7 @@ from fedsplit.owners.ledger.disclosure import (
     Words,
     json_bytes,
 )
+from fedsplit.owners.ledger.exposure import RAW_TEXT
 from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.owners.policy.rules import Breach, Policy, refuse
@@ -191,8 +192,10 @@ class DisclosureCheck:
     def _append(self, disclosure: Disclosure, facts: Entry) -> None:
         entry: Entry = {"kind": disclosure.kind, **facts, **disclosure.line()}
         if isinstance(disclosure, Representations) and disclosure.texts:
+            entry["version"] = RAW_TEXT
             entry["draw"] = self._draw(disclosure)
             entry["samples"] = [self._name(text) for text in disclosure.texts]
+            entry["views"] = [noise[:8].hex() for noise in disclosure.noises]
         entry |= self.session.line()
 
         def make(totals: Totals) -> Entry:
@@ -203,7 +206,7 @@ class DisclosureCheck:
         self._ledger.append(make)
 
     def _draw(self, shown: Representations) -> str:
-        """Return the name of the noise: equal names are equal noise on equal texts."""
+        """Return the name of the way in which texts become noisy vectors."""
         perturber = shown.source.perturber
         chosen = "" if perturber.cti is None else sorted(perturber.cti.token_ids)
         identity: list[Any] = [
@@ -211,10 +214,7 @@ class DisclosureCheck:
             perturber.representation_id,
             perturber.rho,
             chosen,
-            shown.counted_view,
         ]
-        if shown.source.moves:  # the bottom has moved since the last draw with that number
-            identity += [self.session.run, self.session.round, self.session.mode]
         return hashlib.sha256(json_bytes(identity)).hexdigest()[:16]
 
     def _name(self, text: bytes) -> str:
@@ -230,13 +230,15 @@ class DisclosureCheck:
             today = totals.days.get(now()[:10], 0)
             found += self._above("budget.sessions_per_run", run.sessions + 1)
             found += self._above("budget.sessions_per_day", today + 1)
-        if "epochs" in entry:
-            step = float(entry["epochs"])
-            found += self._above("budget.epochs_per_run", _rounded(run.epochs + step))
-            epochs = totals.epochs.get(bottom, 0.0) + step
-            found += self._above("budget.epochs_per_bottom", _rounded(epochs))
+        if "epochs" in entry:  # passes over held-out texts count like those over training texts
+            step, mode = float(entry["epochs"]), self.session.mode
+            passes = run.passes.get(mode, 0.0) + step
+            found += self._above("budget.epochs_per_run", _rounded(passes))
+            passes = totals.passes.get(bottom, {}).get(mode, 0.0) + step
+            found += self._above("budget.epochs_per_bottom", _rounded(passes))
         if isinstance(disclosure, Representations) and disclosure.texts:
-            views = totals.exposure.views_after(entry["draw"], bottom, entry["samples"])
+            named = list(zip(entry["samples"], entry["views"], strict=True))
+            views = totals.exposure.views_after(bottom, named)
             found += self._above("budget.views_per_bottom", views[0])
             found += self._above("budget.views_total", views[1])
             found += self._share(run.tokens, run.touched, disclosure)

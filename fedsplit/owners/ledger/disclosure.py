@@ -31,8 +31,7 @@ class Source:
         perturber: the privacy mechanism with the owner's secret.
         longest: tokens of the longest text.
         tokens: tokens of all texts of the split.
-        moves: whether the bottom learns, so that one view number means another draw in every
-            session.
+        moves: whether the bottom learns.
     """
 
     bottom: nn.Module
@@ -91,12 +90,11 @@ class Representations(Disclosure):
 
     Attributes:
         used: number of samples in the step.
-        epochs: part of an epoch that the step trains on; None where nothing is trained.
-        texts: identities of the texts that ``rows`` show (see ``Samples.identity``).
+        epochs: part of a pass over the session's split that the step is; None where the owner
+            itself brought the texts.
+        texts: identities of the texts that ``rows`` show (see ``Samples.texts``).
+        noises: name of the noise on each of them (see :class:`fedsplit.privacy.perturb.View`).
         rows: (N, d) after the mechanism, the tokens of all ``texts`` stacked; None: no text.
-        view: number of the draw that the mechanism was given.
-        counted_view: number that tells draws of one text apart; 0 where ``view`` stands for a text
-            that a piece continues.
         touched: tokens with reduced noise.
         source: what made ``rows``.
     """
@@ -105,9 +103,8 @@ class Representations(Disclosure):
     used: int
     epochs: float | None
     texts: tuple[bytes, ...]
+    noises: tuple[bytes, ...]
     rows: Tensor | None
-    view: int
-    counted_view: int
     touched: int
     source: Source
 
@@ -122,7 +119,7 @@ class Representations(Disclosure):
         return 0 if self.rows is None else int(self.rows.shape[0])
 
     def line(self) -> dict[str, Any]:
-        """Return shape, mechanism, source and view, or the number of samples used."""
+        """Return shape, mechanism and source, or the number of samples used."""
         found: dict[str, Any] = {} if self.epochs is None else {"epochs": self.epochs}
         if self.rows is None:
             return found | {"kind": "slots", "shape": [self.used]}
@@ -132,7 +129,6 @@ class Representations(Disclosure):
             "mechanism": perturber.mechanism.describe(),
             "rho": perturber.rho,
             "representation": perturber.representation_id,
-            "view": self.view,
             "tokens": self.tokens,
             "touched": self.touched,
         }

@@ -1,9 +1,14 @@
-"""How many different noisy views of each sample have left, over all runs, and what they add up to.
+"""How many different noisy views of each text have left, over all runs, and what they add up to.
 
-A *draw* is one noise for one map from text to vectors: the same mechanism with the same parameters,
-bottom, contributing tokens and view.  Sending a draw again tells the server nothing new; two draws
-of one sample compose.  Samples are known here by keyed digests of their content, so that a sample
-stays the same one when the owner's file grows or is reordered.
+A *view* is one noise on one text's rows, by the name that :class:`fedsplit.privacy.perturb.View`
+gives it: sending it again tells the server nothing new; two views of one text compose.  A *draw* is
+the way in which texts become noisy vectors: mechanism with parameters, bottom, contributing tokens.
+Texts are known by keyed digests of their raw bytes, so that a text stays the same one when the
+owner's file grows, and whatever bottom, tokenizer, cut, mode or strategy asks for it.
+
+Lines without a version are of a time when texts were known by their token ids and one name stood
+for the noise of a whole line.  Those names cannot be matched to texts any more.  So every text is
+taken to have had as many views of each such bottom as the most-shown of those names.
 """
 
 from __future__ import annotations
@@ -13,10 +18,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+RAW_TEXT = 2
+"""Version of lines whose texts are known by their raw bytes."""
+
+Held = tuple[tuple[int, int], ...]
+"""Draws by number, each with the views that a text had of it."""
+
 
 @dataclass(frozen=True)
 class Draw:
-    """One noise for one representation.
+    """One way in which texts become noisy vectors.
 
     Attributes:
         representation: bottom's digest and split point.
@@ -32,71 +43,94 @@ class Draw:
 
     @property
     def cost(self) -> tuple[str, float]:
-        """Unit and amount per draw; unit ``none`` where the mechanism has no guarantee."""
+        """Unit and amount per view; unit ``none`` where the mechanism has no guarantee."""
         # Here, because the table loads torch: a ledger is also read and verified without it.
         from fedsplit.privacy.mechanisms.table import cost_of_draw
 
         return cost_of_draw(self.mechanism)
 
 
+@dataclass(frozen=True)
+class Exposed:
+    """What has left of one text.
+
+    Attributes:
+        name: keyed digest of its raw bytes.
+        views: different noises.
+        bottoms: how many bottoms they are of.
+        cost: what they add up to, by unit.
+    """
+
+    name: str
+    views: int
+    bottoms: int
+    cost: Mapping[str, float]
+
+
 class Exposure:
-    """Which draws of which samples have left."""
+    """Which views of which texts have left."""
 
     def __init__(self) -> None:
         self._draws: list[Draw] = []
         self._index: dict[str, int] = {}
-        self._masks: dict[str, int] = {}  # sample -> bit per draw
-        self._counts: Counter[int] = Counter()  # how many samples have which mask
-        self._of_bottom: dict[str, int] = {}  # the draws of each bottom, as a mask
-        self._of_representation: dict[str, int] = {}
-        self._known: dict[int, tuple[int, dict[str, float]]] = {}  # mask -> views, their cost
+        self._views: dict[str, dict[str, int]] = {}  # text -> view -> number of its draw
+        self._counts: Counter[Held] = Counter()  # how many texts hold what
+        self._old: dict[str, int] = {}  # bottom -> most views of one text known by its token ids
+        self._known: dict[tuple[Held, str], tuple[int, dict[str, float]]] = {}
 
     def __len__(self) -> int:
-        """Samples of which anything has left."""
-        return len(self._masks)
+        """Texts of which anything has left."""
+        return len(self._views)
 
-    def apply(self, draw_id: str, draw: Draw, samples: Iterable[str]) -> None:
-        """Take note that this draw of ``samples`` leaves; again is the same as once."""
+    def apply(self, draw_id: str, draw: Draw, views: Iterable[tuple[str, str]]) -> None:
+        """Take note that (text, view) pairs of a draw leave; again is the same as once."""
         index = self._index.get(draw_id)
         if index is None:
-            index = self._index[draw_id] = self._add(draw)
-        bit = 1 << index
-        for sample in samples:
-            old = self._masks.get(sample, 0)
-            if old & bit:
+            index = self._index[draw_id] = len(self._draws)
+            self._draws.append(draw)
+        for text, view in views:
+            held = self._views.setdefault(text, {})
+            if view in held:
                 continue
-            self._masks[sample] = old | bit
-            self._counts[old | bit] += 1
-            if old:
-                self._counts[old] -= 1
-                if not self._counts[old]:
-                    del self._counts[old]
+            if held:
+                self._move(held, -1)
+            held[view] = index
+            self._move(held, 1)
 
-    def views_after(self, draw_id: str, bottom: str, samples: Iterable[str]) -> tuple[int, int]:
-        """Return the most views one of ``samples`` would have (of this bottom, of all)."""
-        index = self._index.get(draw_id)
-        bit = 0 if index is None else 1 << index
-        of_bottom = self._of_bottom.get(bottom, 0)
+    def apply_old(self, draw_id: str, draw: Draw, texts: Iterable[str]) -> None:
+        """Take note of a line without a version: one noise for all ``texts``."""
+        texts = list(texts)
+        self.apply(draw_id, draw, ((text, draw_id) for text in texts))
+        most = max((self._of(text, draw.bottom) for text in texts), default=0)
+        self._old[draw.bottom] = max(most, self._old.get(draw.bottom, 0))
+
+    def views_after(self, bottom: str, views: Iterable[tuple[str, str]]) -> tuple[int, int]:
+        """Return the most views that a text would have (of this bottom, of all bottoms).
+
+        Args:
+            bottom: that the views are of.
+            views: (text, view) that are about to leave.
+        """
+        fresh: dict[str, set[str]] = {}
+        for text, view in views:
+            new = fresh.setdefault(text, set())
+            if view not in self._views.get(text, {}):
+                new.add(view)
         most_bottom = most = 0
-        for sample in samples:
-            mask = self._masks.get(sample, 0)
-            new = not mask & bit
-            most_bottom = max(most_bottom, (mask & of_bottom).bit_count() + new)
-            most = max(most, mask.bit_count() + new)
-        return most_bottom, most
+        for text, new in fresh.items():
+            most_bottom = max(most_bottom, self._of(text, bottom) + len(new))
+            most = max(most, len(self._views.get(text, {})) + len(new))
+        return most_bottom + self._old.get(bottom, 0), most + sum(self._old.values())
 
     def summary(self, representation: str) -> dict[str, Any]:
-        """Return the cumulative guarantee over the samples of one representation, JSON-able.
+        """Return the cumulative guarantee over the texts of one representation, JSON-able.
 
-        ``views`` counts different draws; ``eta`` (d_chi, per unit of distance), ``epsilon`` (basic
+        ``views`` counts different noises; ``eta`` (d_chi, per unit of distance), ``epsilon`` (basic
         composition: deltas add up too) and ``nats`` are sums over them.  Maximum and median are
-        over the samples of which anything has left; they hold for tokens with full noise.
+        over the texts of which anything has left; they hold for tokens with full noise.
         """
-        mask = self._of_representation.get(representation, 0)
-        rows: list[tuple[int, dict[str, float], int]] = []
-        for held, count in self._counts.items():
-            if held & mask:
-                rows.append((*self._cost(held & mask), count))
+        rows = [(*self._cost(held, representation), count) for held, count in self._counts.items()]
+        rows = [row for row in rows if row[0]]
         if not rows:
             return {"samples": 0}
         found: dict[str, Any] = {
@@ -113,49 +147,63 @@ class Exposure:
 
     def representations(self) -> list[str]:
         """Return every representation of which anything has left, oldest first."""
-        return list(self._of_representation)
+        return list(dict.fromkeys(draw.representation for draw in self._draws))
+
+    def most_exposed(self, count: int) -> list[Exposed]:
+        """Return the texts with the most views, over all bottoms, the most-shown first."""
+        order = sorted(self._views, key=lambda text: (-len(self._views[text]), text))
+        found = []
+        for text in order[:count]:
+            held = self._views[text]
+            bottoms = {self._draws[index].bottom for index in held.values()}
+            found.append(Exposed(text, len(held), len(bottoms), self._cost(_counted(held), "")[1]))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return everything, JSON-able."""
         draws = [asdict(draw) | {"mechanism": dict(draw.mechanism)} for draw in self._draws]
-        return {"draws": draws, "index": self._index, "masks": _hex(self._masks)}
+        return {"draws": draws, "index": self._index, "views": self._views, "old": self._old}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Exposure:
         """Return what :meth:`to_json` was taken of."""
         made = cls()
-        for draw in content["draws"]:
-            made._add(Draw(**draw))
+        made._draws = [Draw(**draw) for draw in content["draws"]]
         made._index = {str(k): int(v) for k, v in content["index"].items()}
-        made._masks = {str(k): int(v, 16) for k, v in content["masks"].items()}
-        made._counts = Counter(made._masks.values())
+        made._views = {str(k): dict(v) for k, v in content["views"].items()}
+        made._old = {str(k): int(v) for k, v in content["old"].items()}
+        made._counts = Counter(_counted(held) for held in made._views.values())
         return made
 
-    def _add(self, draw: Draw) -> int:
-        """Add a new draw and return its number."""
-        index = len(self._draws)
-        self._draws.append(draw)
-        for masks, key in (
-            (self._of_bottom, draw.bottom),
-            (self._of_representation, draw.representation),
-        ):
-            masks[key] = masks.get(key, 0) | 1 << index
-        return index
+    def _of(self, text: str, bottom: str) -> int:
+        """Return how many views of one bottom a text has had."""
+        held = self._views.get(text, {}).values()
+        return sum(self._draws[index].bottom == bottom for index in held)
 
-    def _cost(self, mask: int) -> tuple[int, dict[str, float]]:
-        if mask in self._known:
-            return self._known[mask]
-        cost: dict[str, float] = {}
-        for i, draw in enumerate(self._draws):
-            if mask >> i & 1:
+    def _move(self, held: Mapping[str, int], count: int) -> None:
+        key = _counted(held)
+        self._counts[key] += count
+        if not self._counts[key]:
+            del self._counts[key]
+
+    def _cost(self, held: Held, representation: str) -> tuple[int, dict[str, float]]:
+        """Return views and what they add up to; of one representation, or of all where empty."""
+        known = self._known.get((held, representation))
+        if known is not None:
+            return known
+        views, cost = 0, dict[str, float]()
+        for index, count in held:
+            draw = self._draws[index]
+            if representation in ("", draw.representation):
                 unit, amount = draw.cost
-                cost[unit] = cost.get(unit, 0.0) + amount
-        self._known[mask] = mask.bit_count(), cost
-        return self._known[mask]
+                cost[unit] = cost.get(unit, 0.0) + count * amount
+                views += count
+        self._known[held, representation] = views, cost
+        return views, cost
 
 
-def _hex(masks: Mapping[str, int]) -> dict[str, str]:
-    return {sample: f"{mask:x}" for sample, mask in masks.items()}
+def _counted(held: Mapping[str, int]) -> Held:
+    return tuple(sorted(Counter(held.values()).items()))
 
 
 def _spread(values: list[tuple[Any, int]]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ places never shows the same noise on two different vectors.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from fedsplit.owners.ledger.disclosure import (
     Source,
     notice,
 )
-from fedsplit.owners.samples import text_identity
+from fedsplit.owners.samples import piece_identity
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import Frame, Kind
@@ -37,6 +36,7 @@ class GeneratingOwner:
     Args:
         bottom: of a causal language model; run without dropout.
         prompt: token ids (T,).
+        text: identifies the raw prompt (see :func:`fedsplit.owners.samples.text_identity`).
         perturber: the privacy mechanism with the owner's secret.
         codec: wire form of representations.
         choose: logits (V,) -> the next token's id.
@@ -52,6 +52,7 @@ class GeneratingOwner:
         self,
         bottom: Bottom,
         prompt: Tensor,
+        text: bytes,
         perturber: SamplePerturber,
         codec: str,
         *,
@@ -68,6 +69,7 @@ class GeneratingOwner:
         self.text: list[int] = prompt.tolist()
         self.generated: list[int] = []
         self._prompt = prompt
+        self._text = text
         self._codec = codec
         self._decoder = CachedBottom(bottom)
         self._choose = choose
@@ -116,12 +118,11 @@ class GeneratingOwner:
     def _piece(self, ids: Tensor) -> Outgoing:
         """Return the next piece (t,) of the text as a frame."""
         step = self._sent
-        before = len(self.text) - len(ids)
         hidden = self._decoder.step(ids[None])[0]  # (t, d)
-        # A piece's noise depends on its tokens and on the view: here a digest of all before them.
-        view = 0 if before == 0 else _digest(self.text[:before])
+        # The same piece after another text is another text, not another view of this one.
+        text = piece_identity(self._text, self.generated)
         touched = self.perturber.tokens_touched
-        rows = self.perturber.perturb(hidden, ids, view)
+        view = self.perturber.view(hidden, ids, text)
         self._sent += 1
         header = {
             "step": step,
@@ -129,27 +130,19 @@ class GeneratingOwner:
             "fresh": [step],
             "lengths": [len(ids)],
             "codec": self._codec,
-            "dim": int(rows.shape[1]),
+            "dim": int(view.rows.shape[1]),
             "last": self._sent == self._most,
         }
         shown = Representations(
             used=1,
             epochs=None,
-            # The same piece after another text is another text, not another view of this one.
-            texts=(text_identity(ids, after=view),),
-            rows=rows,
-            view=view,
-            counted_view=0,
+            texts=(text,),
+            noises=(view.noise,),
+            rows=view.rows,
             touched=self.perturber.tokens_touched - touched,
             source=self.source,
         )
         return Outgoing(Kind.BATCH, header, shown)
-
-
-def _digest(ids: Sequence[int]) -> int:
-    """Return 62 bits of a digest of token ids, never 0 (a text's own first view)."""
-    data = torch.tensor(list(ids), dtype=torch.int64).numpy().astype("<i8").tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little") >> 2 | 1
 
 
 def sampler(temperature: float, top_p: float, seed: int | None) -> Choose:

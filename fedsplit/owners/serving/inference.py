@@ -19,7 +19,7 @@ from fedsplit.errors import ConfigError, DataError, PrivacyError, check
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.samples import tokenise
+from fedsplit.owners.samples import text_identity, tokenise
 from fedsplit.owners.serving.generation import Choose, GeneratingOwner
 from fedsplit.owners.serving.offers import TakenOffer, take_offer
 from fedsplit.owners.serving.prediction import PredictionOwner
@@ -158,6 +158,7 @@ def generate(
         return GeneratingOwner(
             parts.bottom,
             torch.tensor(ids, dtype=torch.int64),
+            text_identity(prompt),
             parts.perturber,
             config.session.codec,
             choose=choose,

@@ -37,8 +37,7 @@ class PredictionOwner(BatchSession):
         classes: int,
         codec: str,
     ) -> None:
-        views = [0] * len(batches)
-        super().__init__(bottom, reader, batches, views, perturber, mode="predict", codec=codec)
+        super().__init__(bottom, reader, batches, perturber, mode="predict", codec=codec)
         self._classes = classes
         self._logits: dict[int, Tensor] = {}
 

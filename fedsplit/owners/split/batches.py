@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import FrameError, SessionError
+from fedsplit.models.splitting.representations import represent
 from fedsplit.owners.ledger.disclosure import (
     Announcement,
     Outgoing,
@@ -19,7 +20,7 @@ from fedsplit.owners.ledger.disclosure import (
 )
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.output import OutputReader
-from fedsplit.privacy.perturb import SamplePerturber
+from fedsplit.privacy.perturb import SamplePerturber, View
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import Frame, Kind
 
@@ -31,15 +32,15 @@ class BatchSession(ABC):
     the privacy mechanism, with slot numbers and text lengths in tokens.
 
     Args:
-        bottom: (input_ids (B, T), attention_mask (B, T)) -> (B, T, d); run without dropout, since
-            noise drawn once protects one representation, not a family of them.
+        bottom: (input_ids (B, T), attention_mask (B, T)) -> (B, T, d); run without dropout and on
+            each text alone, since noise drawn once protects one representation.
         reader: reads the server's output; its samples are the session's.
         batches: slots of each step, in order.
-        views: the noise view of each step; 0 for a frozen bottom.
         perturber: the privacy mechanism with the owner's secret.
         mode: ``train``, ``evaluate`` or ``predict``.
         codec: wire form of representations.
         joint: whether the bottom changes between steps; then every batch is sent anew.
+        views: different noises of one text that the session may send.
     """
 
     def __init__(
@@ -47,18 +48,17 @@ class BatchSession(ABC):
         bottom: nn.Module,
         reader: OutputReader,
         batches: Sequence[np.ndarray],
-        views: Sequence[int],
         perturber: SamplePerturber,
         *,
         mode: str,
         codec: str,
         joint: bool = False,
+        views: int = 1,
     ) -> None:
         self.bottom = bottom.eval()
         self.reader = reader
         self.samples: Samples = reader.samples
         self.batches = [[int(slot) for slot in batch] for batch in batches]
-        self.views = list(views)
         self.perturber = perturber
         lengths = self.samples.lengths
         self.source = Source(bottom, perturber, max(lengths), sum(lengths), joint)
@@ -68,6 +68,7 @@ class BatchSession(ABC):
         self.finished = 0  # steps that are over
         self._first = 0  # step that this session began with
         self._mode = mode
+        self._views = views
         self._codec = codec
 
     @property
@@ -85,7 +86,7 @@ class BatchSession(ABC):
         header = {
             "batches": len(self.batches),
             "samples": len(self.samples),
-            "mechanism": self.perturber.mechanism.guarantee(max(1, len(set(self.views)))),
+            "mechanism": self.perturber.mechanism.guarantee(self._views),
         }
         shown = Announcement(batches=len(self.batches), source=self.source)
         return Outgoing(Kind.READY, header, shown)
@@ -137,7 +138,8 @@ class BatchSession(ABC):
         joint = self.source.moves
         fresh = slots if joint else [s for s in slots if s not in self.held]
         before = self.perturber.tokens_touched
-        rows = self._represent(step, fresh) if fresh else None
+        views = self._represent(step, fresh)
+        rows = torch.cat([view.rows for view in views]) if views else None
         if not joint:
             self.held.update(fresh)
         header = {
@@ -151,35 +153,30 @@ class BatchSession(ABC):
         }
         shown = Representations(
             used=len(slots),
-            epochs=len(slots) / len(self.samples) if self._mode == "train" else None,
+            epochs=None if self._mode == "predict" else len(slots) / len(self.samples),
             texts=self._identities(fresh),
+            noises=tuple(view.noise for view in views),
             rows=rows,
-            view=self.views[step],
-            counted_view=self.views[step],
             touched=self.perturber.tokens_touched - before,
             source=self.source,
         )
         return Outgoing(Kind.BATCH, header, shown)
 
-    def _represent(self, step: int, slots: Sequence[int]) -> Tensor:
-        """Return privatised representations, the tokens of all ``slots`` stacked: (N, d)."""
-        hidden = self._hidden(step, slots)
-        rows = []
-        for row, slot in enumerate(slots):
-            ids = self.samples.ids[slot]
-            clean = hidden[row, : ids.shape[0]].detach()  # (T, d)
-            rows.append(self.perturber.perturb(clean, ids, self.views[step]))
-        return torch.cat(rows)
+    def _represent(self, step: int, slots: Sequence[int]) -> list[View]:
+        """Return the privatised representation of each of ``slots``."""
+        samples = self.samples
+        return [
+            self.perturber.view(clean.detach(), samples.ids[slot], samples.texts[slot])
+            for slot, clean in zip(slots, self._hidden(step, slots), strict=True)
+        ]
 
-    def _hidden(self, step: int, slots: Sequence[int]) -> Tensor:
-        """Return the bottom's output for a step (B, T, d), padded."""
-        ids, mask = self.samples.padded(slots)
+    def _hidden(self, step: int, slots: Sequence[int]) -> list[Tensor]:
+        """Return the bottom's output for each sample of a step, (T_i, d)."""
         with torch.no_grad():
-            hidden: Tensor = self.bottom(ids, mask)
-        return hidden
+            return represent(self.bottom, [self.samples.ids[slot] for slot in slots])
 
     def _identities(self, slots: Sequence[int]) -> tuple[bytes, ...]:
-        return tuple(self.samples.identity(slot) for slot in slots)
+        return tuple(self.samples.texts[slot] for slot in slots)
 
     def _advance(self) -> Iterator[Outgoing]:
         """Close a step, and yield the next batch or the session's last frame."""

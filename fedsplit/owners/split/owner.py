@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import FrameError, ModelError, SessionError
+from fedsplit.models.splitting.representations import represent
 from fedsplit.owners.ledger.disclosure import Gradients, Outgoing
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.batches import BatchSession, slots_held
@@ -39,7 +40,6 @@ class SplitOwner(BatchSession):
         bottom: see :class:`~fedsplit.owners.split.batches.BatchSession`.
         samples: the split that this session works on.
         batches: slots of each step, in order.
-        views: the noise view of each step; 0 for a frozen bottom.
         perturber: the privacy mechanism with the owner's secret.
         settings: see :class:`~fedsplit.owners.split.settings.SplitSettings`.
         side: the labels' side of a step; None: the head is at the server, nothing is protected.
@@ -54,7 +54,6 @@ class SplitOwner(BatchSession):
         bottom: nn.Module,
         samples: Samples,
         batches: Sequence[np.ndarray],
-        views: Sequence[int],
         perturber: SamplePerturber,
         settings: SplitSettings,
         side: LabelSide | None = None,
@@ -65,18 +64,18 @@ class SplitOwner(BatchSession):
             bottom,
             self.side.reader,
             batches,
-            views,
             perturber,
             mode=settings.mode,
             codec=settings.codec,
             joint=settings.joint,
+            views=settings.views,
         )
         self.settings = settings
         self.loss_sum = 0.0
         self.weight_sum = 0.0
         self.correct = 0
         self._before = (0, 0)  # tokens with reduced noise, and all, that earlier processes sent
-        self._graphs: dict[int, Tensor] = {}
+        self._graphs: dict[int, list[Tensor]] = {}
         self.training = OwnTraining(
             {n: p for n, p in bottom.named_parameters() if p.requires_grad and settings.joint},
             self.reader.parameters,
@@ -98,18 +97,16 @@ class SplitOwner(BatchSession):
             raise SessionError(f"offer's first step {step}: must be below {len(self.batches)}")
         self._first = self.sent = self.answered = self.finished = step
 
-    def _hidden(self, step: int, slots: Sequence[int]) -> Tensor:
+    def _hidden(self, step: int, slots: Sequence[int]) -> list[Tensor]:
         if not self.learns:
             return super()._hidden(step, slots)
         self._graphs[step] = self._forward(slots)
         return self._graphs[step]
 
-    def _forward(self, slots: Sequence[int]) -> Tensor:
-        """Return the learning bottom's output (B, T, d) with its graph."""
-        ids, mask = self.samples.padded(slots)
+    def _forward(self, slots: Sequence[int]) -> list[Tensor]:
+        """Return the learning bottom's output for each sample, (T_i, d), with its graph."""
         with torch.enable_grad():
-            hidden: Tensor = self.bottom(ids, mask)
-        return hidden
+            return represent(self.bottom, [self.samples.ids[slot] for slot in slots])
 
     def _on_output(self, step: int, slots: Sequence[int], values: Tensor) -> Iterator[Outgoing]:
         train = self.settings.mode == "train"
@@ -153,17 +150,15 @@ class SplitOwner(BatchSession):
         if hidden is None:  # a new process: the graph is gone, the bottom is as it was
             hidden = self._forward(slots)
         lengths = [int(self.samples.ids[s].shape[0]) for s in slots]
-        shape = (sum(lengths), hidden.shape[2])
+        shape = (sum(lengths), hidden[0].shape[1])
         if tuple(frame["shape"]) != shape:
             raise FrameError(f"HIDDEN_GRAD shape {tuple(frame['shape'])}: must be {shape}")
         rows = decode_rows(frame.body, shape, frame["codec"])
         parts = torch.split(rows, lengths)
 
         def backward() -> None:
-            grad = torch.zeros_like(hidden)
-            for row, part in enumerate(parts):
-                grad[row, : len(part)] = part.to(grad)
-            torch.autograd.backward([hidden], [grad])
+            pairs = zip(parts, hidden, strict=True)
+            torch.autograd.backward(hidden, [part.to(clean) for part, clean in pairs])
 
         def of_sample(at: int) -> Sequence[Tensor]:
             # Of its own mean loss: how many targets the others have must not show in it.

@@ -18,6 +18,7 @@ from fedsplit.models.bundle.bottom import Bundle, unpack_bottom
 from fedsplit.models.bundle.head import HEAD_FILES, unpack_head, without_head
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.models.splitting.heads import Head
+from fedsplit.models.splitting.representations import check_alone
 from fedsplit.owners.data_source import own_data
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.samples import Samples, tokenise
@@ -48,7 +49,9 @@ log = logging.getLogger(__name__)
 # caches save that where one process serves several messages, and nothing relies on them.
 @lru_cache(maxsize=4)
 def _bottom(folder: Path) -> tuple[Bottom, Any]:
-    return unpack_bottom(folder)
+    bottom, tokenizer = unpack_bottom(folder)
+    check_alone(bottom)
+    return bottom, tokenizer
 
 
 @lru_cache(maxsize=4)
@@ -67,16 +70,12 @@ def _samples(
     return []
 
 
-def build_split_owner(task: OwnerTask, moved: str) -> SplitOwner:
+def build_split_owner(task: OwnerTask) -> SplitOwner:
     """Build the owner's side of one session; the bottom's bundle must be in the owner's home.
 
-    Args:
-        task: what was agreed to.
-        moved: for a joint bottom, what tells this session from every other: a bottom that moved
-            differently must not meet the same noise, or the difference of the two is in the clear.
-
     Raises:
-        DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
+        DataError, ConfigError, ModelError, PrivacyError, UnsupportedModelError: whatever is wrong,
+            before anything leaves.
     """
     config, identity, offer = task.config, task.identity, task.offer
     mode, round_, folder = offer.mode, offer.round, task.bottom_folder
@@ -90,16 +89,12 @@ def build_split_owner(task: OwnerTask, moved: str) -> SplitOwner:
         chosen = _tokenised(config, identity, tokenizer, folder, "test", test_set)
     joint = config.split.bottom == "joint"
     shown, side = _label_side(config, identity, folder, train, chosen, mode)
-    perturber = _perturber(
-        config, identity, folder, bottom, tokenizer, train, shown, moved if joint else ""
-    )
+    perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
     if mode == "train":
         batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
-        # A moved bottom needs a fresh draw; even views train, odd ones evaluate.
-        views = [2 * epoch for epoch in epochs] if joint else [0] * len(batches)
+        views = len(set(epochs)) if joint else 1  # a bottom that moves shows new rows each time
     else:
-        batches = evaluation_steps(len(chosen), config.train.batch_size)
-        views = [2 * round_ + 1 if joint else 0] * len(batches)
+        batches, views = evaluation_steps(len(chosen), config.train.batch_size), 1
     if joint:
         bottom = unpack_bottom(folder)[0]  # the cached one must stay as it was received
         for parameter in bottom.parameters():
@@ -114,10 +109,11 @@ def build_split_owner(task: OwnerTask, moved: str) -> SplitOwner:
         optimizer=config.train.optimizer,
         weight_decay=config.train.weight_decay,
         clip=config.train.clip,
+        views=views,
     )
     dp = _dp(config, identity, len(train), round_, len(batches)) if mode == "train" else None
     samples = side.reader.samples
-    return SplitOwner(bottom, samples, batches, views, perturber, settings, side, dp)
+    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp)
 
 
 def _perturber(
@@ -128,14 +124,12 @@ def _perturber(
     tokenizer: Any,
     train: Samples | None,
     shown: torch.Tensor | None,
-    moved: str = "",
 ) -> SamplePerturber:
     """Return the configured mechanism with the owner's secret and contributing tokens.
 
     Args:
         train: the owner's training samples; None where nothing is derived from them.
         shown: their labels, as far as anything may be derived from them.
-        moved: see :func:`build_split_owner`.
     """
     cut = f"{_representation(folder)}:{config.split.k}"
     store = Store(identity.home.root / "calibration", cut)
@@ -148,8 +142,7 @@ def _perturber(
     if cti is not None:
         log.info("contributing tokens: %s", cti.statement(config.privacy.cti_rho))
     rho = config.privacy.cti_rho if cti is not None else 1.0
-    representation = f"{cut}:{moved}" if moved else cut
-    return SamplePerturber(mechanism, identity.secret, representation, cti, rho)
+    return SamplePerturber(mechanism, identity.secret, cut, cti, rho)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""What an owner keeps of a run between messages: session name, averaged weights, optimizer."""
+"""What an owner keeps of a run between messages: averaged weights, optimizer."""
 
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsplit import storage
-from fedsplit.owners.home import in_simulation
 
 ROUNDS_KEPT = 3  # a server that was killed asks for its last round again
 
@@ -30,22 +28,6 @@ class RunState:
     def __init__(self, folder: Path, job_folder: Path) -> None:
         self.folder = folder
         self._job = job_folder
-
-    def name_session(self, mode: str) -> None:
-        """Draw the name of a new session."""
-        storage.write(self._session_path(mode), secrets.token_hex(16), durable=False)
-
-    def session_name(self, mode: str, round_: int) -> str:
-        """Return what tells this session's noise from any other's, for a bottom that moves.
-
-        Drawn by the owner: were it the round or the token, a server could ask for the same twice.
-        """
-        if in_simulation():
-            return f"round {round_}"
-        return self._session_path(mode).read_text(encoding="ascii")
-
-    def _session_path(self, mode: str) -> Path:
-        return self.folder / f"session-{mode}.name"
 
     # ---- weights that the server averaged ---------------------------------------------------
 

@@ -21,6 +21,7 @@ class SplitSettings:
         optimizer: ``adamw`` or ``sgd``, for what the owner trains.
         weight_decay: decoupled weight decay of it.
         clip: bound on the gradient norm of the bottom, and on that of the head, 0 = none.
+        views: different noises of one text that the session may send.
     """
 
     mode: str
@@ -32,6 +33,7 @@ class SplitSettings:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float = 0.0
+    views: int = 1
 
 
 @dataclass(frozen=True)

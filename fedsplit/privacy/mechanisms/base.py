@@ -154,15 +154,22 @@ class Mechanism(ABC):
             PrivacyError: for NaN or infinite values, or shapes for which the guarantee fails.
         """
 
+    def covered(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """Return the rows that the noise hides, ``(T, d')``; they identify the noise.
+
+        Mechanisms on vectors hide ``hidden`` and leave ``token_ids`` ``(T,)`` alone; those on text
+        hide the words' vectors and do not read ``hidden``.
+        """
+        return hidden
+
     def privatise_sample(
         self, hidden: Tensor, token_ids: Tensor, stream: SecretStream, scale: Tensor | None = None
     ) -> Tensor:
         """Return what may leave for one sample whose tokens are ``token_ids``, ``(T,)``.
 
-        What an owner calls.  Mechanisms on vectors leave ``token_ids`` alone; those on text do not
-        read ``hidden``.
+        What an owner calls: :meth:`privatise` on the rows that are :meth:`covered`.
         """
-        return self.privatise(hidden, stream, scale)
+        return self.privatise(self.covered(hidden, token_ids), stream, scale)
 
     # ---- what it promises, and how it is measured -------------------------------------------
 

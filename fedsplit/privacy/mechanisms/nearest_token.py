@@ -136,8 +136,18 @@ class NearestToken(Mechanism):
         )
         return ids[0][:, 0]
 
-    def replace(self, token_ids: Tensor, stream: SecretStream, scale: Tensor | None) -> Tensor:
-        """Return the text that stands for ``token_ids``, ``(T,) -> (T,)``.
+    def covered(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
+        """See :meth:`Mechanism.covered`: word embeddings, where there is a bottom.
+
+        Whatever bottom made ``hidden``, the noise on the words stays the same: all that leaves is
+        computed from one noisy vector per word.
+        """
+        if self.bottom is None:
+            return hidden
+        return self._words(token_ids.cpu())
+
+    def _words(self, token_ids: Tensor) -> Tensor:
+        """Return the vectors (T, d) of the words that the noise is put on.
 
         Raises:
             PrivacyError: if the candidates depend on the position, or an id is not among them.
@@ -147,7 +157,15 @@ class NearestToken(Mechanism):
         table = self.candidates.matrix[0]  # (V, d)
         if len(token_ids) and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < len(table):
             raise PrivacyError(f"token id={int(token_ids.max())}: must be in 0..{len(table) - 1}")
-        out = self.tokens(table[token_ids], stream, scale)
+        return table[token_ids]
+
+    def replace(self, token_ids: Tensor, stream: SecretStream, scale: Tensor | None) -> Tensor:
+        """Return the text that stands for ``token_ids``, ``(T,) -> (T,)``.
+
+        Raises:
+            PrivacyError: if the candidates depend on the position, or an id is not among them.
+        """
+        out = self.tokens(self._words(token_ids), stream, scale)
         for end in (0, -1) if len(token_ids) else ():
             if int(token_ids[end]) in self.specials:
                 out[end] = token_ids[end]
@@ -162,7 +180,7 @@ class NearestToken(Mechanism):
             PrivacyError: for a bottom that learns; see also :meth:`replace`.
         """
         if self.bottom is None:
-            return self.privatise(hidden, stream, scale)
+            return super().privatise_sample(hidden, token_ids, stream, scale)
         check_hidden(hidden, scale)
         if hidden.requires_grad:
             raise PrivacyError("nearest-token: the bottom learns: must be frozen")

@@ -104,7 +104,7 @@ def test_attacks_are_chosen_by_the_split(models, public, tmp_path, family, k, et
 def test_a_simulation_attacks_any_split_and_writes_its_truth(models, public, tmp_path):
     run = make_run(tmp_path / "run", models["bert"], 1)
     ids = tuple(read_truth(run / "truth.safetensors")["owner-0", "train"].values())
-    shares = [OwnerSamples("owner-0", Samples(ids, None), Samples((), None))]
+    shares = [OwnerSamples("owner-0", Samples(ids, None, ()), Samples((), None, ()))]
     config = RunConfig.from_flat(read_config(run / "config.toml"))
     transcript = run / "server" / "transcript.safetensors"
 

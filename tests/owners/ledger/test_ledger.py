@@ -295,7 +295,7 @@ def test_saved_totals_are_those_of_the_lines(tmp_path: Path) -> None:
         with Ledger(tmp_path) as ledger:
             assert plain(ledger.totals) == from_saved
     assert from_saved["runs"]["8"]["sessions"] == 1
-    assert from_saved["runs"]["7"]["epochs"] == pytest.approx(1.25)
+    assert from_saved["runs"]["7"]["passes"]["train"] == pytest.approx(1.25)
     assert from_saved["bytes"] == sum(100 + i for i in range(5)) + 3 + 111
 
 
@@ -328,7 +328,11 @@ def test_nobody_else_can_read_it(tmp_path: Path) -> None:
 
 
 DRAWS = st.lists(
-    st.tuples(st.integers(0, 5), st.sets(st.integers(0, 6), min_size=1)), min_size=1, max_size=25
+    st.tuples(
+        st.integers(0, 5), st.lists(st.tuples(st.integers(0, 6), st.integers(0, 2)), min_size=1)
+    ),
+    min_size=1,
+    max_size=25,
 )
 
 
@@ -336,36 +340,54 @@ DRAWS = st.lists(
 @given(history=DRAWS)
 def test_different_noises_add_up_and_the_same_counts_once(history: Any) -> None:
     exposure = Exposure()
-    model: dict[int, set[int]] = {}
-    for draw, samples in history:
+    model: dict[int, set[tuple[int, int]]] = {}  # text -> (draw, noise)
+    for draw, shown in history:
         # Draws 0 and 1 are of one bottom, 2 to 5 of another; eta is the draw's number plus one.
         bottom = "a" if draw < 2 else "b"
         made = Draw(f"{bottom}:0", bottom, {"mechanism": "dchi", "eta": draw + 1.0})
-        names = [str(s) for s in samples]
-        expected = exposure.views_after(str(draw), bottom, names)
-        exposure.apply(str(draw), made, names)
-        for s in samples:
-            model.setdefault(s, set()).add(draw)
-        of_bottom = {s: {d for d in held if (d < 2) == (draw < 2)} for s, held in model.items()}
+        views = [(str(text), f"{text} {draw} {noise}") for text, noise in shown]
+        expected = exposure.views_after(bottom, views)
+        exposure.apply(str(draw), made, views)
+        for text, noise in shown:
+            model.setdefault(text, set()).add((draw, noise))
+        of_bottom = {t: [d for d, _ in held if (d < 2) == (draw < 2)] for t, held in model.items()}
         assert expected == (
-            max(len(of_bottom[s]) for s in samples),
-            max(len(model[s]) for s in samples),
+            max(len(of_bottom[text]) for text, _ in shown),
+            max(len(model[text]) for text, _ in shown),
         )
         summary = exposure.summary(f"{bottom}:0")
-        views = sorted(len(held) for held in of_bottom.values() if held)
+        counts = sorted(len(held) for held in of_bottom.values() if held)
         etas = sorted(sum(d + 1.0 for d in held) for held in of_bottom.values() if held)
-        middle = (len(views) - 1) // 2
-        assert summary["samples"] == len(views)
-        assert summary["views"] == {"max": views[-1], "median": views[middle]}
+        middle = (len(counts) - 1) // 2
+        assert summary["samples"] == len(counts)
+        assert summary["views"] == {"max": counts[-1], "median": counts[middle]}
         assert summary["eta"] == {"max": etas[-1], "median": etas[middle]}
-    assert Exposure.from_json(json.loads(json.dumps(exposure.to_json()))).summary("a:0") == (
-        exposure.summary("a:0")
-    )
+    most = exposure.most_exposed(1)[0]
+    assert most.views == max(map(len, model.values()))
+    assert most.cost == {"eta": sum(d + 1.0 for d, _ in model[int(most.name)])}
+    read = Exposure.from_json(json.loads(json.dumps(exposure.to_json())))
+    assert read.summary("a:0") == exposure.summary("a:0")
+    assert read.most_exposed(9) == exposure.most_exposed(9)
+
+
+def test_views_of_texts_known_by_their_tokens_count_against_every_text() -> None:
+    """Nobody can tell which text an old name was: the most-shown one bounds them all."""
+    exposure = Exposure()
+    for draw, bottom, names in (
+        ("x", "a", "st"),
+        ("y", "a", "t"),
+        ("z", "b", "s"),
+        ("z", "b", "s"),
+    ):
+        exposure.apply_old(draw, Draw(f"{bottom}:0", bottom, {"mechanism": "none"}), names)
+    read = Exposure.from_json(json.loads(json.dumps(exposure.to_json())))
+    assert read.views_after("a", [("new", "n")]) == (2 + 1, 2 + 1 + 1)
+    assert read.views_after("c", [("new", "n")]) == (1, 2 + 1 + 1)
 
 
 def test_no_noise_is_called_no_guarantee() -> None:
     exposure = Exposure()
-    exposure.apply("x", Draw("a:0", "a", {"mechanism": "none"}), ["s"])
+    exposure.apply("x", Draw("a:0", "a", {"mechanism": "none"}), [("s", "n")])
     assert exposure.summary("a:0")["guarantee"] == "none"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,7 @@ from fedsplit.owners.ledger.disclosure import (
 )
 from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.rules import Policy
-from fedsplit.owners.samples import text_identity
+from fedsplit.owners.samples import piece_identity, text_identity
 from fedsplit.privacy import MECHANISMS, build
 from fedsplit.privacy.mechanisms.base import Mechanism
 from fedsplit.privacy.secret import OwnerSecret
@@ -169,15 +171,16 @@ def test_the_built_owner_is_checked_whatever_the_settings_said(
     check(tmp_path, rules).record(ready(build("dchi", eta=6.0)))
 
 
-def piece(mechanism: Mechanism, ids: list[int], step: int, view: int) -> Outgoing:
+def piece(mechanism: Mechanism, ids: list[int], step: int, after: list[int]) -> Outgoing:
     """Return the frame with one piece of a text that is being generated."""
+    text = piece_identity(text_identity("prompt"), after)
+    noise = json.dumps([mechanism.describe(), ids, after]).encode()
     shown = Representations(
         used=1,
         epochs=None,
-        texts=(text_identity(torch.tensor(ids), after=view),),
+        texts=(text,),
+        noises=(hashlib.sha256(noise).digest(),),
         rows=torch.ones(len(ids), 4),
-        view=view,
-        counted_view=0,
         touched=0,
         source=Source(Embedding(4.0), perturber(mechanism), len(ids), len(ids)),
     )
@@ -189,14 +192,14 @@ def test_pieces_of_a_text_being_generated_are_one_view_each(tmp_path: Path) -> N
     """The same token after another text is other content, not another noise of the same one."""
     out = check(tmp_path, policy("[budget]\nviews_total = 1"), "predict")
     first, second = build("dchi", eta=2.0), build("dchi", eta=1.0)
-    pieces = (([5, 6], 0), ([9], 12345), ([9], 67890))
-    for step, (ids, view) in enumerate(pieces):
-        out.record(piece(first, ids, step, view))
+    pieces = (([5, 6], []), ([9], [9]), ([9], [9, 9]))
+    for step, (ids, after) in enumerate(pieces):
+        out.record(piece(first, ids, step, after))
     line = list(read_ledger(tmp_path))[-1]
     assert line["cumulative"]["samples"] == 3
     assert line["cumulative"]["views"]["max"] == 1
     with pytest.raises(PolicyError, match=r"budget\.views_total: asked 2"):
-        out.record(piece(second, [9], 2, 67890))
+        out.record(piece(second, [9], 2, [9, 9]))
 
 
 def test_only_words_leave_before_the_rules_are_read(tmp_path: Path) -> None:

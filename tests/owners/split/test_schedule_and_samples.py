@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from fedsplit.config import TrainConfig
 from fedsplit.errors import DataError
-from fedsplit.owners.samples import Samples, tokenise
+from fedsplit.owners.samples import Samples, text_identity, tokenise
 from fedsplit.owners.split.schedule import evaluation_steps, slot_order, train_steps
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -115,9 +115,13 @@ def test_slots_hold_texts_and_labels_in_the_given_order(tokenizer: object) -> No
     assert samples.labels.tolist() == [2, 0, 1]
     assert samples.ids[1].tolist() == [2, 5, 3]  # [CLS] w1 [SEP]
     assert samples.lengths == [3, 3, 4]
-    ids, mask = samples.padded([2, 0])
-    assert ids.tolist() == [[2, 6, 7, 3], [2, 8, 3, 0]]
-    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    assert samples.texts == tuple(text_identity(text) for text in ("w4", "w1", "w2 w3"))
+
+
+def test_a_text_is_its_raw_bytes_whatever_its_tokens(tokenizer: object) -> None:
+    whole, cut = (tokenise(tokenizer, ["w1  w2"], [0], max_tokens=n, classes=2) for n in (16, 3))
+    assert whole.lengths != cut.lengths
+    assert whole.texts == cut.texts != (text_identity("w1 w2"),)
 
 
 def test_long_texts_are_cut(tokenizer: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import FrameError, ModelError, SessionError
-from fedsplit.owners.samples import Samples
+from fedsplit.owners.samples import Samples, text_identity
 from fedsplit.owners.split import message_session, prepare
 from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.settings import SplitSettings
@@ -47,18 +47,18 @@ def make(
     *,
     joint: bool = False,
     mode: str = "train",
-    views: list[int] | None = None,
     seed: int = 0,
     mechanism: str = "dchi",
     lr: float = 0.1,
 ) -> SplitOwner:
     ids = tuple(torch.tensor([2, i, i + 1, i + 2][: 2 + i % 3]) for i in range(4, 12))
-    samples = Samples(ids, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]))
+    texts = tuple(text_identity(f"text {i}") for i in range(8))
+    samples = Samples(ids, torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), texts)
     chosen = build("dchi", eta=5.0) if mechanism == "dchi" else build("none")
     perturber = SamplePerturber(chosen, OwnerSecret.for_simulation(seed, "x"), "bottom")
     batches = [np.array([0, 1, 2]), np.array([3, 4]), np.array([5, 6, 7])]
     settings = SplitSettings(mode, joint, "fp32", "fp32", bottom_lr=lr, optimizer="sgd")
-    return SplitOwner(Table(), samples, batches, views or [0] * 3, perturber, settings)
+    return SplitOwner(Table(), samples, batches, perturber, settings)
 
 
 def logits(step: int, rows: int, *, shape: tuple[int, ...] | None = None) -> Frame:
@@ -214,12 +214,6 @@ def test_the_noise_is_the_same_after_a_restart_and_another_for_another_secret() 
     assert bodies(make()) != bodies(make(mechanism="none"))
 
 
-def test_a_new_view_is_a_fresh_draw() -> None:
-    first, second = bodies(make(views=[0, 0, 0])), bodies(make(views=[2, 2, 2]))
-    for one, two in zip(first, second, strict=True):
-        assert one != two
-
-
 def joint_views(run: LocalRun) -> dict[tuple[str, str, int], list[bytes]]:
     """Representations by (node, mode, slot), in the order in which they were sent."""
     from fedsplit.wire.frames import decode
@@ -243,7 +237,7 @@ def joint_views(run: LocalRun) -> dict[tuple[str, str, int], list[bytes]]:
 
 
 @pytest.mark.parametrize("bottom_lr", [1e-2, 1e-9])
-def test_a_joint_run_draws_fresh_noise_for_every_epoch(
+def test_a_joint_run_draws_fresh_noise_whenever_rows_have_moved(
     make_config: Any, run_locally: Any, bottom_lr: float
 ) -> None:
     """Re-used noise would tell how h moved; a bottom that hardly moves would show it."""
@@ -268,6 +262,8 @@ def test_a_joint_run_draws_fresh_noise_for_every_epoch(
         assert len(sent) == (4 if mode == "train" else 2)
         rows = [np.frombuffer(body, dtype="<f4") for body in sent]
         for one, two in pairwise(rows):
+            if bottom_lr < 1e-6 and np.array_equal(one, two):
+                continue  # nothing has moved: the same bytes again tell nothing
             # Two independent draws with E||n|| = d/eta = 3.2 per token are far apart.
             assert np.linalg.norm(one - two) / np.sqrt(len(one) / 32) > 1.0
 
