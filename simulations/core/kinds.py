@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "offsite-sweep": _kind("offsite.emulator_sweep"),
     "offsite-table": _kind("offsite.emulator_table"),
     "offsite-peft": _kind("offsite.adapter_methods"),
+    "adversary": _kind("adversary.lying_server"),
     "faults": _kind("faults.fault_matrix"),
     "sweep": _kind("sweep.run"),
 }

@@ -1,0 +1,1 @@
+"""A server that lies, played against the owner's real code."""

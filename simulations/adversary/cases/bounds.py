@@ -1,0 +1,62 @@
+"""Case 2: bounds on medians, and rows that nobody clips.
+
+The vocabulary is mostly filler words, which the mechanism and the policy measure; real words are
+3,000 times longer, and the tokenizer puts more fillers than words into every text, so that the
+median row of a batch is a filler as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from simulations.adversary.context import Field, settings, split_script, token_row, zeros
+from simulations.adversary.material import directions, pack, tiny, word_tokenizer
+from simulations.adversary.reading import Row, nearest
+from simulations.adversary.victim import strict_policy
+
+FACTOR = 3000.0
+SPREAD = 8
+# mechanism -> its noise ratio and more of its settings
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dchi": {"privacy__noise_ratio": 6.0},
+    "nearest-token": {"privacy__noise_ratio": 6.0},
+    "pac": {"privacy__noise_ratio": 20.0},
+    "gaussian": {"privacy__noise_ratio": 6.0, "privacy__clip": 1e6},
+}
+
+
+def play(field: Field) -> list[Row]:
+    """Return what each mechanism lets out of a vocabulary with long words."""
+    return [_long_words(field, name, more) for name, more in VARIANTS.items()]
+
+
+def _long_words(field: Field, mechanism: str, more: dict[str, Any]) -> Row:
+    found = field.corpus(36)
+    words = found.words
+    # Real words have ids that the mechanism's even steps through the vocabulary never touch.
+    even = (1024, 8192) if mechanism == "pac" else (1024,)
+    size = max(even) + 3 * len(words)
+    steps = {int(x) for n in even for x in torch.linspace(0, size - 1, n, dtype=torch.float64)}
+    free = [i for i in range(10, size) if i not in steps][: len(words)]
+    fillers = iter(f"~f{i}" for i in range(size))
+    place = dict(zip(free, words, strict=False))
+    listed = [place.get(i) or next(fillers) for i in range(3, size)]
+    tokenizer = word_tokenizer(listed, spread=SPREAD)
+    table = directions(len(tokenizer), 32)
+    table[free] *= FACTOR
+    bundle, _, _ = pack(tiny(tokenizer, table=table), 0, tokenizer)
+    policy = strict_policy(noise__mechanisms=list(VARIANTS), noise__min_ratio=6.0)
+    victim = field.victim(found, policy)
+    flat = settings(
+        privacy__mechanism=mechanism,
+        labels__protection="randomised-response",
+        model__max_tokens=128,
+        **more,
+    )
+    truth, _ = field.truth(victim, flat, bundle, table)
+    taken = field.server.session(victim, flat, split_script(bundle, zeros(2)), digest=bundle.digest)
+    guesses = {s: nearest(rows, table).tolist() for s, rows in taken.rows.items()}
+    spread = [i for i in range(len(tokenizer)) if i not in place]
+    return token_row(2, mechanism, policy, guesses, truth, [taken], spread)
