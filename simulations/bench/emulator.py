@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from typer import Option
 
 from fedsplit.emulators import Compressor, make_compressor
 from fedsplit.emulators.compression.svd import truncate
@@ -28,40 +28,30 @@ from fedsplit.emulators.planning.plan import ends
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.seeding import torch_generator
-from simulations.bench.figures import publish
+from simulations.bench.figures import JsonPath, Overrides, publish
 from simulations.core.settings import load_experiment, read_options
 from simulations.core.tables import make_table
 from simulations.offsite.emulator_table import OPTIONS
 from simulations.offsite.setting import OffsiteSetting, perplexity_of
 from simulations.runtime.machine import machine
 
-STEPS = (100, 200, 400, 800, 1600)
 SVD_METHODS = ("full", "eigen", "randomised")
 
 
 def run(
     console: Console,
-    json_path: Path | None = None,
-    overrides: Sequence[str] = (),
+    json_path: JsonPath = None,
+    set_: Overrides = None,
     *,
-    steps: Sequence[int] = STEPS,
-    width: int = 2048,
-    rank: int = 128,
-    repeats: int = 3,
+    steps: Annotated[
+        Any, Option(help="of the distillations to try, rising; empty: the SVD alone", parser=str)
+    ] = "100,200,400,800,1600",
+    width: Annotated[int, Option(help="side of the matrix for the SVD; 0: none")] = 2048,
+    rank: Annotated[int, Option(help="kept of it")] = 128,
+    repeats: Annotated[int, Option(help="of each SVD; the fastest counts")] = 3,
 ) -> dict[str, Any]:
-    """Measure and print.
-
-    Args:
-        overrides: of the experiment ``offsite-table``: model, data, steps ...
-        steps: of the distillations to try, rising; empty: the SVD alone.
-        width: side of the matrix whose SVD is timed; 0: no SVD.
-        rank: kept of it.
-        repeats: of each SVD; the fastest counts.
-
-    Raises:
-        FedsplitError: whatever failed, named.
-        ConfigError: a number is out of range.
-    """
+    """Measure seconds to ScaleOT's emulator beside distillation (offsite-table), and its SVD."""
+    steps = [int(x) for x in steps.split(",") if x.strip()] if isinstance(steps, str) else steps
     for number in steps:
         check(number >= 1, "steps", number, ">= 1")
     check(list(steps) == sorted(set(steps)), "steps", tuple(steps), "rising")
@@ -69,7 +59,7 @@ def run(
     check(width == 0 or 1 <= rank <= width, "rank", rank, f"in 1..{width}")
     figures: dict[str, Any] = {"machine": machine()}
     if steps:
-        figures |= against_distillation(overrides, steps, console)
+        figures |= against_distillation(set_ or (), steps, console)
     if width:
         figures["svd"] = svd_rows(width, rank, repeats)
     return publish(console, json_path, figures, tables(figures))

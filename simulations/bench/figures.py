@@ -1,27 +1,24 @@
-"""How a benchmark's figures leave it: as JSON, as tables, and with the machine they are from."""
+"""What benchmarks share: options, and how figures are told: JSON, tables, their machine."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
 from rich.table import Table
+from typer import Option
+
+Overrides = Annotated[list[str] | None, Option("--set", help="override: key=value, repeatable")]
+JsonPath = Annotated[Path | None, Option("--json", help="also write the figures here")]
 
 
 def publish(
     console: Console, json_path: Path | None, figures: dict[str, Any], tables: Iterable[Table]
 ) -> dict[str, Any]:
-    """Write the figures where asked, print their tables and the machine, and return them.
-
-    Args:
-        console: for the tables.
-        json_path: where to write the figures, or None.
-        figures: expressible in JSON; ``machine`` among them.
-        tables: what is printed.
-    """
+    """Write the figures (JSON) where asked, print their tables and the machine, return them."""
     if json_path is not None:
         json_path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for table in tables:

@@ -26,13 +26,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
+from typer import Option
 
 from fedsplit.errors import RunError, check
 from fedsplit.fingerprints.methods.ics import ICS, inner
@@ -41,7 +42,7 @@ from fedsplit.fingerprints.weights_file import INDEX, open_view
 from fedsplit.models.loading import TASKS
 from fedsplit.registry import pick
 from fedsplit.seeding import torch_generator
-from simulations.bench.figures import publish
+from simulations.bench.figures import JsonPath, publish
 from simulations.core.tables import make_table
 from simulations.runtime.machine import machine
 
@@ -54,32 +55,20 @@ SHAPE: dict[str, int] = {
     "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
-TOKENS = 4096
 BLOCKS_PER_SHARD = 4
 GOALS = {"memory": 0.2, "speed": 5.0}
 
 
 def run(
     console: Console,
-    json_path: Path | None,
+    json_path: JsonPath = None,
     *,
-    layers: int,
-    width: int,
-    tokens: int,
-    repeats: int = 3,
+    layers: Annotated[int, Option(help="blocks; 22 at the default width: 1.1 billion")] = 22,
+    width: Annotated[int, Option(help="of the residual stream, a multiple of 128")] = 2048,
+    tokens: Annotated[int, Option(help="K, rows of the embedding read")] = 4096,
+    repeats: Annotated[int, Option(help="runs of each way; the fastest counts")] = 3,
 ) -> dict[str, Any]:
-    """Measure all ways and print the table.
-
-    Args:
-        layers: blocks of the checkpoint (22: 1.1 billion parameters at the default width).
-        width: of the residual stream; the other sizes keep their proportion to it.
-        tokens: K.
-        repeats: runs of each way, in turns; the fastest of each counts, and the largest peak.
-
-    Raises:
-        ConfigError: for a size out of range.
-        RunError: if a measuring process failed, with its last words.
-    """
+    """Measure memory and seconds of corrected ICS from disk beside loading the whole model."""
     check(layers >= 2, "layers", layers, ">= 2 (the invariants read the last two)")
     check(width >= 128 and width % 128 == 0, "width", width, "a multiple of 128")
     check(1 <= tokens <= SHAPE["vocab_size"], "tokens", tokens, f"in 1..{SHAPE['vocab_size']}")

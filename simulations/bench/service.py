@@ -26,12 +26,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from typer import Option
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError, check
@@ -39,7 +40,7 @@ from fedsplit.models.splitting.halves import split
 from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.serving import MODE
-from simulations.bench.figures import publish
+from simulations.bench.figures import JsonPath, publish
 from simulations.core.owner_samples import owner_samples
 from simulations.core.tables import make_table
 from simulations.runtime.local_run import run_in_process
@@ -78,25 +79,14 @@ def settings(owners: int) -> RunConfig:
 
 def run(
     console: Console,
-    json_path: Path | None,
+    json_path: JsonPath = None,
     *,
-    owners: int,
-    steps: int,
-    repeats: int,
-    training: int,
+    owners: Annotated[int, Option(help="connected at once")] = 50,
+    steps: Annotated[int, Option(help="texts that each owner asks in one repeat")] = 20,
+    repeats: Annotated[int, Option(help="of each way of serving, by turns")] = 3,
+    training: Annotated[int, Option(help="steps of a training cohort; 0 = none")] = 0,
 ) -> dict[str, Any]:
-    """Measure and print.
-
-    Args:
-        owners: connected at once.
-        steps: texts that each owner asks in one repeat.
-        repeats: of each way of serving.
-        training: steps of the cohort; 0 = leave that part out.
-
-    Raises:
-        ConfigError: a number out of range.
-        RunError: an owner failed.
-    """
+    """Measure a session server with many owners: steps per second, latency, memory, batching."""
     check(1 <= owners <= 200, "owners", owners, "in [1, 200], one session each")
     check(1 <= steps <= 10_000, "steps", steps, "in [1, 10000]")
     check(1 <= repeats <= 100, "repeats", repeats, "in [1, 100]")

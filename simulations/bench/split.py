@@ -28,13 +28,13 @@ from fedsplit.owners.split.settings import SplitSettings
 from fedsplit.privacy import OwnerSecret, SamplePerturber, build
 from fedsplit.wire.codecs import CODECS
 from fedsplit.wire.frames import Frame, Kind, encode
-from simulations.bench.figures import publish
+from simulations.bench.figures import JsonPath, Overrides, publish
 from simulations.core.owner_samples import OwnerSamples, owner_samples
 from simulations.core.settings import load_experiment
 from simulations.core.tables import make_table
 from simulations.runtime.federated import deploy, simulate
 from simulations.runtime.machine import machine
-from simulations.split.centralised import Step
+from simulations.split.centralised import Step, padded
 from strategies.base_model import load_base
 from strategies.split_tuning.optimisation import Optimisation
 
@@ -42,16 +42,9 @@ OWNERS = 4
 NODES = 2
 
 
-def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """Measure all ways and print the table.
-
-    Args:
-        overrides: as for ``run``; the experiment is ``bench-split``.
-
-    Raises:
-        FedsplitError: a run failed, or a setting is out of range.
-    """
-    experiment = load_experiment("bench-split", overrides)
+def run(console: Console, json_path: JsonPath = None, set_: Overrides = None) -> dict[str, Any]:
+    """Measure steps per second of split training beside the same work in one process."""
+    experiment = load_experiment("bench-split", set_ or ())
     config = replace(experiment.config, data=replace(experiment.config.data, owners=OWNERS))
     threads = config.output.threads or int(machine()["cores"])
     torch.set_num_threads(threads)
@@ -65,10 +58,14 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
         console.print(f"  centralised: {anchors[-1]:.2f} steps/s")
 
     with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder:
+        # A deployment takes the same cohort step from fewer owners with larger batches.
+        batch, few = config.train.batch_size * OWNERS // NODES, min(config.train.max_steps or 8, 8)
+        fewer = {"data.owners": NODES, "train.batch-size": batch}
+        messages = {"session.transport": "messages", "train.max-steps": few}
         ways = {
             "simulation": (simulate, config),
-            "deployment": (deploy, _for_nodes(config)),
-            "messages": (simulate, _over_messages(config)),
+            "deployment": (deploy, RunConfig.from_flat(config.to_flat() | fewer)),
+            "messages": (simulate, RunConfig.from_flat(config.to_flat() | messages)),
         }
         anchor()
         for name, (carry_out, settings) in ways.items():
@@ -84,46 +81,20 @@ def run(console: Console, json_path: Path | None, overrides: Sequence[str]) -> d
     return publish(console, json_path, figures, [_table(config, figures)])
 
 
-def _for_nodes(config: RunConfig) -> RunConfig:
-    """Return the same cohort step from fewer owners with larger batches."""
-    batch = config.train.batch_size * OWNERS // NODES
-    return replace(
-        config,
-        data=replace(config.data, owners=NODES),
-        train=replace(config.train, batch_size=batch),
-    )
-
-
-def _over_messages(config: RunConfig) -> RunConfig:
-    steps = min(config.train.max_steps or 8, 8)
-    return replace(
-        config,
-        session=replace(config.session, transport="messages"),
-        train=replace(config.train, max_steps=steps),
-    )
-
-
 def _row(server: dict[str, Any], wall_s: float, anchor: float) -> dict[str, Any]:
     rounds = [r["train"] for r in server["rounds"]]
-    rates = [r["steps"] / r["seconds"] for r in rounds]
-    later = rounds[1:]
-    rate = sum(r["steps"] for r in rounds) / sum(r["seconds"] for r in rounds)
-    row = {
-        "steps_per_s": rate,
-        "ratio": rate / anchor,
-        "first_epoch_steps_per_s": rates[0],
-        "first_epoch_ratio": rates[0] / anchor,
+    row: dict[str, Any] = {}
+    for part, some in (("", rounds), ("first_epoch_", rounds[:1]), ("later_epochs_", rounds[1:])):
+        if some:
+            rate = sum(r["steps"] for r in some) / sum(r["seconds"] for r in some)
+            row |= {f"{part}steps_per_s": rate, f"{part}ratio": rate / anchor}
+    return {
+        **row,
         "compute_share": sum(r["compute_s"] for r in rounds) / sum(r["seconds"] for r in rounds),
         "steps": sum(r["steps"] for r in rounds),
         "wall_s": wall_s,
         "peak_server_bytes": server.get("peak_rss_bytes"),
     }
-    if later:
-        row["later_epochs_steps_per_s"] = sum(r["steps"] for r in later) / sum(
-            r["seconds"] for r in later
-        )
-        row["later_epochs_ratio"] = row["later_epochs_steps_per_s"] / anchor
-    return row
 
 
 def centralised(config: RunConfig, owners: Sequence[OwnerSamples]) -> float:
@@ -145,9 +116,10 @@ def centralised(config: RunConfig, owners: Sequence[OwnerSamples]) -> float:
     batches = {
         s.name: train_steps(len(s.train), config.train, config.seed, s.name, 1)[0] for s in owners
     }
-    steps: list[Step] = []
-    for at in range(min(len(b) for b in batches.values())):
-        steps.append([(s.train, [int(i) for i in batches[s.name][at]]) for s in owners])
+    steps: list[Step] = [
+        [(s.train, [int(i) for i in batches[s.name][at]]) for s in owners]
+        for at in range(min(map(len, batches.values())))
+    ]
     began, counted = 0.0, 0
     for number, step in enumerate(steps):
         if number == 2:  # the first two fill caches and allocate
@@ -158,11 +130,7 @@ def centralised(config: RunConfig, owners: Sequence[OwnerSamples]) -> float:
 
 
 def _whole_step(model: Any, step: Step, optimisation: Optimisation, progress: float) -> None:
-    ids_list = [s.ids[slot] for s, slots in step for slot in slots]
-    ids = torch.nn.utils.rnn.pad_sequence(ids_list, batch_first=True)
-    lengths = torch.tensor([x.shape[0] for x in ids_list])
-    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    labels = torch.cat([s.labels[slots] for s, slots in step if s.labels is not None])
+    ids, mask, labels = padded(step)
     optimisation.zero_grad()
     loss = functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, labels)
     torch.autograd.backward([loss])

@@ -28,14 +28,14 @@ class CellStore:
     same folder starts anew.  A run's setting that a cell's version did not have is at its default.
 
     Args:
-        path: the file, made on first use.
+        path: the file, made on first use; None: cells live as long as the store.
         settings: everything the rows depend on beside their key.
         known: cells that were found elsewhere; those in the file win.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         settings: Mapping[str, Any],
         known: Iterable[tuple[Key, list[Row]]] = (),
     ) -> None:
@@ -44,7 +44,7 @@ class CellStore:
         self._settings = json.dumps(settings, sort_keys=True, default=str)
         self._done: dict[str, list[Row]] = {_name(key): rows for key, rows in known}
         self._torn = False
-        if path.exists():
+        if path is not None and path.exists():
             self._read(path.read_text(encoding="utf-8"))
 
     @classmethod
@@ -57,12 +57,7 @@ class CellStore:
     ) -> Self:
         """Write a run's settings to its folder and return the store of its cells.
 
-        Args:
-            folder: of the run.
-            config: of the run.
-            options: all of the experiment's.
-            selecting: options that choose cells and change none; the others are the store's
-                ``options``.
+        The options ``selecting`` choose cells and change none; the others are the store's own.
         """
         flat = config.to_flat()
         folder.write_config({**flat, "options": options})
@@ -94,20 +89,17 @@ class CellStore:
             RunError: if the file cannot be written.
         """
         line = json.dumps({"settings": self._settings, "key": _name(key), "rows": rows})
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{line}\n" if self._torn else f"{line}\n")
-        except OSError as error:
-            raise RunError(f"cannot write {self._path}: {error}") from None
+        if self._path is not None:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(f"\n{line}\n" if self._torn else f"{line}\n")
+            except OSError as error:
+                raise RunError(f"cannot write {self._path}: {error}") from None
         self._torn = False
         self._done[_name(key)] = rows
 
     def rows(self, key: Key, make: Callable[[], list[Row]]) -> list[Row]:
-        """Return the cell's rows: the finished ones, or those that ``make`` returns.
-
-        Raises:
-            RunError: if the file cannot be written.
-        """
+        """Return the cell's rows: the finished ones, or those that ``make`` returns."""
         if self.find(key) is None:
             self.save(key, make())
         return self._done[_name(key)]
@@ -122,16 +114,10 @@ def run_cells(
     make: Callable[..., list[Row]],
     recorded: Callable[[list[Row]], Mapping[str, Any]] = lambda rows: {"rows": rows},
 ) -> list[Row]:
-    """Return the rows of every cell; what is known is recorded in ``folder`` after each.
+    """Return the rows of every cell, in the order of ``keys``.
 
-    Args:
-        experiment: whose cells they are.
-        folder: of the run.
-        console: where progress is shown.
-        store: of the finished cells.
-        keys: of the cells, in order.
-        make: called with a key's items, returns the cell's rows.
-        recorded: what goes to ``results.json``, from the rows so far.
+    ``make`` is called with a key's items and returns the cell's rows.  After each cell ``folder``
+    records what ``recorded`` returns for the rows so far.
     """
     rows: list[Row] = []
     with RunProgress(console) as progress:

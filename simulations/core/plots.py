@@ -22,15 +22,9 @@ def picture(
     bottom: float = 0.0,
     **subplots: Any,
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield (figure, axes) as ``pyplot.subplots`` makes them; the block's end writes the file.
+    """Yield (figure, axes) as ``pyplot.subplots`` makes them; the block's end writes the PNG file.
 
-    Args:
-        path: of the picture, PNG.
-        rows: of axes.
-        columns: of axes.
-        dpi: dots per inch.
-        bottom: share of the height left free below the axes.
-        **subplots: see ``pyplot.subplots``.
+    ``bottom`` is the share of the height left free below the axes.
 
     Raises:
         RunError: matplotlib is not installed.

@@ -45,7 +45,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
 
@@ -54,7 +54,7 @@ from fedsplit.errors import ConfigError, RunError, check
 from simulations.runtime.machine import machine, versions
 
 Status = Literal["running", "completed", "failed", "interrupted"]
-STATUSES: tuple[Status, ...] = ("running", "completed", "failed", "interrupted")
+STATUSES: tuple[Status, ...] = get_args(Status)
 SCHEMA = 1
 TOP_LEVEL = (
     *("schema", "name", "kind", "status", "started", "ended", "time_s"),
@@ -140,7 +140,8 @@ class RunFolder:
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         # The run's own error is what the caller must see, even if recording it fails too.
         with contextlib.suppress(RunError):
-            self.mark("interrupted" if interrupted else "failed", error=_describe(error))
+            told = f"{type(error).__name__}: {error}".removesuffix(": ")
+            self.mark("interrupted" if interrupted else "failed", error=told)
 
     @property
     def status(self) -> str:
@@ -167,7 +168,7 @@ class RunFolder:
         write_atomically(path, content)
 
     def record(self, **results: Any) -> None:
-        """Set keys of the experiment's own and write the file, so that a crash loses nothing.
+        """Set keys of the experiment's own and write the file: a crash loses nothing.
 
         Raises:
             ConfigError: for a value that JSON cannot express, or a key that every run has.
@@ -251,27 +252,19 @@ def check_results(kind: str, results: Mapping[str, Any]) -> None:
     for key, shape in REQUIRED[kind].items():
         if key not in results:
             raise RunError(f"{key}: missing; results of kind {kind!r} must have it")
-        value = results[key]
         if shape is None:
             continue
-        form, columns = shape
-        if form == "table":
-            if not isinstance(value, Mapping):
-                raise RunError(f"{key}: must be a table, not {type(value).__name__}")
-            _check_columns(key, value, columns)
-            continue
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise RunError(f"{key}: must be a list of tables, not {type(value).__name__}")
-        for index, row in enumerate(value):
-            _check_columns(f"{key}[{index}]", row, columns)
-
-
-def _check_columns(where: str, row: object, columns: tuple[str, ...]) -> None:
-    if not isinstance(row, Mapping):
-        raise RunError(f"{where}: must be a table, not {type(row).__name__}")
-    absent = [c for c in columns if c not in row]
-    if absent:
-        raise RunError(f"{where}: lacks {', '.join(absent)}")
+        (form, columns), value = shape, results[key]
+        rows = {key: value}
+        if form == "rows":
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise RunError(f"{key}: must be a list of tables, not {type(value).__name__}")
+            rows = {f"{key}[{index}]": row for index, row in enumerate(value)}
+        for where, row in rows.items():
+            if not isinstance(row, Mapping):
+                raise RunError(f"{where}: must be a table, not {type(row).__name__}")
+            if absent := [c for c in columns if c not in row]:
+                raise RunError(f"{where}: lacks {', '.join(absent)}")
 
 
 def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,10 +322,6 @@ def _status_of(path: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return document.get("status") if isinstance(document, dict) else None
-
-
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _no_constant(name: str) -> Any:

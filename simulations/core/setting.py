@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ class ExperimentSetting:
         config: of the run.
         options: the kind's own options.
         folder: the run's, where what is expensive is kept; None: in memory alone.
-        store: finished cells of the run; None likewise.
+        store: finished cells of the run.
     """
 
     config: RunConfig
     options: Mapping[str, Any]
     folder: Path | None = None
-    store: CellStore | None = None
+    store: CellStore = field(default_factory=lambda: CellStore(None, {}))
 
     @cached_property
     def loaded(self) -> LoadedModel:

@@ -24,7 +24,7 @@ def make_table(
         columns: headings.
         rows: cells of each row, as many as columns or fewer; None is an empty cell.
         title: above the table.
-        left: how many of the first columns are aligned left; the others are right.
+        left: how many of the first columns are aligned left; the others are aligned right.
         narrow: fit many columns into a terminal: headings wrap between words only, and the left
             columns never do.
     """

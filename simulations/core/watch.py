@@ -317,13 +317,9 @@ def _span(seconds: float) -> str:
 
 
 def watch(folder: Path, console: Console, *, once: bool = False, every_s: float = 1.0) -> None:
-    """Show the run until it is over, or until Ctrl-C.
+    """Show the run until it is over, or until Ctrl-C; once if ``once``.
 
-    Args:
-        folder: a run's folder, a server's ``output.dir``, or anything above them.
-        console: where to.
-        once: print one view and return.
-        every_s: seconds between two looks.
+    ``folder`` is a run's folder, a server's ``output.dir``, or anything above them.
 
     Raises:
         RunError: no server wrote anything in ``folder``.

@@ -21,12 +21,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 from fedsplit.errors import FedsplitError, RunError, check
+from simulations.bench.figures import JsonPath
+from simulations.core.tables import make_table
 from simulations.fuzz import files as fuzz_files
 from simulations.fuzz import lineage as fuzz_lineage
 from simulations.fuzz import owner as fuzz_owner
@@ -100,15 +103,7 @@ class Outcome:
 def fuzz_parser(
     name: str, make: Callable[[Path], Cases], numbers: Iterable[int], seed: int, scratch: Path
 ) -> Outcome:
-    """Try the cases of those numbers.
-
-    Args:
-        name: the parser's, which the cases are drawn by.
-        make: a folder of its own -> how its cases are drawn.
-        numbers: of the cases.
-        seed: the same one draws the same cases.
-        scratch: an empty folder.
-    """
+    """Try a parser's cases of those numbers; ``scratch`` is an empty folder of its own."""
     outcome = Outcome(name)
     draw = make(scratch)
     began = time.perf_counter()
@@ -186,27 +181,16 @@ def fuzz_all(
 
 def run(
     console: Console,
-    json_: Path | None,
+    json_path: JsonPath = None,
     *,
-    cases: int,
-    seed: int,
-    parser: str = "",
-    case: int | None = None,
+    cases: Annotated[int, Option(help="of all parsers together")] = 100_000,
+    seed: Annotated[int, Option(help="the same one draws the same cases")] = 0,
+    parser: Annotated[str, Option(help="only this one")] = "",
+    case: Annotated[
+        int | None, Option(help="only this case of --parser, with its traceback")
+    ] = None,
 ) -> None:
-    """Try every parser, or one, and print a line for each.
-
-    Args:
-        console: where to.
-        json_: also write the figures here.
-        cases: of all parsers together.
-        seed: the same one draws the same cases.
-        parser: only this one.
-        case: only this one of it, with its traceback if it fails.
-
-    Raises:
-        ConfigError: no such parser.
-        RunError: a case broke a bound; names the first.
-    """
+    """Throw damaged input at every parser; none may crash, hang, or take memory without bound."""
     check(not parser or parser in PARSERS, "parser", parser, f"one of {', '.join(PARSERS)}")
     if case is not None:
         check(bool(parser), "parser", parser, "named when a case is")
@@ -222,9 +206,9 @@ def run(
     total = sum(o.cases for o in outcomes)
     failures = sum(o.failures for o in outcomes)
     console.print(f"{total:,} cases, {failures} broke a bound")
-    if json_ is not None:
+    if json_path is not None:
         rows = [{**asdict(o), "refused": dict(o.refused)} for o in outcomes]
-        json_.write_text(json.dumps({"seed": seed, "cases": total, "rows": rows}, indent=1))
+        json_path.write_text(json.dumps({"seed": seed, "cases": total, "rows": rows}, indent=1))
     for outcome in outcomes:
         for number, text in outcome.failed:
             console.print(f"[red]{outcome.parser}, case {number}[/red]: ", end="")
@@ -236,17 +220,10 @@ def run(
 def table(outcomes: Iterable[Outcome]) -> Table:
     """Return the outcomes as a table."""
     columns = ("parser", "cases", "accepted", "refused with", "failed", "slowest ms", "grew MiB")
-    found: Any = Table(*columns)
+    rows = []
     for o in outcomes:
         refused = ", ".join(f"{kind} {count}" for kind, count in sorted(o.refused.items()))
-        found.add_row(
-            o.parser,
-            f"{o.cases:,}",
-            f"{o.accepted:,}",
-            refused,
-            str(o.failures),
-            f"{1000 * o.slowest_s:.0f}",
-            f"{o.growth_bytes / (1 << 20):.0f}",
-        )
-    result: Table = found
-    return result
+        counts = (f"{o.cases:,}", f"{o.accepted:,}", refused, o.failures)
+        grown = f"{o.growth_bytes / (1 << 20):.0f}"
+        rows.append((o.parser, *counts, f"{1000 * o.slowest_s:.0f}", grown))
+    return make_table(columns, rows, left=len(columns))

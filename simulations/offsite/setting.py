@@ -64,7 +64,6 @@ COMMON: dict[str, Any] = {
 class OffsiteSetting(ExperimentSetting):
     """Base, texts, importance runs and baselines of one experiment on offsite tuning."""
 
-    _losses: dict[str, float] = field(default_factory=dict)
     _importance: dict[int, tuple[Importance, float]] = field(default_factory=dict)
     _settled: dict[tuple[int, ScaleOT], tuple[Importance, float]] = field(default_factory=dict)
 
@@ -119,25 +118,17 @@ class OffsiteSetting(ExperimentSetting):
     def importance(self, seed: int) -> tuple[Importance, float]:
         """Return the seed's importance run and its seconds; one run serves many emulators."""
         if seed not in self._importance:
+            o, model, digest = self.options, self.loaded.model, self.loaded.digest
             settings = ImportanceSettings(
-                steps=self.options["importance-steps"],
-                bf16=self.options["bf16"],
-                seed=derive_seed(seed) % 2**31,
+                steps=o["importance-steps"], bf16=o["bf16"], seed=derive_seed(seed) % 2**31
             )
-            public = self.tokens[2]
-            half = max(1, len(public) // 2)
-
-            def make() -> Importance:
-                return LayerReplace(
-                    self.loaded.model,
-                    public[:half],
-                    public[half:],
-                    settings,
-                    base_digest=self.loaded.digest,
-                ).run()
-
-            about = {"what": "importance", "seed": seed}
-            self._importance[seed] = self._kept(f"importance-{seed}", about, make)
+            half = max(1, len(self.tokens[2]) // 2)
+            halves = self.tokens[2][:half], self.tokens[2][half:]
+            self._importance[seed] = self._kept(
+                f"importance-{seed}",
+                {"what": "importance", "seed": seed},
+                lambda: LayerReplace(model, *halves, settings, base_digest=digest).run(),
+            )
         return self._importance[seed]
 
     def settled(self, seed: int, compressor: ScaleOT) -> tuple[ScaleOT, Importance, float]:
@@ -147,26 +138,16 @@ class OffsiteSetting(ExperimentSetting):
         """
         importance, seconds = self.importance(seed)
         o = self.options
-        asked = replace(
-            compressor,
-            beta=0.0,
-            attention=True,
-            ffn=False,
-            settle_steps=o["settle-steps"],
-            bf16=o["bf16"],
-            seed=seed,
-        )
+        more = {"settle_steps": o["settle-steps"], "bf16": o["bf16"], "seed": seed}
+        asked = replace(compressor, beta=0.0, attention=True, ffn=False, **more)
         key = (seed, asked)
         if key not in self._settled:
             material = self.material(importance)
             plan = asked.plan(self.loaded.model, material)
             about = {"what": "settled", "seed": seed, "plan": plan.to_json()}
             replaced = "-".join(str(i) for i, r in enumerate(plan.roles) if r == "harmonizer")
-            self._settled[key] = self._kept(
-                f"settled-{seed}-{replaced or 'none'}",
-                about,
-                partial(asked.settled, self.loaded.model, material),
-            )
+            make = partial(asked.settled, self.loaded.model, material)
+            self._settled[key] = self._kept(f"settled-{seed}-{replaced or 'none'}", about, make)
         ready, more = self._settled[key]
         return replace(compressor, settle_steps=0, seed=seed), ready, seconds + more
 
@@ -175,7 +156,7 @@ class OffsiteSetting(ExperimentSetting):
     ) -> tuple[Importance, float]:
         """Return an importance run from the run's folder, or make and keep it."""
         began = time.perf_counter()
-        if self.folder is None or self.store is None:
+        if self.folder is None:
             return make(), time.perf_counter() - began
         # Other settings in the same folder must not find it.
         settings = json.dumps([self.config.to_flat(), self.options], sort_keys=True, default=str)
@@ -236,13 +217,7 @@ class OffsiteSetting(ExperimentSetting):
         return mean_loss(model, self.tokens[1])
 
     def _loss(self, key: Mapping[str, Any], make: Callable[[], float]) -> float:
-        name = json.dumps(key, sort_keys=True)
-        if name not in self._losses:
-            if self.store is None:
-                self._losses[name] = make()
-            else:
-                self._losses[name] = self.store.rows(key, lambda: [{"nats": make()}])[0]["nats"]
-        return self._losses[name]
+        return float(self.store.rows(key, lambda: [{"nats": make()}])[0]["nats"])
 
 
 def perplexity_of(nats: float) -> float:

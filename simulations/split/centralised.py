@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +28,16 @@ from strategies.sessions.length_buckets import LengthBuckets
 from strategies.split_tuning.optimisation import Optimisation
 
 Step = list[tuple[Samples, list[int]]]
+
+
+def padded(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a step's token ids and mask, (N, T) each, and its labels, (N,); none: (0,)."""
+    ids_list = [s.ids[slot] for s, slots in step for slot in slots]
+    ids = nn.utils.rnn.pad_sequence(ids_list, batch_first=True)
+    lengths = torch.tensor([x.shape[0] for x in ids_list])
+    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    labels = [s.labels[slots] for s, slots in step if s.labels is not None]
+    return ids, mask, torch.cat(labels) if labels else torch.empty(0)
 
 
 @dataclass
@@ -90,16 +99,11 @@ class CentralisedTwin:
 
     def logits(self, samples: Step) -> tuple[Tensor, Tensor]:
         """Return (logits rows, targets) of one step's samples."""
-        ids_list = [s.ids[slot] for s, slots in samples for slot in slots]
-        ids = nn.utils.rnn.pad_sequence(ids_list, batch_first=True)
-        lengths = torch.tensor([x.shape[0] for x in ids_list])
-        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        ids, mask, labels = padded(samples)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             hidden = self.bottom(ids, mask)
         if self.config.model.task == "sequence-classification":
-            logits = self._buckets(hidden, mask)  # the server pads as little
-            labels = [s.labels[slots] for s, slots in samples if s.labels is not None]
-            return logits, torch.cat(labels)
+            return self._buckets(hidden, mask), labels  # the server pads as little
         logits = self.top(hidden, mask)
         predicts = mask[:, 1:].bool()
         return logits[:, :-1][predicts], ids[:, 1:][predicts]
@@ -121,11 +125,7 @@ class CentralisedTwin:
         return float(loss.detach())
 
     def schedule(self, waves: Sequence[Sequence[Sequence[str]]]) -> list[tuple[Step, float]]:
-        """Return every step with its progress.
-
-        Args:
-            waves: per round, the waves of owners that were stepped together.
-        """
+        """Return every step with its progress; ``waves``: per round, owners stepped together."""
         config = self.config
         parallel = config.session.schedule == "parallel"
         out: list[tuple[Step, float]] = []
@@ -156,12 +156,7 @@ class CentralisedTwin:
         waves: Sequence[Sequence[Sequence[str]]],
         on_step: Callable[[int, int], None] | None = None,
     ) -> TwinReport:
-        """Train and evaluate.
-
-        Args:
-            waves: see :meth:`schedule`.
-            on_step: called after each step with (steps done, steps in all).
-        """
+        """Train and evaluate; ``on_step`` is called with (steps done, steps in all) after each."""
         zero_shot, _ = self.evaluate()
         plan = self.schedule(waves)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", "train", 1))
@@ -185,9 +180,8 @@ class CentralisedTwin:
                 for at in range(0, n, size):
                     slots = list(range(at, min(at + size, n)))
                     logits, targets = self.logits([(owner.test, slots)])
-                    loss += float(
-                        functional.cross_entropy(logits.float(), targets, reduction="sum")
-                    )
+                    nats = functional.cross_entropy(logits.float(), targets, reduction="sum")
+                    loss += float(nats)
                     right += int((logits.argmax(1) == targets).sum())
                     count += int(targets.shape[0])
         return loss / count, right / count
@@ -196,11 +190,8 @@ class CentralisedTwin:
         """Return the accuracy of always answering the most frequent training class."""
         if self.config.model.task != "sequence-classification":
             return 0.0
-        train = np.concatenate([_labels(s.train) for s in self.owners.values()])
-        test = np.concatenate([_labels(s.test) for s in self.owners.values()])
-        return float((test == np.bincount(train).argmax()).mean())
-
-
-def _labels(samples: Samples) -> np.ndarray:
-    assert samples.labels is not None
-    return np.asarray(samples.labels.numpy())
+        train, test = (
+            torch.cat([s.labels for s in samples if s.labels is not None])
+            for samples in zip(*((o.train, o.test) for o in self.owners.values()), strict=True)
+        )
+        return float((test == train.bincount().argmax()).double().mean())
