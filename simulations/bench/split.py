@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from fedsplit.config import RunConfig
+from fedsplit.config import RunConfig, Scalar
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import split
 from fedsplit.owners.split.owner import SplitOwner
@@ -60,8 +60,8 @@ def run(console: Console, json_path: JsonPath = None, set_: Overrides = None) ->
     with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder:
         # A deployment takes the same cohort step from fewer owners with larger batches.
         batch, few = config.train.batch_size * OWNERS // NODES, min(config.train.max_steps or 8, 8)
-        fewer = {"data.owners": NODES, "train.batch-size": batch}
-        messages = {"session.transport": "messages", "train.max-steps": few}
+        fewer: dict[str, Scalar] = {"data.owners": NODES, "train.batch-size": batch}
+        messages: dict[str, Scalar] = {"session.transport": "messages", "train.max-steps": few}
         ways = {
             "simulation": (simulate, config),
             "deployment": (deploy, RunConfig.from_flat(config.to_flat() | fewer)),

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError
@@ -30,6 +30,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # Relative paths mean the caller's folder; Flower's and Ray's processes run elsewhere.
 PATHS = ("data.path", "model.name", "privacy.public-text", "offsite.public")
 ALIASES = {"model": "model.name", "models": "options.models"}
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,18 @@ def read_options(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[
             raise ConfigError(f"options.{key}={value!r}: must be of type {wanted.__name__}")
         options[key] = value
     return options
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Return the numbers of an option such as ``10,30,100``.
+
+    Raises:
+        ConfigError: not of that form.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"options.{option}={text!r}: must be numbers, as 10,30,100") from None
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Scalar]]:

@@ -32,8 +32,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         FedsplitError: the undisturbed run failed.
     """
     options = read_options(experiment.options, OPTIONS)
-    config = experiment.config
-    folder.write_config({**config.to_flat(), "options": options})
+    folder.write_config({**experiment.config.to_flat(), "options": options})
     rows: list[Row] = []
     for row in _all(experiment, options, folder):
         rows.append(row)

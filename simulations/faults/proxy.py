@@ -7,18 +7,13 @@ import socket
 import struct
 import threading
 import time
-from typing import Self
 
 _CHUNK = 1 << 16
 _LINGER = struct.pack("ii", 1, 0)  # close with a reset, as a cut cable's peer is answered
 
 
-class Proxy:
-    """Passes connections on to one port until it is told to disturb them.
-
-    Args:
-        port: of the loopback interface, where they go.
-    """
+class Proxy(contextlib.AbstractContextManager["Proxy"]):
+    """Passes connections on to one port of the loopback interface; disturbs them when told to."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -36,14 +31,6 @@ class Proxy:
         self._bytes_per_s = 0.0
         self._closed = False
         threading.Thread(target=self._accept, daemon=True).start()
-
-    def __enter__(self) -> Self:
-        """Return itself; it listens already."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close everything."""
-        self.close()
 
     # ---- what networks do -------------------------------------------------------------------
 
@@ -136,7 +123,7 @@ class Proxy:
             everything = list(self._open)
         self._drop(*everything)
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop listening and reset every connection."""
         self._closed = True
         with contextlib.suppress(OSError):

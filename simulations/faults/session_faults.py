@@ -7,14 +7,15 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import fedsplit
 from fedsplit.errors import SessionError
-from fedsplit.wire.frames import PROTOCOL, Kind
-from fedsplit.wire.messages import OFFER
+from fedsplit.owners.handshake import hello
+from fedsplit.wire.frames import Kind
+from fedsplit.wire.messages import SessionOffer
 from fedsplit.wire.stream import connect
 from simulations.faults.clock_faults import in_a_process
 from simulations.faults.proxy import Proxy
@@ -29,58 +30,18 @@ EXPIRES_S = 2.0
 MARGIN = 4.0  # a certificate that expires during a run lives so many undisturbed runs
 
 
-# ---- the faults -----------------------------------------------------------------------------
-
-
-def _cut(seconds: float) -> Callable[[Proxy, LocalGrid], None]:
-    return lambda proxy, grid: proxy.cut(seconds)
-
-
-def _stall(seconds: float) -> Callable[[Proxy, LocalGrid], None]:
-    return lambda proxy, grid: proxy.stall(seconds)
-
-
-def _flip(proxy: Proxy, grid: LocalGrid) -> None:
-    proxy.flip()
-
-
-def _truncate(proxy: Proxy, grid: LocalGrid) -> None:
-    proxy.truncate(1000)
-
-
-def _answer(port: int, ca: Path, hello: dict[str, Any]) -> str:
-    """Return what the session server says to a HELLO."""
+def _stranger(proxy: Proxy, grid: LocalGrid, *, replay: bool) -> str:
+    """Say HELLO with a token that was used already, or as a node that was not asked."""
+    offer = replace(SessionOffer.from_content(grid.sent[-1].content), digest="")
+    if not replay:
+        offer = replace(offer, token=offer.token[::-1], node=4711)
+    ca = Path(grid.node_configs[0]["session-ca"]).read_bytes()
     try:
-        link = connect(f"127.0.0.1:{port}", ca=ca.read_bytes())
-        try:
-            link.send(Kind.HELLO, hello)
+        with closing(connect(f"127.0.0.1:{proxy.port}", ca=ca)) as link:
+            link.send(Kind.HELLO, hello(offer, "stranger"))
             return f"answered {link.recv(20.0).kind.name}"
-        finally:
-            link.close()
     except SessionError as error:
         return f"refused: {error}"[:120]
-
-
-def _stranger(ca: Path, *, replay: bool) -> Callable[[Proxy, LocalGrid], str]:
-    """Say HELLO with a token that was used already, or as a node that was not asked."""
-
-    def act(proxy: Proxy, grid: LocalGrid) -> str:
-        record = grid.sent[-1].content.config_records[OFFER]
-        token, node = str(record["token"]), int(str(record["node"]))
-        header = {
-            "protocol": PROTOCOL,
-            "version": fedsplit.__version__,
-            "token": token if replay else token[::-1],
-            "run": grid.run_id,
-            "node": node if replay else 4711,
-            "round": int(str(record["round"])),
-            "mode": str(record["mode"]),
-            "owner": "stranger",
-            "digest": "",
-        }
-        return _answer(proxy.port, ca, header)
-
-    return act
 
 
 def _slow_peer(proxy: Proxy, grid: LocalGrid) -> str:
@@ -129,25 +90,24 @@ def small_disk(path: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False)
 
 
-# ---- the cases -----------------------------------------------------------------------------
+ACTS: dict[str, Callable[[Proxy, LocalGrid], str | None]] = {
+    "network cut": lambda proxy, _: proxy.cut(),
+    "network cut 5 s": lambda proxy, _: proxy.cut(5.0),
+    "network stall 5 s": lambda proxy, _: proxy.stall(5.0),
+    "network stall 60 s": lambda proxy, _: proxy.stall(60.0),
+    "bit-flipped": lambda proxy, _: proxy.flip(),
+    "truncated": lambda proxy, _: proxy.truncate(1000),
+    "replayed token": partial(_stranger, replay=True),
+    "unknown node": partial(_stranger, replay=False),
+    "peer sends 1 byte/s": _slow_peer,
+}
 
 
 def in_passing(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterator[Row]:
     """Run faults that a session should outlive, at several moments."""
-    acts: dict[str, Callable[[Proxy, LocalGrid], str | None]] = {
-        "network cut": _cut(0.0),
-        "network cut 5 s": _cut(5.0),
-        "network stall 5 s": _stall(5.0),
-        "network stall 60 s": _stall(60.0),
-        "bit-flipped": _flip,
-        "truncated": _truncate,
-        "replayed token": _stranger(testbed.tls.ca, replay=True),
-        "unknown node": _stranger(testbed.tls.ca, replay=False),
-        "peer sends 1 byte/s": _slow_peer,
-    }
     for number, moment in enumerate(moments):
         breaks = case.startswith(("network cut", "bit", "trunc"))
-        fault = Fault(moment, acts[case], breaks)
+        fault = Fault(moment, ACTS[case], breaks)
         outcome = testbed.start(f"{case}-{number}".replace("/", " per "), fault)
         yield testbed.row(case, f"{moment:.0%} of bytes", outcome, fault)
 
@@ -222,15 +182,7 @@ def full_disk(testbed: FaultTestbed, case: str, moments: list[float]) -> Iterato
 
 
 CASES: dict[str, Callable[[FaultTestbed, str, list[float]], Iterator[Row]]] = {
-    "network cut": in_passing,
-    "network cut 5 s": in_passing,
-    "network stall 5 s": in_passing,
-    "network stall 60 s": in_passing,
-    "bit-flipped": in_passing,
-    "truncated": in_passing,
-    "replayed token": in_passing,
-    "unknown node": in_passing,
-    "peer sends 1 byte/s": in_passing,
+    **dict.fromkeys(ACTS, in_passing),
     "certificate expired": certificates,
     "certificate expires during the run": expiry,
     "wrong CA": certificates,

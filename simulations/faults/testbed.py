@@ -70,12 +70,7 @@ class Fault:
 
 
 class FaultTestbed:
-    """Runs of one small federation, undisturbed and disturbed.
-
-    Args:
-        config: its settings.
-        folder: for its files.
-    """
+    """Runs of one small federation, undisturbed and disturbed, with its files in ``folder``."""
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.config = config
@@ -100,12 +95,8 @@ class FaultTestbed:
     ) -> RunOutcome:
         """Start the server in ``name``'s folder, which may hold an interrupted run.
 
-        Args:
-            name: of the folder.
-            fault: what is done to it.
-            tls: other certificates of the server than the owners expect.
-            nodes: owners' own node configs, by index.
-            out: the server's folder, where it is another.
+        ``tls`` are other certificates of the server than the owners expect, ``nodes`` owners' own
+        node configs by index, ``out`` the server's folder where it is another.
         """
         self._runs += 1
         run_id, port = 100 + self._runs, free_port()

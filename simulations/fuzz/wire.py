@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-import fedsplit
 from fedsplit.config import RunConfig
 from fedsplit.errors import FrameError
+from fedsplit.owners.handshake import hello
 from fedsplit.wire.authentication import Hello, SessionAuthenticator
 from fedsplit.wire.codecs import CODECS, decode_rows, encode_rows
-from fedsplit.wire.frames import PROTOCOL, Frame, Kind, decode, encode
+from fedsplit.wire.frames import Frame, Kind, decode, encode
 from fedsplit.wire.fuzz import damaged, sample_frames, sample_header
 from fedsplit.wire.link import loopback
 from fedsplit.wire.messages import (
@@ -83,7 +83,6 @@ def transfers(_: Path) -> Cases:
     def draw(rng: random.Random) -> Case:
         left, right = loopback(BOUND)
         pieces = [("a", b"x" * 30), ("b", b""), ("b", b"y")]
-        sent = []
         for index, (name, body) in enumerate(pieces):
             header = {"name": name, "offset": 0, "size": len(body), "last": index == 2}
             if rng.random() < 0.4:
@@ -95,8 +94,6 @@ def transfers(_: Path) -> Cases:
                 }
                 key = rng.choice(list(change))
                 header[key] = change[key]
-            sent.append((header, body))
-        for header, body in sent:
             left.send(Kind.FILE, header, body)
         left.close()
 
@@ -115,18 +112,8 @@ def hellos(_: Path) -> Cases:
 
     def draw(rng: random.Random) -> Case:
         token = authenticator.tokens.issue(7, 5, 1, "train")
-        sound: dict[str, Any] = {
-            "protocol": PROTOCOL,
-            "version": fedsplit.__version__,
-            "token": token,
-            "run": 7,
-            "node": 5,
-            "round": 1,
-            "mode": "train",
-            "owner": "a",
-            "digest": "",
-        }
-        header = dict(sound)
+        sound = hello(SessionOffer(7, 5, 1, "train", "stream", token), "a")
+        header: dict[str, Any] = dict(sound)
         for _ in range(rng.randrange(1, 3)):
             key = rng.choice(list(header))
             header[key] = rng.choice((sample_header(Kind.HELLO, rng)[key], sound[key]))
@@ -279,16 +266,8 @@ def members(_: Path) -> Cases:
             key = rng.choice(list(header))
             value = header[key]
             if isinstance(value, list):
-                odd: tuple[Any, ...] = (
-                    [],
-                    value * 2,
-                    value[::-1],
-                    [2**52],
-                    value * 1000,
-                    [0, 0],
-                    value[:1],
-                )
-                header[key] = rng.choice(odd)
+                odd: tuple[Any, ...] = ([], value * 2, value[::-1], [2**52], value * 1000, [0, 0])
+                header[key] = rng.choice((*odd, value[:1]))
             elif isinstance(value, str):
                 header[key] = rng.choice(("bf16", "int8", "zip", ""))
             elif isinstance(value, bool):

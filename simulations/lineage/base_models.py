@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 
 from fedsplit.errors import ConfigError
 from fedsplit.models.layout.projections import read_config
-from fedsplit.models.loading import TASKS, LoadedModel, load
+from fedsplit.models.loading import TASKS, LoadedModel, load, local_tokenizer
+from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
 from simulations.lineage.descendants import ModelStore, Training, Windows, docstrings, train
 
@@ -69,18 +70,13 @@ def own_bases(store: ModelStore, count: int, plan: Training) -> list[Base]:
     text = docstrings(second=False)
     shape = store.folder / "own-shape"
     _write_shape(shape, text)
-    return [
-        _trained_from_scratch(store, shape, f"own-seed{seed}", text, seed, plan)
-        for seed in range(count)
-    ]
+    return [from_scratch(store, shape, f"own-seed{n}", text, n, plan) for n in range(count)]
 
 
 def retrained(store: ModelStore, base: Base, count: int, text: str, plan: Training) -> list[Base]:
     """Train ``count`` models of a base's shape and tokenizer from scratch, seeds apart."""
-    return [
-        _trained_from_scratch(store, base.path, f"{base.name}-retrained{seed}", text, seed, plan)
-        for seed in range(count)
-    ]
+    name = f"{base.name}-retrained"
+    return [from_scratch(store, base.path, f"{name}{n}", text, n, plan) for n in range(count)]
 
 
 def one_per_width(bases: Sequence[Base]) -> list[Base]:
@@ -100,21 +96,20 @@ def chosen(bases: Sequence[Base], names: str) -> list[Base]:
     if not names:
         return one_per_width([b for b in bases if not b.name.count("-retrained")])
     known = {base.name: base for base in bases}
-    out = []
-    for name in names.split(","):
-        if name.strip() not in known:
-            raise ConfigError(f"options.bases={name.strip()!r}: must be one of {', '.join(known)}")
-        out.append(known[name.strip()])
-    return out
+    return [pick(known, name.strip(), "options.bases") for name in names.split(",")]
 
 
-def _trained_from_scratch(
+def from_scratch(
     store: ModelStore, shape: Path, name: str, text: str, seed: int, plan: Training
 ) -> Base:
-    plan = Training(**{**asdict(plan), "seed": plan.seed + 1000 + seed})
+    """Return a base trained from new weights of a folder's configuration, kept in the store."""
+    plan = replace(plan, seed=plan.seed + 1000 + seed)
 
     def make() -> tuple[LoadedModel, dict[str, Any]]:
-        loaded = _fresh(shape, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "lineage-scratch"))
+            model = TASKS["causal-lm"].from_config(read_config(shape)).eval()
+        loaded = LoadedModel(model, local_tokenizer(shape), "", str(shape))
         windows = Windows(loaded.tokenizer, text, plan.length, plan.seed)
         train(loaded.model, windows, plan)
         return loaded, {"perplexity_after": windows.perplexity(loaded.model)}
@@ -124,18 +119,8 @@ def _trained_from_scratch(
     return Base(name, store.folder / name, int(loaded.model.config.hidden_size), own=True)
 
 
-def _fresh(shape: Path, seed: int) -> LoadedModel:
-    """Return a model of the folder's configuration with new weights, and the folder's tokenizer."""
-    from fedsplit.models.loading import local_tokenizer
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "lineage-scratch"))
-        model = TASKS["causal-lm"].from_config(read_config(shape)).eval()
-    return LoadedModel(model, local_tokenizer(shape), "", str(shape))
-
-
 def _write_shape(folder: Path, text: str) -> None:
-    """Write A configuration and a byte-level BPE tokenizer trained on the text."""
+    """Write a configuration and a byte-level BPE tokenizer trained on the text."""
     from tokenizers import ByteLevelBPETokenizer
 
     if (folder / "tokenizer_config.json").is_file():

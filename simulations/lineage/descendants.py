@@ -10,10 +10,11 @@ import json
 import math
 import re
 import shutil
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fedsplit import storage
+from fedsplit.data import docstrings as docstring_source
+from fedsplit.data.table import Request
 from fedsplit.errors import ConfigError, check
 from fedsplit.fingerprints.evasion.editor import Editor
 from fedsplit.fingerprints.evasion.transforms import pruning
@@ -86,7 +89,7 @@ class Windows:
 
     def __init__(self, tokenizer: Any, text: str, length: int, seed: int) -> None:
         cut = int(len(text) * (1 - HELD_OUT))
-        self.length = length
+        self.text, self.length = text, length
         self.train, self.held_out = (
             torch.tensor(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
             for part in (text[:cut], text[cut:])
@@ -124,12 +127,9 @@ def train(
     penalty: Callable[[], Tensor] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Train in place.
+    """Train ``parameters`` (None: everything) in place.
 
-    Args:
-        parameters: what to train; None for everything.
-        penalty: added to the loss of every step.
-        after: called with the number of steps done, after each.
+    ``penalty`` is added to every step's loss; ``after`` is called with the steps done, after each.
     """
     trained = [p for p in (parameters or model.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=0.0)
@@ -228,57 +228,35 @@ class Recipe:
     """One way to make a descendant: its relation, and what is done to a copy of the base."""
 
     relation: str
-    make: Callable[[LoadedModel, Texts, Training], None]
+    make: Callable[[LoadedModel, Windows, Training], None]
 
 
-def _tuned(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
-    train(loaded.model, Windows(loaded.tokenizer, texts.tuning, plan.length, plan.seed), plan)
+def _further(loaded: LoadedModel, windows: Windows, plan: Training) -> None:
+    train(loaded.model, windows, replace(plan, steps=2 * plan.steps))
 
 
-def _lora(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
-    windows = Windows(loaded.tokenizer, texts.tuning, plan.length, plan.seed)
-    train_lora(loaded.model, windows, _changed(plan, lr=RATES["lora"] * plan.lr))
+def _vocabulary(loaded: LoadedModel, windows: Windows, plan: Training) -> None:
+    extend_vocabulary(loaded.model, loaded.tokenizer, windows.text)
+    train(loaded.model, Windows(loaded.tokenizer, windows.text, plan.length, plan.seed), plan)
 
 
-def _further(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
-    windows = Windows(loaded.tokenizer, texts.other, plan.length, plan.seed)
-    train(
-        loaded.model,
-        windows,
-        _changed(plan, lr=RATES["further-trained"] * plan.lr, steps=2 * plan.steps),
-    )
-
-
-def _vocabulary(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
-    extend_vocabulary(loaded.model, loaded.tokenizer, texts.tuning)
-    _tuned(loaded, texts, plan)
-
-
-def _pruned(loaded: LoadedModel, texts: Texts, plan: Training) -> None:
+def _pruned(loaded: LoadedModel, _w: Windows, _p: Training) -> None:
     pruning(Editor(loaded.model), torch_generator(0, "pruning"), share=0.3)
 
 
-def _changed(plan: Training, **changes: Any) -> Training:
-    return Training(**{**asdict(plan), **changes})
-
-
 RECIPES: dict[str, Recipe] = {
-    "fine-tuned": Recipe("fine-tuned", _tuned),
-    "lora": Recipe("lora", _lora),
+    "fine-tuned": Recipe("fine-tuned", lambda loaded, w, p: train(loaded.model, w, p)),
+    "lora": Recipe("lora", lambda loaded, w, p: train_lora(loaded.model, w, p)),
     "further-trained": Recipe("further-trained", _further),
     "vocabulary": Recipe("vocabulary", _vocabulary),
     "pruned": Recipe("pruned", _pruned),
-    "quantised-8": Recipe("quantised", lambda loaded, _t, _p: quantise(loaded.model, 8)),
-    "quantised-4": Recipe("quantised", lambda loaded, _t, _p: quantise(loaded.model, 4)),
+    "quantised-8": Recipe("quantised", lambda loaded, _w, _p: quantise(loaded.model, 8)),
+    "quantised-4": Recipe("quantised", lambda loaded, _w, _p: quantise(loaded.model, 4)),
 }
 
 
 class ModelStore:
-    """Models made in this run's folder, each whole or not there at all.
-
-    Args:
-        folder: made if need be.
-    """
+    """Models made in this run's folder, each whole or not there at all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -287,11 +265,7 @@ class ModelStore:
     def keep(
         self, name: str, settings: Mapping[str, Any], make: Callable[[], tuple[LoadedModel, Any]]
     ) -> tuple[LoadedModel, dict[str, Any]]:
-        """Return the model ``name`` and its facts, made now unless it is there with ``settings``.
-
-        Args:
-            make: returns the model and a JSON table of facts about it.
-        """
+        """Return the model ``name`` and its facts (JSON), made unless kept with ``settings``."""
         path = self.folder / name
         wanted = json.loads(json.dumps(dict(settings)))
         found = _facts(path / MADE)
@@ -317,21 +291,15 @@ class ModelStore:
             text = texts.other if name == "further-trained" else texts.tuning
             windows = Windows(loaded.tokenizer, text, plan.length, plan.seed)
             before = windows.perplexity(loaded.model)
-            RECIPES[name].make(loaded, texts, plan)
+            RECIPES[name].make(loaded, windows, replace(plan, lr=rate * plan.lr))
             facts: dict[str, Any] = {"perplexity_before": before}
             if name != "vocabulary":  # its tokens are others, so a perplexity per token says little
                 facts["perplexity_after"] = windows.perplexity(loaded.model)
             return loaded, facts
 
-        digest = load(base, "causal-lm").digest
+        digest, rate = load(base, "causal-lm").digest, RATES.get(name, 1.0)
         size = len(texts.tuning), len(texts.other)
-        settings = {
-            "base": digest,
-            "recipe": name,
-            "text": size,
-            "rate": RATES.get(name, 1.0),
-            **asdict(plan),
-        }
+        settings = {"base": digest, "recipe": name, "text": size, "rate": rate, **asdict(plan)}
         return self.keep(f"{base.name}-{name}", settings, make)
 
 
@@ -344,11 +312,7 @@ def _facts(path: Path) -> dict[str, Any] | None:
 
 
 def read_texts(tuning: str = "", other: str = "") -> Texts:
-    """Read the texts.
-
-    Args:
-        tuning: a text file; empty for the second half of the standard library's docstrings.
-        other: a text file; empty for the standard library's source code.
+    """Read text files; by default the second half of the standard library's docstrings, its code.
 
     Raises:
         ConfigError: if a file cannot be read.
@@ -367,21 +331,14 @@ def _file(option: str, path: str) -> str:
 
 def docstrings(*, second: bool) -> str:
     """Return one half of the standard library's docstrings, a line each (every other one)."""
-    from fedsplit.data import docstrings as source
-    from fedsplit.data.table import Request
-
-    texts = source.read(Request(label_column=""), "train").texts
+    texts = docstring_source.read(Request(label_column=""), "train").texts
     return "\n".join(texts[int(second) :: 2])
 
 
 def _source_code() -> str:
-    import sysconfig
-
     parts: list[str] = []
-    size = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        if size > CHARACTERS:
+        if sum(map(len, parts)) > CHARACTERS:
             break
         parts.append(path.read_text(encoding="utf-8", errors="replace"))
-        size += len(parts[-1])
     return "\n".join(parts)

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
+from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError, check
 from fedsplit.fingerprints.evasion.editor import Editor
 from fedsplit.fingerprints.evasion.transforms import (
     TRANSFORMS,
@@ -31,10 +31,11 @@ from fedsplit.fingerprints.evasion.transforms import (
 from fedsplit.fingerprints.methods.aligned_products import products
 from fedsplit.models.layout.projections import BlockLayout, BlockProjections, NormSite, read_config
 from fedsplit.models.loading import TASKS, load
+from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed, torch_generator
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment, read_options
+from simulations.core.settings import Experiment, numbers, read_options
 from simulations.core.tables import make_table
 from simulations.lineage.base_models import Base, find_bases, load_base, one_per_width, own_bases
 from simulations.lineage.descendants import (
@@ -94,7 +95,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """Carry out the experiment; rows are recorded family by family."""
     options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    weights = _weights(options["penalty-weights"])
+    weights = numbers("penalty-weights", options["penalty-weights"], float)
+    check(min(weights) >= 0, "options.penalty-weights", weights, ">= 0")
     rows: list[dict[str, Any]] = []
     lacking: list[dict[str, str]] = []
     began = time.perf_counter()
@@ -196,14 +198,11 @@ def _changing(family: str, model: nn.Module, stranger: nn.Module) -> list[dict[s
     pruned = copy.deepcopy(model)
     pruning(Editor(pruned), torch_generator(0, "pruning"), share=0.3)
     before = outputs(model)
-    middle = Editor(model).prefixes
-    spliced = splice(model, stranger, [len(middle) // 2])
+    spliced = splice(model, stranger, [len(Editor(model).prefixes) // 2])
+    changed = {"pruning 30 %": pruned, "one block spliced": spliced, "stranger": stranger}
     return [
-        _row(family, "pruning 30 %", False, difference(before, outputs(pruned)), model, pruned),
-        _row(
-            family, "one block spliced", False, difference(before, outputs(spliced)), model, spliced
-        ),
-        _row(family, "stranger", False, difference(before, outputs(stranger)), model, stranger),
+        _row(family, name, False, difference(before, outputs(after)), model, after)
+        for name, after in changed.items()
     ]
 
 
@@ -296,12 +295,8 @@ def penalty_series(
     """
     base = _penalty_base(folder, options)
     texts = read_texts(options["text"])
-    plan = Training(
-        options["penalty-steps"],
-        options["penalty-lr"],
-        options["batch"],
-        options["length"],
-    )
+    steps, lr = options["penalty-steps"], options["penalty-lr"]
+    plan = Training(steps, lr, options["batch"], options["length"])
     original = load_base(base)
     before = outputs(original.model)
     points: list[dict[str, Any]] = []
@@ -328,23 +323,11 @@ def _penalty_base(folder: RunFolder, options: Mapping[str, Any]) -> Base:
     if options["models"]:
         bases = find_bases(options["models"])
         named = {base.name: base for base in bases}
-        if wanted and wanted not in named:
-            raise ConfigError(f"options.penalty-base={wanted!r}: must be one of {', '.join(named)}")
-        return named[wanted] if wanted else one_per_width(bases)[0]
+        return pick(named, wanted, "options.penalty-base") if wanted else one_per_width(bases)[0]
     if wanted:
         raise ConfigError(f"options.penalty-base={wanted!r}: needs --set models=DIR")
     plan = Training(options["own-steps"], 2e-3, 2 * options["batch"])
     return own_bases(ModelStore(folder.path / "models"), 1, plan)[0]
-
-
-def _weights(text: str) -> list[float]:
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 0:
-        raise ConfigError(f"options.penalty-weights={text!r}: must be numbers >= 0, 0,1,10")
-    return found
 
 
 def print_table(

@@ -1,10 +1,9 @@
 """The kind ``lineage-table``: every fingerprint on descendants and strangers of real checkpoints.
 
 Rows are pairs.  Positives are descendants made here (:mod:`simulations.lineage.descendants`),
-negatives are all
-pairs of bases of one width and every descendant against another base; both again after each
-function-preserving map.  Then one base is trained on, further and further, to show where each
-fingerprint loses it.
+negatives all pairs of bases of one width and every descendant against another base; both again
+after each function-preserving map.  Then one base is trained on, further and further, to show where
+each fingerprint loses it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from fedsplit.errors import ConfigError, LineageError, UnsupportedModelError
+from fedsplit.errors import LineageError, UnsupportedModelError, check
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
 from fedsplit.fingerprints.gate.verdict import NullDistribution, separation
@@ -29,7 +28,7 @@ from fedsplit.statistics import auc
 from simulations.core.cells import FILE, CellStore, Row
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
-from simulations.core.settings import Experiment, read_options
+from simulations.core.settings import Experiment, numbers, read_options
 from simulations.core.tables import make_table
 from simulations.lineage.base_models import (
     Base,
@@ -78,7 +77,10 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """Carry out the experiment; rows are recorded as they are made."""
     options = read_options(experiment.options, OPTIONS)
     folder.write_config(experiment.config.to_flat() | {"options": options})
-    plan, stops = plan_of(options), _stops(options["breaking-steps"])
+    plan = Training(options["steps"], options["lr"], options["batch"], options["length"])
+    stops = numbers("breaking-steps", options["breaking-steps"], int)
+    good = stops == sorted(set(stops)) and stops[0] >= 1
+    check(good, "options.breaking-steps", stops, "increasing, >= 1")
     models = ModelStore(folder.path / "models")
     rows: list[dict[str, Any]] = []
     began = time.perf_counter()
@@ -127,29 +129,18 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage("training on until each breaks")
         breaking = breaking_series(picked, texts, plan, stops, options["breaking-lr"], progress)
         limits = {c: _most(rows, c) for c in COLUMNS}
-        folder.record(
-            breaking={"base": picked.name, "steps": breaking, **broken_at(breaking, limits)}
-        )
+        broken = broken_at(breaking, limits)
+        folder.record(breaking={"base": picked.name, "steps": breaking, **broken})
         plots = [breaking_plot(folder.path / "breaking.png", picked.name, breaking, limits)]
-        columns = [
-            (b.name, [("base", live[b.name]), *(_labelled(b, *f) for f in family[b.name])])
-            for b in parents
-        ]
-        columns += [(b.name, [("base", live[b.name])]) for b in bases if b.name not in family]
+        columns = []
+        for base in [*parents, *(b for b in bases if b.name not in family)]:
+            own = [(n.removeprefix(f"{base.name}-"), m) for n, _, m in family.get(base.name, ())]
+            columns.append((base.name, [("base", live[base.name]), *own]))
         plots.append(lineage_sheet(folder.path / "sheet.png", columns, options["portrait-size"]))
         folder.record(pictures=plots, seconds=round(time.perf_counter() - began, 1))
     print_table(console, rows)
     for path in plots:
         console.print(f"picture: {folder.path / path}")
-
-
-def _labelled(base: Base, suspect: str, _: str, loaded: LoadedModel) -> tuple[str, LoadedModel]:
-    return suspect.removeprefix(f"{base.name}-"), loaded
-
-
-def plan_of(options: Mapping[str, Any]) -> Training:
-    """Return the training settings among the options."""
-    return Training(options["steps"], options["lr"], options["batch"], options["length"])
 
 
 def all_bases(
@@ -268,24 +259,18 @@ def _most(rows: Sequence[Mapping[str, Any]], column: str) -> tuple[float, float,
     return null.mean, null.sd, max(values.values())
 
 
-def _stops(text: str) -> list[int]:
-    try:
-        stops = [int(part) for part in text.split(",")]
-    except ValueError:
-        stops = []
-    if not stops or stops != sorted(set(stops)) or stops[0] < 1:
-        raise ConfigError(f"options.breaking-steps={text!r}: must be increasing numbers, 10,30,100")
-    return stops
-
-
 def breaking_series(
-    base: Base, texts: Texts, plan: Training, stops: Sequence[int], lr: float, progress: RunProgress
+    base: Base,
+    texts: Texts,
+    plan: Training,
+    stops: Sequence[float],
+    lr: float,
+    progress: RunProgress,
 ) -> list[dict[str, Any]]:
     """Train a copy on other text at a high rate; compare after each number of steps."""
     original, tuned = load_base(base), load_base(base)
     model: nn.Module = tuned.model
     windows = Windows(tuned.tokenizer, texts.other, plan.length, plan.seed)
-    settings = asdict(plan) | {"steps": stops[-1], "lr": lr}
     rows: list[dict[str, Any]] = []
 
     def look(step: int) -> None:
@@ -296,7 +281,7 @@ def breaking_series(
             model.train()
         progress.update(step / stops[-1])
 
-    train(model, windows, Training(**settings), after=look)
+    train(model, windows, replace(plan, steps=stops[-1], lr=lr), after=look)
     return rows
 
 

@@ -1,10 +1,9 @@
 """The kind ``lineage-gate``: federations in which one owner returns something else.
 
 Each case is a federation of its own, FedAvg over a small real model; all owners but the last really
-train.  Every update and every average goes through
-:class:`strategies.rounds.lineage_watch.LineageWatch`
-with ``gate = reject``, as in a run.  A quarantined attacker is pardoned after the round, so that it
-comes back and every round is an attack.
+train.  Every update and every average goes through the strategies' ``LineageWatch`` with ``gate =
+reject``, as in a run.  A quarantined attacker is pardoned after the round, so that it comes back
+and every round is an attack.
 
 Columns: ``false_alarms`` are rounds in which an honest owner's update was refused, or the average
 of the accepted ones; ``missed`` are rounds in which what the attacker returned was averaged and the
@@ -95,14 +94,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     logging.getLogger("strategies.rounds.lineage_watch").setLevel(logging.ERROR)
     with RunProgress(console) as progress:
         progress.stage("the model")
-        base, donor, training = make_owner_training(
-            options["models"],
-            options["base"],
-            blocks=options["blocks"],
-            owners=owners,
-            work=work,
-            seed=experiment.config.seed,
-        )
+        found = (options[name] for name in ("models", "base", "blocks"))
+        base, donor, training = make_owner_training(*found, owners, work, experiment.config.seed)
         folder.record(about=experiment.about, base=base, donor=donor, owners=owners)
         tallies: dict[str, Tally] = {}
         for case, answer, screened in CASES:
@@ -207,22 +200,16 @@ def blended(training: OwnerTraining, config: LineageConfig) -> list[dict[str, An
         row = watch.begin(1)
         watch.screen(row, {"owner": training.blend(training.start, share, 1)})
         found = row["owners"]["owner"]
-        out.append(
-            {"share": share}
-            | {name: found.get(name) for name in ("worst", "score", "pcs", "verdict", "action")}
-        )
+        names = ("worst", "score", "pcs", "verdict", "action")
+        out.append({"share": share} | {name: found.get(name) for name in names})
     return out
 
 
 def thresholds(tallies: Mapping[str, Tally], config: LineageConfig) -> dict[str, Any]:
     """Return the block threshold in use, and the middle between honest work's and attacks'."""
     honest = [s for t in tallies.values() for s in t.honest_blocks]
-    attacks = [
-        s
-        for case, tally in tallies.items()
-        if case.startswith(("b", "c"))
-        for s in tally.attack_blocks
-    ]
+    attacking = [t for case, t in tallies.items() if case.startswith(("b", "c"))]
+    attacks = [s for t in attacking for s in t.attack_blocks]
     least, most = min(honest, default=None), max(attacks, default=None)
     return {
         "used_block": config.block,

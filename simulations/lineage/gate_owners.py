@@ -17,6 +17,7 @@ from fedsplit.fingerprints.evasion.editor import Editor
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import TASKS, LoadedModel, load
 from fedsplit.models.splitting.halves import split
+from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed, torch_generator
 from simulations.lineage.base_models import find_bases
 from simulations.lineage.descendants import docstrings
@@ -52,23 +53,13 @@ class OwnerTraining:
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        donor: Any,
-        *,
-        blocks: int,
-        owners: int,
-        work: LocalWork,
-        seed: int,
+        self, loaded: LoadedModel, donor: Any, blocks: int, owners: int, work: LocalWork, seed: int
     ) -> None:
         self.work, self.seed = work, seed
         k = probe(loaded.model).num_layers - blocks
         if k < 0:
             raise ConfigError(f"blocks={blocks}: must be <= {k + blocks}, the model's")
-        ids = cast(Any, loaded.tokenizer)(
-            docstrings(second=False), add_special_tokens=False, verbose=False
-        )["input_ids"]
-        tokens = torch.tensor(ids)
+        tokens = _tokens(loaded, docstrings(second=False))
         share = len(tokens) // owners
         if share <= 2 * work.length:
             raise ConfigError(f"owners={owners}: {share} tokens each, must be > {2 * work.length}")
@@ -167,7 +158,7 @@ class OwnerTraining:
 
 
 def make_owner_training(
-    models: str, base: str, *, blocks: int, owners: int, work: LocalWork, seed: int
+    models: str, base: str, blocks: int, owners: int, work: LocalWork, seed: int
 ) -> tuple[str, str, OwnerTraining]:
     """Return (base's name, donor's name, training) of a folder of checkpoints, or of MiniLM.
 
@@ -179,14 +170,11 @@ def make_owner_training(
     if not models:
         loaded = load(DEFAULT, "sequence-classification", num_labels=PARTS, seed=seed, dropout=0.0)
         donor = _fresh_donor(loaded, work, seed)
-        training = OwnerTraining(loaded, donor, blocks=blocks, owners=owners, work=work, seed=seed)
+        training = OwnerTraining(loaded, donor, blocks, owners, work, seed)
         return DEFAULT.removeprefix("package:"), "a new model of its shape", training
     found = find_bases(models)
-    names = ", ".join(b.name for b in found)
-    chosen = [b for b in found if b.name == base] if base else found
-    if not chosen:
-        raise ConfigError(f"options.base={base!r}: must be one of {names}")
-    for first in chosen:
+    names = {b.name: b for b in found}
+    for first in [pick(names, base, "options.base")] if base else found:
         ours = load(str(first.path), "causal-lm")
         shapes = {n: p.shape for n, p in ours.model.named_parameters() if "embed" not in n}
         for second in found:
@@ -194,11 +182,14 @@ def make_owner_training(
                 continue
             theirs = load(str(second.path), "causal-lm").model
             if {n: p.shape for n, p in theirs.named_parameters() if n in shapes} == shapes:
-                training = OwnerTraining(
-                    ours, theirs, blocks=blocks, owners=owners, work=work, seed=seed
-                )
+                training = OwnerTraining(ours, theirs, blocks, owners, work, seed)
                 return first.name, second.name, training
-    raise ConfigError(f"options.models={models!r}: no two of one shape among {names}")
+    raise ConfigError(f"options.models={models!r}: no two of one shape among {', '.join(names)}")
+
+
+def _tokens(loaded: LoadedModel, text: str) -> Tensor:
+    tokenizer = cast(Any, loaded.tokenizer)
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
@@ -206,10 +197,7 @@ def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lineage-gate-donor"))
         model = TASKS["sequence-classification"].from_config(loaded.model.config)
-    text = docstrings(second=False)[:200_000]
-    ids = torch.tensor(
-        cast(Any, loaded.tokenizer)(text, add_special_tokens=False, verbose=False)["input_ids"]
-    )
+    ids = _tokens(loaded, docstrings(second=False)[:200_000])
     generator = torch_generator(seed, "lineage-gate-donor")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(10):

@@ -17,13 +17,9 @@ def breaking_plot(
     series: Sequence[Mapping[str, Any]],
     limits: Mapping[str, tuple[float, float, float]],
 ) -> str:
-    """Draw similarity and distance from strangers against steps of further training.
+    """Draw similarity and distance from strangers against steps; return the file's name.
 
-    Args:
-        limits: (mean, standard deviation, maximum) of independent pairs, per fingerprint.
-
-    Returns:
-        The file's name.
+    ``limits`` are (mean, standard deviation, maximum) of independent pairs, per fingerprint.
     """
     with picture(path, 1, 2, figsize=(12, 4.8)) as (_, (left, right)):
         steps = [row["steps"] for row in series]
@@ -41,12 +37,8 @@ def breaking_plot(
             right.plot(steps, z, color=colour, marker="o", markersize=3, label=label)
         left.set(xscale="log", xlabel="steps of further training", ylabel="similarity to the base")
         left.set_title(f"{base} (dotted: its highest stranger)", fontsize=10)
-        right.set(
-            xscale="log",
-            yscale="log",
-            xlabel="steps of further training",
-            ylabel="Z from strangers",
-        )
+        right.set(xscale="log", yscale="log", xlabel="steps of further training")
+        right.set_ylabel("Z from strangers")
         right.axhline(3.0, color="#bbbbbb", linewidth=0.8)
         right.set_title("in standard deviations of independent pairs (line: 3)", fontsize=10)
         left.legend(fontsize=8)
@@ -54,31 +46,16 @@ def breaking_plot(
 
 
 def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> str:
-    """Draw similarity against perplexity, a point per penalty weight.
-
-    Returns:
-        The file's name.
-    """
+    """Draw similarity against perplexity, a point per penalty weight; return the file's name."""
     with picture(path, figsize=(6.4, 4.8)) as (_, axes):
         ordered = sorted(points, key=lambda row: float(row["weight"]))
         for name in ("score", "ics_whitened", "awm", "pcs"):
             colour, label = FINGERPRINTS[name].colour, FINGERPRINTS[name].label
-            axes.plot(
-                [row[name] for row in ordered],
-                [row["perplexity"] for row in ordered],
-                color=colour,
-                marker="o",
-                markersize=4,
-                label=label,
-            )
+            x, y = ([row[key] for row in ordered] for key in (name, "perplexity"))
+            axes.plot(x, y, color=colour, marker="o", markersize=4, label=label)
+        beside = {"fontsize": 7, "xytext": (4, 4), "textcoords": "offset points"}
         for row in ordered:
-            axes.annotate(
-                f"{row['weight']:g}",
-                (row["score"], row["perplexity"]),
-                fontsize=7,
-                xytext=(4, 4),
-                textcoords="offset points",
-            )
+            axes.annotate(f"{row['weight']:g}", (row["score"], row["perplexity"]), **beside)
         axes.axhline(points[0]["perplexity_base"], color="#bbbbbb", linestyle="--", linewidth=0.8)
         axes.set(yscale="log", xlabel="similarity to the base", ylabel="held-out perplexity")
         axes.set_title(
@@ -91,10 +68,9 @@ def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> 
 def lineage_sheet(
     path: Path, columns: Sequence[tuple[str, Sequence[tuple[str, LoadedModel]]]], size: int
 ) -> str:
-    """Draw portraits: a column per base, its descendants under it, read on the base's token list.
+    """Draw portraits and return the file's name.
 
-    Returns:
-        The file's name.
+    A column per base, its descendants under it, read on the base's token list.
     """
     from fedsplit.fingerprints.evidence import public_file
     from fedsplit.fingerprints.portraits import encoder

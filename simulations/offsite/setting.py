@@ -138,8 +138,8 @@ class OffsiteSetting(ExperimentSetting):
         """
         importance, seconds = self.importance(seed)
         o = self.options
-        more = {"settle_steps": o["settle-steps"], "bf16": o["bf16"], "seed": seed}
-        asked = replace(compressor, beta=0.0, attention=True, ffn=False, **more)
+        how = {"settle_steps": o["settle-steps"], "bf16": o["bf16"], "seed": seed}
+        asked = replace(compressor, beta=0.0, attention=True, ffn=False, **how)
         key = (seed, asked)
         if key not in self._settled:
             material = self.material(importance)
