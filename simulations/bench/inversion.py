@@ -26,11 +26,9 @@ from simulations.bench.figures import JsonPath, publish
 from simulations.core.tables import make_table
 from simulations.runtime.machine import machine, machine_cores
 
+# FAISS: (queries, database rows) per matrix product; the first is its default.
 BLOCKS = ((4096, 1024), (1024, 1024), (4096, 4096), (8192, 2048), (16384, 1024), (512, 2048))
-"""FAISS: (queries, database rows) per matrix product; the first is its default."""
-
-ETA = 75.0
-"""d_chi noise on MiniLM's word embeddings at which about half of the tokens are recovered."""
+ETA = 75.0  # d_chi noise on MiniLM's word embeddings that leaves about half of the tokens
 
 
 def run(

@@ -31,13 +31,7 @@ PATIENCE_S = 600.0
 
 
 class ReplayedOwner:
-    """One owner.
-
-    Args:
-        offer: address, node and token.
-        rows: (T_i, d) per text.
-        texts: which of ``rows`` it asks about, one after the other.
-    """
+    """One owner with its offer; it asks about ``texts``, numbers of ``rows``, (T_i, d) each."""
 
     def __init__(self, offer: SessionOffer, rows: list[Tensor], texts: list[int]) -> None:
         self.offer = offer

@@ -46,7 +46,6 @@ from simulations.core.tables import make_table
 from simulations.runtime.local_run import run_in_process
 from simulations.runtime.machine import machine
 from strategies.base_model import load_base
-from strategies.serving.inference_server import InferenceServer
 from strategies.serving.run import build_inference_server
 from strategies.sessions.transports import StreamTransport
 from strategies.telemetry.status import quantile
@@ -144,7 +143,9 @@ def serve(config: RunConfig, rows: Path, owners: int, steps: int) -> dict[str, A
         with _owners(offer, authenticator, rows, owners, steps) as children:
             connected = resident()
             with sampled() as peak:
-                results = _answers(children)
+                for child in children:
+                    _say(child, "go")
+                results = [json.loads(_hear(child)) for child in children]
     finally:
         transport.close()
         server.close()
@@ -155,15 +156,10 @@ def serve(config: RunConfig, rows: Path, owners: int, steps: int) -> dict[str, A
     return {
         "steps_per_s": len(latencies) / max(result["seconds"] for result in results),
         "latencies": latencies,
-        "texts_per_forward": _texts_per_forward(server),
+        "texts_per_forward": server.batcher.report.texts / max(1, server.batcher.report.forwards),
         "bytes_per_owner": (connected - before) / owners,
         "busy_bytes_per_owner": (max(peak) - before) / owners,
     }
-
-
-def _texts_per_forward(server: InferenceServer) -> float:
-    report = server.batcher.report
-    return report.texts / max(1, report.forwards)
 
 
 @contextmanager
@@ -196,12 +192,6 @@ def _owners(
             if child.poll() is None:
                 child.kill()
             child.wait()
-
-
-def _answers(children: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    for child in children:
-        _say(child, "go")
-    return [json.loads(_hear(child)) for child in children]
 
 
 def _say(child: subprocess.Popen[str], text: str) -> None:
@@ -246,11 +236,8 @@ def sampled(every_s: float = 0.1) -> Iterator[list[int]]:
 def together(repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one way's figures over its repeats: medians, and quantiles of all latencies."""
     latencies = [latency for one in repeats for latency in one["latencies"]]
-    middle = {
-        key: statistics.median(one[key] for one in repeats)
-        for key in repeats[0]
-        if key != "latencies"
-    }
+    names = [name for name in repeats[0] if name != "latencies"]
+    middle = {name: statistics.median(one[name] for one in repeats) for name in names}
     spread = [one["steps_per_s"] for one in repeats]
     quantiles = {f"p{share}_s": quantile(latencies, share / 100) for share in (50, 99)}
     return {**middle, **quantiles, "all_steps_per_s": spread, "n": len(latencies)}

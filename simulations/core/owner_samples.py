@@ -5,10 +5,12 @@ Used to score attacks and to train the centralised twin; the federation itself n
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.config import RunConfig
+from fedsplit.data import TextDataset
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.samples import Samples, tokenise
 from fedsplit.owners.split.schedule import slot_order
@@ -23,6 +25,10 @@ class OwnerSamples:
     train: Samples
     test: Samples
 
+    def parts(self) -> dict[str, Samples]:
+        """Return the samples by the name of their split."""
+        return {"train": self.train, "test": self.test}
+
 
 def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
     """Return every simulated owner's samples exactly as the owner itself prepares them.
@@ -30,16 +36,15 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
     Raises:
         DataError: see :func:`fedsplit.owners.data_source.simulated_shares`.
     """
-    labelled = config.model.task == "sequence-classification"
     owners = []
-    for index, (train, test) in enumerate(simulated_shares(config.data, config.seed, labelled)):
+    for index, (train, test) in enumerate(_shares(config)):
         name = f"owner-{index}"
         secret = OwnerSecret.for_simulation(config.seed, name)
         parts = [
             tokenise(
                 tokenizer,
                 texts.texts,
-                texts.labels if labelled else None,
+                texts.labels if config.model.task == "sequence-classification" else None,
                 max_tokens=config.model.max_tokens,
                 classes=config.model.labels,
                 order=slot_order(secret, split, len(texts)),
@@ -52,16 +57,15 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
 
 def label_names(config: RunConfig) -> tuple[str, ...]:
     """Return the names of the classes, for tables."""
-    labelled = config.model.task == "sequence-classification"
-    return tuple(simulated_shares(config.data, config.seed, labelled)[0][0].label_names)
+    return tuple(_shares(config)[0][0].label_names)
 
 
 def data_digest(config: RunConfig) -> str:
     """Return one digest over all owners' texts, labels and their order."""
-    import hashlib
+    digests = [train.digest + test.digest for train, test in _shares(config)]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
+
+def _shares(config: RunConfig) -> list[tuple[TextDataset, TextDataset]]:
     labelled = config.model.task == "sequence-classification"
-    digest = hashlib.sha256()
-    for train, test in simulated_shares(config.data, config.seed, labelled):
-        digest.update(train.digest.encode() + test.digest.encode())
-    return digest.hexdigest()
+    return simulated_shares(config.data, config.seed, labelled)

@@ -7,14 +7,13 @@ import json
 import random
 import re
 import zipfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedsplit.config import RunConfig
 from fedsplit.deploy.review import facts_of
 from fedsplit.owners.app_digest import digest_of_bundle
-from fedsplit.owners.ledger.chain import GENESIS, Ledger, Totals, canonical, chained, read_ledger
+from fedsplit.owners.ledger.chain import GENESIS, Ledger, canonical, chained, read_ledger
 from fedsplit.owners.policy.description import TEMPLATE
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.owners.serving.offers import FILE, save_offer, take_offer
@@ -24,10 +23,6 @@ from simulations.fuzz.cases import Cases, cases_of, file_cases, folder_cases, re
 from simulations.fuzz.damage import damaged_json, damaged_text, flipped
 
 
-def _entry(entry: dict[str, Any], _: Totals) -> dict[str, Any]:
-    return entry
-
-
 def ledgers(scratch: Path) -> Cases:
     """Fuzz an owner's ledger with lines damaged, cut off, or another's with good hashes."""
     folder = scratch / "home"
@@ -35,7 +30,7 @@ def ledgers(scratch: Path) -> Cases:
     with Ledger(folder) as ledger:
         for kind in ("hello", "ready", "slots"):
             entry = {"kind": kind, "bytes": 3, "run": "7", "owner": "a"}
-            ledger.append(partial(_entry, entry))
+            ledger.append(lambda _, entry=entry: entry)  # type: ignore[misc]
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     first = json.loads(files["ledger.jsonl"].splitlines()[0])
     body = {k: v for k, v in first.items() if k != "hash"}
@@ -73,11 +68,8 @@ def policies(_: Path) -> Cases:
     Policy.parse(sound.encode(), "owner.toml")
 
     def draw(rng: random.Random) -> bytes:
-        text = damaged_text(sound, rng)
-        content = text.encode("utf-8", "surrogatepass")
-        if rng.random() < 0.2:
-            content = flipped(sound.encode(), rng)
-        return content
+        content = damaged_text(sound, rng).encode("utf-8", "surrogatepass")
+        return flipped(sound.encode(), rng) if rng.random() < 0.2 else content
 
     return cases_of(draw, lambda content: Policy.parse(content, "owner.toml"))
 

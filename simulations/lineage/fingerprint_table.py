@@ -263,7 +263,7 @@ def breaking_series(
     base: Base,
     texts: Texts,
     plan: Training,
-    stops: Sequence[float],
+    stops: Sequence[int],
     lr: float,
     progress: RunProgress,
 ) -> list[dict[str, Any]]:

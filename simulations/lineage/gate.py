@@ -94,8 +94,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     logging.getLogger("strategies.rounds.lineage_watch").setLevel(logging.ERROR)
     with RunProgress(console) as progress:
         progress.stage("the model")
-        found = (options[name] for name in ("models", "base", "blocks"))
-        base, donor, training = make_owner_training(*found, owners, work, experiment.config.seed)
+        models, wanted, blocks = (options[name] for name in ("models", "base", "blocks"))
+        seed = experiment.config.seed
+        base, donor, training = make_owner_training(models, wanted, blocks, owners, work, seed)
         folder.record(about=experiment.about, base=base, donor=donor, owners=owners)
         tallies: dict[str, Tally] = {}
         for case, answer, screened in CASES:

@@ -116,12 +116,11 @@ class PeftSetting(OffsiteSetting):
 def compared(rows: list[Row]) -> list[Row]:
     """Return rows with each gain as a share of full adapters' gain of the same seed."""
     base = {row["seed"]: row["gain_nats"] for row in rows if row["method"] == BASE}
-    return [
-        row | {"relative_gain": row["gain_nats"] / base[row["seed"]]}
-        if row["seed"] in base
-        else row
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        full = base.get(row["seed"])
+        found.append(row if full is None else row | {"relative_gain": row["gain_nats"] / full})
+    return found
 
 
 def table(rows: list[Row]) -> Table:

@@ -49,11 +49,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     for target in options["targets"]:
         pick(TARGETS, target, "target")
         points += [("beta", target, float(v)) for v in options["betas"]]
-    keys = [
-        {"knob": knob, "target": target, "value": value, "seed": seed}
-        for seed in range(options["seeds"])
-        for knob, target, value in points
-    ]
+    names = ("knob", "target", "value", "seed")
+    seeds = range(options["seeds"])
+    keys = [dict(zip(names, (*point, seed), strict=True)) for seed in seeds for point in points]
     selecting = ("seeds", "alphas", "betas", "targets")
     store = CellStore.open(folder, experiment.config, options, selecting)
     setting = OffsiteSetting(experiment.config, store.options, folder.path, store)

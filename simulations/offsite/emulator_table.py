@@ -127,11 +127,9 @@ def _ends(setting: OffsiteSetting, large: bool = False) -> dict[str, Any]:
 
 
 def _ot(setting: OffsiteSetting, seed: int, large: bool = False, distil: bool = False) -> Made:
-    at = _ends(setting, large)
-    more: dict[str, Any] = {}
-    if distil:
-        o = setting.options
-        more = {"distil_steps": o["distil-steps"], "bf16": o["bf16"], "seed": seed}
+    at, o = _ends(setting, large), setting.options
+    how = {"distil_steps": o["distil-steps"], "bf16": o["bf16"], "seed": seed}
+    more: dict[str, Any] = how if distil else {}
     made = make_compressor("layerdrop", adapters=at["adapters"], keep=at["rest"], **more)
     return made, None, 0.0
 
@@ -155,19 +153,14 @@ def _gradot_placed(setting: OffsiteSetting, seed: int) -> Made:
     return made, None, seconds
 
 
-def _scaleot(setting: OffsiteSetting, seed: int, alpha: float = -1.0, beta: float = 0.0) -> Made:
+def _scaleot(
+    setting: OffsiteSetting, seed: int, alpha: float | None = None, beta: float = 0.0
+) -> Made:
     o = setting.options
-    made = ScaleOT(
-        n_adapters=o["adapters"],
-        alpha=o["alpha"] if alpha < 0 else alpha,
-        beta=beta,
-        rank_by=o["rank-by"],
+    share = o["alpha"] if alpha is None else alpha
+    return setting.settled(
+        seed, ScaleOT(o["adapters"], alpha=share, beta=beta, rank_by=o["rank-by"])
     )
-    return setting.settled(seed, made)
-
-
-def _scaleot_src(setting: OffsiteSetting, seed: int) -> Made:
-    return _scaleot(setting, seed, beta=setting.options["beta"])
 
 
 METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {
@@ -176,7 +169,7 @@ METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {
     "crash": _crash,
     "gradot": _gradot,
     "scaleot": _scaleot,
-    "scaleot-src": _scaleot_src,
+    "scaleot-src": lambda setting, seed: _scaleot(setting, seed, beta=setting.options["beta"]),
     "ot-large": partial(_ot, large=True),
     "ot-kd-large": partial(_ot, large=True, distil=True),
     "gradot-placed": _gradot_placed,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -69,9 +68,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     selecting = (*SELECTING, "attacks")
     store = CellStore.open(folder, experiment.config, options, selecting)
     setting = ExtractionSetting(experiment.config, store.options, folder.path, store)
-    keys = product(
-        seed=range(options["seeds"]), method=options["methods"], attack=options["attacks"]
-    )
+    methods, attacks = options["methods"], options["attacks"]
+    keys = product(seed=range(options["seeds"]), method=methods, attack=attacks)
     rows = run_cells(experiment, folder, console, store, keys, setting.cell)
     console.print(table(rows))
     path = folder.path / "extraction.png"
@@ -110,9 +108,8 @@ class ExtractionSetting(OffsiteSetting):
         own = self.options["attack-text"] or self.config.offsite.public
         docstrings = docstrings_are_public(self.config.data.kind)
         ids = text_ids(tokenizer, public_texts(own, docstrings=docstrings))
-        if self.options["attack-held-out"]:
-            path = Path(self.options["attack-held-out"])
-            held_out = text_ids(tokenizer, public_texts(str(path)))
+        if path := self.options["attack-held-out"]:
+            held_out = text_ids(tokenizer, public_texts(path))
         else:
             cut = len(ids) - len(ids) // 10
             ids, held_out = ids[:cut], ids[cut:]
@@ -128,11 +125,9 @@ class ExtractionSetting(OffsiteSetting):
         if key not in self._sent:
             made, importance, _ = METHODS[method](self, seed)
             emulator = made.build(self.loaded.model, self.material(importance))
-            before = adapter_state(emulator)
-            parameters = list(emulator.adapter_parameters().values())
-            tune(emulator.model, parameters, self.tokens[0], self.tuning(seed))
+            before, named = adapter_state(emulator), emulator.adapter_parameters()
+            tune(emulator.model, list(named.values()), self.tokens[0], self.tuning(seed))
             tuned = adapter_state(emulator)
-            named = emulator.adapter_parameters()
             with torch.no_grad():
                 for name, tensor in before.items():
                     named[name].copy_(tensor)
@@ -162,12 +157,8 @@ class ExtractionSetting(OffsiteSetting):
         base = self.loaded.model
         view = View(emulator=emulator, text=public, teacher=base if queries else None)
         result = made.run(view, Truth(gap=Gap(base, held_out, Task(tuned, work))))
-        about: Row = {
-            "method": method,
-            "attack": attack,
-            "seed": seed,
-            "emulator_params": emulator.parameter_count(),
-        }
+        about: Row = {"method": method, "attack": attack, "seed": seed}
+        about |= {"emulator_params": emulator.parameter_count()}
         return [{**about, **row} for row in result.extra["rows"]]
 
 

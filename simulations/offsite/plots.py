@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.core.plots import picture
+from simulations.core.tables import mean
 
 Rows = Sequence[Mapping[str, Any]]
 # column -> marker, colour, label
@@ -34,11 +35,7 @@ LINES: dict[str, Any] = {
 
 
 def table_plot(path: Path, rows: Rows) -> None:
-    """Draw held-out perplexity of each method, a point per seed; lines at the base's own figures.
-
-    Raises:
-        RunError: matplotlib is not installed.
-    """
+    """Draw held-out perplexity of each method, a point per seed; lines at the base's own."""
     methods = list(dict.fromkeys(str(row["method"]) for row in rows))
     with picture(path, figsize=(8.4, 1.2 + 0.55 * len(methods))) as (_, axes):
         for column, (marker, colour, label) in POINTS.items():
@@ -47,11 +44,10 @@ def table_plot(path: Path, rows: Rows) -> None:
                 *zip(*at, strict=True), marker=marker, c=colour, label=label, s=42, zorder=3
             )
         for column, style in (("full_zero_shot", "--"), ("full_ft", ":")):
-            values = [float(row[column]) for row in rows if row.get(column) is not None]
-            if values:
-                mean = sum(values) / len(values)
-                axes.axvline(mean, color="#777777", linestyle=style, linewidth=0.9)
-                axes.text(mean, -0.75, column.replace("_", " "), fontsize=7, ha="center")
+            if any(row.get(column) is not None for row in rows):
+                middle = mean(rows, column)
+                axes.axvline(middle, color="#777777", linestyle=style, linewidth=0.9)
+                axes.text(middle, -0.75, column.replace("_", " "), fontsize=7, ha="center")
         axes.set_yticks(range(len(methods)), methods)
         axes.set(xscale="log", xlabel="held-out perplexity (lower is better)")
         axes.set_ylim(len(methods) - 0.5, -1.0)
@@ -66,13 +62,7 @@ def importance_plot(
 ) -> None:
     """Draw importance of each block, a bar per seed (ScaleOT's figure 6): high means "keep".
 
-    Args:
-        path: of the picture.
-        scores: seed -> a number per block.
-        rank_by: what they are, a row of ``fedsplit.emulators.compressors.scaleot.RANKS``.
-
-    Raises:
-        RunError: matplotlib is not installed.
+    ``scores`` are, per seed, a number per block: the row ``rank_by`` of ScaleOT's ``RANKS``.
     """
     with picture(path, figsize=(8.4, 3.2)) as (_, axes):
         width = 0.8 / max(1, len(scores))
@@ -93,9 +83,6 @@ def sweep_plot(path: Path, rows: Rows) -> None:
     """Draw perplexity against alpha, and against beta for each target (ScaleOT's figures 3 and 4).
 
     Means over seeds; bars from the lowest to the highest seed.
-
-    Raises:
-        RunError: matplotlib is not installed.
     """
     panels = list(dict.fromkeys((str(r["knob"]), str(r["target"])) for r in rows))
     size = (1.0 + 3.1 * len(panels), 5.6)
@@ -130,9 +117,6 @@ def closed_plot(path: Path, rows: Rows) -> None:
     """Draw both gaps side by side, a line for each emulator and attacker, means over seeds.
 
     Intervals are those over blocks of the first seed.
-
-    Raises:
-        RunError: matplotlib is not installed.
     """
     methods = list(dict.fromkeys(str(r["method"]) for r in rows))
     attacks = list(dict.fromkeys(str(r["attack"]) for r in rows))
@@ -150,10 +134,9 @@ def closed_plot(path: Path, rows: Rows) -> None:
                     tokens, shares, low, high = (
                         list(column) for column in zip(*points, strict=True)
                     )
-                    colour = f"C{number}"
-                    line = LINES.get(attack, "-")
-                    style = {"linestyle": line, "color": colour, "marker": "o", "markersize": 3}
-                    axis.plot(tokens, shares, label=f"{method}, {attack}", **style)
+                    style = {"linestyle": LINES.get(attack, "-"), "marker": "o", "markersize": 3}
+                    label, colour = f"{method}, {attack}", f"C{number}"
+                    axis.plot(tokens, shares, label=label, color=colour, **style)
                     axis.fill_between(tokens, low, high, color=colour, alpha=0.08)
             if not axis.lines:
                 where = {"transform": axis.transAxes, "ha": "center", "va": "center"}
@@ -175,8 +158,6 @@ def _points(rows: Rows, gap: str) -> list[tuple[float, ...]]:
     for tokens in sorted({int(r["tokens"]) for r in rows}):
         here = [r for r in rows if r["tokens"] == tokens and r[f"{gap}_closed"] is not None]
         if here:
-            mean = sum(float(r[f"{gap}_closed"]) for r in here) / len(here)
-            found.append(
-                (float(tokens), mean, float(here[0][f"{gap}_low"]), float(here[0][f"{gap}_high"]))
-            )
+            ends = (float(here[0][f"{gap}_{end}"]) for end in ("low", "high"))
+            found.append((float(tokens), mean(here, f"{gap}_closed"), *ends))
     return found

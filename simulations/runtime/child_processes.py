@@ -78,9 +78,8 @@ class Child:
             env: the whole environment.
             cwd: working directory.
             log_path: file to which its lines are appended.
-            lines: queue that gets each line, or None.
-            route: names the component of a line (None: the line is only written to the file); by
-                default every line is ``name``'s.
+            lines: queue that gets each line.
+            route: names a line's component (None: the file alone gets it); by default ``name``.
             logs: files for the lines of other components than ``name``.
 
         Raises:

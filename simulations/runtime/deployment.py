@@ -54,18 +54,9 @@ class Deployment(Federation):
         """
         check(supernodes >= 1, "supernodes", supernodes, ">= 1")
         configs = list(node_configs) if node_configs is not None else [{}] * supernodes
-        check(
-            len(configs) == supernodes,
-            "len(node_configs)",
-            len(configs),
-            f"{supernodes}, one per SuperNode",
-        )
-        super().__init__(
-            log_dir=log_dir,
-            env=env,
-            server_threads=server_threads,
-            client_threads=client_threads,
-        )
+        given, bound = len(configs), f"{supernodes}, one per SuperNode"
+        check(given == supernodes, "len(node_configs)", given, bound)
+        super().__init__(log_dir, env, server_threads, client_threads)
         self.supernodes = supernodes
         self.node_auth = node_auth
         self.node_configs: list[dict[str, Scalar]] = [

@@ -27,13 +27,9 @@ def owner_environment(folder: Path) -> dict[str, str]:
 def simulation_config(config: RunConfig, concurrency: int, folder: Path) -> RunConfig:
     """Return ``config`` for a simulation with that many owners at once, writing to ``folder``."""
     wave = min(config.session.wave or concurrency, concurrency)
-    return replace(
-        config,
-        session=replace(config.session, wave=wave),
-        train=replace(config.train, min_owners=max(config.train.min_owners, 1)),
-        # Nobody takes up a run whose folder is removed at its start.
-        output=replace(config.output, dir=str(folder), checkpoint_steps=-1),
-    )
+    session = replace(config.session, wave=wave)
+    train = replace(config.train, min_owners=max(config.train.min_owners, 1))
+    return replace(everyone_config(config, folder), session=session, train=train)
 
 
 def simulate(
@@ -53,18 +49,14 @@ def simulate(
     Raises:
         RunError: the run failed; names the component and its log.
     """
-    server = folder / "server"
-    homes = folder / "homes"
     simulation = Simulation(
         config.data.owners,
-        log_dir=folder / "log",
         cpus_per_client=cpus_per_owner,
-        env=owner_environment(homes),
-        server_threads=config.output.threads or None,
-        client_threads=config.output.owner_threads,
+        env=owner_environment(folder / "homes"),
+        **_shared(config, folder),
     )
-    config = simulation_config(config, simulation.actors, server)
-    return config, _run(simulation, config, server, homes, on_line)
+    config = simulation_config(config, simulation.actors, folder / "server")
+    return config, _run(simulation, config, folder, on_line)
 
 
 def deploy(
@@ -77,34 +69,35 @@ def deploy(
     Raises:
         RunError: the run failed; names the component and its log.
     """
-    server = folder / "server"
-    homes = folder / "homes"
     owners = config.data.owners
     check(owners <= 64, "data.owners", owners, "<= 64 for a deployment on one machine")
-    tls = make_certificates(folder / "tls")
-    deployment = Deployment(
-        owners,
-        log_dir=folder / "log",
-        env={**owner_environment(homes), **tls.environment},
-        server_threads=config.output.threads or None,
-        client_threads=config.output.owner_threads,
-    )
-    config = replace(
-        config,
-        train=replace(config.train, min_owners=owners),
-        output=replace(config.output, dir=str(server), checkpoint_steps=-1),
-    )
-    return config, _run(deployment, config, server, homes, on_line)
+    env = owner_environment(folder / "homes") | make_certificates(folder / "tls").environment
+    deployment = Deployment(owners, env=env, **_shared(config, folder))
+    config = everyone_config(config, folder / "server")
+    return config, _run(deployment, config, folder, on_line)
+
+
+def everyone_config(config: RunConfig, server: Path) -> RunConfig:
+    """Return ``config`` for a run of all owners or none, whose server writes to ``server``."""
+    # Nobody takes up a run whose folder is removed at its start.
+    output = replace(config.output, dir=str(server), checkpoint_steps=-1)
+    train = replace(config.train, min_owners=config.data.owners)
+    return replace(config, train=train, output=output)
+
+
+def _shared(config: RunConfig, folder: Path) -> dict[str, Any]:
+    threads = config.output.threads or None, config.output.owner_threads
+    return {"log_dir": folder / "log", "server_threads": threads[0], "client_threads": threads[1]}
 
 
 def _run(
-    federation: Federation, config: RunConfig, server: Path, homes: Path, on_line: OnLine | None
+    federation: Federation, config: RunConfig, folder: Path, on_line: OnLine | None
 ) -> dict[str, Any]:
-    shutil.rmtree(server, ignore_errors=True)
+    shutil.rmtree(folder / "server", ignore_errors=True)
     with federation:
         federation.run(ROOT, config.to_flat(), timeout_s=TIMEOUT_S, on_line=on_line)
-    shutil.rmtree(homes, ignore_errors=True)  # bottoms and simulated state; nothing to keep
-    return read_server(server)
+    shutil.rmtree(folder / "homes", ignore_errors=True)  # bottoms and simulated state
+    return read_server(folder / "server")
 
 
 def read_server(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import shutil
@@ -66,7 +67,6 @@ class Federation(ABC):
 
     def __init__(
         self,
-        *,
         log_dir: Path,
         env: Mapping[str, str] | None,
         server_threads: int | None,
@@ -220,11 +220,8 @@ class Federation(ABC):
                 break
             if not is_port_taken(self._superlink) or attempt == START_ATTEMPTS - 1:
                 raise self._superlink.failure(f"did not start within {START_TIMEOUT_S:.0f} s")
-        connection: dict[str, Scalar] = {"address": self.address}
-        if tls is None:
-            connection["insecure"] = True
-        else:
-            connection["root-certificates"] = str(tls.ca)
+        trust = {"insecure": True} if tls is None else {"root-certificates": str(tls.ca)}
+        connection = {"address": self.address, **trust}
         text = tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
         (self.processes.folder("home", "cli") / "config.toml").write_text(text, encoding="utf-8")
 
@@ -333,10 +330,9 @@ class Federation(ABC):
                     raise stream.failure("the app's process is gone: killed, or out of memory?")
 
     def _next_line(self, timeout_s: float) -> LogLine | None:
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._lines.get(timeout=timeout_s) if timeout_s else self._lines.get_nowait()
-        except queue.Empty:
-            return None
+        return None
 
     def _give_up(self) -> None:
         """End the processes of the run that was submitted; the SuperLink marks it as failed."""

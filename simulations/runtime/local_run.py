@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from flwr.app import Context, RecordDict
 
 from fedsplit.config import RunConfig
 from fedsplit.registry import pick
-from simulations.runtime.federated import owner_environment, read_server
+from simulations.runtime.federated import everyone_config, owner_environment, read_server
 from simulations.runtime.local_grid import LocalGrid
 from strategies import STRATEGIES
 
@@ -26,27 +25,16 @@ LOCAL_RUN_ID = 1
 
 
 def run_in_process(config: RunConfig, folder: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Run ``config`` to its end.
+    """Run ``config`` to its end; return it as it was run, and the content of ``server.json``.
 
-    Args:
-        config: the run's settings; ``output.dir`` is replaced.
-        folder: the run's folder; the server's files go to ``folder/server``.
-
-    Returns:
-        The settings as they were run, and the content of ``server.json``.
+    The server's files go to ``folder/server``, whatever ``output.dir`` says.
 
     Raises:
-        RunError: the run failed.
-        FedsplitError: a setting or the model cannot be used.
+        FedsplitError: the run failed, or a setting or the model cannot be used.
     """
     server, homes = folder / "server", folder / "homes"
     shutil.rmtree(server, ignore_errors=True)
-    config = replace(
-        config,
-        train=replace(config.train, min_owners=config.data.owners),
-        # Nobody takes up a run whose folder is removed at its start.
-        output=replace(config.output, dir=str(server), checkpoint_steps=-1),
-    )
+    config = everyone_config(config, server)
     with environment(owner_environment(homes)):
         try:
             run_strategy(config, LocalGrid(config, config.data.owners, run_id=LOCAL_RUN_ID))

@@ -70,12 +70,7 @@ class Simulation(Federation):
         check(cpus_per_client <= cores, "cpus_per_client", cpus_per_client, bound)
         check(gpus_per_client >= 0, "gpus_per_client", gpus_per_client, ">= 0")
         threads = client_threads or max(1, math.floor(cpus_per_client))
-        super().__init__(
-            log_dir=log_dir,
-            env=env,
-            server_threads=server_threads,
-            client_threads=threads,
-        )
+        super().__init__(log_dir, env, server_threads, threads)
         self.supernodes = supernodes
         self.gpus_per_client = gpus_per_client
         self.actors = min(

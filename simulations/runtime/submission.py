@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -127,23 +128,16 @@ def route_app_line(text: str) -> LogLine:
 def app_processes(superlink_pid: int) -> set[psutil.Process]:
     """Return the processes that run a ServerApp or a simulation under the SuperLink."""
     found = set()
-    try:
+    with contextlib.suppress(psutil.Error):
         for process in psutil.Process(superlink_pid).children(recursive=True):
             if any(name in part for part in process.cmdline()[:2] for name in APP_COMMANDS):
                 found.add(process)
-    except psutil.Error:
-        pass
     return found
 
 
 def end_tree(process: psutil.Process) -> None:
     """Kill a process and everything it started that is still its descendant."""
-    try:
-        family = [*process.children(recursive=True), process]
-    except psutil.Error:
-        return
-    for each in family:
-        try:
-            each.kill()
-        except psutil.Error:
-            continue
+    with contextlib.suppress(psutil.Error):
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.Error):
+                each.kill()

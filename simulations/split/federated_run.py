@@ -24,11 +24,7 @@ OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples"
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
-    """Carry out the experiment; what is known is recorded after every stage.
-
-    Raises:
-        FedsplitError: whatever failed, named; what was recorded before is kept.
-    """
+    """Carry out the experiment; what is known is recorded after every stage."""
     options = read_options(experiment.options, OPTIONS)
     config = experiment.config
     folder.write_config(config.to_flat())
@@ -49,11 +45,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
         progress.stage(f"federated run, {config.data.owners} owners")
         began = time.perf_counter()
+        cpus = options["cpus-per-owner"]
         config, server = simulate(
-            config,
-            folder.path,
-            cpus_per_owner=options["cpus-per-owner"],
-            on_line=progress.on_line,
+            config, folder.path, cpus_per_owner=cpus, on_line=progress.on_line
         )
         stages["federated"] = time.perf_counter() - began
         folder.record(**_federated_results(config, server))
@@ -63,10 +57,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             write_truth_file(folder.path, owners)
             progress.stage("attacking what the server received")
             began = time.perf_counter()
-            transcript = folder.path / "server" / "transcript.safetensors"
-            attack = attack_transcript(
-                config, transcript, owners, samples=options["attack-samples"]
-            )
+            path, samples = folder.path / "server/transcript.safetensors", options["attack-samples"]
+            attack = attack_transcript(config, path, owners, samples=samples)
             stages["attack"] = time.perf_counter() - began
             folder.record(privacy=_privacy(config, server, attack))
 

@@ -27,17 +27,15 @@ def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[s
     console.print(table)
     owners = Table(title="Who took part", title_justify="left")
     for column in ("owner", "training texts", "held-out texts", "tokens", "mostly about"):
-        owners.add_column(
-            column, justify="left" if column in ("owner", "mostly about") else "right"
-        )
+        left = column in ("owner", "mostly about")
+        owners.add_column(column, justify="left" if left else "right")
     for owner in results["owners"]:
         counts = owner.get("labels")
         mostly = ""
         if counts and len(labels) >= len(counts):
             best = sorted(range(len(counts)), key=lambda i: -counts[i])[:2]
-            mostly = ", ".join(
-                f"{labels[i]} {100 * counts[i] / max(1, sum(counts)):.0f} %" for i in best
-            )
+            shares = (100 * counts[i] / max(1, sum(counts)) for i in best)
+            mostly = ", ".join(f"{labels[i]} {s:.0f} %" for i, s in zip(best, shares, strict=True))
         cells = (owner["name"], owner["train"], owner["test"], owner["tokens"], mostly)
         owners.add_row(*map(str, cells))
     console.print(owners)
@@ -53,71 +51,36 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             return "not measured"
         return f"{100 * value:.1f} %" if percent else f"{value:.2f}"
 
-    rows = [
-        (
-            f"{utility['metric']}, federated",
-            figure(utility["federated"]),
-            "the owners' held-out texts, answered by the server's tuned top",
-        ),
-        (
-            f"{utility['metric']}, centralised",
-            figure(utility["centralised"]),
-            "same model and steps in one place, nothing protected",
-        ),
-        (
-            f"{utility['metric']}, baseline",
-            figure(utility["baseline"]),
-            f"{utility.get('baseline_is', 'nothing learned')}",
-        ),
-    ]
+    meanings = {
+        "federated": "the owners' held-out texts, answered by the server's tuned top",
+        "centralised": "same model and steps in one place, nothing protected",
+        "baseline": f"{utility.get('baseline_is', 'nothing learned')}",
+    }
+    rows = [(f"{utility['metric']}, {k}", figure(utility[k]), why) for k, why in meanings.items()]
     told = "empirical privacy"
     for key, attacker in ATTACKERS.items():
         if key not in privacy:
             continue
         low, high = privacy[key]["interval"]
-        rows.append(
-            (
-                told,
-                f"{100 * privacy[key]['empirical_privacy']:.1f} %",
-                f"tokens the server cannot recover: {attacker} "
-                f"({100 * (1 - high):.1f} to {100 * (1 - low):.1f} %)",
-            )
-        )
+        between = f"({100 * (1 - high):.1f} to {100 * (1 - low):.1f} %)"
+        why = f"tokens the server cannot recover: {attacker} {between}"
+        rows.append((told, f"{100 * privacy[key]['empirical_privacy']:.1f} %", why))
         told = ""
-    rows.append(("mechanism", _mechanism(privacy), "noise drawn once per text, by its owner"))
+    mechanism = pick(MECHANISMS, privacy["mechanism"], "mechanism").label(privacy)
+    rows.append(("mechanism", mechanism, "noise drawn once per text, by its owner"))
     if privacy["cti"] != "off":
-        rows.append(
-            (
-                "tokens with less noise",
-                f"{100 * privacy['share_touched']:.2f} %",
-                "contributing tokens (CTI): they lose most of their guarantee",
-            )
-        )
+        why = "contributing tokens (CTI): they lose most of their guarantee"
+        rows.append(("tokens with less noise", f"{100 * privacy['share_touched']:.2f} %", why))
     rounds = [r for r in results["lineage"] if r["verdict"] != "off"]
     if rounds:
-        last = rounds[-1]
-        rows.append(
-            (
-                "lineage",
-                last["verdict"].replace("_", " "),
-                f"of the tuned top against its base: {_lineage(last)}",
-            )
-        )
-    rows.append(
-        (
-            "sent by the owners",
-            f"{traffic['bytes_up'] / 1e6:.1f} MB",
-            f"{traffic['bytes_per_token']:.0f} bytes per token, each text once; "
-            f"{traffic['messages']} Flower messages",
-        )
-    )
-    rows.append(
-        (
-            "sent by the server",
-            f"{traffic['bytes_down'] / 1e6:.1f} MB",
-            f"the bottom ({traffic['bottom_bytes'] / 1e6:.1f} MB) to each owner, then logits",
-        )
-    )
+        verdict = rounds[-1]["verdict"].replace("_", " ")
+        why = f"of the tuned top against its base: {_lineage(rounds[-1])}"
+        rows.append(("lineage", verdict, why))
+    each = f"{traffic['bytes_per_token']:.0f} bytes per token, each text once; "
+    each += f"{traffic['messages']} Flower messages"
+    then = f"the bottom ({traffic['bottom_bytes'] / 1e6:.1f} MB) to each owner, then logits"
+    for who, key, why in (("owners", "bytes_up", each), ("server", "bytes_down", then)):
+        rows.append((f"sent by the {who}", f"{traffic[key] / 1e6:.1f} MB", why))
     return rows
 
 
@@ -125,7 +88,3 @@ def _lineage(row: Mapping[str, Any]) -> str:
     if row.get("score") is None:
         return str(row.get("error") or row.get("note") or "not measured")
     return f"score {row['score']:.3f}, parameter cosine {row['pcs']:.3f}"
-
-
-def _mechanism(privacy: Mapping[str, Any]) -> str:
-    return pick(MECHANISMS, privacy["mechanism"], "mechanism").label(privacy)

@@ -16,30 +16,28 @@ from fedsplit.attacks.transcripts import (
     write_truth,
 )
 from fedsplit.config import RunConfig
+from fedsplit.owners.samples import Samples as PartSamples
 from simulations.core.owner_samples import OwnerSamples
 
 
 def truth_of(owners: Sequence[OwnerSamples]) -> Samples:
     """Return what only the experimenter knows: (owner, split) -> slot -> token ids."""
-    parts = [(s.name, part, getattr(s, part)) for s in owners for part in ("train", "test")]
-    return {(name, part): dict(enumerate(held.ids)) for name, part, held in parts}
+    return {key: dict(enumerate(held.ids)) for key, held in _parts(owners)}
 
 
-def labels_of(owners: Sequence[OwnerSamples]) -> dict[tuple[str, str], dict[int, int]]:
-    """Return the private labels, where there are classes: (owner, split) -> slot -> label."""
-    parts = [(s.name, part, getattr(s, part)) for s in owners for part in ("train", "test")]
-    return {
-        (name, part): dict(enumerate(held.labels.tolist()))
-        for name, part, held in parts
-        if held.labels is not None
-    }
+def _parts(owners: Sequence[OwnerSamples]) -> list[tuple[tuple[str, str], PartSamples]]:
+    return [((s.name, name), part) for s in owners for name, part in s.parts().items()]
 
 
 def write_truth_file(folder: Path, owners: Sequence[OwnerSamples]) -> Path:
     """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
-    path = folder / TRUTH
-    write_truth(path, truth_of(owners), labels_of(owners))
-    return path
+    labels = {
+        key: dict(enumerate(map(int, held.labels)))
+        for key, held in _parts(owners)
+        if held.labels is not None
+    }
+    write_truth(folder / TRUTH, truth_of(owners), labels)
+    return folder / TRUTH
 
 
 def attack_transcript(
@@ -58,15 +56,13 @@ def attack_transcript(
         transcript: the server's recording.
         owners: the truth, used for scoring alone.
         samples: samples attacked at most, drawn over all owners by the run's seed.
-        public: the attacker's text, one per line; empty: the run's own public text, or what the
-            interpreter ships.
+        public: the attacker's text, one per line; empty: the run's own, or the interpreter's.
         budget: what the attackers may spend.
 
     Returns:
-        Per attack (its ``result_key``) its result.  At k = 0 ``embedding_inversion``, the nearest
-        neighbour, which knows nothing of the noise, and with noise ``map_inversion`` and
-        ``contextual_inversion``, which know its distribution and the language; with blocks
-        ``optimisation_inversion`` and ``learned_inversion``.
+        Per attack (its ``result_key``) its result: at k = 0 of the nearest neighbour and, with
+        noise, of those that know its distribution and the language; with blocks of optimisation
+        and of the learned inverter.
 
     Raises:
         AttackError: no transcript.

@@ -15,15 +15,9 @@ from strategies.base_model import load_base
 
 
 def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
-    """Run one cell and return its row.
+    """Run one cell in ``folder``, which is removed at the end, and return its row.
 
-    Args:
-        cell: its settings.
-        folder: where it may write; removed at the end.
-        attack_samples: samples attacked at most; 0 = no attack.
-
-    Raises:
-        FedsplitError: whatever failed.
+    At most ``attack_samples`` samples are attacked; 0 = no attack.
     """
     began = time.perf_counter()
     try:

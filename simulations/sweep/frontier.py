@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from simulations.core.plots import picture
-from simulations.core.tables import make_table
+from simulations.core.tables import grouped, make_table
 
 SETTINGS = ("variant", "mechanism", "eta", "noise_ratio", "k", "cti", "rho", "denoise")
 GROUP = (*SETTINGS, "label_protection")
@@ -25,12 +25,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     from scipy import stats
 
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if not row.get("error"):
-            groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
     out = []
-    for key, cells in groups.items():
+    for key, cells in grouped((row for row in rows if not row.get("error")), *GROUP).items():
         summary: dict[str, Any] = dict(zip(GROUP, key, strict=True))
         summary["seeds"] = len(cells)
         for name in MEASURED:
@@ -78,9 +74,6 @@ def plot_frontier(path: Path, summary: Sequence[Mapping[str, Any]]) -> None:
     """Draw accuracy against empirical privacy, a line per variant; nothing where no cell has both.
 
     Left: against the nearest neighbour, the paper's attacker.  Right: against the strongest.
-
-    Raises:
-        RunError: matplotlib is not installed.
     """
     drawn = [r for r in summary if r.get("empirical_privacy") is not None and "accuracy" in r]
     if not drawn:

@@ -15,10 +15,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from fedsplit.config import RunConfig, Scalar
 from fedsplit.errors import ConfigError, check
 from fedsplit.privacy import mechanism_type
 from fedsplit.settings import read_settings
+from simulations.core.cells import product
 from simulations.core.settings import PATHS, Experiment, resolved
 
 # Settings that say where a run writes or how fast it computes, not what comes out of it.
@@ -98,7 +98,9 @@ def cells_of(
         for group in groups or [{}]:
             variant = str(group.get("variant", ""))
             axes = {k: v for k, v in group.items() if k != "variant"}
-            for values in _product(axes):
+            for values in product(
+                **{k: v if isinstance(v, list) else [v] for k, v in axes.items()}
+            ):
                 paths = {k: resolved(v) for k, v in values.items() if k in PATHS}
                 flat = {**run, **values, **paths, "seed": seed}
                 cell = Cell(variant or _name(values), read_settings(flat))
@@ -110,11 +112,7 @@ def cells_of(
 
 
 def with_public_text(groups: Sequence[Mapping[str, Any]], paths: str) -> list[Mapping[str, Any]]:
-    """Return the groups, those that denoise with this public text for their prior.
-
-    Args:
-        groups: see :func:`cells_of`.
-        paths: as in ``privacy.public-text``; empty: the groups as they are.
+    """Return the groups, those that denoise with this ``privacy.public-text`` for their prior.
 
     Raises:
         ConfigError: a file or folder is not there: told before the first cell, not in the ninth.
@@ -151,12 +149,6 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return {"true": True, "false": False}.get(text, text)
-
-
-def _product(axes: Mapping[str, Any]) -> Iterable[dict[str, Scalar]]:
-    lists = [v if isinstance(v, list) else [v] for v in axes.values()]
-    for values in itertools.product(*lists):
-        yield dict(zip(axes, values, strict=True))
 
 
 def _name(values: Mapping[str, Scalar]) -> str:
