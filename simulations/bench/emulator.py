@@ -24,14 +24,12 @@ from fedsplit.emulators import Compressor, make_compressor
 from fedsplit.emulators.compression.svd import truncate
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.importance.files import Importance
-from fedsplit.emulators.planning.plan import ends
 from fedsplit.errors import check
-from fedsplit.models.anatomy import probe
 from fedsplit.seeding import torch_generator
 from simulations.bench.figures import JsonPath, Overrides, publish
 from simulations.core.settings import load_experiment, read_options
 from simulations.core.tables import make_table
-from simulations.offsite.emulator_table import OPTIONS
+from simulations.offsite.emulator_table import OPTIONS, ends_are_a
 from simulations.offsite.setting import OffsiteSetting, perplexity_of
 from simulations.runtime.machine import machine
 
@@ -79,21 +77,11 @@ def against_distillation(
     ours = _measured(setting, made, importance, seconds)
     ours |= {"importance_s": importance_s, "settle_s": seconds - importance_s}
     console.print(f"scaleot: plug-in {ours['plug_in']:.2f} after {ours['seconds']:.1f} s")
-    layers = probe(setting.loaded.model).num_layers
-    count = o["adapters"]
-    adapters = ends(layers, max(1, count // 2), count - max(1, count // 2))
-    rest = layers - count
-    kept = rest - math.floor(o["alpha"] * rest + 0.5)
+    adapters, kept = ends_are_a(setting, large=True)
     rows: list[dict[str, Any]] = []
     for number in steps:
-        distilled = make_compressor(
-            "layerdrop",
-            adapters=adapters,
-            keep=max(1, kept),
-            distil_steps=number,
-            bf16=o["bf16"],
-            seed=seed,
-        )
+        how = {"distil_steps": number, "bf16": o["bf16"], "seed": seed}
+        distilled = make_compressor("layerdrop", adapters=adapters, keep=kept, **how)
         rows.append({"steps": number} | _measured(setting, distilled, None, 0.0))
         console.print(
             f"distilled {number} steps: plug-in {rows[-1]['plug_in']:.2f} "

@@ -24,7 +24,7 @@ from fedsplit.errors import ConfigError, RunError, check
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
 from simulations.bench.figures import JsonPath, publish
 from simulations.core.tables import make_table
-from simulations.runtime.machine import machine, machine_cores
+from simulations.runtime.machine import limited_threads, machine, machine_cores
 
 # FAISS: (queries, database rows) per matrix product; the first is its default.
 BLOCKS = ((4096, 1024), (1024, 1024), (4096, 4096), (8192, 2048), (16384, 1024), (512, 2048))
@@ -48,16 +48,12 @@ def run(
     if importlib.util.find_spec("faiss") is None:
         raise RunError("faiss: not installed; for this benchmark: pip install faiss-cpu")
     threads = threads or machine_cores()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with limited_threads(threads):
         matrix, queries = _material(model, tokens)
         rows = [
             {**_compare(matrix, queries, top_k, threads, repeats), "top_k": top_k}
             for top_k in (1, 10)
         ]
-    finally:
-        torch.set_num_threads(before)
     figures = {
         "vocabulary": int(matrix.shape[0]),
         "dim": int(matrix.shape[1]),

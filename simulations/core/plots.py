@@ -45,10 +45,12 @@ def picture(
         pyplot.close(figure)
 
 
-def draw_if_possible(console: Console, path: Path, draw: Callable[[], object]) -> None:
+def draw_if_possible(
+    console: Console, path: Path, draw: Callable[..., object], *drawn: object
+) -> None:
     """Draw a picture and name it; without matplotlib say so: the figures are in results.json."""
     try:
-        draw()
+        draw(path, *drawn)
     except RunError as error:
         console.print(f"[yellow]no picture[/yellow]: {error}", highlight=False)
     if path.exists():

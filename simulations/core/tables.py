@@ -46,6 +46,11 @@ def mean(rows: Sequence[Mapping[str, Any]], column: str) -> float:
     return fmean(float(row[column]) for row in rows if row.get(column) is not None)
 
 
+def with_interval(name: str, value: float, interval: Sequence[float]) -> dict[str, float]:
+    """Return the columns of a value and of both ends of its interval."""
+    return {name: value, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+
+
 def grouped(
     rows: Iterable[Mapping[str, Any]], *columns: str
 ) -> dict[tuple[Any, ...], list[dict[str, Any]]]:

@@ -51,6 +51,12 @@ def file_cases(
     return case
 
 
+def tensor_file_cases(path: Path, parse: Callable[[Path], object]) -> Cases:
+    """Return cases that damage the safetensors file at ``path`` and hand its path to a parser."""
+    sound = path.read_bytes()
+    return file_cases(path, lambda rng: damaged_safetensors(sound, rng), parse)
+
+
 def folder_cases(
     folder: Path,
     draw: Callable[[random.Random], Mapping[str, bytes]],

@@ -30,11 +30,11 @@ from simulations.fuzz.cases import (
     SHAPE,
     Cases,
     cases_of,
-    file_cases,
     fill,
     folder_cases,
     one_damaged,
     resealed,
+    tensor_file_cases,
     tiny_model,
 )
 from simulations.fuzz.damage import damaged_json, damaged_safetensors, flipped
@@ -54,9 +54,8 @@ def bottoms(scratch: Path) -> Cases:
 
 def heads(scratch: Path) -> Cases:
     """Fuzz bundles with a head."""
-    loaded = load(
-        str(tiny_model(scratch / "model")), "sequence-classification", num_labels=3, seed=0
-    )
+    path = str(tiny_model(scratch / "model"))
+    loaded = load(path, "sequence-classification", num_labels=3, seed=0)
     bottom, top = split(loaded.model, 1)
     bundle = with_head(pack_bottom(bottom, loaded.tokenizer), detach_head(top))
     own = {n: c for n, c in bundle.files.items() if n.startswith("head")}
@@ -88,12 +87,7 @@ def checkpoints(scratch: Path) -> Cases:
     """Fuzz the weights that training left, as serving reads them."""
     path = scratch / "top.safetensors"
     save_trained(path, {"a": torch.ones(3, 2), "b": torch.ones(1)}, None, {"base": "x"})
-    sound = path.read_bytes()
-    return file_cases(
-        path,
-        lambda rng: damaged_safetensors(sound, rng),
-        lambda path: load_trained(path, {"base": "x"}),
-    )
+    return tensor_file_cases(path, lambda path: load_trained(path, {"base": "x"}))
 
 
 def states(scratch: Path) -> Cases:
@@ -163,8 +157,8 @@ def transcripts(scratch: Path) -> Cases:
         "a/train/slots": torch.tensor([0, 1]),
         "a/train/lengths": torch.tensor([3, 2]),
     }
-    sound = save(tensors)
-    return file_cases(path, lambda rng: damaged_safetensors(sound, rng), read_transcript)
+    path.write_bytes(save(tensors))
+    return tensor_file_cases(path, read_transcript)
 
 
 def run_folders(scratch: Path) -> Cases:

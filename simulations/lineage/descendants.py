@@ -12,8 +12,7 @@ import re
 import shutil
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -61,17 +60,6 @@ class Training:
         check(0 < self.lr < 1, "lr", self.lr, "in (0, 1)")
         check(self.batch >= 1, "batch", self.batch, ">= 1 (windows)")
         check(self.length >= 2, "length", self.length, ">= 2 (tokens)")
-
-
-@contextmanager
-def limited_threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Windows:

@@ -29,7 +29,7 @@ from fedsplit.fingerprints.evasion.transforms import (
     transform,
 )
 from fedsplit.fingerprints.methods.aligned_products import products
-from fedsplit.models.layout.projections import BlockLayout, BlockProjections, NormSite, read_config
+from fedsplit.models.layout.projections import read_block, read_config
 from fedsplit.models.loading import TASKS, load
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed, torch_generator
@@ -42,12 +42,12 @@ from simulations.lineage.descendants import (
     ModelStore,
     Training,
     Windows,
-    limited_threads,
     read_texts,
     train,
 )
 from simulations.lineage.fingerprint_table import COLUMNS, compare
 from simulations.lineage.plots import penalty_plot
+from simulations.runtime.machine import limited_threads
 
 OPTIONS: dict[str, Any] = {
     "models": "",  # a folder of trained checkpoints, each a family of its own; empty: none of them
@@ -244,42 +244,9 @@ class ScorePenalty:
         return self.weight * torch.stack(cosines).mean()
 
     def _products(self, prefix: str) -> dict[str, Tensor]:
-        block = live_block(self.editor.layout, self.editor.parameters, prefix)
+        layout, parameters = self.editor.layout, self.editor.parameters
+        block = read_block(layout, parameters, prefix, detach=False)
         return products(block, centre=self.centre)
-
-
-def live_block(
-    layout: BlockLayout, parameters: Mapping[str, Tensor], prefix: str
-) -> BlockProjections:
-    """Return one block's projections with the norms' gains folded in, inside the autograd graph."""
-
-    def weight(role: str) -> Tensor:
-        site = getattr(layout, role)
-        stored = parameters[prefix + site.weight]
-        stored = stored.T if site.transposed else stored
-        out = stored if site.rows is None else stored[list(site.rows)]
-        norm = layout.ffn_norm if role in ("up", "gate") else layout.attn_norm
-        if role in ("o", "down") or norm is None:
-            return out
-        return _folded(norm, parameters, prefix, out)
-
-    return BlockProjections(
-        **{role: weight(role) for role in ("q", "k", "v", "o", "up", "down")},
-        gate=None if layout.gate is None else weight("gate"),
-        biases={},
-        heads=layout.heads,
-        kv_heads=layout.kv_heads,
-        head_dim=layout.head_dim,
-        kv_of_head=layout.kv_of_head,
-    )
-
-
-def _folded(
-    norm: NormSite, parameters: Mapping[str, Tensor], prefix: str, weight: Tensor
-) -> Tensor:
-    if norm.weight is not None:
-        weight = weight * (norm.offset + parameters[prefix + norm.weight])
-    return weight - weight.mean(1, keepdim=True) if norm.kind == "layer" else weight
 
 
 def penalty_series(
@@ -289,9 +256,6 @@ def penalty_series(
 
     Returns:
         The base's name, and per weight: perplexity on held-out text, and every fingerprint.
-
-    Raises:
-        ConfigError: for an unknown base.
     """
     base = _penalty_base(folder, options)
     texts = read_texts(options["text"])

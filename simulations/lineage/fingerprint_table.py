@@ -44,11 +44,11 @@ from simulations.lineage.descendants import (
     Texts,
     Training,
     Windows,
-    limited_threads,
     read_texts,
     train,
 )
 from simulations.lineage.plots import breaking_plot, lineage_sheet
+from simulations.runtime.machine import limited_threads
 
 OPTIONS: dict[str, Any] = {
     "models": "",  # a folder of independent checkpoints; empty: small twins trained here

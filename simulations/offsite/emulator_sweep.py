@@ -56,8 +56,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     store = CellStore.open(folder, experiment.config, options, selecting)
     setting = OffsiteSetting(experiment.config, store.options, folder.path, store)
     rows = run_cells(experiment, folder, console, store, keys, partial(cell, setting))
-    path = folder.path / PLOT
-    draw_if_possible(console, path, lambda: sweep_plot(path, rows))
+    draw_if_possible(console, folder.path / PLOT, sweep_plot, rows)
 
 
 def cell(setting: OffsiteSetting, knob: str, target: str, value: float, seed: int) -> list[Row]:

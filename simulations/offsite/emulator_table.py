@@ -30,7 +30,7 @@ from rich.table import Table
 from fedsplit.emulators import Compressor, make_compressor
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.importance.files import Importance
-from fedsplit.errors import ConfigError
+from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.registry import pick
 from simulations.core.cells import CellStore, Row, product, run_cells
@@ -81,10 +81,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     found = recorded(run_cells(experiment, folder, console, store, keys, make, recorded))
     rows, scores = found["rows"], found["importance"]
     console.print(table(rows))
-    plot, ranks = folder.path / PLOT, folder.path / SCORES_PLOT
-    draw_if_possible(console, plot, lambda: table_plot(plot, rows))
+    draw_if_possible(console, folder.path / PLOT, table_plot, rows)
     if scores:
-        draw_if_possible(console, ranks, lambda: importance_plot(ranks, scores, rank_by))
+        draw_if_possible(console, folder.path / SCORES_PLOT, importance_plot, scores, rank_by)
 
 
 def cell(setting: OffsiteSetting, method: str, seed: int) -> list[Row]:
@@ -113,54 +112,53 @@ def cell(setting: OffsiteSetting, method: str, seed: int) -> list[Row]:
 Made = tuple[Compressor, Importance | None, float]
 
 
-def _ends(setting: OffsiteSetting, large: bool = False) -> dict[str, Any]:
-    """Return Offsite-Tuning's choice: the first and last blocks are A, half of the rest kept."""
+def ends_are_a(setting: OffsiteSetting, large: bool = False) -> tuple[tuple[int, ...], int]:
+    """Return Offsite-Tuning's choice of A, the first and last blocks, and how many others are kept.
+
+    Half of the others; if ``large`` as many as ScaleOT keeps.
+    """
     layers = probe(setting.loaded.model).num_layers
     count = setting.options["adapters"]
     half = max(1, count // 2)
     adapters = tuple(sorted({*range(half), *range(layers - (count - half), layers)}))
-    if len(adapters) >= layers:
-        raise ConfigError(f"options.adapters={count}: must be < {layers} blocks")
+    check(len(adapters) < layers, "options.adapters", count, f"< {layers} blocks")
     rest = layers - len(adapters)
     replaced = math.floor((setting.options["alpha"] if large else 0.5) * rest + 0.5)
-    return {"adapters": adapters, "rest": max(1, rest - replaced)}
+    return adapters, max(1, rest - replaced)
 
 
 def _ot(setting: OffsiteSetting, seed: int, large: bool = False, distil: bool = False) -> Made:
-    at, o = _ends(setting, large), setting.options
+    (adapters, kept), o = ends_are_a(setting, large), setting.options
     how = {"distil_steps": o["distil-steps"], "bf16": o["bf16"], "seed": seed}
     more: dict[str, Any] = how if distil else {}
-    made = make_compressor("layerdrop", adapters=at["adapters"], keep=at["rest"], **more)
-    return made, None, 0.0
+    return make_compressor("layerdrop", adapters=adapters, keep=kept, **more), None, 0.0
 
 
 def _crash(setting: OffsiteSetting, seed: int) -> Made:
-    at = _ends(setting)
-    return make_compressor("crash", adapters=at["adapters"], clusters=at["rest"]), None, 0.0
+    adapters, kept = ends_are_a(setting)
+    return make_compressor("crash", adapters=adapters, clusters=kept), None, 0.0
 
 
 def _gradot(setting: OffsiteSetting, seed: int) -> Made:
-    at, share = _ends(setting), setting.options["beta-gradot"]
-    return make_compressor("gradot", adapters=at["adapters"], attention=share, ffn=share), None, 0.0
+    return _gradot_of(setting, ends_are_a(setting)[0]), None, 0.0
+
+
+def _gradot_of(setting: OffsiteSetting, adapters: tuple[int, ...]) -> Compressor:
+    share = setting.options["beta-gradot"]
+    return make_compressor("gradot", adapters=adapters, attention=share, ffn=share)
 
 
 def _gradot_placed(setting: OffsiteSetting, seed: int) -> Made:
     importance, seconds = setting.importance(seed)
     placed = ScaleOT(n_adapters=setting.options["adapters"], rank_by=setting.options["rank-by"])
     adapters = placed.plan(setting.loaded.model, setting.material(importance)).adapters
-    share = setting.options["beta-gradot"]
-    made = make_compressor("gradot", adapters=adapters, attention=share, ffn=share)
-    return made, None, seconds
+    return _gradot_of(setting, adapters), None, seconds
 
 
-def _scaleot(
-    setting: OffsiteSetting, seed: int, alpha: float | None = None, beta: float = 0.0
-) -> Made:
+def _scaleot(setting: OffsiteSetting, seed: int, **asked: float) -> Made:
     o = setting.options
-    share = o["alpha"] if alpha is None else alpha
-    return setting.settled(
-        seed, ScaleOT(o["adapters"], alpha=share, beta=beta, rank_by=o["rank-by"])
-    )
+    shares = {"alpha": o["alpha"], **asked}
+    return setting.settled(seed, ScaleOT(o["adapters"], rank_by=o["rank-by"], **shares))
 
 
 METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {

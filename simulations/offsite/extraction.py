@@ -73,7 +73,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     rows = run_cells(experiment, folder, console, store, keys, setting.cell)
     console.print(table(rows))
     path = folder.path / "extraction.png"
-    draw_if_possible(console, path, lambda: closed_plot(path, rows))
+    draw_if_possible(console, path, closed_plot, rows)
     folder.record(plots=[path.name])
 
 

@@ -36,7 +36,7 @@ from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.run_folder import RunFolder
 from simulations.core.setting import ExperimentSetting
 from simulations.core.settings import Experiment, read_options
-from simulations.core.tables import grouped, make_table, mean
+from simulations.core.tables import grouped, make_table, mean, with_interval
 
 OPTIONS: dict[str, Any] = {
     "seeds": 3,
@@ -178,18 +178,10 @@ class AttributeSetting(ExperimentSetting):
             )
             sent = [perturber.perturb(x, i) for x, i in zip(clean, texts.ids, strict=True)]
             seen = [torch.cat(pair, dim=1) for pair in zip(sent, through(top, sent), strict=True)]
-            rows.append(
-                {
-                    "data": data,
-                    "attribute": SOURCES[data].attribute,
-                    "mechanism": name,
-                    "eta": eta or None,
-                    "k": k,
-                    "seed": seed,
-                    **measure(texts, seen, self.options["known-share"], seed),
-                    "seconds": time.perf_counter() - began,
-                }
-            )
+            about = {"data": data, "attribute": SOURCES[data].attribute, "mechanism": name}
+            about |= {"eta": eta or None, "k": k, "seed": seed}
+            found = measure(texts, seen, self.options["known-share"], seed)
+            rows.append({**about, **found, "seconds": time.perf_counter() - began})
         return rows
 
     def _mechanism(self, name: str, eta: float, bottom: Bottom) -> Mechanism:
@@ -219,23 +211,15 @@ def measure(texts: Texts, seen: Sequence[Tensor], known_share: float, seed: int)
     pooled = [x.unsqueeze(0) for x in pool(seen)]  # both classifiers read one vector per text
     attack = make_attack("attribute", seed)
     found, task = (
-        attack.run(
-            View(
-                rows=pooled,
-                known=known_part(target, texts.groups, known_share, seed),
-                groups=texts.groups,
-            ),
-            Truth(labels=torch.tensor(target)),
+        attack.run(View(rows=pooled, known=part, groups=texts.groups), Truth(labels=labels))
+        for part, labels in (
+            (known_part(target, texts.groups, known_share, seed), torch.tensor(target))
+            for target in (texts.attribute, texts.labels)
         )
-        for target in (texts.attribute, texts.labels)
     )
     return {
-        "auc": found.extra["auc"],
-        "auc_low": found.extra["auc_interval"][0],
-        "auc_high": found.extra["auc_interval"][1],
-        "accuracy": found.success,
-        "accuracy_low": found.interval[0],
-        "accuracy_high": found.interval[1],
+        **with_interval("auc", found.extra["auc"], found.extra["auc_interval"]),
+        **with_interval("accuracy", found.success, found.interval),
         "majority": found.baseline,
         "task_accuracy": task.success,
         "task_low": task.interval[0],

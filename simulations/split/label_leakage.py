@@ -30,7 +30,7 @@ from simulations.core.cells import CellStore, Row, product, run_cells
 from simulations.core.owner_samples import OwnerSamples, owner_samples
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
-from simulations.core.tables import grouped, make_table, mean
+from simulations.core.tables import grouped, make_table, mean, with_interval
 from simulations.runtime.local_grid import LocalGrid
 from simulations.runtime.local_run import run_in_process
 from strategies.base_model import load_base
@@ -112,21 +112,13 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
     last = [r["evaluate"]["metrics"] for r in server["rounds"] if "evaluate" in r][-1]
     labels = config.labels
     protection, at_owner = parts_of(labels.protection)[-1], head_at_owner(labels.protection)
-    rows = []
-    for attack, found in attack_all(recorded, at_owner, known, config.seed).items():
-        rows.append(
-            {
-                "protection": labels.protection,
-                "setting": protection.label(labels),
-                "seed": config.seed,
-                "attack": attack,
-                **found,
-                "accuracy": last["accuracy"],
-                "test_samples": last["num-examples"],
-                "seconds": time.perf_counter() - began,
-            }
-        )
-    return rows
+    about = {"protection": labels.protection, "setting": protection.label(labels)}
+    held = {"accuracy": last["accuracy"], "test_samples": last["num-examples"]}
+    return [
+        {**about, "seed": config.seed, "attack": attack, **found, **held}
+        | {"seconds": time.perf_counter() - began}
+        for attack, found in attack_all(recorded, at_owner, known, config.seed).items()
+    ]
 
 
 def recorded_of(transcript: Transcript, shares: Sequence[OwnerSamples]) -> Recorded:
@@ -173,9 +165,7 @@ def attack_all(
         )
         most = max(once, whole, key=lambda found: found.success)
         result[name] = {
-            "leaked": most.success,
-            "leaked_low": most.interval[0],
-            "leaked_high": most.interval[1],
+            **with_interval("leaked", most.success, most.interval),
             "leaked_one_pass": once.success,
             "leaked_all_passes": whole.success,
             "baseline": most.baseline,

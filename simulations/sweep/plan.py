@@ -97,10 +97,9 @@ def cells_of(
     for seed in range(first, first + seeds):
         for group in groups or [{}]:
             variant = str(group.get("variant", ""))
-            axes = {k: v for k, v in group.items() if k != "variant"}
-            for values in product(
-                **{k: v if isinstance(v, list) else [v] for k, v in axes.items()}
-            ):
+            axes = {k: v if isinstance(v, list) else [v] for k, v in group.items()}
+            axes.pop("variant", None)
+            for values in product(**axes):
                 paths = {k: resolved(v) for k, v in values.items() if k in PATHS}
                 flat = {**run, **values, **paths, "seed": seed}
                 cell = Cell(variant or _name(values), read_settings(flat))

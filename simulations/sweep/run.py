@@ -102,8 +102,7 @@ def run(
     if len(broken) == len(done):
         raise RunError(f"all {len(done)} cells failed; the first: {broken[0]['error']}")
     console.print(frontier_table(summary))
-    path = folder.path / "frontier.png"
-    draw_if_possible(console, path, lambda: plot_frontier(path, summary))
+    draw_if_possible(console, folder.path / "frontier.png", plot_frontier, summary)
     for row in broken[:5]:
         console.print(f"[yellow]broken[/yellow] {_told(row)}")
 

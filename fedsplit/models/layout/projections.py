@@ -271,6 +271,7 @@ def read_block(
     *,
     fold: bool = True,
     dtype: torch.dtype = torch.float32,
+    detach: bool = True,
 ) -> BlockProjections:
     """Read one block's projections.
 
@@ -283,6 +284,7 @@ def read_block(
             removed from the weights as well (those components never act); with q/k norms each
             head's free scale is fixed to unit Frobenius norm.
         dtype: of the result; computed from any stored float type.
+        detach: from the graph; False: gradients reach the parameters.
 
     Raises:
         ModelError: for missing names, wrong shapes, NaN or infinite values.
@@ -308,7 +310,7 @@ def read_block(
             raise ModelError(
                 f"parameter={prefix + name!r}: shape {tuple(value.shape)}, must be {tuple(want)}"
             )
-        value = value.detach().to("cpu", dtype)
+        value = (value.detach() if detach else value).to("cpu", dtype)
         if not bool(torch.isfinite(value).all()):
             raise ModelError(f"parameter={prefix + name!r}: contains NaN or infinite values")
         return value
