@@ -1,8 +1,8 @@
 """The experimenter's side: runs on simulated owners, baselines, attacks, benchmarks, reports.
 
 The only importer of ray, and never part of the Flower app bundle.  ``python -m simulations list``
-names the experiments; a kind of experiment is one file, and one row of ``KINDS``.  Names are
-resolved on first use.
+names the experiments; a kind of experiment is one file, and one row of ``KINDS``; a benchmark one
+file, and one row of ``BENCHMARKS``.  Names are resolved on first use.
 
 | folder | what it holds |
 | --- | --- |

@@ -28,6 +28,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -210,8 +211,7 @@ def _hear(child: subprocess.Popen[str]) -> str:
 
 def resident() -> int:
     """Return this process's resident bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Used to score attacks and to train the centralised twin; the federation itself n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,6 @@ def data_digest(config: RunConfig) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _shares(config: RunConfig) -> list[tuple[TextDataset, TextDataset]]:
+def _shares(config: RunConfig) -> Sequence[tuple[TextDataset, TextDataset]]:
     labelled = config.model.task == "sequence-classification"
     return simulated_shares(config.data, config.seed, labelled)

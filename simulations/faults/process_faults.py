@@ -130,13 +130,7 @@ MOMENTS: dict[str, tuple[int, str] | None] = {
 
 
 class KillTrigger:
-    """Looks at the kept states, kills at the moment, and notes when the next state came.
-
-    Args:
-        server: the server's ``output.dir``.
-        moment: a row of :data:`MOMENTS`.
-        act: what to do then.
-    """
+    """Looks at a server's kept states, acts at a row of ``MOMENTS``, notes when the next came."""
 
     def __init__(self, server: Path, moment: str, act: Callable[[], None]) -> None:
         self._server = server

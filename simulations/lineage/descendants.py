@@ -63,13 +63,9 @@ class Training:
 
 
 class Windows:
-    """One text as token windows: random ones to train on, fixed held-out ones to measure.
+    """One text as windows of ``length`` tokens: random ones to train on, fixed held-out ones.
 
-    Args:
-        tokenizer: of the model.
-        text: its last tenth is held out.
-        length: tokens in a window.
-        seed: of the random windows.
+    The last tenth of the text is held out; ``seed`` is that of the random windows.
 
     Raises:
         ConfigError: if the text has too few tokens.

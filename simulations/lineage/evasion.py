@@ -62,28 +62,18 @@ OPTIONS: dict[str, Any] = {
     "length": 64,
     "threads": 1,  # matrices this small wait longer for a second thread than they take
 }
-_COMMON: dict[str, Any] = {
+_TOKENS: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2}
+_COMMON: dict[str, Any] = _TOKENS | {
     "hidden_size": 96,
     "num_attention_heads": 6,
     "num_hidden_layers": 4,
     "intermediate_size": 224,
-    "vocab_size": 512,
     "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama-gqa": _COMMON | {"model_type": "llama", "num_key_value_heads": 2},
-    "gpt2": {
-        "model_type": "gpt2",
-        "n_embd": 96,
-        "n_head": 6,
-        "n_layer": 4,
-        "n_positions": 64,
-        "vocab_size": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+    "gpt2": _TOKENS
+    | {"model_type": "gpt2", "n_embd": 96, "n_head": 6, "n_layer": 4, "n_positions": 64},
     "gpt-neox": _COMMON | {"model_type": "gpt_neox", "rotary_pct": 0.5},
     "opt": _COMMON
     | {"model_type": "opt", "ffn_dim": 224, "word_embed_proj_dim": 96, "pad_token_id": 0},
@@ -123,11 +113,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         )
         progress.stage("fine-tuning against the score")
         base, points = penalty_series(folder, options, weights, progress)
-        rows += [
-            {"family": base, "transform": f"penalty {p['weight']:g}", "preserves": False}
-            | {k: p[k] for k in ("output_difference", *COLUMNS)}
-            for p in points
-        ]
+        for p in points:
+            row = {"family": base, "transform": f"penalty {p['weight']:g}", "preserves": False}
+            rows.append(row | {k: p[k] for k in ("output_difference", *COLUMNS)})
         picture = penalty_plot(folder.path / "penalty.png", base, points)
         folder.record(
             rows=rows,
@@ -218,10 +206,6 @@ class ScorePenalty:
 
     The mean cosine of the V/O and FFN products in the base's own residual basis, which is the
     alignment that the gate finds while the embeddings are still recognised.
-
-    Args:
-        model: the base; its products are remembered.
-        weight: of the penalty.
     """
 
     def __init__(self, model: nn.Module, weight: float) -> None:

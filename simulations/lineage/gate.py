@@ -179,12 +179,8 @@ def count(tally: Tally, row: Mapping[str, Any], kept: list[str], attacker: str |
 
 def row_of(tally: Tally) -> dict[str, Any]:
     """Return a case's row; least and most are over blocks, owners and rounds."""
-    return {
-        "rounds": tally.rounds,
-        "false_alarms": tally.false_alarms,
-        "missed": tally.missed,
-        "named": tally.named,
-        "set_aside": tally.set_aside,
+    counts = ("rounds", "false_alarms", "missed", "named", "set_aside")
+    return {name: getattr(tally, name) for name in counts} | {
         "honest_least_block": min(tally.honest_blocks, default=None),
         "attacker_most_worst_block": max(tally.attack_blocks, default=None),
         "average_least_score": min(tally.averages, default=None),

@@ -70,11 +70,8 @@ def base_environment(mark: str, extra: Mapping[str, str]) -> dict[str, str]:
     """Return the environment that all processes of one runtime share.
 
     The caller's own ``FLWR_*`` and ``RAY_*`` variables are left out: ``RAY_ADDRESS`` would join a
-    cluster of somebody else's, ``FLWR_HOME`` would share state with other runs.
-
-    Args:
-        mark: the runtime's mark, by which its processes are found again.
-        extra: variables that win over everything here.
+    cluster of somebody else's, ``FLWR_HOME`` would share state with other runs.  By
+    ``mark`` its processes are found again; ``extra`` wins over everything here.
     """
     dropped = ("FLWR_", "RAY_")
     env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}

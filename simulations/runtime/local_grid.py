@@ -27,12 +27,7 @@ HANDLERS = dict.fromkeys(("train", "evaluate", STEP_TYPE, WHO_TYPE, SERVE_TYPE),
 class LocalGrid(Grid):
     """Runs every message in a thread of its own, at most ``slots`` at a time.
 
-    Args:
-        config: the run's settings, given to every owner.
-        owners: number of nodes.
-        slots: owners at work at once.
-        run_id: the run's number.
-        first: smallest node id.
+    Every owner gets the settings ``config``; node ids are above ``first``.
     """
 
     def __init__(

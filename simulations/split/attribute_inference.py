@@ -178,7 +178,7 @@ class AttributeSetting(ExperimentSetting):
             )
             sent = [perturber.perturb(x, i) for x, i in zip(clean, texts.ids, strict=True)]
             seen = [torch.cat(pair, dim=1) for pair in zip(sent, through(top, sent), strict=True)]
-            about = {"data": data, "attribute": SOURCES[data].attribute, "mechanism": name}
+            about: Row = {"data": data, "attribute": SOURCES[data].attribute, "mechanism": name}
             about |= {"eta": eta or None, "k": k, "seed": seed}
             found = measure(texts, seen, self.options["known-share"], seed)
             rows.append({**about, **found, "seconds": time.perf_counter() - began})

@@ -62,12 +62,7 @@ class TwinReport:
 
 
 class CentralisedTwin:
-    """One process that holds everything.
-
-    Args:
-        config: the run's settings; privacy, label, session and lineage settings are ignored.
-        owners: every owner's samples.
-    """
+    """One process that holds everything; privacy, label and lineage settings are ignored."""
 
     def __init__(self, config: RunConfig, owners: Sequence[OwnerSamples]) -> None:
         self.config = config

@@ -124,9 +124,7 @@ def run_cell(config: RunConfig, folder: Path, known: int) -> list[Row]:
 def recorded_of(transcript: Transcript, shares: Sequence[OwnerSamples]) -> Recorded:
     """Put the recorded gradients of all owners' training samples together.
 
-    Args:
-        transcript: what the server received.
-        shares: the owners' samples, in the order of their nodes; their labels are for scoring.
+    ``shares`` are the owners' samples in the order of their nodes; their labels are for scoring.
 
     Raises:
         RunError: nothing was recorded.

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+import simulations
 from fedsplit.errors import ConfigError
-from simulations.__main__ import app
+from simulations.__main__ import BENCHMARKS, app
 from simulations.core.kinds import KINDS
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment, load_experiment, names, read_options
@@ -77,6 +78,25 @@ def test_every_kind_is_shipped_as_an_experiment_and_can_be_carried_out() -> None
     assert {load_experiment(name).kind for name in names()} == set(KINDS)
     listed = CliRunner().invoke(app, ["list"], env={"COLUMNS": "300"})
     assert all(name in listed.output for name in (*names(), *KINDS))
+
+
+def test_a_new_benchmark_is_one_file_and_one_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_benchmark.py").write_text(
+        "from __future__ import annotations\n"
+        "def run(console, size: int = 1):\n"
+        '    """Measure a toy."""\n'
+        "    console.print(f'size {size + 1}')\n"
+    )
+    monkeypatch.setattr("simulations.__path__", [*simulations.__path__, str(tmp_path)])
+    monkeypatch.setitem(BENCHMARKS, "toy", "toy_benchmark")
+    listed = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"})
+    assert all(name in listed.output for name in BENCHMARKS)
+    assert "Measure a toy." in listed.output
+    done = CliRunner().invoke(app, ["bench", "toy", "--size", "3"])
+    assert done.exit_code == 0, done.output
+    assert "size 4" in done.output
 
 
 def test_a_new_kind_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
