@@ -28,7 +28,7 @@ from fedsplit.errors import check
 from fedsplit.seeding import torch_generator
 from simulations.bench.figures import JsonPath, Overrides, publish
 from simulations.core.settings import load_experiment, read_options
-from simulations.core.tables import make_table
+from simulations.core.tables import formatted, make_table
 from simulations.offsite.emulator_table import OPTIONS, ends_are_a
 from simulations.offsite.setting import OffsiteSetting, perplexity_of
 from simulations.runtime.machine import machine
@@ -50,9 +50,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure seconds to ScaleOT's emulator beside distillation (offsite-table), and its SVD."""
     steps = [int(x) for x in steps.split(",") if x.strip()] if isinstance(steps, str) else steps
-    for number in steps:
-        check(number >= 1, "steps", number, ">= 1")
-    check(list(steps) == sorted(set(steps)), "steps", tuple(steps), "rising")
+    rising = list(steps) == sorted(set(steps)) and all(number >= 1 for number in steps)
+    check(rising, "steps", tuple(steps), "rising, >= 1")
     check(repeats >= 1, "repeats", repeats, ">= 1")
     check(width == 0 or 1 <= rank <= width, "rank", rank, f"in 1..{width}")
     figures: dict[str, Any] = {"machine": machine()}
@@ -156,16 +155,11 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
     if "scaleot" in figures:
         word = "" if figures["reached"] else "at least "
         named = [(f"distilled, {row['steps']} steps", row) for row in figures["distillation"]]
+        shown = {"seconds": ".1f", "plug_in": ".2f", "emulator_ft": ".2f"}
         yield make_table(
             ("way", "seconds", "plug-in", "emulator tuned", "parameters"),
             (
-                (
-                    name,
-                    f"{row['seconds']:.1f}",
-                    f"{row['plug_in']:.2f}",
-                    f"{row['emulator_ft']:.2f}",
-                    f"{row['emulator_params'] / 1e6:.2f} M",
-                )
+                (name, *formatted(row, shown), f"{row['emulator_params'] / 1e6:.2f} M")
                 for name, row in [("scaleot", figures["scaleot"]), *named]
             ),
             title=f"seconds to an emulator; plug-in after {figures['tuning_steps']} steps of "
@@ -174,16 +168,11 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
         )
     if "svd" in figures:
         first = figures["svd"][0]
+        shown = {"method": "", "seconds": ".2f", "speedup": ".1f", "error": ".5f"}
         yield make_table(
             ("SVD", "seconds", "times faster", "error", "over the full SVD's"),
             (
-                (
-                    row["method"],
-                    f"{row['seconds']:.2f}",
-                    f"{row['speedup']:.1f}",
-                    f"{row['error']:.5f}",
-                    f"{100 * row['excess_error']:.3f} %",
-                )
+                (*formatted(row, shown), f"{100 * row['excess_error']:.3f} %")
                 for row in figures["svd"]
             ),
             title=f"rank {first['rank']} of a {first['width']} square",

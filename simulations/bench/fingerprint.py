@@ -43,7 +43,7 @@ from fedsplit.models.loading import TASKS
 from fedsplit.registry import pick
 from fedsplit.seeding import torch_generator
 from simulations.bench.figures import JsonPath, publish
-from simulations.core.tables import make_table
+from simulations.core.tables import formatted, make_table
 from simulations.runtime.machine import machine
 
 # TinyLlama's shape: 1.10 billion parameters
@@ -165,13 +165,8 @@ def corrected(folder: Path, tokens: int, *, bf16: bool = True) -> float:
 
 def published(folder: Path, tokens: int, *, dtype: torch.dtype = torch.float32) -> float:
     """Compute ICS as the public script does: whole model in memory, six dense K x K matrices."""
-    model = TASKS["causal-lm"].from_pretrained(
-        folder,
-        dtype=dtype,
-        trust_remote_code=False,
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    safely = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    model = TASKS["causal-lm"].from_pretrained(folder, dtype=dtype, **safely)
     weights = dict(model.named_parameters())
     layers = model.config.num_hidden_layers
     repeat = model.config.num_attention_heads // model.config.num_key_value_heads
@@ -180,18 +175,13 @@ def published(folder: Path, tokens: int, *, dtype: torch.dtype = torch.float32) 
         x = table[torch.tensor(choose_tokens(table.shape[0], tokens))]  # (K, d)
         channels = []
         for layer in (layers - 2, layers - 1):
-            q, k, v, o = (
-                weights[f"model.layers.{layer}.self_attn.{n}_proj.weight"] for n in "qkvo"
-            )
-            gate, up, down = (
-                weights[f"model.layers.{layer}.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")
+            names = [f"self_attn.{n}" for n in "qkvo"] + ["mlp.gate", "mlp.up", "mlp.down"]
+            q, k, v, o, gate, up, down = (
+                weights[f"model.layers.{layer}.{name}_proj.weight"] for name in names
             )
             k, v = k.repeat(repeat, 1), v.repeat(repeat, 1)
-            channels += [
-                x @ q.T @ k @ x.T,
-                x @ v.T @ o.T @ x.T,
-                x @ (gate * up).T @ down.T @ x.T,
-            ]
+            channels += [x @ q.T @ k @ x.T, x @ v.T @ o.T @ x.T]
+            channels.append(x @ (gate * up).T @ down.T @ x.T)
         stack = torch.stack([c.float() for c in channels])  # (6, K, K)
         mean, sd = stack.mean((1, 2), keepdim=True), stack.std((1, 2), keepdim=True)
         return float(((stack - mean) / sd).abs().max())
@@ -223,21 +213,16 @@ def _work(way: str, folder: str, setting: str) -> dict[str, float]:
 def _table(figures: dict[str, Any]) -> Table:
     """Return the figures as a table; the title tells the goals against ``published``."""
 
-    def ratio(row: dict[str, Any], name: str, digits: int) -> str | None:
-        return f"{row[name]:.{digits}f} x" if name in row else None
-
+    rows = []
+    for way in WAYS:
+        row = {**figures[way], "peak": figures[way]["peak_bytes"] / 1e6}
+        seconds, peak, memory, speed = formatted(
+            row, {"seconds": ".1f", "peak": ".0f", "memory_ratio": ".3f", "speed_ratio": ".1f"}
+        )
+        rows.append((way, seconds, f"{peak} MB", memory and f"{memory} x", speed and f"{speed} x"))
     return make_table(
         ("", "seconds", "peak memory", "ours takes", "ours is faster"),
-        (
-            (
-                way,
-                f"{figures[way]['seconds']:.1f}",
-                f"{figures[way]['peak_bytes'] / 1e6:.0f} MB",
-                ratio(figures[way], "memory_ratio", 3),
-                ratio(figures[way], "speed_ratio", 1),
-            )
-            for way in WAYS
-        ),
+        rows,
         title=f"Fingerprint of a {figures['parameters'] / 1e9:.2f} billion parameter bfloat16 "
         f"checkpoint, K = {figures['tokens']} (goals: at most {GOALS['memory']} x the memory of "
         f"`published`, at least {GOALS['speed']:.0f} x faster)",

@@ -145,10 +145,8 @@ def _table(figures: dict[str, Any]) -> Table:
         (
             (
                 row["top_k"],
-                f"{row['tokens_per_s']:,.0f} tokens/s",
-                f"{row['faiss_tokens_per_s']:,.0f} tokens/s",
-                f"{row['ratio']:.2f} x",
-                f"{100 * row['agreement']:.2f} %",
+                *(f"{row[key]:,.0f} tokens/s" for key in ("tokens_per_s", "faiss_tokens_per_s")),
+                *(f"{row['ratio']:.2f} x", f"{100 * row['agreement']:.2f} %"),
                 " x ".join(map(str, row["faiss_blocks"])),
             )
             for row in figures["rows"]

@@ -41,6 +41,11 @@ def make_table(
     return table
 
 
+def formatted(row: Mapping[str, Any], formats: Mapping[str, str]) -> list[str]:
+    """Return a row's values in those columns, each in its format; empty where there is none."""
+    return ["" if row.get(k) is None else format(row[k], how) for k, how in formats.items()]
+
+
 def mean(rows: Sequence[Mapping[str, Any]], column: str) -> float:
     """Return the mean of a column over the rows that have it."""
     return fmean(float(row[column]) for row in rows if row.get(column) is not None)

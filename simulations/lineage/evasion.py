@@ -36,7 +36,7 @@ from fedsplit.seeding import derive_seed, torch_generator
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, numbers, read_options
-from simulations.core.tables import make_table
+from simulations.core.tables import formatted, make_table
 from simulations.lineage.base_models import Base, find_bases, load_base, one_per_width, own_bases
 from simulations.lineage.descendants import (
     ModelStore,
@@ -282,13 +282,12 @@ def print_table(
     console: Console, rows: Sequence[Mapping[str, Any]], points: Sequence[Mapping[str, Any]]
 ) -> None:
     """Print every row, then perplexity against the score."""
-    after = []
-    for row in rows:
-        values = (None if row[c] is None else f"{row[c]:.4f}" for c in COLUMNS)
-        moved = f"{row['output_difference']:.1e}"
-        after.append((row["family"], row["transform"], moved, *values))
+    shown = {"family": "", "transform": "", "output_difference": ".1e"}
+    shown |= dict.fromkeys(COLUMNS, ".4f")
+    after = [formatted(row, shown) for row in rows]
     columns = ("family", "transform", "output moved by", *COLUMNS)
     console.print(make_table(columns, after, title="After each transform", left=2))
-    found = [(f"{p['weight']:g}", f"{p['score']:.3f}", f"{p['perplexity']:.1f}") for p in points]
+    shown = {"weight": "g", "score": ".3f", "perplexity": ".1f"}
+    found = [formatted(point, shown) for point in points]
     title = "Fine-tuning with a penalty on the score"
     console.print(make_table(("weight", "score", "perplexity"), found, title=title, left=0))

@@ -137,11 +137,9 @@ def table(rows: list[Row]) -> Table:
                 method,
                 f"{mean(mine, 'lr'):.0e}",
                 f"{100 * mean(mine, 'trained_share'):.2f} %",
-                f"{mean(mine, 'emulator_ft'):.2f}",
-                f"{mean(mine, 'plug_in'):.2f}",
+                *(f"{mean(mine, name):.2f}" for name in ("emulator_ft", "plug_in")),
                 f"{mean(mine, 'gain_nats'):.4f}",
-                f"{100 * fmean(shares(mine)):.1f} %",
-                f"{100 * min(shares(mine)):.1f} %",
+                *(f"{100 * of(shares(mine)):.1f} %" for of in (fmean, min)),
             )
             for (method,), mine in grouped(rows, "method").items()
         ),

@@ -77,13 +77,6 @@ def base_environment(mark: str, extra: Mapping[str, str]) -> dict[str, str]:
     env = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     for name in ("NO_PROXY", "no_proxy"):
         env[name] = ",".join(filter(None, [env.get(name, ""), LOCAL_HOSTS]))
-    env |= FLOWER
-    env |= {
-        MARK_VARIABLE: mark,
-        "PATH": scripts_path(),
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
+    plain = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"}
+    env |= {**FLOWER, MARK_VARIABLE: mark, "PATH": scripts_path(), **plain, "COLUMNS": "200"}
     return env | dict(extra)

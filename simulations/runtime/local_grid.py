@@ -96,13 +96,8 @@ class LocalGrid(Grid):
         index = self.nodes[node]
         node_config: dict[str, Any] = {"partition-id": index, "num-partitions": len(self.nodes)}
         node_config |= self.node_configs.get(index, {})
-        return Context(
-            run_id=self.run_id,
-            node_id=node,
-            node_config=node_config,
-            state=RecordDict(),
-            run_config=dict(self.config.to_flat()),
-        )
+        run_config = dict(self.config.to_flat())
+        return Context(self.run_id, node, node_config, RecordDict(), run_config)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

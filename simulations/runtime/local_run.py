@@ -50,13 +50,7 @@ def run_strategy(config: RunConfig, grid: LocalGrid) -> None:
         FedsplitError: the run failed.
     """
     torch.manual_seed(config.seed)
-    context = Context(
-        run_id=grid.run_id,
-        node_id=0,
-        node_config={},
-        state=RecordDict(),
-        run_config=dict(config.to_flat()),
-    )
+    context = Context(grid.run_id, 0, {}, RecordDict(), dict(config.to_flat()))
     pick(STRATEGIES, config.strategy, "strategy")(grid, context, config)
 
 

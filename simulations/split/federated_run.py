@@ -85,12 +85,8 @@ def _check_labels(config: RunConfig, owners: list[OwnerSamples]) -> None:
 def _owners(owners: list[OwnerSamples]) -> list[dict[str, Any]]:
     rows = []
     for owner in owners:
-        row: dict[str, Any] = {
-            "name": owner.name,
-            "train": len(owner.train),
-            "test": len(owner.test),
-            "tokens": sum(owner.train.lengths),
-        }
+        row: dict[str, Any] = {"name": owner.name, "train": len(owner.train)}
+        row |= {"test": len(owner.test), "tokens": sum(owner.train.lengths)}
         if owner.train.labels is not None:
             row["labels"] = owner.train.labels.bincount().tolist()
         rows.append(row)
@@ -99,8 +95,8 @@ def _owners(owners: list[OwnerSamples]) -> list[dict[str, Any]]:
 
 def _federated_results(config: RunConfig, server: dict[str, Any]) -> dict[str, Any]:
     parts = [r[mode] for r in server["rounds"] for mode in ("train", "evaluate") if mode in r]
-    tokens = sum(p["row_tokens"] for p in parts)
-    row_bytes = sum(p["row_bytes"] for p in parts)
+    names = ("bytes_up", "bytes_down", "row_bytes", "messages", "row_tokens")
+    up, down, row_bytes, messages, tokens = (sum(p[name] for p in parts) for name in names)
     train_s = sum(r["train"]["seconds"] for r in server["rounds"])
     steps = sum(r["train"]["steps"] for r in server["rounds"])
     return {
@@ -109,10 +105,10 @@ def _federated_results(config: RunConfig, server: dict[str, Any]) -> dict[str, A
             for r in server["rounds"]
         ],
         "traffic": {
-            "bytes_up": sum(p["bytes_up"] for p in parts),
-            "bytes_down": sum(p["bytes_down"] for p in parts),
+            "bytes_up": up,
+            "bytes_down": down,
             "bytes_per_token": row_bytes / tokens if tokens else 0.0,
-            "messages": sum(p["messages"] for p in parts),
+            "messages": messages,
             "tokens_sent": tokens,
             "bottom_bytes": server["bottom_bytes"],
         },
@@ -129,15 +125,9 @@ def _federated_results(config: RunConfig, server: dict[str, Any]) -> dict[str, A
 def _privacy(config: RunConfig, server: dict[str, Any], attacks: dict[str, Any]) -> dict[str, Any]:
     # Only rounds in which something was perturbed anew know how many tokens were touched.
     touched = [r["train"]["metrics"].get("share-touched", 0.0) for r in server["rounds"]]
-    return {
-        "mechanism": config.privacy.mechanism,
-        "eta": config.privacy.eta,
-        "noise_ratio": config.privacy.noise_ratio,
-        "cti": config.privacy.cti,
-        "share_touched": max(touched),
-        "denoise": config.privacy.denoise,
-        **attacks,
-    }
+    p = config.privacy
+    told = {"mechanism": p.mechanism, "eta": p.eta, "noise_ratio": p.noise_ratio, "cti": p.cti}
+    return {**told, "share_touched": max(touched), "denoise": p.denoise, **attacks}
 
 
 def _utility(config: RunConfig, server: dict[str, Any], twin: TwinReport | None) -> dict[str, Any]:
