@@ -165,8 +165,9 @@ def corrected(folder: Path, tokens: int, *, bf16: bool = True) -> float:
 
 def published(folder: Path, tokens: int, *, dtype: torch.dtype = torch.float32) -> float:
     """Compute ICS as the public script does: whole model in memory, six dense K x K matrices."""
-    safely = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
-    model = TASKS["causal-lm"].from_pretrained(folder, dtype=dtype, **safely)
+    model = TASKS["causal-lm"].from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
+    )
     weights = dict(model.named_parameters())
     layers = model.config.num_hidden_layers
     repeat = model.config.num_attention_heads // model.config.num_key_value_heads

@@ -145,7 +145,7 @@ def serve(config: RunConfig, rows: Path, owners: int, steps: int) -> dict[str, A
             connected = resident()
             with sampled() as peak:
                 for child in children:
-                    _say(child, "go")
+                    print("go", file=child.stdin, flush=True)
                 results = [json.loads(_hear(child)) for child in children]
     finally:
         transport.close()
@@ -183,7 +183,7 @@ def _owners(
             )
             children.append(child)
             told = {"offer": plain, "tokens": tokens, "rows": str(rows), "steps": steps}
-            _say(child, json.dumps(told))
+            print(json.dumps(told), file=child.stdin, flush=True)
         for child in children:
             if (line := _hear(child)) != "ready":
                 raise RunError(f"bench service: owners said {line!r}, must say ready")
@@ -193,12 +193,6 @@ def _owners(
             if child.poll() is None:
                 child.kill()
             child.wait()
-
-
-def _say(child: subprocess.Popen[str], text: str) -> None:
-    assert child.stdin is not None
-    child.stdin.write(f"{text}\n")
-    child.stdin.flush()
 
 
 def _hear(child: subprocess.Popen[str]) -> str:

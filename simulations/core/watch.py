@@ -139,13 +139,13 @@ def draw(view: View) -> RenderableType:
     parts: list[RenderableType] = [_title(view), _position(page, rounds), _privacy(page, rounds)]
     if serving := _dict(page.get("serving") or server.get("serving")):
         told = ", ".join(f"{k} {_short(v)}" for k, v in serving.items() if _number(v) is not None)
-        parts.append(_line(("serving ", "bold"), told))
+        parts.append(Text.assemble(("serving ", "bold"), told))
     parts += [table for table in (_owners(page, rounds), _rounds(rounds)) if table is not None]
     if view.records:
-        parts.append(_line(f"evidence: {view.records} signed records in {EVIDENCE}"))
-    parts += [_line((clean(text, 300), "yellow")) for text in view.warnings]
+        parts.append(Text.assemble(f"evidence: {view.records} signed records in {EVIDENCE}"))
+    parts += [Text.assemble((clean(text, 300), "yellow")) for text in view.warnings]
     if error := server.get("error"):
-        parts.append(_line((clean(error, 1000), "red")))
+        parts.append(Text.assemble((clean(error, 1000), "red")))
     return Group(*parts)
 
 
@@ -155,7 +155,7 @@ def _title(view: View) -> Text:
     if status not in ("completed", "failed") and page.get("status"):
         status = clean(page["status"], 20)
     head = " ".join(clean(page[k], 80) for k in ("strategy", "model") if page.get(k))
-    return _line(
+    return Text.assemble(
         (head or clean(view.folder, 200), "bold"),
         "  ",
         (status, _STYLES.get(status, "cyan")),
@@ -166,11 +166,11 @@ def _title(view: View) -> Text:
 
 def _position(page: Mapping[str, Any], rounds: list[dict[str, Any]]) -> RenderableType:
     if not page:
-        return _line(f"{len(rounds)} rounds recorded")
+        return Text.assemble(f"{len(rounds)} rounds recorded")
     at, of = _number(page.get("round")) or 0, _number(page.get("rounds")) or 0
     step, steps = _number(page.get("step")) or 0, _number(page.get("steps")) or 0
     speed, seconds = _number(page.get("steps_per_s")), _dict(page.get("step_seconds"))
-    text = _line(
+    text = Text.assemble(
         f"round {at:g} of {of:g} ",
         clean(page.get("mode", ""), 12),
         f", step {step:g} of {steps:g}" if steps else "",
@@ -194,7 +194,7 @@ def _privacy(page: Mapping[str, Any], rounds: list[dict[str, Any]]) -> Text:
     tokens = sum(_number(part.get("row_tokens")) or 0 for part in train)
     tokens += sum(_number(_dict(r.get("evaluate")).get("row_tokens")) or 0 for r in rounds)
     last = _dict(train[-1].get("metrics")) if train else {}
-    return _line(
+    return Text.assemble(
         ("privacy ", "bold"),
         clean(spent.get("mechanism", "?"), 40),
         f" {clean(told, 200)}" if told else "",
@@ -265,10 +265,6 @@ def clean(value: object, longest: int) -> str:
     """Return text that a terminal takes as text: owners choose names, peers send reasons."""
     text = "".join(c if c.isprintable() else "?" for c in str(value)[: longest + 1])
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
-
-
-def _line(*parts: str | tuple[str, str]) -> Text:
-    return Text.assemble(*parts)
 
 
 def _dict(value: object) -> dict[str, Any]:

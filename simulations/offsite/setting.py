@@ -1,4 +1,4 @@
-"""What the experiments on offsite tuning share: one base, one text, and what is worth keeping.
+"""What the experiments on offsite tuning share: one base, one text, and what is made once.
 
 Centralised, on the union of the owners' text: a federation with one local step per round takes the
 same steps (a test of the strategy holds that), so what differs between rows is the emulator alone.

@@ -131,10 +131,10 @@ class Federation(ABC):
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
 
-        def leave(number: int, frame: FrameType | None) -> None:
+        def unwind(number: int, frame: FrameType | None) -> None:
             raise SystemExit(128 + number)
 
-        self._old_sigterm = signal.signal(signal.SIGTERM, leave)
+        self._old_sigterm = signal.signal(signal.SIGTERM, unwind)
 
     @property
     def processes(self) -> ProcessGroup:

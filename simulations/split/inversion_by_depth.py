@@ -131,8 +131,7 @@ class DepthSetting(ExperimentSetting):
                 "attack": name,
                 "seed": seed,
                 "success": result.success,
-                "low": result.interval[0],
-                "high": result.interval[1],
+                **dict(zip(("low", "high"), result.interval, strict=True)),
                 "empirical_privacy": result.empirical_privacy,
                 "top10": result.top10,
                 "seconds": time.perf_counter() - began,
@@ -150,14 +149,11 @@ class DepthSetting(ExperimentSetting):
 
     def attack(self, name: str, seed: int) -> Attack:
         """Return a row of the attacks' table with this experiment's budget."""
+        o = self.options
+        budget = {"steps": o["optimisation-steps"], "samples": o["optimisation-samples"]}
         own: dict[str, dict[str, Any]] = {
-            "optimisation": {
-                "steps": self.options["optimisation-steps"],
-                "samples": self.options["optimisation-samples"],
-                "shortlist": self.options["shortlist"],
-                "batch": 12,
-            },
-            "learned": {"steps": self.options["learned-steps"]},
+            "optimisation": {**budget, "shortlist": o["shortlist"], "batch": 12},
+            "learned": {"steps": o["learned-steps"]},
         }
         return make_attack(name, seed, own)
 
