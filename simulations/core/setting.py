@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from strategies.base_model import load_base
 from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.models.loading import LoadedModel
 from fedsplit.privacy.public_text import public_ids
 from simulations.core.cells import CellStore
+from strategies.base_model import load_base
 
 
 @dataclass
