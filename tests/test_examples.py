@@ -58,8 +58,6 @@ def test_there_are_five() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs_from_the_wheel(name: str, installed: Path, tmp_path: Path) -> None:
     script = ROOT / "examples" / f"{name}.py"
-    if name == "own_server_app":
-        pytest.importorskip("strategies.settings")
     assert run(installed, script, tmp_path).count("\n") >= 2
     assert f"python examples/{name}.py" in script.read_text()
 
