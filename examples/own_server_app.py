@@ -104,7 +104,7 @@ def federate(server: ServerApp) -> None:
     data = load_dataset("docstrings")
     rows: list[list[str]] = [[], []]
     for i, (text, label) in enumerate(zip(data.texts, data.labels, strict=True)):
-        if label < 2 and len(rows[i % 2]) < 48:
+        if label < 2 and len(rows[i % 2]) < 96:
             rows[i % 2].append(json.dumps({"text": text, "label": data.label_names[label]}))
     nodes: list[dict[str, Any]] = []
     for name, lines in zip(("bank", "hospital"), rows, strict=True):
