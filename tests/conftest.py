@@ -8,8 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.project import ROOT, project_files
+
+# A busy machine is no error of the code; speed is measured by ``python -m simulations bench``.
+settings.register_profile("fedsplit", deadline=None)
+settings.load_profile("fedsplit")
 
 
 @pytest.fixture(scope="session")

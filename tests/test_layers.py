@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 TOPS = ("fedsplit", "strategies", "simulations")
-LONGEST = 450
+LONGEST = 450  # lines of a module
+LARGEST = 17  # modules of a folder, its __init__ included
 
 # Package -> layer.  A module imports its own package, and packages of lower layers.
 LAYERS = {
@@ -265,6 +268,39 @@ def test_modules_stay_short() -> None:
     lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in sources()}
     assert {p: n for p, n in lengths.items() if n > LONGEST} == {}
     assert not list(ROOT.rglob("fedsplit/**/utils.py"))
+
+
+def test_folders_stay_small() -> None:
+    sizes = Counter(str(p.parent.relative_to(ROOT)) for p in sources())
+    assert {folder: n for folder, n in sizes.items() if n > LARGEST} == {}
+
+
+def first_circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of a circle, the first one again at its end; empty where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count, and those for type checking alone too."""
+    paths = {name_of(path): path for path in sources()}
+    graph: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        graph[name] = set()
+        tree = ast.parse(path.read_text())
+        for imported, _ in imports(name, path.name == "__init__.py", tree):
+            found = imported if imported in paths else imported.rpartition(".")[0]
+            if found in paths and not name.startswith(found):  # a package face resolves its parts
+                graph[name].add(found)
+    assert first_circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert first_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []
+    assert first_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize(
