@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from simulations.adversary.context import (
     Field,
@@ -24,7 +25,7 @@ from simulations.adversary.material import (
     word_tokenizer,
 )
 from simulations.adversary.reading import Row, score
-from simulations.adversary.server import Taken
+from simulations.adversary.server import Step, Taken
 from simulations.adversary.victim import strict_policy
 
 WIDTH = 32
@@ -110,32 +111,37 @@ def _not_finite(field: Field) -> Row:
 
 def _classes(field: Field) -> Row:
     """Two logits for a problem of six classes: the refusal tells the batch's largest label."""
-    texts = field.corpus(60, classes=6)
+    texts = field.corpus(160, classes=6)
     tokenizer = word_tokenizer(texts.words)
     table = directions(len(tokenizer), WIDTH)
     bundle, _, _ = pack(tiny(tokenizer, table=table), 0, tokenizer)
     victim = field.victim(texts, strict_policy())
+    flat = settings(
+        privacy__mechanism="dchi",
+        privacy__noise_ratio=50.0,
+        labels__protection="randomised-response",
+        model__labels=6,
+        train__batch_size=1,
+        data__test_share=0.2,
+    )
+    labels = field.truth(victim, flat, bundle, table, "evaluate")[1]
+    order = field.clean(victim, flat, bundle, "evaluate").slots
     guesses: dict[int, int] = {}
     truth: dict[int, int] = {}
     sessions = []
-    for seed in range(14 if field.quick else 30):
-        flat = settings(
-            privacy__mechanism="dchi",
-            privacy__noise_ratio=50.0,
-            labels__protection="randomised-response",
-            model__labels=6,
-            train__batch_size=1,
-            seed=seed,
-        )
-        labels = field.truth(victim, flat, bundle, table, "evaluate")[1]
+    for chosen, slots in sorted(order.items()):
+
+        def answer(step: Step, chosen: int = chosen) -> Tensor:
+            return torch.zeros(len(step.slots), 2 if step.number == chosen else 6)
+
         taken = field.server.session(
-            victim, flat, split_script(bundle, zeros(2)), digest=bundle.digest, kind="evaluate"
+            victim, flat, split_script(bundle, answer), digest=bundle.digest, kind="evaluate"
         )
         sessions.append(taken)
-        truth[seed] = max((labels[slot] for slot in taken.slots.get(0, [])), default=-1)
+        truth[chosen] = max(labels[slot] for slot in slots)
         found = _number(taken, r"must be > (\d+)")
         if found is not None:
-            guesses[seed] = found
+            guesses[chosen] = found
     return _facts(field, "largest label of a batch", guesses, truth, sessions, "facts")
 
 

@@ -122,10 +122,10 @@ def _redrawn(field: Field, variant: str, epsilons: bool) -> Row:
 def _loss(field: Field) -> Row:
     """Held-out labels as the binary digits of one average loss: two steps of sixteen labels."""
     policy = strict_policy(labels__max_epsilon=EPSILON)
-    victim, bundle, table, flat, _ = _setting(field, field.corpus(40), policy)
+    victim, bundle, table, flat, _ = _setting(field, field.corpus(160), policy)
     flat |= {
         "labels.protection": "randomised-response",
-        "data.test-share": 0.8,
+        "data.test-share": 0.2,  # of the texts, held out
         "train.batch-size": 8,  # evaluation takes twice as many
     }
     truth = field.truth(victim, flat, bundle, table, "evaluate")[1]
@@ -155,8 +155,8 @@ def _loss(field: Field) -> Row:
 def _accuracy(field: Field) -> Row:
     """Held-out labels one by one: which accuracy changes when one answer changes?"""
     policy = strict_policy(labels__max_epsilon=EPSILON, budget__sessions_per_day=100)
-    victim, bundle, table, flat, _ = _setting(field, field.corpus(50), policy)
-    flat |= {"labels.protection": "randomised-response", "data.test-share": 0.8}
+    victim, bundle, table, flat, _ = _setting(field, field.corpus(200), policy)
+    flat |= {"labels.protection": "randomised-response", "data.test-share": 0.2}
     truth = field.truth(victim, flat, bundle, table, "evaluate")[1]
     sessions = []
 

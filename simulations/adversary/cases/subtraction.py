@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedsplit.models.splitting.halves import Bottom
 from simulations.adversary.context import Field, settings, split_script, token_row, zeros
-from simulations.adversary.material import directions, pack, tiny, word_tokenizer
+from simulations.adversary.material import corpus, directions, pack, tiny, word_tokenizer
 from simulations.adversary.reading import Row
 from simulations.adversary.victim import strict_policy
 
@@ -49,7 +49,8 @@ def _subtract(
         asked: changed settings and round of each session.
         joined: sentences of one text.
     """
-    found = field.corpus((8 if field.quick else 48) * joined)
+    count = (8 if field.quick else 24) * joined
+    found = corpus(count, real=field.real and joined == 1)
     for at in range(len(found.texts) // joined):
         found.texts[at] = " ".join(found.texts[joined * at : joined * (at + 1)])
     del found.texts[len(found.texts) // joined :], found.labels[len(found.texts) :]
