@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedsplit.emulators.compression.structure import Model, OwnStorage, configs_outside, with_blocks
+from fedsplit.emulators.compression.structure import Model, OwnStorage, with_blocks
 from fedsplit.emulators.planning.plan import COMPRESS, HARMONIZER, SHARE, EmulatorPlan
 from fedsplit.errors import ConfigError
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings, load_named
@@ -118,8 +118,6 @@ def build_emulator(
         made[position] = mirror(made[plan.source[position]])  # other module, the same weights
     result = with_blocks(model, [made[i] for i in plan.positions], plan.positions)
     own.take(result)
-    for config in configs_outside(result, anatomy.blocks_path):
-        config.use_cache = False
     emulator = Emulator(
         result.eval(),
         plan,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedsplit.emulators.compression.structure import Model, evaluating
+from fedsplit.emulators.compression.structure import Model
 from fedsplit.errors import DataError, check
+from fedsplit.models.modes import evaluating
 
 
 def check_tokens(name: str, tokens: Any, rows: int = 1) -> Tensor:

@@ -11,7 +11,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.evaluation.likelihood import Likelihood
-from fedsplit.evaluation.perplexity import evaluating, forward
+from fedsplit.evaluation.perplexity import forward
+from fedsplit.models.modes import evaluating
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped

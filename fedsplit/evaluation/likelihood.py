@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import DataError, check
-from fedsplit.evaluation.perplexity import LOGITS, Model, evaluating, forward, longest, vocabulary
+from fedsplit.evaluation.perplexity import LOGITS, Model, forward, longest, vocabulary
+from fedsplit.models.modes import evaluating
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from fedsplit.errors import DataError, check
+from fedsplit.models.modes import evaluating
 
 Model: TypeAlias = Any  # a Hugging Face causal language model
 Floats = npt.NDArray[np.float64]
@@ -183,14 +183,3 @@ def longest(model: Model) -> int:
 def vocabulary(model: Model) -> int:
     """Return the rows of the model's input embeddings."""
     return int(model.get_input_embeddings().num_embeddings)
-
-
-@contextmanager
-def evaluating(model: Model) -> Iterator[None]:
-    """Switch dropout off, and back to what it was."""
-    training = bool(model.training)
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

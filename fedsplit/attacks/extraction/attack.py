@@ -39,12 +39,13 @@ from fedsplit.emulators.build import (
     load_adapters,
     plug_in,
 )
-from fedsplit.emulators.compression.structure import Model, evaluating, frozen
+from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import AttackError, check
 from fedsplit.evaluation.perplexity import TextLoss, text_loss
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import evaluating, frozen
 from fedsplit.seeding import derive_seed
 
 Progress = Callable[[int, float], None]

@@ -22,6 +22,7 @@ from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
+from fedsplit.models.modes import frozen
 from fedsplit.seeding import torch_generator
 
 
@@ -36,11 +37,8 @@ def soft_embeddings(embedding: nn.Module) -> Iterator[list[Tensor]]:
     def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return slot[0] if slot else None
 
-    handle = embedding.register_forward_hook(replace)
-    try:
+    with embedding.register_forward_hook(replace):
         yield slot
-    finally:
-        handle.remove()
 
 
 def embedding_table(embedding: nn.Module, vocab_size: int, device: torch.device) -> Tensor:
@@ -48,21 +46,6 @@ def embedding_table(embedding: nn.Module, vocab_size: int, device: torch.device)
     with torch.no_grad():
         out: Tensor = embedding(torch.arange(vocab_size, device=device))
     return out.float()
-
-
-@contextmanager
-def frozen_eval(bottom: nn.Module) -> Iterator[None]:
-    """Hold ``bottom`` in evaluation mode without gradients of its own; undo both afterwards."""
-    training, frozen = bottom.training, [p for p in bottom.parameters() if p.requires_grad]
-    bottom.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        bottom.train(training)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True)
@@ -166,7 +149,7 @@ class OptimisationInversion(TokenAttack):
         start = time.perf_counter()
         order = sorted(range(len(representations)), key=lambda i: representations[i].shape[0])
         top: list[Tensor] = [torch.empty(0)] * len(representations)
-        with frozen_eval(bottom):
+        with frozen(bottom):
             device = next(bottom.parameters()).device
             ids = torch.arange(vocab_size) if shortlist is None else torch.unique(shortlist.cpu())
             if not len(ids) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:

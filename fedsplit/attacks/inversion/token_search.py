@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,9 +22,11 @@ from torch import Tensor, nn
 
 from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.inversion.nearest import has_candidates
-from fedsplit.attacks.inversion.optimisation import embedding_table, frozen_eval, soft_embeddings
+from fedsplit.attacks.inversion.optimisation import embedding_table, soft_embeddings
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
+from fedsplit.models.modes import frozen
+from fedsplit.models.splitting.structure import Exit, Reached
 
 
 @dataclass
@@ -117,7 +118,7 @@ class ExactSearch(TokenAttack):
         """
         start = time.perf_counter()
         top: list[Tensor] = []
-        with frozen_eval(bottom):
+        with frozen(bottom):
             device = next(bottom.parameters()).device
             check_causal(bottom, vocab_size, device)
             table = embedding_table(embedding, vocab_size, device)  # (V, d_e)
@@ -229,14 +230,14 @@ class PrefixRunner:
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(len(ids))
         mask = torch.ones(len(ids), len(self._prefix) + 1, dtype=torch.int64, device=self._device)
-        with states_before_cut(self._bottom) as caught:
-            self._bottom.model(  # type: ignore[operator]
-                input_ids=ids.unsqueeze(1),
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return caught[0][:, -1].float()
+        hidden = state_before_cut(
+            self._bottom,
+            input_ids=ids.unsqueeze(1),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return hidden[:, -1].float()
 
     def _cache_works(self) -> bool:
         """Say whether cached and whole forward passes agree, tried on a short prefix."""
@@ -271,45 +272,24 @@ def prefix_cache(bottom: nn.Module, ids: Tensor) -> Any:
         values = [*args, *kwargs.values()]
         caught.extend(v for v in values if hasattr(v, "batch_repeat_interleave"))
 
-    handle = _last_block(bottom).register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with states_before_cut(bottom):
-            bottom.model(  # type: ignore[operator]
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True
-            )
-    finally:
-        handle.remove()
+    with _last_block(bottom).register_forward_pre_hook(keep, with_kwargs=True):
+        state_before_cut(bottom, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     if not caught:
         raise AttackError("bottom: its blocks receive no cache: must for a cached search")
     return caught[0]
 
 
-class _Cut(Exception):
-    """Private: ends a forward at the cut."""
-
-
-@contextmanager
-def states_before_cut(bottom: nn.Module) -> Iterator[list[Tensor]]:
-    """Yield a list that receives what the stand-in for block k is given; the forward ends there."""
-    caught: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _Cut
-
-    handle = _last_block(bottom).register_forward_pre_hook(keep, with_kwargs=True)
+def state_before_cut(bottom: nn.Module, **inputs: Any) -> Tensor:
+    """Return what the stand-in for block k is given, ``(B, t, d)``; the forward ends there."""
     try:
-        yield caught
-    except _Cut:
-        pass
-    finally:
-        handle.remove()
+        bottom.model(**inputs)  # type: ignore[operator]
+    except Reached as reached:
+        return reached.hidden
+    raise AttackError("bottom: its forward never reached the cut")
 
 
 def _last_block(bottom: nn.Module) -> nn.Module:
     """Return the stand-in behind the bottom's blocks (see ``Exit`` of the splitting package)."""
-    from fedsplit.models.splitting.structure import Exit
-
     return next(m for m in bottom.modules() if isinstance(m, Exit))
 
 

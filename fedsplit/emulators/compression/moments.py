@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsplit.emulators.compression.structure import Model, frozen
+from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import frozen
 
 
 @dataclass
@@ -51,22 +53,18 @@ def collect(
     check_tokens("tokens", tokens)
     anatomy = probe(model)
     found = {key: Moments() for key in (*matrices, *channels)}
-    handles = [anatomy.input_embeddings.register_forward_hook(_track)]
-    for key in matrices:
-        layer = anatomy.blocks[key[0]].get_submodule(key[1])
-        handles.append(layer.register_forward_hook(_matrix_hook(found[key])))
-    for key in channels:
-        layer = anatomy.blocks[key[0]].get_submodule(key[1])
-        handles.append(layer.register_forward_hook(_channel_hook(found[key])))
+    hooks = [(anatomy.input_embeddings, _track)]
+    for keys, make in ((matrices, _matrix_hook), (channels, _channel_hook)):
+        hooks += [(anatomy.blocks[i].get_submodule(n), make(found[i, n])) for i, n in keys]
     device = next(model.parameters()).device
-    try:
-        with frozen(model), torch.enable_grad():
-            for ids in torch.split(tokens, batch_size):
-                ids = ids.to(device)
-                lm_loss(logits_of(model, ids), ids, "sum").backward()  # type: ignore[no-untyped-call]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack:
+        for layer, hook in hooks:
+            stack.enter_context(layer.register_forward_hook(hook))
+        stack.enter_context(frozen(model))
+        stack.enter_context(torch.enable_grad())
+        for ids in torch.split(tokens, batch_size):
+            ids = ids.to(device)
+            lm_loss(logits_of(model, ids), ids, "sum").backward()  # type: ignore[no-untyped-call]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Structure surgery for emulators: other blocks in a model, storage of their own, a tiny forward.
+"""Structure of emulators: other blocks in a model, storage of their own, a tiny forward.
 
 Everything goes through :mod:`fedsplit.models`; a model is a Hugging Face model, typed ``Any`` here
 because only that package names transformers.
@@ -6,8 +6,8 @@ because only that package names transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from fedsplit.errors import UnsupportedModelError, check
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import evaluating
+from fedsplit.models.splitting import structure
 from fedsplit.models.splitting.equivalence import padded_batch
-from fedsplit.models.splitting.structure import mirror
 
 Model: TypeAlias = Any
 
@@ -37,42 +38,9 @@ def with_blocks(model: Model, blocks: Sequence[nn.Module], positions: Sequence[i
         ConfigError: if the two differ in length or there is none.
     """
     check(len(blocks) == len(positions) > 0, "blocks", len(blocks), f"{len(positions)}, >= 1")
-    anatomy = probe(model)
-    made: Model = mirror(model, {anatomy.blocks: nn.ModuleList(blocks)})
-    for config in configs_outside(made, anatomy.blocks_path):
-        _select_layers(config, anatomy.num_layers, positions)
-    for module in made.modules():
-        # A stochastically skipped block would make the emulator another one at each step.
-        if isinstance(getattr(module, "layerdrop", None), float):
-            module.layerdrop = 0.0
+    made: Model = structure.with_blocks(model, blocks, positions)
     _renumber(made)
     return made
-
-
-def configs_outside(model: Model, blocks_path: str) -> list[Any]:
-    """Return each configuration object that modules outside the blocks hold, once."""
-    kind: Any = _config_base(model.config)
-    found: dict[int, Any] = {}
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, kind) and not name.startswith(blocks_path + "."):
-            for one in (config, config.get_text_config()):
-                found[id(one)] = one
-    return list(found.values())
-
-
-def _config_base(config: Any) -> type:
-    # The oldest ancestor that knows get_text_config: every configuration derives from it.
-    return [c for c in type(config).__mro__ if "get_text_config" in vars(c)][-1]
-
-
-def _select_layers(config: Any, layers: int, positions: Sequence[int]) -> None:
-    if getattr(config, "num_hidden_layers", None) == layers:
-        for name, value in list(vars(config).items()):
-            if "layer" in name and isinstance(value, list | tuple) and len(value) == layers:
-                setattr(config, name, type(value)(value[i] for i in positions))
-        config.num_hidden_layers = len(positions)
-    config.use_cache = False
 
 
 def _renumber(model: Model) -> None:
@@ -166,18 +134,17 @@ def block_outputs(model: Model) -> list[Any]:
     def keep(index: int) -> Any:
         return lambda _module, _args, output: seen[index].append(output)
 
-    handles = [block.register_forward_hook(keep(i)) for i, block in enumerate(blocks)]
     try:
-        tiny_logits(model)
+        with ExitStack() as hooks:
+            for i, block in enumerate(blocks):
+                hooks.enter_context(block.register_forward_hook(keep(i)))
+            tiny_logits(model)
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: its forward fails on a padded batch: {error}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     for i, outputs in seen.items():
         if len(outputs) != 1:
             raise UnsupportedModelError(
@@ -190,30 +157,3 @@ def first(output: Any) -> Tensor:
     """Return the hidden states in what a block returned."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Hold evaluation mode inside; restore every module's own mode afterwards."""
-    modes = [(m, m.training) for top in modules for m in top.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Hold evaluation mode without gradients inside; restore the flags afterwards."""
-    flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        with evaluating(*modules):
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
-from fedsplit.emulators.compression.structure import Model, first, frozen
+from fedsplit.emulators.compression.structure import Model, first
 from fedsplit.emulators.compressors.base import (
     Compressor,
     Forecast,
@@ -24,6 +25,7 @@ from fedsplit.emulators.lm import check_tokens, logits_of
 from fedsplit.emulators.planning.plan import ADAPTER, DROP, KEEP, SHARE, EmulatorPlan
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import frozen
 
 MAX_ROWS = 1024
 
@@ -120,19 +122,15 @@ def block_features(model: Model, tokens: Tensor) -> list[Tensor]:
     """Return each block's output on ``tokens``, flattened to (rows, d), at most 1024 rows."""
     check_tokens("tokens", tokens)
     found: list[Tensor] = []
-    blocks = probe(model).blocks
-    handles = [
-        b.register_forward_hook(
-            lambda _m, _a, out: found.append(first(out).flatten(0, -2)[:MAX_ROWS].double().cpu())
-        )
-        for b in blocks
-    ]
-    try:
-        with frozen(model):
-            logits_of(model, tokens.to(next(model.parameters()).device))
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def keep(block: nn.Module, args: Any, output: Any) -> None:
+        found.append(first(output).flatten(0, -2)[:MAX_ROWS].double().cpu())
+
+    with ExitStack() as hooks:
+        for block in probe(model).blocks:
+            hooks.enter_context(block.register_forward_hook(keep))
+        hooks.enter_context(frozen(model))
+        logits_of(model, tokens.to(next(model.parameters()).device))
     return found
 
 

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
-from fedsplit.emulators.compression.structure import Model, evaluating, first, frozen
+from fedsplit.emulators.compression.structure import Model, first
 from fedsplit.emulators.importance.supernet import relative_mismatch
 from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of
 from fedsplit.emulators.planning.plan import ADAPTER, HARMONIZER, KEEP, ROLES, EmulatorPlan
 from fedsplit.errors import ConfigError, check
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import evaluating, frozen
 from fedsplit.seeding import derive_seed
 
 PLACES = ("last", "inputs")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.data.batches import epoch_batches
-from fedsplit.emulators.compression.structure import Model, frozen
+from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.importance.files import (
     NAME,
     Importance,
@@ -42,6 +42,7 @@ from fedsplit.emulators.pair_files import read_pair
 from fedsplit.errors import ConfigError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import weights_digest
+from fedsplit.models.modes import frozen
 from fedsplit.seeding import derive_seed, torch_generator
 
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import Emulator, adapter_state, build_emulator, plug_in
-from fedsplit.emulators.compression.structure import Model, evaluating
+from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import Compressor, Material
 from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of, mean_loss
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import evaluating
 from fedsplit.seeding import derive_seed
 
 

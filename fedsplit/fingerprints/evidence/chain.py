@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,75 +55,6 @@ def report_body(report: LineageReport) -> dict[str, Any]:
     body = asdict(report)
     body["parts"] = dict(report.parts)
     return body
-
-
-def append(
-    path: str | Path,
-    key: Ed25519PrivateKey,
-    *,
-    round_number: int,
-    subject: str,
-    report: LineageReport | None,
-    weights: str,
-    action: str,
-    details: Mapping[str, Any] | None = None,
-    previous: str | None = None,
-) -> str:
-    """Add one record; return its hash, to be given to the other party.
-
-    Args:
-        round_number: federated round.
-        subject: "aggregate", or the owner whose update was checked.
-        report: the gate's report; None if the weights could not be judged (``details`` says why).
-        weights: digest of the checked weights.
-        action: "accept", "reject", "stop" or "warn".
-        details: what else was found, such as each owner's verdict; values that JSON can express.
-        previous: hash of the last line, where the caller knows it; None reads it from the file.
-
-    Raises:
-        LineageError: if the file's last line is damaged, or the record cannot be written.
-    """
-    where = Path(path)
-    body: dict[str, Any] = {
-        "version": VERSION,
-        "round": int(round_number),
-        "subject": subject,
-        "action": action,
-        "weights": weights,
-        "previous": last_hash(where) if previous is None else previous,
-        "signer": key.public_key().public_bytes_raw().hex(),
-        "report": {"verdict": "not_shown"} if report is None else report_body(report),
-        "details": dict(details or {}),
-    }
-    digest = hashlib.sha256(canonical_json(body)).hexdigest()
-    signature = key.sign(bytes.fromhex(digest)).hex()
-    line = json.dumps(body | {"hash": digest, "signature": signature}, sort_keys=True)
-    try:
-        storage.append(where, line.encode() + b"\n")
-    except OSError as error:
-        raise LineageError(f"{where}: cannot be written: {error.strerror or error}") from error
-    return digest
-
-
-def last_hash(path: Path) -> str:
-    """Hash of a chain's last line, without reading the others; the start's for an empty file.
-
-    Raises:
-        LineageError: if that line is damaged.
-    """
-    try:
-        with path.open("rb") as handle:
-            end = handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, end - 2 * MAX_LINE))
-            lines = handle.read().splitlines()
-    except FileNotFoundError:
-        return START
-    if not lines:
-        return START
-    try:
-        return str(json.loads(lines[-1])["hash"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise LineageError(f"{path}: its last record is damaged: {error!r}") from error
 
 
 class StateDigest:
@@ -183,20 +113,40 @@ class Chain:
         details: Mapping[str, Any] | None = None,
         subject: str = "aggregate",
     ) -> str:
-        """Add one record (see :func:`append`); return the new head."""
-        self.head = append(
-            self.path,
-            self._key,
-            round_number=round_number,
-            subject=subject,
-            report=report,
-            weights=weights,
-            action=action,
-            details=details,
-            previous=self.head,
-        )
-        self.count += 1
-        return self.head
+        """Add one record; return the new head, to be given to the other party.
+
+        Args:
+            round_number: federated round.
+            report: the gate's; None if the weights could not be judged (``details`` says why).
+            weights: digest of the checked weights.
+            action: "accept", "reject", "stop" or "warn".
+            details: what else was found, such as each owner's verdict, as JSON's values.
+            subject: "aggregate", or the owner whose update was checked.
+
+        Raises:
+            LineageError: if the record cannot be written.
+        """
+        body: dict[str, Any] = {
+            "version": VERSION,
+            "round": int(round_number),
+            "subject": subject,
+            "action": action,
+            "weights": weights,
+            "previous": self.head,
+            "signer": self.signer,
+            "report": {"verdict": "not_shown"} if report is None else report_body(report),
+            "details": dict(details or {}),
+        }
+        digest = hashlib.sha256(canonical_json(body)).hexdigest()
+        signature = self._key.sign(bytes.fromhex(digest)).hex()
+        line = json.dumps(body | {"hash": digest, "signature": signature}, sort_keys=True)
+        try:
+            storage.append(self.path, line.encode() + b"\n")
+        except OSError as error:
+            why = error.strerror or error
+            raise LineageError(f"{self.path}: cannot be written: {why}") from error
+        self.head, self.count = digest, self.count + 1
+        return digest
 
 
 def read(path: str | Path, *, signer: str | None = None) -> Iterator[Record]:

@@ -45,8 +45,9 @@ from fedsplit.errors import LineageError
 from fedsplit.fingerprints.methods.aligned_products import (
     KINDS,
     centred_stream,
+    compare_matching_blocks,
     cosine,
-    match_blocks,
+    mean_cosine,
 )
 from fedsplit.fingerprints.methods.whitened import orthonormal_rows, whitened_factors
 from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens
@@ -197,27 +198,11 @@ def _same_width(base: int, suspect: int) -> None:
 
 def compare_sketches(ours: Tensor, theirs: Tensor) -> Similarity:
     """Return the cosines of sketches, V/O and FFN averaged over blocks."""
-    same = ours.shape[0] == theirs.shape[0]
-    pairs: list[int | None] = list(range(ours.shape[0]))
-    if not same:
-        table = torch.tensor(
-            [[max(0.0, _mean(_cosines(a, b))) for b in theirs] for a in ours],
-            dtype=torch.float64,
-        )
-        pairs = match_blocks(table)
-    found = [None if j is None else _cosines(ours[i], theirs[j]) for i, j in enumerate(pairs)]
-    seen = [f for f in found if f is not None]
-    parts = {k: sum(s[k] for s in seen) / max(1, len(seen)) for k in KINDS}
-    per_block = tuple(0.0 if f is None else _mean(f) for f in found)
-    return Similarity(_mean(parts), parts, per_block)
-
-
-def _cosines(one: Tensor, two: Tensor) -> dict[str, float]:
-    return {k: cosine(one[n], two[n]) for n, k in enumerate(KINDS)}
-
-
-def _mean(found: dict[str, float]) -> float:
-    return (found["vo"] + found["ffn"]) / 2
+    found = compare_matching_blocks(
+        (len(ours), len(theirs)),
+        lambda i, j: {kind: cosine(ours[i][n], theirs[j][n]) for n, kind in enumerate(KINDS)},
+    )
+    return Similarity(mean_cosine(found.parts), found.parts, found.per_block)
 
 
 def _body(fingerprint: PublicFingerprint) -> dict[str, Any]:

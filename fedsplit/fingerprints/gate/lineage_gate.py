@@ -29,6 +29,7 @@ from fedsplit.fingerprints.methods.aligned_products import (
     centred_stream,
     cosine,
     embedding_alignment,
+    mean_cosine,
     product_factors,
 )
 from fedsplit.fingerprints.methods.ics import ICS, Factors, correlation
@@ -296,7 +297,7 @@ class LineageGate:
         self, view: WeightView, memory: _Memory, recomputed: int, alignment: Alignment | None
     ) -> LineageReport:
         order = [memory.blocks[i] for i in range(view.depth)]
-        per_layer = tuple((b["vo"] + b["ffn"]) / 2 for b in order)
+        per_layer = tuple(mean_cosine(b) for b in order)
         verdict, diverged = decide(per_layer, self.config)
         none = Moments(0.0, 0.0, 0.0)
         total = sum(memory.moments.values(), none)

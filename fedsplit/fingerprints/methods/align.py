@@ -31,6 +31,11 @@ class Alignment:
     fit: float
     kind: str
 
+    @property
+    def turn(self) -> Tensor | None:
+        """The map, or None where the bases are the same."""
+        return None if self.kind == "identity" else self.matrix
+
 
 def _centred(rows: Tensor) -> Tensor:
     rows = rows.double()

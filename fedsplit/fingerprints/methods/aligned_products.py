@@ -26,7 +26,8 @@ Source: our own construction on HuRef (arXiv 2312.04828), section 4, and AWM, se
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -141,6 +142,65 @@ def match_blocks(table: Tensor) -> list[int | None]:
     return found
 
 
+def mean_cosine(found: Mapping[str, float]) -> float:
+    """Return the mean of V/O's and the FFN's similarity."""
+    return (found["vo"] + found["ffn"]) / 2
+
+
+@dataclass(frozen=True)
+class BlockSimilarities:
+    """Similarities of two models' matched blocks.
+
+    Attributes:
+        parts: mean over the matched blocks, by kind of product.
+        per_block: of each block of the base; 0 where none of the other model's matches.
+        matched: number of matched blocks.
+    """
+
+    parts: dict[str, float]
+    per_block: tuple[float, ...]
+    matched: int
+
+
+def compare_matching_blocks(
+    depths: tuple[int, int],
+    compare: Callable[[int, int], dict[str, float]],
+    score: Callable[[Mapping[str, float]], float] = mean_cosine,
+) -> BlockSimilarities:
+    """Compare block with block; of two models one may have lost or gained some.
+
+    Args:
+        depths: numbers of blocks of the base and of the suspect.
+        compare: (block of the base, block of the suspect) -> similarity by kind.
+        score: what the kinds' similarities say together.
+    """
+    n, m = depths
+    pairs: list[int | None] = list(range(n))
+    found = {(i, j): compare(i, j) for i in range(n) for j in ([i] if n == m else range(m))}
+    if n != m:
+        table = torch.zeros(n, m, dtype=torch.float64)
+        for at, values in found.items():
+            table[at] = max(0.0, score(values))
+        pairs = match_blocks(table)
+    kept = [None if j is None else found[i, j] for i, j in enumerate(pairs)]
+    seen = [values for values in kept if values is not None]
+    return BlockSimilarities(
+        {kind: sum(values[kind] for values in seen) / max(1, len(seen)) for kind in KINDS},
+        tuple(0.0 if values is None else score(values) for values in kept),
+        len(seen),
+    )
+
+
+def alignment_notes(
+    alignment: Alignment, depths: tuple[int, int], found: BlockSimilarities
+) -> tuple[str, ...]:
+    """Return what a comparison in a common basis says beside its figures."""
+    notes = (f"residual basis by {alignment.kind}, rows fit at {alignment.fit:.3f}",)
+    if depths[0] == depths[1]:
+        return notes
+    return (*notes, f"{found.matched} of {depths[0]} base blocks matched in {depths[1]}")
+
+
 class AlignedProducts(Fingerprint):
     """Mean cosine of V/O and FFN products after aligning the residual bases."""
 
@@ -149,7 +209,6 @@ class AlignedProducts(Fingerprint):
     colour: ClassVar[str] = "#111111"
     strangers: ClassVar[str] = "0.02"
     descendants: ClassVar[str] = "0.963"
-    kinds: tuple[str, ...] = ("vo", "ffn")
 
     def compare(
         self, base: WeightView, suspect: WeightView, tokens: Sequence[int] | None = None
@@ -161,38 +220,18 @@ class AlignedProducts(Fingerprint):
         """
         del tokens
         alignment = embedding_alignment(base, suspect)
-        matrix = None if alignment.kind == "identity" else alignment.matrix
         centre = centred_stream(base)
-        notes = [f"residual basis by {alignment.kind}, rows fit at {alignment.fit:.3f}"]
-        pairs: list[int | None] = list(range(base.depth))
-        if base.depth != suspect.depth:
-            table = torch.zeros(base.depth, suspect.depth, dtype=torch.float64)
-            for j in range(suspect.depth):
-                theirs = suspect.block(j)
-                for i in range(base.depth):
-                    found = compare_blocks(base.block(i), theirs, matrix, centre=centre)
-                    table[i, j] = max(0.0, self._mean(found))
-            pairs = match_blocks(table)
-            kept = sum(p is not None for p in pairs)
-            notes.append(f"{kept} of {base.depth} base blocks matched in {suspect.depth}")
-        parts: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        per_block: list[float] = []
-        for i, match in enumerate(pairs):
-            if match is None:
-                per_block.append(0.0)
-                continue
-            found = compare_blocks(base.block(i), suspect.block(match), matrix, centre=centre)
-            for kind, value in found.items():
-                parts[kind].append(value)
-            per_block.append(self._mean(found))
-        seen = [p for p, j in zip(per_block, pairs, strict=True) if j is not None]
+        depths = (base.depth, suspect.depth)
+
+        def compare(i: int, j: int) -> dict[str, float]:
+            pair = base.block(i), suspect.block(j)
+            return compare_blocks(*pair, alignment.turn, centre=centre)
+
+        found = compare_matching_blocks(depths, compare)
         return Similarity(
-            sum(seen) / max(1, len(seen)),
-            {k: sum(v) / max(1, len(v)) for k, v in parts.items()},
-            tuple(per_block),
-            tuple(notes),
+            sum(found.per_block) / max(1, found.matched),
+            found.parts,
+            found.per_block,
+            alignment_notes(alignment, depths, found),
             alignment.fit,
         )
-
-    def _mean(self, found: dict[str, float]) -> float:
-        return sum(found[k] for k in self.kinds) / len(self.kinds)

@@ -21,16 +21,17 @@ gate's score), new embeddings (no alignment), an expanded or cut width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsplit.fingerprints.methods.aligned_products import (
-    KINDS,
+    alignment_notes,
     centred_stream,
+    compare_matching_blocks,
     embedding_alignment,
-    match_blocks,
 )
 from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.methods.cka import unbiased_cka
@@ -124,34 +125,15 @@ class AWM(Fingerprint):
         """
         del tokens
         alignment = embedding_alignment(base, suspect)
-        matrix = None if alignment.kind == "identity" else alignment.matrix
         centre = centred_stream(base)
-        notes = [f"residual basis by {alignment.kind}, rows fit at {alignment.fit:.3f}"]
-        pairs: list[int | None] = list(range(base.depth))
-        found: dict[tuple[int, int], dict[str, float]] = {}
-        if base.depth != suspect.depth:
-            all_theirs = [features(suspect.block(j), centre=centre) for j in range(suspect.depth)]
-            table = torch.zeros(base.depth, suspect.depth, dtype=torch.float64)
-            for i in range(base.depth):
-                ours = features(base.block(i), centre=centre)
-                for n, theirs in enumerate(all_theirs):
-                    found[i, n] = compare_features(ours, theirs, matrix)
-                    table[i, n] = max(0.0, found[i, n]["qk"])
-            pairs = match_blocks(table)
-            kept = sum(p is not None for p in pairs)
-            notes.append(f"{kept} of {base.depth} base blocks matched in {suspect.depth}")
-        per_block: list[float] = []
-        seen: list[dict[str, float]] = []
-        for i, match in enumerate(pairs):
-            if match is None:
-                per_block.append(0.0)
-                continue
-            j = match
-            if (i, j) not in found:
-                ours = features(base.block(i), centre=centre)
-                theirs = features(suspect.block(j), centre=centre)
-                found[i, j] = compare_features(ours, theirs, matrix)
-            seen.append(found[i, j])
-            per_block.append(found[i, j]["qk"])
-        parts = {k: sum(s[k] for s in seen) / max(1, len(seen)) for k in KINDS}
-        return Similarity(parts["qk"], parts, tuple(per_block), tuple(notes), alignment.fit)
+        depths = (base.depth, suspect.depth)
+        ours = lru_cache(maxsize=1)(lambda i: features(base.block(i), centre=centre))
+        kept = 1 if base.depth == suspect.depth else suspect.depth
+        theirs = lru_cache(maxsize=kept)(lambda j: features(suspect.block(j), centre=centre))
+        found = compare_matching_blocks(
+            depths,
+            lambda i, j: compare_features(ours(i), theirs(j), alignment.turn),
+            lambda values: values["qk"],
+        )
+        notes = alignment_notes(alignment, depths, found)
+        return Similarity(found.parts["qk"], found.parts, found.per_block, notes, alignment.fit)

@@ -19,6 +19,7 @@ products.  Own construction (not in HuRef or AWM).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,8 @@ from torch import Tensor
 from fedsplit.fingerprints.methods.aligned_products import (
     KINDS,
     centred_stream,
-    match_blocks,
+    compare_matching_blocks,
+    mean_cosine,
     product_factors,
     products,
 )
@@ -106,24 +108,9 @@ class WhitenedICS(Fingerprint):
                 out[kind] = value / norm**0.5 if norm > 0 else 0.0
             return out
 
-        found: dict[tuple[int, int], dict[str, float]] = {}
-        pairs: list[int | None] = list(range(base.depth))
-        same = base.depth == suspect.depth
-        for i in range(base.depth):
-            ours = products(base.block(i), centre=centre[0])
-            for j in [i] if same else range(suspect.depth):
-                found[i, j] = cosines(ours, products(suspect.block(j), centre=centre[1]))
-        if not same:
-            table = torch.zeros(base.depth, suspect.depth, dtype=torch.float64)
-            for (i, j), values in found.items():
-                table[i, j] = max(0.0, _mean(values))
-            pairs = match_blocks(table)
-        kept = [None if j is None else found[i, j] for i, j in enumerate(pairs)]
-        seen = [f for f in kept if f is not None]
-        parts = {k: sum(s[k] for s in seen) / max(1, len(seen)) for k in KINDS}
-        per_block = tuple(0.0 if f is None else _mean(f) for f in kept)
-        return Similarity(_mean(parts), parts, per_block)
-
-
-def _mean(found: dict[str, float]) -> float:
-    return (found["vo"] + found["ffn"]) / 2
+        ours = lru_cache(maxsize=1)(lambda i: products(base.block(i), centre=centre[0]))
+        found = compare_matching_blocks(
+            (base.depth, suspect.depth),
+            lambda i, j: cosines(ours(i), products(suspect.block(j), centre=centre[1])),
+        )
+        return Similarity(mean_cosine(found.parts), found.parts, found.per_block)

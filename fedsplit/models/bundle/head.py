@@ -27,6 +27,7 @@ from fedsplit.models.bundle.bottom import (
     lay_out_whole,
 )
 from fedsplit.models.bundle.bounded_json import dump_json, parse_json
+from fedsplit.models.modes import evaluating
 from fedsplit.models.splitting.equivalence import padded_batch, relative_difference
 from fedsplit.models.splitting.halves import Upper
 from fedsplit.models.splitting.heads import Head
@@ -176,14 +177,8 @@ def _check_same(head: Head, again: Upper | None) -> None:
     mask = padded_batch(1, torch.device("cpu"))[1]
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(*mask.shape, head.hidden_size, generator=generator)
-    modes = [(m, m.training) for m in head.modules()]
-    try:
-        head.eval()
-        with torch.no_grad():
-            expected, got = head(hidden, mask), again(hidden, mask)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(head), torch.no_grad():
+        expected, got = head(hidden, mask), again(hidden, mask)
     bound = 1e-4 if next(head.parameters()).dtype == torch.float32 else 3e-2
     if expected.shape != got.shape or not relative_difference(expected, got) <= bound:
         raise ModelError(f"{type(head.model).__name__}: its head cannot be rebuilt from a bundle")

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fedsplit.errors import ConfigError, UnsupportedModelError
+from fedsplit.models.modes import probing
 from fedsplit.models.splitting.equivalence import TOLERANCE, relative_difference
 from fedsplit.models.splitting.halves import Bottom, Top
-from fedsplit.models.splitting.structure import Reached, probing
+from fedsplit.models.splitting.structure import Reached
 
 
 class HalfCache(Cache):
@@ -134,7 +135,7 @@ def check_cached_decoding(bottom: Bottom, top: Top) -> None:
     if top.task != "causal-lm":
         raise ConfigError(f"task {top.task!r}: must be causal-lm to be run token by token")
     ids = (torch.arange(7)[None] * 5 + 3) % bottom.vocab  # (1, 7)
-    with probing(bottom), probing(top), torch.inference_mode():
+    with probing(bottom, top), torch.inference_mode():
         whole = top(bottom(ids), None)  # (1, 7, V)
         below, above = CachedBottom(bottom), CachedTop(top)
         worst = 0.0

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from fedsplit.errors import UnsupportedModelError
 from fedsplit.models.anatomy import probe, text_config
+from fedsplit.models.modes import evaluating
 
 # Largest difference allowed, relative to the largest logit.  The halves run the same operations
 # on the same shapes, so anything above rounding is a part of the model that was cut wrongly.
@@ -56,7 +57,7 @@ def check_equivalence(whole: PreTrainedModel, bottom: nn.Module, top: nn.Module)
     parameter = next(whole.parameters())
     vocab = int(probe(whole).input_embeddings.num_embeddings)  # type: ignore[arg-type]
     ids, mask = padded_batch(vocab, parameter.device, text_config(whole).pad_token_id)
-    with _evaluating(whole, bottom, top):
+    with evaluating(whole, bottom, top):
         expected = _attempt(name, lambda: whole(input_ids=ids, attention_mask=mask).logits)
         got = _attempt(name, lambda: top(bottom(ids, mask), mask))
     if got.shape != expected.shape:
@@ -85,16 +86,3 @@ def _attempt(name: str, forward: Callable[[], Tensor]) -> Tensor:
         raise UnsupportedModelError(f"{name}: its forward fails on a padded batch: {error}") from (
             error
         )
-
-
-class _evaluating:
-    def __init__(self, *modules: nn.Module) -> None:
-        self._modes = [(m, m.training) for top in modules for m in top.modules()]
-
-    def __enter__(self) -> None:
-        for module, _ in self._modes:
-            module.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self._modes:
-            module.training = mode

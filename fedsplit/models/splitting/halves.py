@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fedsplit.errors import ConfigError, UnsupportedModelError, check
 from fedsplit.models.anatomy import probe, text_config
+from fedsplit.models.modes import probing
 from fedsplit.models.splitting.equivalence import check_equivalence, padded_batch
 from fedsplit.models.splitting.structure import (
     Exit,
@@ -24,7 +25,6 @@ from fedsplit.models.splitting.structure import (
     cut,
     leaves_of,
     mirror,
-    probing,
     strip,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from fedsplit.errors import UnsupportedModelError
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import probing
 from fedsplit.models.splitting.equivalence import TOLERANCE, padded_batch, relative_difference
 from fedsplit.models.splitting.halves import Top, Upper
-from fedsplit.models.splitting.structure import Pass, Slot, cut, probing, strip
+from fedsplit.models.splitting.structure import Pass, Slot, cut, strip
 
 
 class Head(Upper):
@@ -155,20 +157,15 @@ def _final_module(top: Top) -> tuple[str | None, int, int]:
 
         return hook
 
-    handles = [
-        m.register_forward_hook(watch(n))
-        for n, m in model.named_modules()
-        if m is anatomy.blocks[-1] or not (n + ".").startswith(prefix)
-    ]
     device = next(model.parameters()).device
     mask = padded_batch(1, device)[1]
     hidden = _noise(top, mask)
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if module is anatomy.blocks[-1] or not (name + ".").startswith(prefix):
+                hooks.enter_context(module.register_forward_hook(watch(name)))
         with probing(top), torch.no_grad():
             final = top.hidden_states(hidden, mask)
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, output in outputs:
         # Families reshape in between (GPT-2): the same memory is the same state.
         if output.data_ptr() == final.data_ptr() and output.shape == final.shape:
@@ -188,7 +185,7 @@ def _noise(top: Top, mask: Tensor) -> Tensor:
 def _check(top: Top, head: Head) -> None:
     parameter = next(top.parameters())
     mask = padded_batch(1, torch.device("cpu"))[1]
-    with probing(top), probing(head), torch.no_grad():
+    with probing(top, head), torch.no_grad():
         hidden = _noise(top, mask)
         expected = top(hidden, mask)
         got = head(top.hidden_states(hidden, mask), mask)

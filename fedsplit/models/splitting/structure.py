@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -175,64 +175,61 @@ def mirror(module: M, replace: dict[nn.Module, nn.Module] | None = None) -> M:
     return copy.deepcopy(module, memo)
 
 
+def with_blocks(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], positions: Sequence[int]
+) -> PreTrainedModel:
+    """Return the structure of ``model`` around other blocks; tensors stay the very same.
+
+    Per-layer settings in the configuration are cut to ``positions``, one position of the model's
+    own blocks for each new block; the cache is off.
+    """
+    anatomy = probe(model)
+    made = mirror(model, {anatomy.blocks: nn.ModuleList(blocks)})
+    for config in configs_outside(made, anatomy.blocks_path):
+        _select_layers(config, anatomy.num_layers, positions)
+    for module in made.modules():
+        # A stochastically skipped block would skip the cut, or make another model at each step.
+        if isinstance(getattr(module, "layerdrop", None), float):
+            module.layerdrop = 0.0  # type: ignore[assignment]
+    return made
+
+
 def cut(model: PreTrainedModel, blocks: list[nn.Module], keep: slice) -> PreTrainedModel:
     """Return ``model`` around other ``blocks``, its configuration shortened to match.
 
-    ``keep`` selects the layers whose per-layer settings (``layer_types`` ...) stay.  The blocks
-    keep their own, unshortened configuration and their ``layer_idx``: some families compute with
-    the index (GPT-2's scale_attn_by_inverse_layer_idx), and without a cache nothing else reads it.
+    Args:
+        model: not changed.
+        blocks: modules for the new block list.
+        keep: which of the per-layer settings (layer types and the like) the new list gets.
     """
     anatomy = probe(model)
-    half = mirror(model, {anatomy.blocks: nn.ModuleList(blocks)})
-    for config in _configs(half, outside=anatomy.blocks_path):
-        _shorten(config, anatomy.num_layers, keep, len(blocks))
-    for module in half.modules():
-        # A stochastically skipped block would skip the cut itself.
-        if isinstance(getattr(module, "layerdrop", None), float):
-            module.layerdrop = 0.0  # type: ignore[assignment]
+    half = with_blocks(model, blocks, range(anatomy.num_layers)[keep])
+    for config in configs_outside(half, anatomy.blocks_path):
+        config.tie_word_embeddings = False
     # Nothing is tied from here on: a later tie_weights() must not look for the removed embedding.
     if hasattr(half, "all_tied_weights_keys"):
         half.all_tied_weights_keys = {}
     return half
 
 
-def _configs(model: PreTrainedModel, outside: str) -> list[PreTrainedConfig]:
+def configs_outside(model: PreTrainedModel, blocks_path: str) -> list[PreTrainedConfig]:
+    """Return each configuration object that modules outside the blocks hold, once."""
     found: dict[int, PreTrainedConfig] = {}
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and not name.startswith(outside + "."):
+        if isinstance(config, PreTrainedConfig) and not name.startswith(blocks_path + "."):
             for one in (config, config.get_text_config()):
                 found[id(one)] = one
     return list(found.values())
 
 
-def _shorten(config: PreTrainedConfig, layers: int, keep: slice, blocks: int) -> None:
+def _select_layers(config: PreTrainedConfig, layers: int, positions: Sequence[int]) -> None:
     if getattr(config, "num_hidden_layers", None) == layers:
-        config.num_hidden_layers = blocks
         for name, value in list(vars(config).items()):
             if "layer" in name and isinstance(value, list | tuple) and len(value) == layers:
-                setattr(config, name, type(value)(value[keep]))
+                setattr(config, name, type(value)(value[i] for i in positions))
+        config.num_hidden_layers = len(positions)
     config.use_cache = False
-    config.tie_word_embeddings = False
-
-
-@contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Hold evaluation mode, every float parameter tracked by autograd; restore all flags."""
-    modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for parameter, _ in flags:
-            parameter.requires_grad_(parameter.is_floating_point())
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def leaves_of(output: Tensor) -> set[int]:

@@ -13,6 +13,7 @@ so are weighted means.  MiniLM at 48 positions: 94 MB in place of 2.3 GB, exact 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -243,13 +244,12 @@ def _last_norm(
         assert isinstance(module, nn.LayerNorm)
         seen.append((module, given[0].detach().float(), result.detach().float()))
 
-    hooks = [m.register_forward_hook(note) for m in bottom.modules() if isinstance(m, nn.LayerNorm)]
-    try:
-        batch = ids.unsqueeze(1).expand(-1, positions).contiguous()
+    batch = ids.unsqueeze(1).expand(-1, positions).contiguous()
+    with ExitStack() as hooks:
+        for module in bottom.modules():
+            if isinstance(module, nn.LayerNorm):
+                hooks.enter_context(module.register_forward_hook(note))
         out: Tensor = bottom(batch, torch.ones_like(batch)).detach().float()
-    finally:
-        for hook in hooks:
-            hook.remove()
     for module, given, result in reversed(seen):
         if result.shape == out.shape and torch.equal(result, out):
             width = out.shape[2]

@@ -167,18 +167,10 @@ def test_a_state_digest_reads_again_only_what_changed() -> None:
 def _chain(tiny: Tiny, path: Path, key: Ed25519PrivateKey, rounds: int = 4) -> str:
     model = tiny("llama")
     report = LineageGate(model).check(model)
-    head = ""
+    chain = evidence.Chain(path, key)
     for number in range(rounds):
-        head = evidence.append(
-            path,
-            key,
-            round_number=number,
-            subject="aggregate",
-            report=report,
-            weights="ab" * 32,
-            action="accept",
-        )
-    return head
+        chain.append(number, report, weights="ab" * 32, action="accept")
+    return chain.head
 
 
 def test_a_whole_chain_verifies(tiny: Tiny, tmp_path: Path, key: Ed25519PrivateKey) -> None:
