@@ -28,17 +28,20 @@ class Inversion:
     """What an inversion attack guesses.
 
     Args:
-        ids: per sample, the best guess, int64 ``(T_i,)``.
         top: per sample, the k best guesses, best first, int64 ``(T_i, k)``.
         seconds: what it took.
     """
 
-    ids: list[Tensor]
     top: list[Tensor]
     seconds: float
 
+    @property
+    def ids(self) -> list[Tensor]:
+        """Per sample, the best guess, int64 ``(T_i,)``."""
+        return [x[:, 0] for x in self.top]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class AttackResult:
     """An attack's success against the truth.
 
@@ -61,7 +64,7 @@ class AttackResult:
     interval: tuple[float, float]
     tokens: int
     baseline: float
-    top10: float | None
+    top10: float | None = None
     knowledge: str
     seconds: float
     extra: dict[str, Any] = field(default_factory=dict)

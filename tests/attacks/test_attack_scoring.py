@@ -19,7 +19,7 @@ from fedsplit.statistics import wilson_interval
 
 def guesses(*rows: list[int]) -> Inversion:
     ids = [torch.tensor(r) for r in rows]
-    return Inversion(ids=ids, top=[x.unsqueeze(1) for x in ids], seconds=0.5)
+    return Inversion([x.unsqueeze(1) for x in ids], 0.5)
 
 
 def test_accuracy_is_positional_and_skips_specials():
@@ -42,7 +42,7 @@ def test_top10():
     truth = [torch.tensor([3, 7, 50])]
     top = torch.stack([torch.arange(10)] * 3)
 
-    result = score_tokens("x", Inversion([top[:, 0]], [top], 0.0), truth)
+    result = score_tokens("x", Inversion([top], 0.0), truth)
 
     assert (result.success, result.top10) == (0.0, pytest.approx(2 / 3))
 

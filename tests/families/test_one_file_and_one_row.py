@@ -65,7 +65,7 @@ class AlwaysFive(TokenAttack):
 
     def read(self, view: View) -> Inversion:
         ids = [torch.full((len(x),), self.guess) for x in view.rows]
-        return Inversion(ids, [x[:, None] for x in ids], 0.0)
+        return Inversion([x[:, None] for x in ids], 0.0)
 
 
 def test_an_attack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -165,7 +165,6 @@ class Extraction(Attack):
 
     @property
     def knowledge(self) -> str:
-        """What the attacker has."""
         more = ", the full model's logits for it" if self.queries else ""
         return f"the emulator, public text{more}"
 
@@ -203,7 +202,6 @@ class Extraction(Attack):
             interval=last.interval or (0.0, 0.0),
             tokens=looks[-1].tokens,
             baseline=0.0,
-            top10=None,
             knowledge=self.knowledge,
             seconds=time.perf_counter() - start,
             extra={"rows": [look.to_json() for look in looks]},

@@ -165,8 +165,7 @@ class GradientInversion(TokenAttack):
                 break
         order = best.flatten(0, 1).topk(min(self.top_k, len(rows)), dim=1).indices
         top = list(ids[order].view(*shape, -1).unbind(0))
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
+        return Inversion(top, time.perf_counter() - start)
 
     def _descend(
         self,
@@ -225,8 +224,4 @@ def align_batch(inversion: Inversion, truth: Sequence[Tensor]) -> Inversion:
     )  # (guesses, samples)
     guess, sample = linear_sum_assignment(-right)
     of = dict(zip(sample.tolist(), guess.tolist(), strict=True))
-    return Inversion(
-        ids=[inversion.ids[of[i]] for i in range(len(truth))],
-        top=[inversion.top[of[i]] for i in range(len(truth))],
-        seconds=inversion.seconds,
-    )
+    return Inversion([inversion.top[of[i]] for i in range(len(truth))], inversion.seconds)

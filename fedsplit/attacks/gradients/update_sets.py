@@ -128,7 +128,6 @@ class EmbeddingUpdate(Attack):
             interval=wilson_interval(success, len(real)),
             tokens=len(real),
             baseline=len(found) / len(before),
-            top10=None,
             knowledge=self.knowledge,
             seconds=seconds,
             extra={"precision": hits / max(1, len(found)), "metric": "recall of distinct tokens"},
@@ -183,7 +182,6 @@ class BiasGradient(Attack):
             interval=wilson_interval(success, n),
             tokens=n,
             baseline=int(real.max()) / n,
-            top10=None,
             knowledge=self.knowledge,
             seconds=seconds,
         )

@@ -15,10 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedsplit.attacks.base import TokenAttack, View
-from fedsplit.attacks.inversion.nearest import has_candidates
+from fedsplit.attacks.base import View
+from fedsplit.attacks.inversion.nearest import CandidateAttack
 from fedsplit.attacks.scoring import Inversion
-from fedsplit.errors import AttackError, check
+from fedsplit.errors import AttackError
 from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates
 
@@ -52,29 +52,16 @@ def average_views(views: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], floa
 
 
 @dataclass(frozen=True)
-class AveragingInversion(TokenAttack):
-    """The attack: the nearest neighbour of each sample's mean view.
-
-    Args:
-        top_k: guesses ranked per token.
-    """
+class AveragingInversion(CandidateAttack):
+    """The attack: the nearest neighbour of each sample's mean view."""
 
     name: ClassVar[str] = "averaging"
     knows: ClassVar[str] = (
         "white box: the initial bottom (k = 0), and every view of each sample (epochs, runs)"
     )
     needs: ClassVar[tuple[str, ...]] = ("rows", "repeats")
-    top_k: int = 10
-
-    def __post_init__(self) -> None:
-        check(self.top_k >= 1, "top_k", self.top_k, ">= 1 (guesses)")
-
-    def applies(self, view: View) -> bool:
-        """Return whether samples were seen more than once, and rows have a candidate set."""
-        return super().applies(view) and has_candidates(view)
 
     def read(self, view: View) -> Inversion:
-        """Return the guesses."""
         return self.invert([view.rows, *view.repeats], view.public.candidates(view.rows))
 
     def invert(self, views: Sequence[Sequence[Tensor]], candidates: Candidates) -> Inversion:
@@ -86,5 +73,4 @@ class AveragingInversion(TokenAttack):
         start = time.perf_counter()
         means, _ = average_views(views)
         ids, _ = search(means, candidates, self.top_k)
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in ids], top=ids, seconds=seconds)
+        return Inversion(ids, time.perf_counter() - start)

@@ -23,11 +23,9 @@ from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
-from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates
 from fedsplit.privacy.denoising.ngram import Floats, Ints, NgramModel
-from fedsplit.privacy.denoising.position_candidates import in_coordinates
-from fedsplit.privacy.denoising.posterior import Touched, likelihood_of, whiten
+from fedsplit.privacy.denoising.posterior import Touched, posterior_search
 from fedsplit.privacy.mechanisms.base import Mechanism
 
 
@@ -64,7 +62,6 @@ class ContextualInversion(TokenAttack):
         return super().applies(view) and has_candidates(view) and view.public.noisy
 
     def read(self, view: View) -> Inversion:
-        """Return the guesses."""
         of = view.public
         candidates = of.candidates(view.rows)
         return self.invert(view.rows, candidates, of.known_mechanism, of.language, of.touched)
@@ -90,24 +87,16 @@ class ContextualInversion(TokenAttack):
             PrivacyError: if the mechanism's law is not known.
         """
         start = time.perf_counter()
-        whitener = mechanism.whitener()
-        if whitener is not None:
-            candidates = in_coordinates(candidates, whitener)
         prior = torch.from_numpy(language.unigram(np.arange(candidates.vocab_size))).float()
-        ids, scores = search(
-            whiten(representations, whitener),
-            candidates,
-            self.shortlist,
-            log_likelihood=likelihood_of(mechanism, candidates.dim, touched),
-            log_prior=prior,
+        ids, scores = posterior_search(
+            representations, candidates, mechanism, self.shortlist, prior, touched
         )
         top = []
         for tokens, score in zip(ids, scores, strict=True):
             emission = (score.cpu().double() - prior[tokens.cpu()].double()).numpy()  # (T, n)
             ranked = self._read(tokens.cpu().numpy(), emission, language)
             top.append(torch.from_numpy(ranked))
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
+        return Inversion(top, time.perf_counter() - start)
 
     def _read(self, tokens: Ints, emission: Floats, language: NgramModel) -> Ints:
         """Return each token's best guesses, ``(T, n), (T, n) -> (T, top_k)``."""

@@ -172,8 +172,7 @@ class LearnedInversion(TokenAttack):
         start = time.perf_counter()
         trained = self.train(public, public_ids, table, mechanism)
         top = trained.rank(representations, self.top_k)
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
+        return Inversion(top, time.perf_counter() - start)
 
     def train(
         self,

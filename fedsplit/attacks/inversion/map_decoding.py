@@ -13,24 +13,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedsplit.attacks.base import TokenAttack, View
-from fedsplit.attacks.inversion.nearest import has_candidates
+from fedsplit.attacks.base import View
+from fedsplit.attacks.inversion.nearest import CandidateAttack
 from fedsplit.attacks.scoring import Inversion
-from fedsplit.errors import check
-from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates
-from fedsplit.privacy.denoising.position_candidates import in_coordinates
-from fedsplit.privacy.denoising.posterior import Touched, likelihood_of, whiten
+from fedsplit.privacy.denoising.posterior import Touched, posterior_search
 from fedsplit.privacy.mechanisms.base import Mechanism
 
 
 @dataclass(frozen=True)
-class MapInversion(TokenAttack):
-    """The attack: each received vector is read as its most probable candidate.
-
-    Args:
-        top_k: guesses ranked per token.
-    """
+class MapInversion(CandidateAttack):
+    """The attack: each received vector is read as its most probable candidate."""
 
     name: ClassVar[str] = "map"
     knows: ClassVar[str] = (
@@ -39,17 +32,12 @@ class MapInversion(TokenAttack):
     )
     result_key: ClassVar[str] = "map_inversion"
     words: ClassVar[str] = "an attacker who also knows the noise and word frequencies"
-    top_k: int = 10
-
-    def __post_init__(self) -> None:
-        check(self.top_k >= 1, "top_k", self.top_k, ">= 1 (guesses)")
 
     def applies(self, view: View) -> bool:
         """Return whether there are candidates and noise of a known law."""
-        return super().applies(view) and has_candidates(view) and view.public.noisy
+        return super().applies(view) and view.public.noisy
 
     def read(self, view: View) -> Inversion:
-        """Return the guesses."""
         of = view.public
         candidates = of.candidates(view.rows)
         return self.invert(view.rows, candidates, of.known_mechanism, of.log_prior(), of.touched)
@@ -75,15 +63,7 @@ class MapInversion(TokenAttack):
             PrivacyError: if the mechanism's law is not known.
         """
         start = time.perf_counter()
-        whitener = mechanism.whitener()
-        if whitener is not None:
-            candidates = in_coordinates(candidates, whitener)
-        ids, _ = search(
-            whiten(representations, whitener),
-            candidates,
-            self.top_k,
-            log_likelihood=likelihood_of(mechanism, candidates.dim, touched),
-            log_prior=log_prior,
+        ids, _ = posterior_search(
+            representations, candidates, mechanism, self.top_k, log_prior, touched
         )
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in ids], top=ids, seconds=seconds)
+        return Inversion(ids, time.perf_counter() - start)

@@ -30,17 +30,13 @@ def has_candidates(view: View) -> bool:
 
 
 @dataclass(frozen=True)
-class NearestNeighbour(TokenAttack):
-    """The attack: each received vector is read as its nearest candidate.
+class CandidateAttack(TokenAttack):
+    """An attack that searches the finite set of clean vectors of rows before any block.
 
     Args:
         top_k: guesses ranked per token.
     """
 
-    name: ClassVar[str] = "nearest"
-    knows: ClassVar[str] = "white box: the initial bottom (k = 0), nothing about the noise"
-    result_key: ClassVar[str] = "embedding_inversion"
-    words: ClassVar[str] = "read as its nearest vocabulary vector"
     top_k: int = 10
 
     def __post_init__(self) -> None:
@@ -50,8 +46,17 @@ class NearestNeighbour(TokenAttack):
         """Return whether the rows have a finite candidate set."""
         return super().applies(view) and has_candidates(view)
 
+
+@dataclass(frozen=True)
+class NearestNeighbour(CandidateAttack):
+    """The attack: each received vector is read as its nearest candidate."""
+
+    name: ClassVar[str] = "nearest"
+    knows: ClassVar[str] = "white box: the initial bottom (k = 0), nothing about the noise"
+    result_key: ClassVar[str] = "embedding_inversion"
+    words: ClassVar[str] = "read as its nearest vocabulary vector"
+
     def read(self, view: View) -> Inversion:
-        """Return the guesses."""
         return self.invert(view.rows, view.public.candidates(view.rows))
 
     def invert(self, representations: Sequence[Tensor], candidates: Candidates) -> Inversion:
@@ -60,8 +65,7 @@ class NearestNeighbour(TokenAttack):
         ids = self._filtered(representations, candidates)
         if ids is None:
             ids, _ = search(representations, candidates, self.top_k)
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in ids], top=ids, seconds=seconds)
+        return Inversion(ids, time.perf_counter() - start)
 
     def _filtered(
         self, representations: Sequence[Tensor], candidates: Candidates

@@ -105,7 +105,6 @@ class OptimisationInversion(TokenAttack):
         return super().applies(view) and not has_candidates(view)
 
     def read(self, view: View) -> Inversion:
-        """Return the guesses for the first samples."""
         of = view.public
         rows = view.rows[: self.samples or None]
         return self.invert(rows, of.bottom, of.embedding, of.vocab, self._frequent(view))
@@ -161,8 +160,7 @@ class OptimisationInversion(TokenAttack):
                 found = self._batch(rows, bottom, embedding, table, ids.to(device))
                 for i, guess in zip(group, found, strict=True):
                     top[i] = guess
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
+        return Inversion(top, time.perf_counter() - start)
 
     def _batch(
         self,

@@ -94,7 +94,6 @@ class ExactSearch(TokenAttack):
         return causal and not has_candidates(view) and not view.public.noisy
 
     def read(self, view: View) -> Inversion:
-        """Return the guesses for the first samples."""
         of = view.public
         return self.invert(view.rows[: self.samples or None], of.bottom, of.embedding, of.vocab)
 
@@ -126,8 +125,7 @@ class ExactSearch(TokenAttack):
             self.effort.cached = runner.cached
             for received in representations:
                 top.append(self._sample(received.to(device).float(), runner, table))
-        seconds = time.perf_counter() - start
-        return Inversion(ids=[x[:, 0] for x in top], top=top, seconds=seconds)
+        return Inversion(top, time.perf_counter() - start)
 
     def _sample(self, received: Tensor, runner: PrefixRunner, table: Tensor) -> Tensor:
         """Return the ranked guesses of one sample, ``(T, k)``."""

@@ -127,7 +127,6 @@ class LabelLeakage(Attack):
 
     @property
     def knowledge(self) -> str:
-        """What the attacker is given."""
         return METHODS[self.method][1]
 
     def applies(self, view: View) -> bool:
@@ -167,7 +166,6 @@ class LabelLeakage(Attack):
             interval=wilson_interval(success, n),
             tokens=n,
             baseline=int(torch.bincount(labels).max()) / n,
-            top10=None,
             knowledge=self.knowledge,
             seconds=seconds,
         )

@@ -184,7 +184,6 @@ class AttributeInference(Attack):
             ),
             tokens=len(rest),
             baseline=float((rest == seen.mode().values).double().mean()),
-            top10=None,
             knowledge=self.knowledge,
             seconds=seconds,
             extra=extra,

@@ -128,7 +128,6 @@ class MembershipInference(Attack):
 
     @property
     def knowledge(self) -> str:
-        """What the attacker is given."""
         if self.method == "loss":
             return "the tuned top's loss on the sample"
         return (
@@ -173,7 +172,6 @@ class MembershipInference(Attack):
             interval=auc_interval(scores, member, seed=self.seed),
             tokens=len(scores),
             baseline=0.5,
-            top10=None,
             knowledge=self.knowledge,
             seconds=time.perf_counter() - start,
             extra={

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol, Self, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.build import Emulator
+from fedsplit.emulators.build import Edit, Emulator, build_emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.importance.files import Importance
 from fedsplit.emulators.lm import check_tokens
-from fedsplit.emulators.planning.plan import check_positions
+from fedsplit.emulators.planning.plan import EmulatorPlan, check_positions
 from fedsplit.errors import ConfigError, UnsupportedModelError, check
 from fedsplit.models.layout.projections import BlockLayout
 
@@ -130,11 +130,13 @@ class Compressor(Protocol):
 
     Attributes:
         name: its row in :data:`fedsplit.emulators.COMPRESSORS`.
+        adapters: A's positions.
         places: whether it chooses A's blocks itself, from an importance run, where none are given.
     """
 
     name: ClassVar[str]
     places: ClassVar[bool] = False
+    adapters: tuple[int, ...]
 
     def build(self, model: Model, material: Material) -> Emulator:
         """Return the emulator; ``model`` is left as it was."""
@@ -147,7 +149,29 @@ class Compressor(Protocol):
     @classmethod
     def identity(cls, adapters: Sequence[int]) -> Self:
         """Return the settings that compress nothing."""
-        ...
+        return cls(adapters=tuple(adapters))  # type: ignore[call-arg]  # a dataclass's own
+
+    def made(
+        self,
+        model: Model,
+        plan: EmulatorPlan,
+        material: Material,
+        *,
+        edit: Edit | None = None,
+        details: Mapping[str, Any] | None = None,
+        harmonizers: Mapping[int, nn.Module] | None = None,
+    ) -> Emulator:
+        """Return the emulator of a plan; its details begin with this compressor's settings."""
+        settings = asdict(cast(Any, self))
+        return build_emulator(
+            model,
+            plan,
+            harmonizers=harmonizers,
+            edit=edit,
+            method=self.name,
+            base_digest=material.base_digest,
+            details={"settings": settings, **(details or {})},
+        )
 
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.build import Emulator
 from fedsplit.emulators.compression.structure import Model, first
 from fedsplit.emulators.compressors.base import (
     Compressor,
@@ -51,17 +51,10 @@ class Crash(Compressor):
         check(good, "clusters", self.clusters, "None or >= 1")
 
     @classmethod
-    def identity(cls, adapters: Sequence[int]) -> Self:
-        """Return the settings in which every block is its own cluster."""
-        return cls(adapters=tuple(adapters))
-
-    @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
-        """Return its own settings from a run's."""
         return {"clusters": offsite.keep}
 
     def forecast(self, sizes: Sizes) -> Forecast:
-        """Return the emulator's size without building it."""
         chosen = adapters_in(sizes.layers, self.adapters)
         count = self._count(runs_between(sizes.layers, chosen))
         rest = sizes.layers - len(chosen)
@@ -95,13 +88,8 @@ class Crash(Compressor):
             ADAPTER if i in chosen else KEEP if centres[i] == i else other for i in range(layers)
         )
         source = tuple(centres[i] if roles[i] == SHARE else i for i in range(layers))
-        return build_emulator(
-            model,
-            EmulatorPlan(roles, source),
-            method=self.name,
-            base_digest=material.base_digest,
-            details={"settings": asdict(self), "clusters": clusters},
-        )
+        plan = EmulatorPlan(roles, source)
+        return self.made(model, plan, material, details={"clusters": clusters})
 
 
 def runs_between(layers: int, adapters: Sequence[int]) -> list[list[int]]:

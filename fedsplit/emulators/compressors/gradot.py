@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.build import Emulator
 from fedsplit.emulators.compression.linears import bias_of, matrix_of, set_matrix
 from fedsplit.emulators.compression.moments import Moments, collect
 from fedsplit.emulators.compression.src import ATTENTION, apply_factors, module_of, read_site
@@ -79,13 +79,7 @@ class GradOT(Compressor):
         check(self.calibration >= 1, "calibration", self.calibration, ">= 1 (blocks)")
 
     @classmethod
-    def identity(cls, adapters: Sequence[int]) -> Self:
-        """Return the settings that compress nothing."""
-        return cls(adapters=tuple(adapters))
-
-    @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
-        """Return its own settings from a run's."""
         return {"attention": offsite.beta, "ffn": offsite.beta}
 
     def forecast(self, sizes: Sizes) -> Forecast:
@@ -121,7 +115,7 @@ class GradOT(Compressor):
         plan = EmulatorPlan.with_adapters(layers, chosen, KEEP if idle else COMPRESS)
         factors: dict[Key, Factors] = {}
         channels: dict[int, Tensor] = {}
-        details: dict[str, Any] = {"settings": asdict(self)}
+        details: dict[str, Any] = {}
         if not idle:
             layout = dense_layout_of(model.config)
             factors, channels = self._decide(model, layout, plan.having(COMPRESS), material)
@@ -134,14 +128,7 @@ class GradOT(Compressor):
             if position in channels:
                 keep_channels(block, layout, channels[position])
 
-        return build_emulator(
-            model,
-            plan,
-            edit=edit,
-            method=self.name,
-            base_digest=material.base_digest,
-            details=details,
-        )
+        return self.made(model, plan, material, edit=edit, details=details)
 
     def _decide(
         self, model: Model, layout: BlockLayout, blocks: Sequence[int], material: Material

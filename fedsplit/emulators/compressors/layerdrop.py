@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.build import Emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
     Compressor,
@@ -49,13 +49,7 @@ class LayerDrop(Compressor):
         check(self.distil_steps >= 0, "distil_steps", self.distil_steps, ">= 0")
 
     @classmethod
-    def identity(cls, adapters: Sequence[int]) -> Self:
-        """Return the settings that drop nothing."""
-        return cls(adapters=tuple(adapters))
-
-    @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
-        """Return its own settings from a run's."""
         return {"keep": offsite.keep, "distil_steps": offsite.settle_steps}
 
     @classmethod
@@ -71,7 +65,6 @@ class LayerDrop(Compressor):
         return {f"{cls.name} A={adapters} keep={kept}": cls(adapters=chosen, keep=kept)}
 
     def forecast(self, sizes: Sizes) -> Forecast:
-        """Return the emulator's size without building it."""
         chosen = len(adapters_in(sizes.layers, self.adapters))
         return plain_forecast(sizes, chosen, self._count(sizes.layers - chosen))
 
@@ -94,13 +87,7 @@ class LayerDrop(Compressor):
         roles = tuple(
             ADAPTER if i in chosen else KEEP if i in kept else DROP for i in range(layers)
         )
-        emulator = build_emulator(
-            model,
-            EmulatorPlan(roles),
-            method=self.name,
-            base_digest=material.base_digest,
-            details={"settings": asdict(self)},
-        )
+        emulator = self.made(model, EmulatorPlan(roles), material)
         if self.distil_steps and keep:
             settings = Distil(
                 steps=self.distil_steps,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.build import Emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
     Compressor,
@@ -44,13 +43,7 @@ class Magnitude(Compressor):
         check_fraction("sparsity", self.sparsity)
 
     @classmethod
-    def identity(cls, adapters: Sequence[int]) -> Self:
-        """Return the settings that prune nothing."""
-        return cls(adapters=tuple(adapters))
-
-    @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
-        """Return its own settings from a run's."""
         return {"sparsity": offsite.beta}
 
     def forecast(self, sizes: Sizes) -> Forecast:
@@ -62,17 +55,11 @@ class Magnitude(Compressor):
         return replace(whole, verbatim=whole.verbatim - zeros)
 
     def build(self, model: Model, material: Material) -> Emulator:
-        """Return the emulator."""
         layers = probe(model).num_layers
         rest = COMPRESS if self.sparsity > 0 else KEEP
         plan = EmulatorPlan.with_adapters(layers, adapters_in(layers, self.adapters), rest)
-        emulator = build_emulator(
-            model,
-            plan,
-            edit=lambda _, block: prune_block(block, self.sparsity),
-            method=self.name,
-            base_digest=material.base_digest,
-            details={"settings": asdict(self)},
+        emulator = self.made(
+            model, plan, material, edit=lambda _, block: prune_block(block, self.sparsity)
         )
         nonzero = sum(int(p.count_nonzero()) for p in emulator.model.parameters())
         emulator.details["nonzero"] = nonzero

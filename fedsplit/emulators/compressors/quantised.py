@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import nn
 
-from fedsplit.emulators.build import Emulator, build_emulator
+from fedsplit.emulators.build import Emulator
 from fedsplit.emulators.compression.linears import QuantisedLinear, bias_of, is_linear, matrix_of
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
@@ -48,11 +48,9 @@ class Quantised(Compressor):
 
     @classmethod
     def identity(cls, adapters: Sequence[int]) -> Self:
-        """Return the settings that round nothing."""
         return cls(adapters=tuple(adapters), bits=32)
 
     def forecast(self, sizes: Sizes) -> Forecast:
-        """Return the emulator's size without building it."""
         chosen = len(adapters_in(sizes.layers, self.adapters))
         rest = sizes.layers - chosen
         whole = plain_forecast(sizes, chosen, rest)
@@ -69,17 +67,11 @@ class Quantised(Compressor):
         )
 
     def build(self, model: Model, material: Material) -> Emulator:
-        """Return the emulator."""
         layers = probe(model).num_layers
         rest = COMPRESS if self.bits < 32 else KEEP
         plan = EmulatorPlan.with_adapters(layers, adapters_in(layers, self.adapters), rest)
-        return build_emulator(
-            model,
-            plan,
-            edit=lambda _, block: quantise_block(block, self.bits),
-            method=self.name,
-            base_digest=material.base_digest,
-            details={"settings": asdict(self)},
+        return self.made(
+            model, plan, material, edit=lambda _, block: quantise_block(block, self.bits)
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from torch import nn
@@ -81,11 +81,6 @@ class ScaleOT(Compressor):
         check(self.rank_by in RANKS, "rank_by", self.rank_by, f"one of {', '.join(RANKS)}")
         check(self.settle_steps >= 0, "settle_steps", self.settle_steps, ">= 0")
 
-    @classmethod
-    def identity(cls, adapters: Sequence[int]) -> Self:
-        """Return the settings that compress nothing: alpha = beta = 0."""
-        return cls(adapters=tuple(adapters))
-
     def plan(self, model: Model, material: Material) -> EmulatorPlan:
         """Return which block plays which part.
 
@@ -111,7 +106,6 @@ class ScaleOT(Compressor):
 
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
-        """Return its own settings from a run's."""
         return {
             "alpha": offsite.alpha,
             "beta": offsite.beta,
@@ -171,7 +165,7 @@ class ScaleOT(Compressor):
         """
         plan = self.plan(model, material)
         digest = material.base_digest or weights_digest(model)
-        details: dict[str, Any] = {"settings": asdict(self), "ranks": {}}
+        details: dict[str, Any] = {"ranks": {}}
         importance = material.importance
         if importance is not None:
             _check_base(importance, digest)
@@ -189,13 +183,12 @@ class ScaleOT(Compressor):
                 seed=self.seed,
             )
 
-        return build_emulator(
+        return self.made(
             model,
             plan,
+            replace(material, base_digest=digest),
             harmonizers=dict(enumerate(importance.harmonizers)) if importance else None,
             edit=edit if plan.having(COMPRESS) else None,
-            method=self.name,
-            base_digest=digest,
             details=details,
         )
 

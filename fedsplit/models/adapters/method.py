@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import check
+from fedsplit.errors import ModelError, check
 from fedsplit.models.layout.projections import BlockLayout
 
 
@@ -72,3 +73,38 @@ class AdapterMethod:
     mark: str = ""
     count: Callable[[BlockLayout, MethodSettings], int] | None = None
     peft_form: PeftForm | None = None
+
+
+def load_named(
+    named: Mapping[str, nn.Parameter],
+    state: Mapping[str, Tensor],
+    what: str = "adapter state",
+    names: str = "names of what is trained in A",
+) -> None:
+    """Set parameters from tensors of the same names; all of them or none.
+
+    Raises:
+        ModelError: if a name is missing or unknown, or a tensor has another shape, is not floating
+            point where the parameter is, or not finite in the parameter's dtype.
+    """
+    missing, unknown = sorted(named.keys() - state.keys()), sorted(state.keys() - named.keys())
+    if missing or unknown:
+        raise ModelError(
+            f"{what}: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} "
+            f"({len(unknown)}): must be the {len(named)} {names}"
+        )
+    for name, parameter in named.items():
+        tensor = state[name]
+        if tensor.shape != parameter.shape:
+            raise ModelError(
+                f"{name}: shape {tuple(tensor.shape)}: must be {tuple(parameter.shape)}"
+            )
+        if tensor.is_floating_point() != parameter.is_floating_point():
+            kind = "floating point" if parameter.is_floating_point() else str(parameter.dtype)
+            raise ModelError(f"{name}: dtype {tensor.dtype}: must be {kind}")
+        # After the cast: a finite float32 can be infinite in float16.
+        if not bool(tensor.to(parameter.dtype).isfinite().all()):
+            raise ModelError(f"{name}: must be finite in {parameter.dtype}")
+    with torch.no_grad():
+        for name, parameter in named.items():
+            parameter.copy_(state[name])

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
+from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.adapters.bottleneck import BOTTLENECK
 from fedsplit.models.adapters.lora import LORA, lora_layers
-from fedsplit.models.adapters.method import AdapterMethod, MethodSettings
+from fedsplit.models.adapters.method import AdapterMethod, MethodSettings, load_named
 from fedsplit.models.adapters.own_weights import BITFIT, FULL
 from fedsplit.models.adapters.prefix import PREFIX
 from fedsplit.registry import pick
@@ -145,32 +145,3 @@ class BlockTuning:
                 del block.peft_config
         if not self.row.own:
             self._named = {}
-
-
-def load_named(named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Set parameters from tensors of the same names; all of them or none.
-
-    Raises:
-        ModelError: if a name is missing or unknown, or a tensor has another shape, is not floating
-            point where the parameter is, or not finite in the parameter's dtype.
-    """
-    missing, unknown = sorted(named.keys() - state.keys()), sorted(state.keys() - named.keys())
-    if missing or unknown:
-        raise ModelError(
-            f"adapter state: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} "
-            f"({len(unknown)}): must be the {len(named)} names of what is trained in A"
-        )
-    for name, parameter in named.items():
-        tensor = state[name]
-        if tensor.shape != parameter.shape:
-            raise ModelError(
-                f"{name}: shape {tuple(tensor.shape)}: must be {tuple(parameter.shape)}"
-            )
-        if tensor.is_floating_point() != parameter.is_floating_point():
-            raise ModelError(f"{name}: dtype {tensor.dtype}: must be like {parameter.dtype}")
-        # After the cast: a finite float32 can be infinite in float16.
-        if not bool(tensor.to(parameter.dtype).isfinite().all()):
-            raise ModelError(f"{name}: must be finite in {parameter.dtype}")
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(state[name])

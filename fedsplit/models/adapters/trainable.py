@@ -5,7 +5,6 @@ Every method starts as the identity: a freshly made trainable top computes what 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsplit.errors import ConfigError, ModelError, check
+from fedsplit.errors import ConfigError, check
 from fedsplit.models.adapters.bottleneck import add_adapters
+from fedsplit.models.adapters.method import any_of, load_named
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Top
 from fedsplit.models.splitting.heads import head_parameters
@@ -107,27 +107,7 @@ class Trainable:
             ModelError: if a name is missing or unknown, or a tensor has another shape, is not
                 floating point or not finite.
         """
-        missing = sorted(self._named.keys() - state.keys())
-        unknown = sorted(state.keys() - self._named.keys())
-        if missing or unknown:
-            raise ModelError(
-                f"state: missing {missing[:3]} ({len(missing)}), unknown {unknown[:3]} "
-                f"({len(unknown)}): must be the {len(self._named)} names of method {self.method!r}"
-            )
-        for name, parameter in self._named.items():
-            tensor = state[name]
-            if tensor.shape != parameter.shape:
-                raise ModelError(
-                    f"{name}: shape {tuple(tensor.shape)}: must be {tuple(parameter.shape)}"
-                )
-            if not tensor.is_floating_point():
-                raise ModelError(f"{name}: dtype {tensor.dtype}: must be floating point")
-            # After the cast: a finite float32 can be infinite in float16.
-            if not bool(tensor.to(parameter.dtype).isfinite().all()):
-                raise ModelError(f"{name}: must be finite in {parameter.dtype}")
-        with torch.no_grad():
-            for name, parameter in self._named.items():
-                parameter.copy_(state[name])
+        load_named(self._named, state, "state", f"names of method {self.method!r}")
 
 
 def make_trainable(top: Top, method: str, **options: Any) -> Trainable:
@@ -204,7 +184,7 @@ def _lora(top: Top, options: LoraOptions, head: set[int], used: set[int]) -> set
             r=options.rank,
             lora_alpha=options.alpha,  # type: ignore[arg-type]
             lora_dropout=options.dropout,
-            target_modules=_pattern(targets),
+            target_modules=any_of(targets),
             fan_in_fan_out=_transposed(top, targets),
             bias="none",
         ),
@@ -219,8 +199,8 @@ def _ia3(top: Top, options: PlainOptions, head: set[int], used: set[int]) -> set
         # down projection is scaled at the input; the others at the output.
         inner = [t for t in targets if _inputs(top.model.get_submodule(t)) > top.hidden_size]
         return IA3Config(
-            target_modules=_pattern(targets),
-            feedforward_modules=_pattern(inner) if inner else [],
+            target_modules=any_of(targets),
+            feedforward_modules=any_of(inner) if inner else [],
             fan_in_fan_out=_transposed(top, targets),
         )
 
@@ -246,11 +226,6 @@ def _inject(top: Top, make_config: Callable[[list[str]], Any]) -> set[int]:
     before = {id(p) for p in top.parameters()}
     inject_adapter_in_model(make_config(targets), top.model)
     return {id(p) for p in top.parameters()} - before
-
-
-def _pattern(names: list[str]) -> str:
-    # A regular expression is matched against the full name: no other module can slip in.
-    return "|".join(f"(?:{re.escape(name)})" for name in names)
 
 
 def _transposed(top: Top, targets: list[str]) -> bool:

@@ -77,7 +77,6 @@ class MatrixCandidates(Candidates):
         self.positions, self.vocab_size, self.dim = matrix.shape
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """See :meth:`Candidates.blocks`."""
         yield 0, self.matrix
 
 
@@ -94,7 +93,6 @@ class LinearCandidates(Candidates):
         self.positions, self.vocab_size, self.dim = inner.positions, inner.vocab_size, inner.dim
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """See :meth:`Candidates.blocks`."""
         for first, block in self._inner.blocks():
             yield first, block @ self._matrix
 
@@ -118,7 +116,6 @@ class BottomCandidates(Candidates):
         return hidden.detach().float().transpose(0, 1)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """See :meth:`Candidates.blocks`."""
         for start in range(0, self.vocab_size, self._block):
             stop = min(start + self._block, self.vocab_size)
             yield start, self._forward(torch.arange(start, stop))

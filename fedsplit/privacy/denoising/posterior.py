@@ -21,7 +21,13 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import ConfigError, check
-from fedsplit.privacy.denoising.candidate_search import Products, check_prior, posterior_, products
+from fedsplit.privacy.denoising.candidate_search import (
+    Products,
+    check_prior,
+    posterior_,
+    products,
+    search,
+)
 from fedsplit.privacy.denoising.candidates import Candidates, Rows, rows_by_position
 from fedsplit.privacy.denoising.position_candidates import AdditiveCandidates, in_coordinates
 from fedsplit.privacy.mechanisms.base import Mechanism
@@ -205,6 +211,35 @@ def whiten(representations: Sequence[Tensor], whitener: Tensor | None) -> list[T
     if whitener is None:
         return list(representations)
     return [x.detach().float() @ whitener.to(x.device, torch.float32) for x in representations]
+
+
+def posterior_search(
+    representations: Sequence[Tensor],
+    candidates: Candidates,
+    mechanism: Mechanism,
+    top_k: int,
+    log_prior: Tensor | None = None,
+    touched: Touched | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return each token's most probable candidates, as :func:`.candidate_search.search` does.
+
+    Args:
+        representations: per sample ``(T_i, d)``.
+        candidates: public vectors of every token.
+        mechanism: what the owners used; its noise must be known.
+        top_k: how many to return.
+        log_prior: ``(V,)``; None for a uniform one.
+        touched: reduced noise on some tokens, as announced.
+
+    Raises:
+        PrivacyError: if the mechanism's noise distribution is not known.
+    """
+    whitener = mechanism.whitener()
+    if whitener is not None:
+        candidates = in_coordinates(candidates, whitener)
+    likelihood = likelihood_of(mechanism, candidates.dim, touched)
+    rows = whiten(representations, whitener)
+    return search(rows, candidates, top_k, log_likelihood=likelihood, log_prior=log_prior)
 
 
 def unwhiten(

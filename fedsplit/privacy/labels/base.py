@@ -130,11 +130,9 @@ class Unprotected(LabelProtection):
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> Unprotected:
-        """See :meth:`LabelProtection.from_settings`."""
         return cls()
 
     def guarantee(self) -> str:
-        """See :meth:`LabelProtection.guarantee`."""
         return "no guarantee for labels: gradients show them"
 
 

@@ -30,7 +30,6 @@ class ClientHead(LabelProtection):
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> ClientHead:
-        """See :meth:`LabelProtection.from_settings`."""
         return cls()
 
     @classmethod
@@ -45,5 +44,4 @@ class ClientHead(LabelProtection):
         )
 
     def guarantee(self) -> str:
-        """See :meth:`LabelProtection.guarantee`."""
         return "labels and logits do not cross; gradients of hidden states may tell classes apart"

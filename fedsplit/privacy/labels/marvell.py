@@ -173,7 +173,6 @@ class Marvell(LabelProtection):
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> Marvell:
-        """See :meth:`LabelProtection.from_settings`."""
         return cls(config.noise_power)
 
     @classmethod
@@ -189,7 +188,6 @@ class Marvell(LabelProtection):
         )
 
     def guarantee(self) -> str:
-        """See :meth:`LabelProtection.guarantee`."""
         return (
             f"two-class gradients made alike within {self.power:g} times the squared distance of "
             "their means (sumKL minimised per batch; no label-DP, evidence adds up over epochs)"

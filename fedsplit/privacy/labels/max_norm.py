@@ -31,15 +31,12 @@ class MaxNorm(LabelProtection):
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> MaxNorm:
-        """See :meth:`LabelProtection.from_settings`."""
         return cls()
 
     def guarantee(self) -> str:
-        """See :meth:`LabelProtection.guarantee`."""
         return "heuristic without a guarantee: expected gradient norms are equal within a batch"
 
     def perturb(self, rows: Tensor, labels: Tensor, share: float, stream: SecretStream) -> Tensor:
-        """See :meth:`LabelProtection.perturb`."""
         check_gradients(rows, labels)
         values = rows.to(torch.float64)
         squared = values.square().sum(1)  # (N,)

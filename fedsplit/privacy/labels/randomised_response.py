@@ -57,7 +57,6 @@ class RandomisedResponse(LabelProtection):
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> RandomisedResponse:
-        """See :meth:`LabelProtection.from_settings`."""
         return cls(config.epsilon)
 
     def keep(self, classes: int) -> float:
@@ -65,7 +64,6 @@ class RandomisedResponse(LabelProtection):
         return 1.0 / (1.0 + (classes - 1) * math.exp(-self.epsilon))
 
     def guarantee(self) -> str:
-        """See :meth:`LabelProtection.guarantee`."""
         return f"{self.epsilon:g}-label-DP per training row, drawn once; texts are not covered"
 
     def relabel(self, label: int, classes: int, stream: SecretStream) -> int:
@@ -83,7 +81,6 @@ class RandomisedResponse(LabelProtection):
         return other + (other >= label)
 
     def transition(self, classes: int) -> Tensor:
-        """See :meth:`LabelProtection.transition`."""
         keep = self.keep(classes)
         matrix = torch.full((classes, classes), (1 - keep) / (classes - 1), dtype=torch.float64)
         return matrix.fill_diagonal_(keep)

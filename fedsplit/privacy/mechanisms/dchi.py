@@ -118,18 +118,15 @@ class DChi(Mechanism):
 
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
-        """See :meth:`Mechanism.level_at`."""
         return eta_from_ratio(ratio, inputs.norms.dim, inputs.norms.median)
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> DChi:
-        """See :meth:`Mechanism.from_settings`."""
         return cls(eta=cls.level_from(inputs))
 
     def privatise(
         self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None
     ) -> Tensor:
-        """See :meth:`Mechanism.privatise`."""
         check_hidden(hidden, scale)
         tokens, d = hidden.shape
         noise = torch.from_numpy(sample_dchi(stream, tokens, d, self.eta))
@@ -144,7 +141,6 @@ class DChi(Mechanism):
         return squared.sqrt_().mul_(-self.eta)
 
     def guarantee(self, views: int = 1) -> str:
-        """See :meth:`Mechanism.guarantee`."""
         check_views(views)
         return (
             f"per token: likelihoods of any output under representations h and h' differ by at "

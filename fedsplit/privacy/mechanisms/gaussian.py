@@ -152,7 +152,6 @@ class Gaussian(Mechanism):
 
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
-        """See :meth:`Mechanism.level_at`."""
         norms, c = inputs.norms, inputs.config
         return epsilon_from_ratio(ratio, norms.dim, norms.median, c.clip or norms.largest, c.delta)
 
@@ -165,7 +164,6 @@ class Gaussian(Mechanism):
 
     @classmethod
     def public_settings(cls, config: PrivacyConfig) -> dict[str, float]:
-        """See :meth:`Mechanism.public_settings`."""
         told = super().public_settings(config)
         if config.clip:
             told["clip"] = config.clip
@@ -187,7 +185,6 @@ class Gaussian(Mechanism):
         return add_noise(clipped, noise, scale)
 
     def mean_noise_norm(self, width: int) -> float:
-        """See :meth:`Mechanism.mean_noise_norm`."""
         return self.sigma * mean_norm(width)
 
     def covered_norms(self, bottom: nn.Module, vocabulary: int) -> Norms:
@@ -200,7 +197,6 @@ class Gaussian(Mechanism):
         return squared.mul_(-0.5 / self.sigma**2)
 
     def guarantee(self, views: int = 1) -> str:
-        """See :meth:`Mechanism.guarantee`."""
         check_views(views)
         epsilon = self.per_token_epsilon(math.inf, views)
         return (

@@ -100,7 +100,6 @@ class NearestToken(Mechanism):
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> NearestToken:
-        """See :meth:`Mechanism.from_settings`."""
         return cls(
             eta=cls.level_from(inputs),
             candidates=MatrixCandidates(inputs.words),
@@ -109,7 +108,6 @@ class NearestToken(Mechanism):
         )
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`Mechanism.describe`."""
         return {
             "mechanism": self.name,
             "eta": self.eta,
@@ -204,7 +202,6 @@ class NearestToken(Mechanism):
         return out
 
     def guarantee(self, views: int = 1) -> str:
-        """See :meth:`Mechanism.guarantee`."""
         on = "representations" if self.bottom is None else "word embeddings"
         return (
             f"{DChi(self.eta).guarantee(views)}; distances are those of {on}; "

@@ -26,7 +26,6 @@ class NoNoise(Mechanism):
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> NoNoise:
-        """See :meth:`Mechanism.from_settings`."""
         return cls()
 
     def privatise(
@@ -41,7 +40,6 @@ class NoNoise(Mechanism):
         return squared.mul_(-1e6)
 
     def guarantee(self, views: int = 1) -> str:
-        """See :meth:`Mechanism.guarantee`."""
         check_views(views)
         return "none: the recipient can recover the text from what is sent"
 

@@ -141,12 +141,10 @@ class Pac(Mechanism):
 
     @classmethod
     def needs_own_text(cls, config: PrivacyConfig) -> bool:
-        """See :meth:`Mechanism.needs_own_text`."""
         return config.covariance == "own"
 
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
-        """See :meth:`Mechanism.level_at`."""
         return budget_from_ratio(ratio, inputs.norms.median, _covariance(inputs))
 
     @classmethod
@@ -162,7 +160,6 @@ class Pac(Mechanism):
         return cls(budget=budget, covariance=matrix)
 
     def describe(self) -> dict[str, Any]:
-        """See :meth:`Mechanism.describe`."""
         return {
             "mechanism": self.name,
             "budget": self.budget,
@@ -190,7 +187,6 @@ class Pac(Mechanism):
     def privatise(
         self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None
     ) -> Tensor:
-        """See :meth:`Mechanism.privatise`."""
         check_hidden(hidden, scale)
         d = len(self._root)
         if hidden.shape[1] != d:
@@ -199,16 +195,13 @@ class Pac(Mechanism):
         return add_noise(hidden, noise, scale)
 
     def log_likelihood(self, squared: Tensor) -> Tensor:
-        """See :meth:`Mechanism.log_likelihood`."""
         return squared.mul_(-0.5)
 
     def whitener(self) -> Tensor | None:
-        """See :meth:`Mechanism.whitener`."""
         inverse: Tensor = torch.linalg.inv(self._root)
         return inverse
 
     def guarantee(self, views: int = 1) -> str:
-        """See :meth:`Mechanism.guarantee`."""
         check_views(views)
         return (
             f"per token, on average over text with this covariance: at most "

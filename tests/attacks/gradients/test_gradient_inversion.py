@@ -114,7 +114,7 @@ def test_a_batch_has_no_order():
     truth = [torch.tensor([1, 2]), torch.tensor([3, 4])]
     guess = [torch.tensor([3, 4]), torch.tensor([1, 9])]
 
-    found = align_batch(Inversion(guess, [x[:, None] for x in guess], 0.0), truth)
+    found = align_batch(Inversion([x[:, None] for x in guess], 0.0), truth)
 
     assert score_tokens("x", found, truth).success == 0.75
 
