@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsplit.commands.models import CodedCommand
+from fedsplit.commands.options import Generator, JsonFile, write_json
 
 if TYPE_CHECKING:
     from fedsplit.fingerprints import Fingerprint
@@ -56,14 +56,12 @@ def compare(
         str | None, typer.Option(help="public key (hex or file) that A's fingerprint must have")
     ] = None,
     pictures: Annotated[Path | None, typer.Option(help="write both portraits here")] = None,
-    generator: Annotated[
-        Path | None, typer.Option(help="ONNX generator of the pictures instead of the dogs")
-    ] = None,
+    generator: Generator = None,
     run: Annotated[
         bool | None,
         typer.Option("--run/--no-run", help="also run both (REEF); default: if small"),
     ] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Compare two models: every fingerprint, a verdict with its error rate, block by block.
 
@@ -79,9 +77,8 @@ def compare(
     else:
         found = between_public(ours, theirs)
     show(found, ours, theirs)
-    if json_ is not None:
-        content = asdict(found.judgement) | {"judged": found.judged, "values": found.values}
-        json_.write_text(json.dumps(content, indent=1) + "\n")
+    figures = asdict(found.judgement) | {"judged": found.judged, "values": found.values}
+    write_json(json_, figures)
     if pictures is not None:
         draw(pictures, ours, theirs, generator)
     raise typer.Exit(found.judgement.exit_code)

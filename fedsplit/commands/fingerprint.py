@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fedsplit.commands.options import Generator
 
 if TYPE_CHECKING:
     from fedsplit.fingerprints.evidence.public_file import PublicFingerprint
@@ -32,9 +35,7 @@ def fingerprint(
         Path | None, typer.Option(help="Ed25519 private key (PEM) to sign it with")
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="write the portrait: .png or .svg")] = None,
-    generator: Annotated[
-        Path | None, typer.Option(help="ONNX generator of the picture instead of the dogs")
-    ] = None,
+    generator: Generator = None,
     sketch: Annotated[
         bool, typer.Option("--sketch", help="a smaller file that reveals a quarter as much")
     ] = False,
@@ -93,7 +94,7 @@ def summary(made: PublicFingerprint, source: Source, signer: str) -> Table:
     table.add_row("signed by", signer or "nobody")
     revealed = f"{numbers:,} numbers: {made.size} x {made.size} random functionals of each product"
     if source.view is not None:
-        count = sum(_count(shape) for shape in source.view.names.values())
+        count = sum(math.prod(shape) for shape in source.view.names.values())
         revealed += f" ({numbers / count:.2%} of {count:,} parameters)"
     unknown = made.width**2 - made.size**2
     table.add_row("reveals", revealed)
@@ -119,10 +120,3 @@ def accuracy(size: int) -> str:
         f"score within {known.relatives:.3f} of the exact one for relatives, {known.strangers:.3f} "
         f"for strangers (root mean square, {known.pairs} pairs)"
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.commands.options import Home, owner_home
+
 if TYPE_CHECKING:
     from fedsplit.owners.ledger.chain import Totals
 
 console = Console()
 ledger_app = typer.Typer(no_args_is_help=True, help="The record of everything that left.")
-Home = Annotated[
-    Path | None,
-    typer.Option(help="the owner's home; default: $FEDSPLIT_HOME or ~/.fedsplit"),
-]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group of commands to ``app``."""
     app.add_typer(ledger_app, name="ledger")
-
-
-def _folder(home: Path | None) -> Path:
-    return home or Path(os.environ.get("FEDSPLIT_HOME") or Path.home() / ".fedsplit")
 
 
 @ledger_app.command()
@@ -44,7 +36,7 @@ def show(
 
     totals = Totals()
     last: deque[dict[str, Any]] = deque(maxlen=tail)
-    for entry in read_ledger(_folder(home)):
+    for entry in read_ledger(owner_home(home)):
         if run and str(entry.get("run", "")) != run:
             continue
         try:
@@ -67,21 +59,15 @@ def show(
 @ledger_app.command()
 def verify(home: Home = None) -> None:
     """Check every line against the one before it; names the first bad line."""
-    from fedsplit.owners.ledger.chain import GENESIS, read_ledger
+    from fedsplit.owners.ledger.chain import GENESIS, last_hash, read_ledger
 
     count, last = 0, ""
-    for entry in read_ledger(_folder(home)):
+    for entry in read_ledger(owner_home(home)):
         count += 1
         last = str(entry.get("time", "?"))
-    head = _last_hash(_folder(home)) or GENESIS
+    head = last_hash(owner_home(home)) or GENESIS
     console.print(f"whole: {count} lines, the last of {last or 'never'}", highlight=False)
     console.print(f"hash after the last line: {head}", highlight=False)
-
-
-def _last_hash(folder: Path) -> str:
-    from fedsplit.owners.ledger.chain import last_hash
-
-    return last_hash(folder)
 
 
 def _kinds(totals: Totals, run: str) -> Table:

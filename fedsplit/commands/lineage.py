@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsplit.commands.options import Generator, table_of
+
 if TYPE_CHECKING:
     from fedsplit.fingerprints.evidence.chain import Record
     from fedsplit.fingerprints.portraits.sheet import Column
@@ -21,6 +23,9 @@ lineage_app = typer.Typer(
 )
 CHAIN = "lineage.jsonl"
 SHOWN = 5
+Signer = Annotated[
+    str | None, typer.Option(help="public key (hex or file) that must have signed it")
+]
 COLOURS = {"in_lineage": "green", "not_shown": "yellow", "independent": "red"}
 
 
@@ -32,15 +37,11 @@ def register(app: typer.Typer) -> None:
 @lineage_app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="a run's folder, or its lineage.jsonl")],
-    key: Annotated[
-        str | None, typer.Option(help="public key (hex or file) that must have signed it")
-    ] = None,
+    key: Signer = None,
     picture: Annotated[
         Path | None, typer.Option(help="the sheet of portraits; default lineage.png beside it")
     ] = None,
-    generator: Annotated[
-        Path | None, typer.Option(help="ONNX generator of the pictures instead of the dogs")
-    ] = None,
+    generator: Generator = None,
 ) -> None:
     """Print what was found round by round, and draw the base with its descendants."""
     from fedsplit.fingerprints.evidence.chain import read
@@ -64,9 +65,7 @@ def show(
 @lineage_app.command()
 def verify(
     chain: Annotated[Path, typer.Argument(help="a lineage.jsonl, or the folder that has one")],
-    key: Annotated[
-        str | None, typer.Option(help="public key (hex or file) that must have signed it")
-    ] = None,
+    key: Signer = None,
     head: Annotated[
         str | None, typer.Option(help="hash that the last record must have: is the end there?")
     ] = None,
@@ -163,9 +162,9 @@ def find_chain(run: Path) -> Path:
 
 def rounds(records: list[Record], chain: Path) -> Table:
     """One line per record."""
-    table = Table(title=f"{chain}: {len(records)} records, each signed", title_justify="left")
-    for name in ("round", "verdict", "score", "worst block", "pcs", "ics", "action", "owners"):
-        table.add_column(name, justify="left" if name in ("verdict", "action") else "right")
+    title = f"{chain}: {len(records)} records, each signed"
+    columns = ("round", "verdict", "score", "worst block", "pcs", "ics", "action", "owners")
+    table = table_of(*columns, left=("verdict", "action"), title=title)
     for record in records:
         report = record.body["report"]
         layers = report.get("per_layer") or []

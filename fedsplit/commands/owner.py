@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedsplit.errors import ConfigError, RunError
+from fedsplit.commands.options import write_template
+from fedsplit.errors import RunError
 
 if TYPE_CHECKING:
     from fedsplit.deploy.checks import Check
@@ -33,13 +34,9 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("node.toml"),
 ) -> None:
     """Write a commented node.toml, to be read and changed."""
-    from fedsplit import storage
     from fedsplit.deploy.templates import NODE
 
-    try:
-        storage.create(path, NODE.encode(), 0o600)
-    except OSError as error:
-        raise ConfigError(f"node file {path}: must be a new file: {error}") from None
+    write_template(path, NODE, "node file")
     console.print(f"wrote {path}; when it is filled in: fedsplit owner check", highlight=False)
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedsplit.errors import ConfigError
+from fedsplit.commands.options import JsonFile, table_of, write_json
 
 if TYPE_CHECKING:
     from fedsplit.emulators import Compressor
@@ -45,7 +43,7 @@ def plan(
     rank: Annotated[int, typer.Option(help="of LoRA's updates")] = 8,
     bottleneck: Annotated[int, typer.Option(help="width of bottleneck adapters")] = 32,
     prefix: Annotated[int, typer.Option(help="trained positions of each attention")] = 8,
-    json_: Annotated[Path | None, typer.Option("--json", help="also write the rows here")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Emulator size, owner memory, bytes per round, step cost and share of the base revealed."""
     from fedsplit.emulators.planning.planner import describe_base, plan_grid
@@ -68,11 +66,7 @@ def plan(
         "estimate (weights, Adam, activations, logits)",
         style="dim",
     )
-    if json_ is not None:
-        try:
-            json_.write_text(json.dumps([asdict(r) for r in rows], indent=1), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--json {json_}: cannot be written: {error}") from None
+    write_json(json_, [asdict(row) for row in rows])
 
 
 def _grid(
@@ -88,9 +82,8 @@ def _grid(
 
 
 def _table(rows: list[PlanRow]) -> Table:
-    table = Table("setting")
-    for name in ("emulator", "sent once", "per round", "owner memory", "step", "revealed"):
-        table.add_column(name, justify="right")
+    columns = ("emulator", "sent once", "per round", "owner memory", "step", "revealed")
+    table = table_of("setting", *columns, left=("setting",))
     for row in rows:
         table.add_row(
             row.name,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsplit.commands.options import write_template
 from fedsplit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,13 +63,9 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("owner.toml"),
 ) -> None:
     """Write a commented policy with strict values, to be read and changed."""
-    from fedsplit import storage
     from fedsplit.owners.policy.description import TEMPLATE
 
-    try:
-        storage.create(path, TEMPLATE.encode(), 0o600)
-    except OSError as error:
-        raise ConfigError(f"policy {path}: must be a new file: {error}") from None
+    write_template(path, TEMPLATE, "policy")
     console.print(f"wrote {path}; what it means: fedsplit policy check {path}", highlight=False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit import storage
+from fedsplit.commands.options import Home, owner_home
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.observe import printable
 
@@ -40,9 +40,7 @@ def predict(
     temperature: Annotated[float, typer.Option(help="0 = the most probable token")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus of the sampling")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling; -1 = the operating system's")] = -1,
-    home: Annotated[
-        Path | None, typer.Option(help="the owner's home; default $FEDSPLIT_HOME or ~/.fedsplit")
-    ] = None,
+    home: Home = None,
 ) -> None:
     """Ask a serving model: classes for texts, or a continuation of one text.
 
@@ -52,7 +50,7 @@ def predict(
     from fedsplit.owners.serving.inference import classify, generate
     from fedsplit.owners.serving.offers import serving_config
 
-    root = home or Path(os.environ.get("FEDSPLIT_HOME") or Path.home() / ".fedsplit")
+    root = owner_home(home)
     task = serving_config(root).model.task
     if task == "causal-lm":
         if file is not None or not text:

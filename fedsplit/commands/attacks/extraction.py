@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fedsplit.commands.options import JsonFile, table_of, write_json
 
 if TYPE_CHECKING:
     from fedsplit.attacks import Truth, View
@@ -49,7 +50,7 @@ def extraction(
         bool, typer.Option("--regrow", help="the attacker gives the emulator its full size back")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the attacker's batches")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Train an emulator back toward the full model, and say what share of the gap is closed."""
     from fedsplit.attacks import Extraction
@@ -87,10 +88,9 @@ def extraction(
             on_look=lambda look: status.update(f"{look.steps} of {steps} steps"),
         )
     console.print(table(result.detail, attack.knowledge))
-    if json_ is not None:
-        method = view.emulator.method
-        content = {"knowledge": attack.knowledge, "method": method, "rows": result.extra["rows"]}
-        json_.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    method = view.emulator.method
+    figures = {"knowledge": attack.knowledge, "method": method, "rows": result.extra["rows"]}
+    write_json(json_, figures, indent=2)
 
 
 def emulator_case(
@@ -156,12 +156,9 @@ def emulator_case(
 
 def table(looks: Sequence[Look], knowledge: str) -> Table:
     """Return one row for each look at the attack."""
-    shown = Table(
-        title=f"share of the gap closed by an owner with {knowledge} (95 % intervals over blocks)",
-        title_justify="left",
-    )
-    for column in ("steps", "tokens", "text", "full", "emulator", "attacked", "closed"):
-        shown.add_column(column, justify="left" if column == "text" else "right")
+    title = f"share of the gap closed by an owner with {knowledge} (95 % intervals over blocks)"
+    columns = ("steps", "tokens", "text", "full", "emulator", "attacked", "closed")
+    shown = table_of(*columns, left=("text",), title=title)
     for look in looks:
         for name, closed in (("public", look.public), ("task", look.task)):
             if closed is None:

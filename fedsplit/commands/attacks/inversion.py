@@ -13,10 +13,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedsplit.commands.options import JsonFile, table_of, write_json
+
 console = Console()
 attack_app = typer.Typer(
     no_args_is_help=True, help="Attacks on recorded transcripts, each scored with an interval."
 )
+
+InitialModel = Annotated[str, typer.Option(help="the initial model; default: the run's")]
+TruthFile = Annotated[
+    Path | None, typer.Option(help="truth.safetensors; default: beside what was recorded")
+]
+RunSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="a run setting: privacy.eta=8, split.k=2 ...; repeatable"),
+]
+PublicText = Annotated[
+    str, typer.Option(help="the attacker's text, one per line; default: what Python ships")
+]
+Samples = Annotated[int, typer.Option(help="samples attacked")]
+Seed = Annotated[int, typer.Option(help="of the samples and the attackers")]
 
 
 def register(app: typer.Typer) -> None:
@@ -41,27 +57,20 @@ def inversion(
     transcript: Annotated[
         Path, typer.Argument(help="a run's folder, or its server/transcript.safetensors")
     ],
-    model: Annotated[str, typer.Option(help="the initial model; default: the run's")] = "",
-    truth: Annotated[
-        Path | None, typer.Option(help="truth.safetensors; default: beside the transcript")
-    ] = None,
+    model: InitialModel = "",
+    truth: TruthFile = None,
     attack: Annotated[
         list[str] | None, typer.Option(help="repeatable; default: those that fit the split")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a run setting: privacy.eta=8, split.k=2 ...; repeatable"),
-    ] = None,
-    public: Annotated[
-        str, typer.Option(help="the attacker's text, one per line; default: what Python ships")
-    ] = "",
-    samples: Annotated[int, typer.Option(help="samples attacked")] = 400,
+    set_: RunSettings = None,
+    public: PublicText = "",
+    samples: Samples = 400,
     budget: Annotated[
         list[str] | None,
         typer.Option(help="KEY=N, repeatable: optimisation-steps, learned-steps, shortlist ..."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the samples and the attackers")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", help="also write the results")] = None,
+    seed: Seed = 0,
+    json_: JsonFile = None,
 ) -> None:
     """Read texts out of what a server received, and score the guesses against the truth.
 
@@ -94,26 +103,19 @@ def run(
             "extraction) an emulator's folder"
         ),
     ],
-    model: Annotated[str, typer.Option(help="the initial model; default: the run's")] = "",
-    truth: Annotated[
-        Path | None, typer.Option(help="truth.safetensors; default: beside what was recorded")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="a run setting: privacy.eta=8, split.k=2 ...; repeatable"),
-    ] = None,
-    public: Annotated[
-        str, typer.Option(help="the attacker's text, one per line; default: what Python ships")
-    ] = "",
-    samples: Annotated[int, typer.Option(help="samples attacked")] = 400,
+    model: InitialModel = "",
+    truth: TruthFile = None,
+    set_: RunSettings = None,
+    public: PublicText = "",
+    samples: Samples = 400,
     known: Annotated[
         int, typer.Option(help="samples whose private label the attacker has been told")
     ] = 8,
     budget: Annotated[
         list[str] | None, typer.Option(help="ATTACK.FIELD=VALUE or a short name; repeatable")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the samples and the attackers")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", help="also write the results")] = None,
+    seed: Seed = 0,
+    json_: JsonFile = None,
 ) -> None:
     """Run one attack of the list on what was recorded, and score it against the truth."""
     from fedsplit.attacks import ATTACKS, make_attack
@@ -147,22 +149,15 @@ def run(
 
 def report(results: list[Any], json_: Path | None) -> None:
     """Print attack results, and write them where asked."""
-    import json
-
     console.print(result_table(results))
-    if json_ is not None:
-        text = json.dumps([r.to_dict() for r in results], indent=2, allow_nan=False)
-        json_.write_text(text + "\n", encoding="utf-8")
+    write_json(json_, [r.to_dict() for r in results], indent=2)
 
 
 def result_table(results: list[Any]) -> Table:
     """Return attack results as a table, one row each; "texts" were read without an error."""
-    table = Table(title="What each attacker recovers (95 % intervals over samples)")
+    title = "What each attacker recovers (95 % intervals over samples)"
     columns = ("attack", "success", "interval", "privacy", "top 10", "texts", "guessing", "tokens")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "attack" else "right")
-    table.add_column("seconds", justify="right")
-    table.add_column("knowledge")
+    table = table_of(*columns, "seconds", "knowledge", left=("attack", "knowledge"), title=title)
     for r in results:
         low, high = r.interval
         table.add_row(

@@ -3,14 +3,14 @@ notices."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from fedsplit.commands.options import JsonFile, table_of, write_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,14 +30,14 @@ def attack_lineage(
         list[str] | None, typer.Option(help="only this map (repeatable); default all")
     ] = None,
     seed: Annotated[int, typer.Option(help="of the random maps")] = 0,
-    json_: Annotated[Path | None, typer.Option("--json", help="also write the figures")] = None,
+    json_: JsonFile = None,
 ) -> None:
     """Apply every map that keeps the model's function, and show every fingerprint after it.
 
     Each map first proves that the outputs stay (largest difference over the outputs' standard
     deviation); one that the family does not have is listed with the reason.
     """
-    from fedsplit.commands.models import load_running, write_file
+    from fedsplit.commands.models import load_running
     from fedsplit.errors import UnsupportedModelError
     from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
     from fedsplit.registry import pick
@@ -69,9 +69,7 @@ def attack_lineage(
             f"{len(kept)} maps that keep the function: the score stays at {worst:.4f} or more",
             highlight=False,
         )
-    if json_ is not None:
-        text = json.dumps({"model": model, "rows": rows, "reasons": reasons}, indent=1) + "\n"
-        write_file(json_, lambda path: path.write_text(text))
+    write_json(json_, {"model": model, "rows": rows, "reasons": reasons})
 
 
 def measured(base: nn.Module, suspect: nn.Module) -> dict[str, float | None]:
@@ -107,10 +105,8 @@ def pruned(base: nn.Module) -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]], model: str) -> Table:
     from fedsplit.fingerprints import FINGERPRINTS
 
-    table = Table(title=f"{model}: the function stays, do the fingerprints?", title_justify="left")
-    table.add_column("map")
-    for name in ("output moved by", *FINGERPRINTS):
-        table.add_column(name, justify="right")
+    title = f"{model}: the function stays, do the fingerprints?"
+    table = table_of("map", "output moved by", *FINGERPRINTS, left=("map",), title=title)
     for row in rows:
         values = [row[name] for name in FINGERPRINTS]
         cells = ["-" if v is None else _coloured(float(v)) for v in values]

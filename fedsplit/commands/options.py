@@ -1,0 +1,63 @@
+"""Options, files and tables that several commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fedsplit import storage
+from fedsplit.errors import ConfigError
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the figures")]
+Home = Annotated[
+    Path | None, typer.Option(help="the owner's home; default: $FEDSPLIT_HOME or ~/.fedsplit")
+]
+Generator = Annotated[
+    Path | None, typer.Option(help="ONNX generator of the pictures instead of the dogs")
+]
+
+
+def owner_home(home: Path | None) -> Path:
+    """Return the owner's home as an owner command finds it."""
+    return home or Path(os.environ.get("FEDSPLIT_HOME") or Path.home() / ".fedsplit")
+
+
+def write_json(path: Path | None, content: Any, indent: int = 1) -> None:
+    """Write the figures of a command where ``--json`` asks for them.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if path is None:
+        return
+    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written: {error}") from None
+
+
+def write_template(path: Path, text: str, what: str) -> None:
+    """Write a commented file that an owner fills in, readable by the owner alone.
+
+    Raises:
+        ConfigError: the file is there already, or cannot be written.
+    """
+    try:
+        storage.create(path, text.encode(), storage.PRIVATE)
+    except OSError as error:
+        raise ConfigError(f"{what} {path}: must be a new file: {error}") from None
+
+
+def table_of(*columns: str, left: tuple[str, ...], title: str | None = None) -> Table:
+    """Return a table whose columns are numbers, to the right, but for those in ``left``."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right")
+    return table
