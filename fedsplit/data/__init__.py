@@ -107,17 +107,8 @@ def load_splits(
 ) -> tuple[TextDataset, TextDataset | None]:
     """Load the split to train on and the one to test on; arguments as in :func:`load_dataset`.
 
-    Args:
-        kind: a name in :data:`DATASETS`.
-        path: where it is.
-        text_column: column with the texts.
-        label_column: column with the labels, or empty.
-        split: name of the split to train on.
-        test_split: name of the split to test on; empty: the first of :data:`HELD_OUT` there is.
-        columns: further columns to keep.
-        limit: bound on the rows of each split.
-        seed: decides which rows ``limit`` keeps.
-        passage_words: words in a passage, for plain text only.
+    ``limit`` bounds the rows of each split; ``test_split`` is the name of the one to test on, and
+    the first of :data:`HELD_OUT` that there is where it is empty.
 
     Returns:
         Both splits with the same label names; none for the second where there is none: hold out a

@@ -151,13 +151,13 @@ def summed(block_nats: Floats, block_tokens: Floats) -> TextLoss:
     return TextLoss(mean, interval, round(total), block_nats, block_tokens)
 
 
-def text_ids(tokenizer: Any, texts: Sequence[str], separator: str = "\n") -> Tensor:
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Return the ids (n,) of all texts as one, without special tokens.
 
     Raises:
         DataError: if less than two tokens come out.
     """
-    found = tokenizer(separator.join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    found = tokenizer("\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     if len(found) < 2:
         raise DataError(f"text: {len(found)} tokens: must be >= 2")
     return torch.tensor(found, dtype=torch.int64)

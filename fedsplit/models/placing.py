@@ -16,8 +16,6 @@ def place(
     top: Upper,
     device_map: str | torch.device | Mapping[str, str | int],
     dtype: torch.dtype | None = None,
-    *,
-    max_memory: dict[int | str, int | str] | None = None,
 ) -> Upper:
     """Move ``top`` and return it; ``hidden`` may then come from anywhere, logits are float32.
 
@@ -28,7 +26,6 @@ def place(
             never cutting through a block), or a map from module name, as inside ``top.model``, to
             device.
         dtype: cast parameters and buffers first; None leaves them.
-        max_memory: for the automatic maps, bytes or ``"10GiB"`` per device.
 
     Raises:
         ConfigError: if the device or map is not one that this machine can serve.
@@ -46,11 +43,10 @@ def place(
 
     whole = list(getattr(top.model, "_no_split_modules", None) or [])
     if isinstance(device_map, str):
-        memory = max_memory
+        memory = None
         if device_map != "sequential":
             memory = get_balanced_memory(
                 top.model,
-                max_memory=max_memory,
                 no_split_module_classes=whole,
                 low_zero=device_map == "balanced_low_0",
             )

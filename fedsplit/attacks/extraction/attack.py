@@ -48,8 +48,6 @@ from fedsplit.models.anatomy import probe
 from fedsplit.models.modes import evaluating, frozen
 from fedsplit.seeding import derive_seed
 
-Progress = Callable[[int, float], None]
-
 
 @dataclass(frozen=True)
 class Task:
@@ -216,7 +214,6 @@ class Extraction(Attack):
         teacher: Model | None = None,
         look: Callable[[int, Model, Emulator], None] | None = None,
         marks: Sequence[int] = (),
-        progress: Progress | None = None,
     ) -> Model:
         """Return the attacked emulator's model; ``emulator`` is left as it was.
 
@@ -227,7 +224,6 @@ class Extraction(Attack):
             look: called with (steps done, attacked model, its emulator) at each mark; the emulator
                 shares its adapters with the model, so other adapters can be tried and put back.
             marks: steps at which to look, 0 among them for the start.
-            progress: called with (step, loss).
 
         Raises:
             AttackError: a teacher is missing or was given without ``queries``, or nothing outside A
@@ -263,8 +259,6 @@ class Extraction(Attack):
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
-                if progress is not None:
-                    progress(step, float(loss.detach()))
                 if look is not None and step in seen:
                     look(step, model, own)
         optimizer.zero_grad(set_to_none=True)

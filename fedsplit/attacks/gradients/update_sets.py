@@ -56,16 +56,14 @@ def tokens_from_embedding_update(
     return ids
 
 
-def label_counts_from_bias_gradient(
-    gradient: Tensor, batch: int, mean_probability: Tensor | None = None
-) -> Tensor:
+def label_counts_from_bias_gradient(gradient: Tensor, batch: int) -> Tensor:
     """Return how many samples of each label a batch had, ``(C,) -> (C,)``, summing to ``batch``.
+
+    The head is taken for a new one, whose mean softmax is uniform.
 
     Args:
         gradient: of the mean loss with respect to the last layer's bias, ``(C,)``.
         batch: B.
-        mean_probability: mean softmax of the model on public text, ``(C,)``; None: uniform, which
-            is right for a new head.
 
     Raises:
         AttackError: for another shape.
@@ -74,8 +72,8 @@ def label_counts_from_bias_gradient(
         raise AttackError(f"gradient.shape={tuple(gradient.shape)}: must be (C,)")
     check(batch >= 1, "batch", batch, ">= 1 (samples)")
     classes = len(gradient)
-    p = torch.full((classes,), 1 / classes) if mean_probability is None else mean_probability
-    expected = (batch * (p.double() - gradient.detach().cpu().double())).clamp(min=0)
+    p = torch.full((classes,), 1 / classes).double()
+    expected = (batch * (p - gradient.detach().cpu().double())).clamp(min=0)
     expected *= batch / expected.sum().clamp(min=1e-12)
     whole = expected.floor()
     missing = batch - int(whole.sum())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.emulators.compression.linears import LowRankLinear, bias_of, matrix_of, set_matrix
-from fedsplit.emulators.compression.svd import Factors, saves_memory, truncate, truncated_rank
+from fedsplit.emulators.compression.svd import Factors, truncate, truncated_rank
 from fedsplit.emulators.planning.plan import check_fraction
 from fedsplit.errors import ConfigError
 from fedsplit.models.layout.projections import BlockLayout, Site
@@ -31,7 +31,6 @@ def compress_block(
     *,
     attention: bool = True,
     ffn: bool = False,
-    method: str = "auto",
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Truncate projections of one block to r = max(1, floor((1 - beta) min(m, n))), in place.
@@ -46,7 +45,6 @@ def compress_block(
         beta: rank reduction in [0, 1].
         attention: compress Q, K, V and O (ScaleOT's choice).
         ffn: compress the FFN as well (the published sweeps show that it hurts both sides).
-        method: see :func:`fedsplit.emulators.compression.svd.truncate`.
         seed: of the randomised method.
 
     Returns:
@@ -64,7 +62,7 @@ def compress_block(
         matrix = read_site(block, layout.sites()[role])
         rank = truncated_rank(matrix.shape[0], matrix.shape[1], beta)
         if rank < min(matrix.shape):
-            factors[role] = truncate(matrix, rank, method, seed)
+            factors[role] = truncate(matrix, rank, seed=seed)
     apply_factors(block, layout, factors)
     return [{"role": r, "rank": f.rank, "error": round(f.error, 6)} for r, f in factors.items()]
 
@@ -162,6 +160,3 @@ def compressed_numel(layout: BlockLayout, beta: float, attention: bool, ffn: boo
         size = sum(r * (m + n) for r, (_, m, n) in zip(ranks, parts, strict=True))
         saved += max(0, whole - size)
     return saved
-
-
-__all__ = ["apply_factors", "compress_block", "compressed_numel", "read_site", "saves_memory"]

@@ -48,11 +48,6 @@ def truncated_rank(rows: int, columns: int, beta: float) -> int:
     return max(1, math.floor((1.0 - beta) * min(rows, columns) + 1e-9))
 
 
-def saves_memory(rows: int, columns: int, rank: int) -> bool:
-    """Return whether two factors are smaller than the matrix: r < mn / (m + n)."""
-    return rank * (rows + columns) < rows * columns
-
-
 def truncate(weight: Tensor, rank: int, method: str = "auto", seed: int = 0) -> Factors:
     """Return the rank-``rank`` truncation of ``weight``.
 

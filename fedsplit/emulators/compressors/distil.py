@@ -7,7 +7,7 @@ A's blocks, and the full model's own next-token distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,7 +79,6 @@ def distil(
     teacher: Model,
     tokens: Tensor,
     settings: Distil | None = None,
-    progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train the emulator's middle against the full model, in place; A stays the base's.
 
@@ -90,7 +89,6 @@ def distil(
         teacher: the base it was built from.
         tokens: task-independent ids (N, T).
         settings: None: the defaults.
-        progress: called with (step, loss) after each step.
 
     Returns:
         The loss of each step.
@@ -141,8 +139,6 @@ def distil(
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 losses.append(float(loss.detach()))
-                if progress is not None:
-                    progress(step + 1, losses[-1])
     finally:
         emulator.model.zero_grad(set_to_none=True)
         freeze_but_adapters(emulator)

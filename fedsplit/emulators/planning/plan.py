@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import check
 
 ADAPTER = "adapter"
 KEEP = "keep"
@@ -111,9 +111,7 @@ class EmulatorPlan:
         return cls(tuple(roles), tuple(source), value["alpha"], value["beta"])
 
     @classmethod
-    def with_adapters(
-        cls, layers: int, adapters: Sequence[int], rest: str = KEEP, beta: float = 0.0
-    ) -> EmulatorPlan:
+    def with_adapters(cls, layers: int, adapters: Sequence[int], rest: str = KEEP) -> EmulatorPlan:
         """Return the plan with A at ``adapters`` and every other block in one role.
 
         Raises:
@@ -121,7 +119,7 @@ class EmulatorPlan:
         """
         chosen = check_positions(layers, adapters)
         roles = tuple(ADAPTER if i in chosen else rest for i in range(layers))
-        return cls(roles, beta=beta)
+        return cls(roles)
 
     @classmethod
     def from_scores(
@@ -130,8 +128,6 @@ class EmulatorPlan:
         n_adapters: int,
         alpha: float = 0.0,
         beta: float = 0.0,
-        *,
-        replaced: int | None = None,
     ) -> EmulatorPlan:
         """Return ScaleOT's plan from (N_a, alpha, beta), arXiv 2412.09812, stage 2.
 
@@ -144,10 +140,9 @@ class EmulatorPlan:
             n_adapters: N_a, at least 1.
             alpha: share of the other blocks that is replaced, in [0, 1].
             beta: rank reduction, in [0, 1].
-            replaced: number of harmonizers, instead of alpha (which is then recorded from it).
 
         Raises:
-            ConfigError: if N_a + replaced > L, a fraction is out of range or a score not finite.
+            ConfigError: if N_a or a fraction is out of range, or a score not finite.
         """
         layers = len(scores)
         for i, score in enumerate(scores):
@@ -156,13 +151,7 @@ class EmulatorPlan:
         check(whole and 1 <= n_adapters <= layers, "n_adapters", n_adapters, f"in 1..{layers}")
         check_fraction("alpha", alpha)
         rest = layers - n_adapters
-        if replaced is None:
-            replaced = math.floor(alpha * rest + 0.5)
-        check(isinstance(replaced, int) and replaced >= 0, "replaced", replaced, ">= 0")
-        if n_adapters + replaced > layers:
-            raise ConfigError(
-                f"n_adapters={n_adapters} + replaced={replaced}: must be <= {layers} blocks"
-            )
+        replaced = math.floor(alpha * rest + 0.5)
         order = sorted(range(layers), key=lambda i: (-scores[i], i))
         chosen, least = set(order[:n_adapters]), set(order[layers - replaced :])
         frozen = COMPRESS if beta > 0 else KEEP

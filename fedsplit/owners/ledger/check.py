@@ -259,14 +259,12 @@ class DisclosureCheck:
         return self._above(rule, share)
 
     def _above(self, rule: str, value: float) -> list[Breach]:
-        if rule not in self._policy or value <= self._policy[rule]:
-            return []
-        return [Breach(rule, value, f"<= {self._policy[rule]:g}")]
+        breach = self._policy.most(rule, value)
+        return [] if breach is None else [breach]
 
     def _below(self, rule: str, value: float) -> list[Breach]:
-        if rule not in self._policy or value >= self._policy[rule]:
-            return []
-        return [Breach(rule, value, f">= {self._policy[rule]:g}")]
+        breach = self._policy.least(rule, value)
+        return [] if breach is None else [breach]
 
 
 def _rounded(epochs: float) -> float:

@@ -19,7 +19,7 @@ from fedsplit.config.schedule import rate_factor
 from fedsplit.emulators.build import Emulator, tune_inside
 from fedsplit.emulators.lm import mean_loss, pack
 from fedsplit.emulators.settings import method_settings
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.errors import DataError
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.owners.split.settings import DpSettings
@@ -84,10 +84,6 @@ class AdapterOwner:
         name: str,
         secret: OwnerSecret | None = None,
     ) -> None:
-        if config.dp.noise_multiplier and secret is None:
-            raise ConfigError(
-                f"dp.noise-multiplier={config.dp.noise_multiplier}: needs the owner's secret"
-            )
         self.emulator = emulator
         self.blocks = blocks
         self.config = config
@@ -121,9 +117,9 @@ class AdapterOwner:
         if self.config.offsite.checkpointing:
             # Nothing before A needs gradients: the re-entrant kind would find none at all.
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        steps = AdapterSteps(
-            model, self.tuning.parameters(), self.config, self._dp(round_, len(batches))
-        )
+        samples = len(self.blocks.train)
+        dp = DpSettings.of_round(self.config, self._secret, samples, round_, len(batches))
+        steps = AdapterSteps(model, self.tuning.parameters(), self.config, dp)
         loss_sum, tokens = 0.0, 0
         try:
             for step, batch in enumerate(batches):
@@ -163,17 +159,3 @@ class AdapterOwner:
             start = {name: t.float() for name, t in self._received.items()}
             found = bounded(found, start, self.config.offsite.central_dp_clip)
         return found
-
-    def _dp(self, round_: int, steps: int) -> DpSettings | None:
-        dp = self.config.dp
-        if not dp.noise_multiplier or self._secret is None:
-            return None
-        return DpSettings(
-            dp.noise_multiplier,
-            dp.clip,
-            dp.delta,
-            dp.accountant,
-            sample_rate=min(1.0, self.config.train.batch_size / len(self.blocks.train)),
-            earlier_steps=(round_ - 1) * steps,
-            secret=self._secret,
-        )

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsplit.config import RunConfig, TrainConfig
+from fedsplit.config import RunConfig
 from fedsplit.emulators.lm import lm_loss, logits_of
 from fedsplit.errors import ModelError
-from fedsplit.owners.split.settings import DpSettings
-from fedsplit.privacy.dp.accounting import spent_epsilon
-from fedsplit.privacy.dp.optimizer import PrivateOptimizer
+from fedsplit.owners.split.settings import DpSettings, optimizer_of
 
 
 class AdapterSteps:
@@ -50,17 +48,15 @@ class AdapterSteps:
         self._offsite = config.offsite
         self._clip = config.train.clip
         self._start = [p.detach().clone() for p in self._parameters]
-        self._optimizer = _optimizer(self._parameters, config.train)
+        train = config.train
+        if not self._parameters:
+            raise ModelError("emulator has 0 trainable parameters: must be >= 1")
+        self._optimizer = optimizer_of(
+            self._parameters, train.optimizer, train.lr, train.weight_decay
+        )
         self._dp = dp
         self._taken = 0
-        self._private: PrivateOptimizer | None = None
-        if dp is not None:
-            self._private = PrivateOptimizer(
-                self._optimizer,
-                noise_multiplier=dp.noise_multiplier,
-                clip=dp.clip,
-                secret=dp.secret,
-            )
+        self._private = None if dp is None else dp.private(self._optimizer)
 
     def step(self, ids: Tensor, rate: float) -> float:
         """Take one step and return the mean loss of its blocks in nats per token.
@@ -82,12 +78,7 @@ class AdapterSteps:
 
     def spent(self) -> dict[str, float | int]:
         """Return what DP-SGD has cost up to here; empty without it."""
-        dp = self._dp
-        if dp is None:
-            return {}
-        steps = dp.earlier_steps + self._taken
-        spent = spent_epsilon(dp.noise_multiplier, dp.sample_rate, steps, dp.delta, dp.accountant)
-        return {"dp-epsilon": spent, "dp-delta": dp.delta, "dp-steps": steps}
+        return {} if self._dp is None else self._dp.spent(self._dp.earlier_steps + self._taken)
 
     def _step(self, ids: Tensor) -> float:
         self._optimizer.zero_grad(set_to_none=True)
@@ -150,11 +141,3 @@ def bounded(state: dict[str, Tensor], start: dict[str, Tensor], bound: float) ->
     if distance <= bound:
         return state
     return {n: start[n] + (state[n] - start[n]) * (bound / distance) for n in state}
-
-
-def _optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    if not parameters:
-        raise ModelError("emulator has 0 trainable parameters: must be >= 1")
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=train.lr, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)

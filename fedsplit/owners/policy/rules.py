@@ -153,8 +153,8 @@ class Policy:
             self._moment(moment or datetime.now(UTC)),
             self._among("app.strategies", flat.get("strategy", "split-tuning")),
             self._among("model.names", flat["model.name"]),
-            self._most("model.max_tokens", flat["model.max-tokens"]),
-            self._most("budget.rounds", asked.round),
+            self.most("model.max_tokens", flat["model.max-tokens"]),
+            self.most("budget.rounds", asked.round),
             self._among("transport.allowed", flat["session.transport"]),
         ]
         if not self._adapters_only(flat):
@@ -188,13 +188,13 @@ class Policy:
         """Judge what leaves of texts and labels."""
         found = [
             self._among("model.bottom", flat["split.bottom"]),
-            self._least("model.min_k", flat["split.k"]),
+            self.least("model.min_k", flat["split.k"]),
             *self._labels(flat),
             *self._noise(str(flat["privacy.mechanism"]), _parameters(flat)),
             *self._cti_settings(flat),
         ]
         ratio = float(flat.get("privacy.noise-ratio", 0.0))
-        return [*found, self._least("noise.min_ratio", ratio)] if ratio else found
+        return [*found, self.least("noise.min_ratio", ratio)] if ratio else found
 
     def _labels(self, flat: Mapping[str, Any]) -> list[Breach | None]:
         asked = str(flat.get("labels.protection", "none"))
@@ -213,21 +213,21 @@ class Policy:
     def _announced(self, flat: Mapping[str, Any]) -> list[Breach | None]:
         """Judge the amounts that a run announces; what it really takes is counted beside this."""
         rounds = int(flat["train.rounds"])
-        found = [self._most("budget.rounds", rounds)]
+        found = [self.most("budget.rounds", rounds)]
         if flat["train.max-steps"]:  # then the number of epochs depends on the owner's data
             return found
         epochs = rounds * int(flat["train.epochs"])
         rules = ["budget.epochs_per_run", "budget.epochs_per_bottom"]
         if flat["split.bottom"] == "joint":
             rules += ["budget.views_per_bottom", "budget.views_total"]
-        return found + [self._most(rule, epochs) for rule in rules]
+        return found + [self.most(rule, epochs) for rule in rules]
 
     def _cti_settings(self, flat: Mapping[str, Any]) -> list[Breach | None]:
         if flat["privacy.cti"] == "off" or not _protects(str(flat["privacy.mechanism"])):
             return []
         return [
-            self._most("cti.max_share", flat["privacy.cti-max-share"]),
-            self._least("cti.min_rho", flat["privacy.cti-rho"]),
+            self.most("cti.max_share", flat["privacy.cti-max-share"]),
+            self.least("cti.min_rho", flat["privacy.cti-rho"]),
         ]
 
     # ---- what the mechanism decides ---------------------------------------------------------
@@ -269,7 +269,7 @@ class Policy:
             else:
                 # eta is rounded to 4 digits: a run that asks for exactly the bound must pass.
                 rounded = max(ratio, min(self["noise.min_ratio"], ratio * 1.001))
-                found.append(self._least("noise.min_ratio", rounded))
+                found.append(self.least("noise.min_ratio", rounded))
         return [breach for breach in found if breach is not None]
 
     # ---- one rule ---------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class Policy:
     def _level(self, level: Level, value: float) -> Breach | None:
         if level.bound is None:
             return None
-        judge = self._least if level.bound.least else self._most
+        judge = self.least if level.bound.least else self.most
         return judge(level.bound.rule, value)
 
     def _demand(self, rule: str) -> str:
@@ -285,11 +285,13 @@ class Policy:
         least = rule == "noise.min_ratio" if bound is None else bound.least
         return f"{'>=' if least else '<='} {self[rule]:g}"
 
-    def _most(self, rule: str, value: float) -> Breach | None:
+    def most(self, rule: str, value: float) -> Breach | None:
+        """Return the breach of a rule that bounds ``value`` from above, if it is one."""
         ok = rule not in self or value <= self[rule]  # NaN is not
         return None if ok else Breach(rule, value, f"<= {self[rule]:g}")
 
-    def _least(self, rule: str, value: float) -> Breach | None:
+    def least(self, rule: str, value: float) -> Breach | None:
+        """Return the breach of a rule that bounds ``value`` from below, if it is one."""
         ok = rule not in self or value >= self[rule]
         return None if ok else Breach(rule, value, f">= {self[rule]:g}")
 

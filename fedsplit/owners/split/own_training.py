@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import ModelError
-from fedsplit.owners.split.settings import DpSettings, SplitSettings
+from fedsplit.owners.split.settings import DpSettings, SplitSettings, optimizer_of
 
 HEAD = "head."  # before the names of the head's weights, when they travel beside the bottom's
 
@@ -46,17 +46,11 @@ class OwnTraining:
             for part, params in (("bottom", self.bottom), ("head", self.head))
             if params
         ]
-        kind = torch.optim.SGD if settings.optimizer == "sgd" else torch.optim.AdamW
-        self.optimizer = kind(groups, lr=settings.bottom_lr, weight_decay=settings.weight_decay)
+        self.optimizer = optimizer_of(
+            groups, settings.optimizer, settings.bottom_lr, settings.weight_decay
+        )
         if dp is not None:
-            from fedsplit.privacy.dp.optimizer import PrivateOptimizer
-
-            self._private = PrivateOptimizer(
-                self.optimizer,
-                noise_multiplier=dp.noise_multiplier,
-                clip=dp.clip,
-                secret=dp.secret,
-            )
+            self._private = dp.private(self.optimizer)
 
     @property
     def private(self) -> bool:
@@ -136,12 +130,9 @@ class OwnTraining:
         dp = self._dp
         if dp is None or self.optimizer is None:
             return {}
-        from fedsplit.privacy.dp.accounting import spent_epsilon
 
         parts = bool(self.bottom) + bool(self.head)  # each part's step is a release of its own
-        noisy = parts * (dp.earlier_steps + steps)
-        spent = spent_epsilon(dp.noise_multiplier, dp.sample_rate, noisy, dp.delta, dp.accountant)
-        return {"dp-epsilon": spent, "dp-delta": dp.delta, "dp-steps": noisy}
+        return dp.spent(parts * (dp.earlier_steps + steps))
 
     def weights(self) -> dict[str, Tensor]:
         """Return copies of what is trained, by name, for averaging."""

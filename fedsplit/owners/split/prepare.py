@@ -111,7 +111,10 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         clip=config.train.clip,
         views=views,
     )
-    dp = _dp(config, identity, len(train), round_, len(batches)) if mode == "train" else None
+    dp = None
+    if mode == "train":
+        secret = identity.secret
+        dp = DpSettings.of_round(config, secret, len(train), round_, len(batches))
     samples = side.reader.samples
     return SplitOwner(bottom, samples, batches, perturber, settings, side, dp)
 
@@ -244,23 +247,6 @@ def _head_rates(config: RunConfig, round_: int, steps: int) -> tuple[float, ...]
     return tuple(
         peak * rate_factor(train, (round_ - 1 + step / steps) / train.rounds)
         for step in range(steps)
-    )
-
-
-def _dp(
-    config: RunConfig, identity: OwnerIdentity, samples: int, round_: int, steps: int
-) -> DpSettings | None:
-    dp = config.dp
-    if not dp.noise_multiplier:
-        return None
-    return DpSettings(
-        dp.noise_multiplier,
-        dp.clip,
-        dp.delta,
-        dp.accountant,
-        sample_rate=min(1.0, config.train.batch_size / samples),
-        earlier_steps=(round_ - 1) * steps,
-        secret=identity.secret,
     )
 
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+
+from fedsplit.config import DpConfig, RunConfig
+from fedsplit.errors import ConfigError
+from fedsplit.privacy.dp.accounting import spent_epsilon
+from fedsplit.privacy.dp.optimizer import PrivateOptimizer
 from fedsplit.privacy.secret import OwnerSecret
 
 
@@ -41,19 +48,53 @@ class DpSettings:
     """DP-SGD for what the owner trains.
 
     Attributes:
-        noise_multiplier: standard deviation in units of ``clip``, > 0.
-        clip: bound on one sample's gradient norm.
-        delta: of the reported (epsilon, delta).
-        accountant: ``rdp`` or ``prv``.
+        config: the run's, with a noise multiplier > 0.
         sample_rate: batch size / samples.
         earlier_steps: of the rounds before this one; an owner that missed some has spent less.
         secret: the noise's.
     """
 
-    noise_multiplier: float
-    clip: float
-    delta: float
-    accountant: str
+    config: DpConfig
     sample_rate: float
     earlier_steps: int
     secret: OwnerSecret
+
+    @classmethod
+    def of_round(
+        cls, config: RunConfig, secret: OwnerSecret | None, samples: int, round_: int, steps: int
+    ) -> DpSettings | None:
+        """Return the settings of a round of ``steps`` steps; None where the run asks for no noise.
+
+        Raises:
+            ConfigError: it does, and there is no secret.
+        """
+        noise = config.dp.noise_multiplier
+        if not noise:
+            return None
+        if secret is None:
+            raise ConfigError(f"dp.noise-multiplier={noise}: needs the owner's secret")
+        rate = min(1.0, config.train.batch_size / samples)
+        return cls(config.dp, rate, (round_ - 1) * steps, secret)
+
+    def private(self, optimizer: torch.optim.Optimizer) -> PrivateOptimizer:
+        """Return an optimizer that clips and adds noise around another."""
+        return PrivateOptimizer(
+            optimizer,
+            noise_multiplier=self.config.noise_multiplier,
+            clip=self.config.clip,
+            secret=self.secret,
+        )
+
+    def spent(self, steps: int) -> dict[str, float | int]:
+        """Return what ``steps`` noisy steps, of all rounds up to now, have cost."""
+        dp = self.config
+        epsilon = spent_epsilon(
+            dp.noise_multiplier, self.sample_rate, steps, dp.delta, dp.accountant
+        )
+        return {"dp-epsilon": epsilon, "dp-delta": dp.delta, "dp-steps": steps}
+
+
+def optimizer_of(groups: Any, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return the optimizer ``name`` (``adamw`` or ``sgd``) of parameters or parameter groups."""
+    kind = torch.optim.SGD if name == "sgd" else torch.optim.AdamW
+    return kind(groups, lr=lr, weight_decay=weight_decay)

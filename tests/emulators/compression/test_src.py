@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedsplit.emulators.build import build_emulator
 from fedsplit.emulators.compression.linears import LowRankLinear
 from fedsplit.emulators.compression.src import compress_block, compressed_numel, read_site
-from fedsplit.emulators.compression.svd import saves_memory, truncate, truncated_rank
+from fedsplit.emulators.compression.svd import truncate, truncated_rank
 from fedsplit.emulators.lm import logits_of
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, UnsupportedModelError
@@ -39,11 +39,6 @@ PLAN = EmulatorPlan.with_adapters(LAYERS, (0,), "compress", beta=0.6)
 )
 def test_the_rank_is_the_papers(shape: tuple[int, int], beta: float, rank: int) -> None:
     assert truncated_rank(*shape, beta) == rank
-
-
-def test_factors_save_memory_below_mn_over_m_plus_n() -> None:
-    assert saves_memory(6, 3, 1)
-    assert not saves_memory(6, 3, 2)  # 2 * 9 = 18 = 6 * 3
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.floats(0, 1), st.integers(0, 99))

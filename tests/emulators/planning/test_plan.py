@@ -27,7 +27,7 @@ def test_without_beta_the_rest_is_kept_as_it_is() -> None:
 
 
 def test_equal_scores_count_by_position() -> None:
-    plan = EmulatorPlan.from_scores([0.0] * 4, 1, replaced=1)
+    plan = EmulatorPlan.from_scores([0.0] * 4, 1, alpha=1 / 3)
     assert plan.roles == ("adapter", "keep", "keep", "harmonizer")
 
 
@@ -41,7 +41,6 @@ def test_equal_scores_count_by_position() -> None:
         ({"alpha": float("nan")}, r"alpha=nan"),
         ({"beta": -0.1}, r"beta=-0\.1: must be in \[0, 1\]"),
         ({"beta": True}, r"beta=True"),
-        ({"replaced": 5}, r"n_adapters=2 \+ replaced=5: must be <= 6 blocks"),
         ({"scores": [0.0, float("inf")]}, r"scores\[1\]=inf: must be finite"),
     ],
 )
