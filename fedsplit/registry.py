@@ -34,13 +34,14 @@ def pick(table: Mapping[str, T], name: str, kind: str) -> T:
         raise ConfigError(f"{kind}={name!r}: must be one of {known}") from None
 
 
-def lazy(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+def lazy(package: str, modules: Mapping[str, tuple[str, ...]]) -> Callable[[str], object]:
     """Return a package's ``__getattr__`` that imports a name's module on first use (PEP 562).
 
     Args:
         package: the package's ``__name__``.
-        homes: public name -> module below the package that defines it.
+        modules: module below the package -> the public names that it defines.
     """
+    homes = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> object:
         if name not in homes:

@@ -39,11 +39,8 @@ __all__ = ["KINDS", "Experiment", "RunFolder", "load_experiment", "names", "read
 __getattr__ = lazy(
     __name__,
     {
-        "Experiment": "core.settings",
-        "KINDS": "core.kinds",
-        "RunFolder": "core.run_folder",
-        "load_experiment": "core.settings",
-        "names": "core.settings",
-        "read_results": "core.run_folder",
+        "core.settings": ("Experiment", "load_experiment", "names"),
+        "core.kinds": ("KINDS",),
+        "core.run_folder": ("RunFolder", "read_results"),
     },
 )

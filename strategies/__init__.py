@@ -100,5 +100,5 @@ __all__ = ["STRATEGIES", "OffsiteTuning", "SplitTuning"]
 
 __getattr__ = lazy(
     __name__,
-    {"OffsiteTuning": "offsite_tuning.strategy", "SplitTuning": "split_tuning.strategy"},
+    {"offsite_tuning.strategy": ("OffsiteTuning",), "split_tuning.strategy": ("SplitTuning",)},
 )

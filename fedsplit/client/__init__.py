@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from fedsplit.client.dispatch import HANDLERS, answer
     from fedsplit.client.task import ClientTask
 
-_HOME = {
-    "HANDLERS": "dispatch",
-    "answer": "dispatch",
-    "ClientTask": "task",
-}
-
 __all__ = [
     "HANDLERS",
     "ClientTask",
     "answer",
 ]
 
-__getattr__ = lazy(__name__, _HOME)
+__getattr__ = lazy(
+    __name__,
+    {
+        "dispatch": ("HANDLERS", "answer"),
+        "task": ("ClientTask",),
+    },
+)

@@ -43,14 +43,14 @@ def write_json(path: Path | None, content: Any, indent: int = 1) -> None:
         raise ConfigError(f"--json {path}: cannot be written: {error}") from None
 
 
-def write_template(path: Path, text: str, what: str) -> None:
-    """Write a commented file that an owner fills in, readable by the owner alone.
+def write_template(path: Path, template: Path, what: str) -> None:
+    """Copy a commented file that an owner fills in, readable by the owner alone.
 
     Raises:
         ConfigError: the file is there already, or cannot be written.
     """
     try:
-        storage.create(path, text.encode(), storage.PRIVATE)
+        storage.create(path, template.read_bytes(), storage.PRIVATE)
     except OSError as error:
         raise ConfigError(f"{what} {path}: must be a new file: {error}") from None
 

@@ -34,9 +34,9 @@ def init(
     path: Annotated[Path, typer.Argument(help="file to write")] = Path("node.toml"),
 ) -> None:
     """Write a commented node.toml, to be read and changed."""
-    from fedsplit.deploy.templates import NODE
+    from fedsplit.deploy.node import TEMPLATE
 
-    write_template(path, NODE, "node file")
+    write_template(path, TEMPLATE, "node file")
     console.print(f"wrote {path}; when it is filled in: fedsplit owner check", highlight=False)
 
 

@@ -18,6 +18,9 @@ from fedsplit.owners.naming import owner_name
 
 Scalar = bool | int | float | str
 
+TEMPLATE = Path(__file__).with_name("node.toml")
+"""The commented file that `fedsplit owner init` writes."""
+
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PATHS = ("ca", "key", "home", "client-certificate", "client-key")

@@ -36,20 +36,6 @@ if TYPE_CHECKING:
     from fedsplit.evaluation.perplexity import TextLoss, text_ids, text_loss
     from fedsplit.evaluation.task_files import LocalTask, find_tasks, read_task, write_tasks
 
-_HOME = {
-    "TaskScore": "harness",
-    "run_tasks": "harness",
-    "Likelihood": "likelihood",
-    "Score": "likelihood",
-    "TextLoss": "perplexity",
-    "text_ids": "perplexity",
-    "text_loss": "perplexity",
-    "LocalTask": "task_files",
-    "find_tasks": "task_files",
-    "read_task": "task_files",
-    "write_tasks": "task_files",
-}
-
 __all__ = [
     "Likelihood",
     "LocalTask",
@@ -64,4 +50,12 @@ __all__ = [
     "write_tasks",
 ]
 
-__getattr__ = lazy(__name__, _HOME)
+__getattr__ = lazy(
+    __name__,
+    {
+        "harness": ("TaskScore", "run_tasks"),
+        "likelihood": ("Likelihood", "Score"),
+        "perplexity": ("TextLoss", "text_ids", "text_loss"),
+        "task_files": ("LocalTask", "find_tasks", "read_task", "write_tasks"),
+    },
+)

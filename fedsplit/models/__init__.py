@@ -40,27 +40,6 @@ if TYPE_CHECKING:
     from fedsplit.models.splitting.halves import Bottom, Top, split
     from fedsplit.models.splitting.heads import Head, detach_head
 
-_HOME = {
-    "Anatomy": "anatomy",
-    "probe": "anatomy",
-    "Bundle": "bundle.bottom",
-    "pack_bottom": "bundle.bottom",
-    "unpack_bottom": "bundle.bottom",
-    "Bottom": "splitting.halves",
-    "Top": "splitting.halves",
-    "split": "splitting.halves",
-    "Head": "splitting.heads",
-    "detach_head": "splitting.heads",
-    "TASKS": "loading",
-    "LoadedModel": "loading",
-    "load": "loading",
-    "weights_digest": "loading",
-    "place": "placing",
-    "TRAINABLE": "adapters.trainable",
-    "Trainable": "adapters.trainable",
-    "make_trainable": "adapters.trainable",
-}
-
 __all__ = [
     "TASKS",
     "TRAINABLE",
@@ -82,4 +61,15 @@ __all__ = [
     "weights_digest",
 ]
 
-__getattr__ = lazy(__name__, _HOME)
+__getattr__ = lazy(
+    __name__,
+    {
+        "anatomy": ("Anatomy", "probe"),
+        "bundle.bottom": ("Bundle", "pack_bottom", "unpack_bottom"),
+        "splitting.halves": ("Bottom", "Top", "split"),
+        "splitting.heads": ("Head", "detach_head"),
+        "loading": ("TASKS", "LoadedModel", "load", "weights_digest"),
+        "placing": ("place",),
+        "adapters.trainable": ("TRAINABLE", "Trainable", "make_trainable"),
+    },
+)

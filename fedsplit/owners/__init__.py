@@ -31,15 +31,6 @@ if TYPE_CHECKING:
     from fedsplit.owners.ledger.chain import Ledger, read_ledger
     from fedsplit.owners.policy.rules import Asked, Breach, Policy
 
-_HOME = {
-    "OwnerHome": "home",
-    "Ledger": "ledger.chain",
-    "read_ledger": "ledger.chain",
-    "Asked": "policy.rules",
-    "Breach": "policy.rules",
-    "Policy": "policy.rules",
-}
-
 __all__ = [
     "Asked",
     "Breach",
@@ -49,4 +40,11 @@ __all__ = [
     "read_ledger",
 ]
 
-__getattr__ = lazy(__name__, _HOME)
+__getattr__ = lazy(
+    __name__,
+    {
+        "home": ("OwnerHome",),
+        "ledger.chain": ("Ledger", "read_ledger"),
+        "policy.rules": ("Asked", "Breach", "Policy"),
+    },
+)

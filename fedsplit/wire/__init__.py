@@ -33,23 +33,6 @@ if TYPE_CHECKING:
     from fedsplit.wire.stream import ServerTls, SessionServer
     from fedsplit.wire.tokens import TokenBook
 
-_HOME = {
-    "CODECS": "codecs",
-    "decode_rows": "codecs",
-    "encode_rows": "codecs",
-    "connect": "dial",
-    "Frame": "frames",
-    "Kind": "frames",
-    "decode": "frames",
-    "encode": "frames",
-    "Link": "link",
-    "loopback": "link",
-    "SessionOffer": "messages",
-    "ServerTls": "stream",
-    "SessionServer": "stream",
-    "TokenBook": "tokens",
-}
-
 __all__ = [
     "CODECS",
     "Frame",
@@ -67,4 +50,15 @@ __all__ = [
     "loopback",
 ]
 
-__getattr__ = lazy(__name__, _HOME)
+__getattr__ = lazy(
+    __name__,
+    {
+        "codecs": ("CODECS", "decode_rows", "encode_rows"),
+        "dial": ("connect",),
+        "frames": ("Frame", "Kind", "decode", "encode"),
+        "link": ("Link", "loopback"),
+        "messages": ("SessionOffer",),
+        "stream": ("ServerTls", "SessionServer"),
+        "tokens": ("TokenBook",),
+    },
+)

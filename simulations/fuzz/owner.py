@@ -63,7 +63,7 @@ def ledgers(scratch: Path) -> Cases:
 
 def policies(_: Path) -> Cases:
     """Fuzz owner.toml."""
-    sound = re.sub(r"(?m)^# (?=\w+ = )", "", TEMPLATE)  # with its suggestions in force
+    sound = re.sub(r"(?m)^# (?=\w+ = )", "", TEMPLATE.read_text())  # with its suggestions in force
     sound = sound.replace("...", "ab" * 32)
     Policy.parse(sound.encode(), "owner.toml")
 

@@ -43,12 +43,11 @@ __all__ = [
 __getattr__ = lazy(
     __name__,
     {
-        "Deployment": "deployment",
-        "Federation": "federation",
-        "FlowerRun": "submission",
-        "Simulation": "simulation",
-        "deploy": "federated",
-        "run_in_process": "local_run",
-        "simulate": "federated",
+        "deployment": ("Deployment",),
+        "federation": ("Federation",),
+        "submission": ("FlowerRun",),
+        "simulation": ("Simulation",),
+        "federated": ("deploy", "simulate"),
+        "local_run": ("run_in_process",),
     },
 )

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from fedsplit.config import RunConfig
+from fedsplit.deploy import node
 from fedsplit.deploy.node import NodeFile
-from fedsplit.deploy.templates import NODE
-from fedsplit.owners.policy.description import TEMPLATE
+from fedsplit.owners.policy import description
 from fedsplit.owners.policy.rules import Asked, Policy
 from tests.deploy.runbook import DEPLOY, ROOT, RUNBOOK, steps
 
@@ -43,6 +43,10 @@ class Unit(RawConfigParser):
 
     def optionxform(self, optionstr: str) -> str:
         return optionstr
+
+
+TEMPLATE = description.TEMPLATE.read_text()
+NODE = node.TEMPLATE.read_text()
 
 
 def staying(actor: str) -> list[str]:

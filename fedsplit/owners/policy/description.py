@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedsplit.owners.policy.rule_table import BEFORE, policy_rules
@@ -15,56 +16,7 @@ ALWAYS = (
     "a step, averages of loss and accuracy, and the text of refusals"
 )
 
-TEMPLATE = """\
-# What this owner lets out.  fedsplit checks it before it connects, when the bottom has arrived, and
-# before every frame; no setting of a run can weaken it.  Lines that are missing restrict nothing:
-# `fedsplit policy check owner.toml` says what that means.  Nobody else may be able to write this
-# file.  Put it at HOME/owner.toml (HOME is ~/.fedsplit, or state-dir in the node config), or name
-# it in the node config: policy="/path/owner.toml".
-
-[noise]
-mechanisms = ["dchi"]     # "none" would send what the text can be read off
-min_ratio = 2.0           # mean noise / median representation, measured on the bottom that came
-# max_eta = 10.0          # 1 / length unit of the representation: means little without min_ratio
-
-[model]
-bottom = ["frozen"]       # "joint": each epoch shows one more noisy view of each text
-max_tokens = 128
-# min_k = 1               # blocks that stay here
-# bottoms = ["..."]       # digests of the bottoms that may run on your text
-
-[labels]
-# without one of these, the gradients tell every training label
-protection = ["client-head", "randomised-response", "marvell", "max-norm"]
-max_epsilon = 2.0         # of randomised response, nats
-
-[cti]
-max_share = 0.01          # tokens with reduced noise; 0 forbids it
-min_rho = 0.2             # their noise, as a share of the full one
-
-[budget]
-rounds = 20
-epochs_per_run = 20
-epochs_per_bottom = 60
-views_per_bottom = 1      # different noises of one text, over all runs of one bottom
-views_total = 4           # ... and over all bottoms
-bytes_per_run = 2_000_000_000
-bytes_total = 20_000_000_000
-sessions_per_run = 50
-sessions_per_day = 100
-
-[transport]
-allowed = ["stream"]      # "messages" pass through the SuperLink, which reads them
-# own_ca = true           # needs session-ca in the node config
-
-[valid]
-# not_before = 2026-01-01
-# not_after = 2026-12-31
-
-[app]
-strategies = ["split-tuning", "serving"]    # "offsite-tuning": adapters trained here leave as well
-# digest = "..."          # fedsplit owner digest app.fab
-"""
+TEMPLATE = Path(__file__).with_name("owner.toml")
 
 
 def restrictions(policy: Policy) -> list[tuple[str, str, str]]:

@@ -15,11 +15,14 @@ from typer.testing import CliRunner
 from fedsplit.cli import app_cli
 from fedsplit.errors import ConfigError
 from fedsplit.owners.app_digest import digest_of_app, running_app
-from fedsplit.owners.policy.description import TEMPLATE, openings, restrictions
+from fedsplit.owners.policy import description
+from fedsplit.owners.policy.description import openings, restrictions
 from fedsplit.owners.policy.rule_table import policy_rules
 from fedsplit.owners.policy.rules import Policy
 
 DIGEST = "ab" * 32
+
+TEMPLATE = description.TEMPLATE.read_text()
 
 
 def policy(text: str) -> Policy:
