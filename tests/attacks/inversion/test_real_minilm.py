@@ -56,7 +56,7 @@ def test_reference_figures(minilm, sst2):
     assert float(torch.cat(hidden).norm(dim=1).median()) == pytest.approx(10.3, abs=0.3)
     for i, (eta, figure) in enumerate(FIGURES.items()):
         part = slice(i * len(ids), (i + 1) * len(ids))
-        guess = type(found)(found.ids[part], found.top[part], 0.0)
+        guess = type(found)(found.top[part], 0.0)
         result = score_tokens("nearest", guess, ids, special_ids=tokenizer.all_special_ids)
         assert result.success == pytest.approx(figure, abs=0.05), eta
 
