@@ -34,6 +34,7 @@ from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.bundle import tokenizer as bundle_tokenizer
 from fedsplit.models.bundle.bottom import ATTENTION, EXPERTS, FLOATS, UNSHIPPED
+from fedsplit.models.bundle.bounded_files import check_folder, check_size
 from fedsplit.models.bundle.bounded_json import (
     dump_json,
     parse_json,
@@ -135,7 +136,6 @@ def load_emulator(
     *,
     expected_digest: str | None = None,
     expected_base: str | None = None,
-    max_bytes: int | None = None,
 ) -> Emulator:
     """Rebuild an emulator, without the base, on the CPU, in evaluation mode.
 
@@ -143,13 +143,12 @@ def load_emulator(
         folder: of :func:`save_emulator`; may be hostile, everything is checked.
         expected_digest: refuse other content (what the message said would come).
         expected_base: refuse an emulator of another base than the one with this weights' digest.
-        max_bytes: bound on the weights.
 
     Raises:
         ModelError: if anything is not as it must be; names the file and the bound.
     """
     folder = Path(folder)
-    _check_files(folder, max_bytes)
+    check_folder(folder, LIMITS, REQUIRED)
     if expected_digest is not None and folder_digest(folder) != expected_digest:
         raise ModelError(f"{folder}: digest {folder_digest(folder)}: must be {expected_digest}")
     about = parse_json(FILE, (folder / FILE).read_bytes())
@@ -177,7 +176,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         ModelError: if its files are damaged or too large.
     """
     folder = Path(folder)
-    _check_files(folder, None)
+    check_folder(folder, LIMITS, REQUIRED)
     names = [n for n in LIMITS if n.startswith("tokenizer") and (folder / n).is_file()]
     return bundle_tokenizer.unpack({n: (folder / n).read_bytes() for n in names})
 
@@ -212,36 +211,16 @@ def receive(files: Mapping[str, bytes], cache: str | Path, digest: str) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     for name, content in files.items():
-        _check_size(name, len(content), LIMITS)
+        check_size(name, len(content), LIMITS)
     Path(cache).mkdir(parents=True, exist_ok=True)
     check_disk(folder, sum(map(len, files.values())))
     with storage.new_folder(folder, mode=0o777) as part:
         for name, content in files.items():
             (part / name).write_bytes(content)
-        _check_files(part, None)
+        check_folder(part, LIMITS, REQUIRED)
         if (found := folder_digest(part)) != digest:
             raise ModelError(f"emulator: digest {found}: must be {digest}")
     return folder
-
-
-def _check_size(name: str, size: int, limits: Mapping[str, int]) -> None:
-    if name not in limits:
-        raise ModelError(f"{name!r}: must be one of the files {', '.join(sorted(limits))}")
-    if size > limits[name]:
-        raise ModelError(f"{name}: {size} bytes: must be <= {limits[name]}")
-
-
-def _check_files(folder: Path, max_bytes: int | None) -> None:
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: must be a folder")
-    limits = dict(LIMITS) if max_bytes is None else {**LIMITS, WEIGHTS: max_bytes}
-    for path in folder.iterdir():
-        if path.is_symlink() or not path.is_file():
-            raise ModelError(f"{path}: must be a plain file")
-        _check_size(path.name, path.stat().st_size, limits)
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(f"{folder}: must hold {', '.join(missing)}")
 
 
 def _check_about(about: Mapping[str, Any]) -> EmulatorPlan:

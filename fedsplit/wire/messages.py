@@ -7,7 +7,7 @@ hand every node's token to every other.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -64,23 +64,9 @@ class SessionOffer:
 
     def to_record(self) -> ConfigRecord:
         """Return the record for one message."""
-        return ConfigRecord(
-            {
-                "run": str(self.run),  # ids use all 64 bits, records hold signed integers
-                "node": str(self.node),
-                "round": self.round,
-                "mode": self.mode,
-                "transport": self.transport,
-                "token": self.token,
-                "address": self.address,
-                "ca": self.ca,
-                "server-name": self.server_name,
-                "digest": self.digest,
-                "exchange": self.exchange,
-                "first": self.first,
-                "job": self.job,
-            }
-        )
+        values = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+        # Ids use all 64 bits, records hold signed integers.
+        return ConfigRecord(values | {"run": str(self.run), "node": str(self.node)})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> SessionOffer:

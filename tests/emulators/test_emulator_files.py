@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedsplit.emulators import Material, adapter_state, make_compressor, plug_in
+from fedsplit.emulators import files as emulator_files
 from fedsplit.emulators.build import Emulator, build_emulator
 from fedsplit.emulators.compression.src import compress_block
 from fedsplit.emulators.files import folder_digest, load_emulator, receive, save_emulator
@@ -284,8 +285,13 @@ def test_a_wrong_row_order_is_refused(tmp_path: Path) -> None:
 
 
 def test_too_large_or_too_little_disk(good: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    with pytest.raises(ModelError, match="bytes: must be <= 10"):
-        load_emulator(good, max_bytes=10)
+    limit = emulator_files.LIMITS["config.json"]
+    large = tmp_path / "large"
+    shutil.copytree(good, large)
+    (large / "config.json").write_bytes(b" " * (limit + 1))
+    with pytest.raises(ModelError, match=f"bytes: must be <= {limit}"):
+        load_emulator(large)
+    shutil.rmtree(large)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 5))
     with pytest.raises(ModelError, match="must be <= 5, what the disk has left"):
         save_emulator(_mixed(tiny()), tmp_path / "e")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.attacks.base import Attack, Confidences, Truth, View
+from fedsplit.attacks.base import Attack, Truth, View
 from fedsplit.attacks.scoring import AttackResult, Bools, auc_interval
 from fedsplit.errors import AttackError, check
 from fedsplit.seeding import numpy_generator
@@ -110,7 +110,7 @@ class MembershipInference(Attack):
 
     Args:
         method: ``"loss"`` or ``"lira"``.
-        shadows: shadow tops trained by :meth:`with_shadows`, for ``lira``.
+        shadows: shadow tops, see :func:`train_shadows`, for ``lira``.
         seed: of the shadows' splits.
     """
 
@@ -134,16 +134,6 @@ class MembershipInference(Attack):
             f"the tuned top's confidence, how it was trained, and a pool with the sample in it to "
             f"train {self.shadows} shadow tops on"
         )
-
-    def with_shadows(self, target: Floats, train: Callable[[Bools, int], Floats]) -> Confidences:
-        """Return what ``lira`` reads, after training the shadows; see :func:`train_shadows`.
-
-        Args:
-            target: the tuned top's :func:`confidence` on every sample, ``(N,)``.
-            train: (members (N,), number of the shadow) -> its confidence on every sample.
-        """
-        shadows, members = train_shadows(train, len(target), self.shadows, self.seed)
-        return Confidences(target, shadows, members)
 
     def run(self, view: View, truth: Truth) -> AttackResult:
         """Score every sample and compare with the truth.

@@ -30,6 +30,7 @@ import fedsplit
 from fedsplit.errors import FedsplitError, ModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.bundle import tokenizer as bundle_tokenizer
+from fedsplit.models.bundle.bounded_files import check_folder, check_size
 from fedsplit.models.bundle.bounded_json import (
     dump_json,
     parse_json,
@@ -76,8 +77,10 @@ class Bundle:
 
     def __post_init__(self) -> None:
         for name, content in self.files.items():
-            _check_size(name, len(content), LIMITS)
-        _check_present(self.files.keys())
+            check_size(name, len(content), LIMITS)
+        missing = sorted(REQUIRED - self.files.keys())
+        if missing:
+            raise ModelError(f"bundle: must hold {', '.join(missing)}")
 
     @property
     def digest(self) -> str:
@@ -98,24 +101,13 @@ class Bundle:
             (folder / name).write_bytes(content)
 
     @classmethod
-    def load(cls, folder: str | Path, *, max_weight_bytes: int | None = None) -> Bundle:
+    def load(cls, folder: str | Path) -> Bundle:
         """Read a bundle from ``folder``; sizes are checked before anything is read.
 
         Raises:
             ModelError: if the folder holds anything but plain files of the listed names and sizes.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise ModelError(f"{folder}: must be a folder")
-        limits = dict(LIMITS)
-        if max_weight_bytes is not None:
-            limits["bottom.safetensors"] = max_weight_bytes
-        paths = sorted(folder.iterdir())
-        for path in paths:
-            if path.is_symlink() or not path.is_file():
-                raise ModelError(f"{path}: must be a plain file")
-            _check_size(path.name, path.stat().st_size, limits)
-        _check_present({p.name for p in paths})
+        paths = check_folder(Path(folder), LIMITS, REQUIRED)
         return cls({p.name: p.read_bytes() for p in paths})
 
 
@@ -197,19 +189,6 @@ def unpack_bottom(source: Bundle | str | Path) -> tuple[Bottom, Tokenizer | None
             f"tokenizer.json: {len(tokenizer)} tokens: must be <= {bottom.vocab} embedding rows"
         )
     return bottom.eval(), tokenizer
-
-
-def _check_size(name: str, size: int, limits: Mapping[str, int]) -> None:
-    if name not in limits:
-        raise ModelError(f"{name!r}: must be one of the files {', '.join(sorted(limits))}")
-    if size > limits[name]:
-        raise ModelError(f"{name}: {size} bytes: must be <= {limits[name]}")
-
-
-def _check_present(names: Any) -> None:
-    missing = sorted(REQUIRED - set(names))
-    if missing:
-        raise ModelError(f"bundle: must hold {', '.join(missing)}")
 
 
 def _check_about(about: Mapping[str, Any]) -> None:

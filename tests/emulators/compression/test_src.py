@@ -21,7 +21,7 @@ from fedsplit.models.layout.projections import dense_layout_of, layout_of
 from tests.emulators.emulator_families import FAMILIES, LAYERS, UNPROBED, tiny, tokens
 
 PROBED = sorted(set(FAMILIES) - UNPROBED)
-PLAN = EmulatorPlan.with_adapters(LAYERS, (0,), "compress", beta=0.6)
+PLAN = EmulatorPlan(("adapter", *["compress"] * (LAYERS - 1)), beta=0.6)
 
 
 @pytest.mark.parametrize(

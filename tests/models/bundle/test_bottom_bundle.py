@@ -99,8 +99,9 @@ def test_sizes_are_bounded(good: Bundle, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"fedsplit\.json: 65537 bytes: must be <= 65536"):
         Bundle({**good.files, "fedsplit.json": b" " * (LIMITS["fedsplit.json"] + 1)})
     good.save(tmp_path)
-    with pytest.raises(ModelError, match=r"bottom\.safetensors: \d+ bytes: must be <= 1000"):
-        Bundle.load(tmp_path, max_weight_bytes=1000)
+    (tmp_path / "fedsplit.json").write_bytes(b" " * (LIMITS["fedsplit.json"] + 1))
+    with pytest.raises(ModelError, match=r"fedsplit\.json: \d+ bytes: must be <= \d+"):
+        Bundle.load(tmp_path)
 
 
 def _json(file: str, **changes: Any) -> Callable[[dict[str, bytes]], None]:
