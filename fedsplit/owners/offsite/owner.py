@@ -19,7 +19,7 @@ from fedsplit.config.schedule import rate_factor
 from fedsplit.emulators.build import Emulator, tune_inside
 from fedsplit.emulators.lm import mean_loss, pack
 from fedsplit.emulators.settings import method_settings
-from fedsplit.errors import DataError
+from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.owners.split.settings import DpSettings
@@ -84,6 +84,10 @@ class AdapterOwner:
         name: str,
         secret: OwnerSecret | None = None,
     ) -> None:
+        if config.dp.noise_multiplier and secret is None:
+            raise ConfigError(
+                f"dp.noise-multiplier={config.dp.noise_multiplier}: needs the owner's secret"
+            )
         self.emulator = emulator
         self.blocks = blocks
         self.config = config

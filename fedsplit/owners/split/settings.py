@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from fedsplit.config import DpConfig, RunConfig
-from fedsplit.errors import ConfigError
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.privacy.dp.optimizer import PrivateOptimizer
 from fedsplit.privacy.secret import OwnerSecret
@@ -63,16 +62,9 @@ class DpSettings:
     def of_round(
         cls, config: RunConfig, secret: OwnerSecret | None, samples: int, round_: int, steps: int
     ) -> DpSettings | None:
-        """Return the settings of a round of ``steps`` steps; None where the run asks for no noise.
-
-        Raises:
-            ConfigError: it does, and there is no secret.
-        """
-        noise = config.dp.noise_multiplier
-        if not noise:
+        """Return the settings of a round of ``steps`` steps; None where the run asks for no noise."""
+        if not config.dp.noise_multiplier or secret is None:
             return None
-        if secret is None:
-            raise ConfigError(f"dp.noise-multiplier={noise}: needs the owner's secret")
         rate = min(1.0, config.train.batch_size / samples)
         return cls(config.dp, rate, (round_ - 1) * steps, secret)
 
