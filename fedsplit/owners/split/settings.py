@@ -62,7 +62,7 @@ class DpSettings:
     def of_round(
         cls, config: RunConfig, secret: OwnerSecret | None, samples: int, round_: int, steps: int
     ) -> DpSettings | None:
-        """Return the settings of a round of ``steps`` steps; None where the run asks for no noise."""
+        """Return the settings of a round of ``steps`` steps; None where no noise is asked for."""
         if not config.dp.noise_multiplier or secret is None:
             return None
         rate = min(1.0, config.train.batch_size / samples)
