@@ -33,7 +33,7 @@ def strict_policy(**changes: Any) -> Policy:
     """
     from fedsplit.owners.policy.description import TEMPLATE
 
-    return changed(tomllib.loads(TEMPLATE), changes)
+    return changed(tomllib.loads(TEMPLATE.read_text()), changes)
 
 
 def changed(policy: Policy, changes: Mapping[str, Any]) -> Policy:
