@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.errors import DataError, check
 from fedsplit.models.modes import evaluating
@@ -39,6 +40,13 @@ def pack(ids: Tensor, length: int) -> Tensor:
     if rows == 0:
         raise DataError(f"ids: {len(ids)} tokens: must be >= {length}, one block")
     return ids[: rows * length].view(rows, length)
+
+
+def step_blocks(tokens: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
+    """Return the token blocks (B, T) of a step: each epoch in an order of its own."""
+    size = min(batch_size, len(tokens))
+    epoch, place = divmod(step, len(tokens) // size)
+    return tokens[torch.from_numpy(epoch_batches(len(tokens), size, seed, epoch)[place])]
 
 
 def logits_of(model: Model, ids: Tensor) -> Tensor:

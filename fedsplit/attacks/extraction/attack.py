@@ -31,7 +31,6 @@ from fedsplit.attacks.base import Attack, Truth, View
 from fedsplit.attacks.extraction.gap import Closed, closed_share
 from fedsplit.attacks.extraction.regrow import regrown
 from fedsplit.attacks.scoring import AttackResult
-from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import (
     Emulator,
     adapter_state,
@@ -40,7 +39,7 @@ from fedsplit.emulators.build import (
     plug_in,
 )
 from fedsplit.emulators.compression.structure import Model
-from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
+from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of, step_blocks
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import AttackError, check
 from fedsplit.evaluation.perplexity import TextLoss, text_loss
@@ -238,8 +237,6 @@ class Extraction(Attack):
         model = regrown(own) if self.regrow else own.model
         parameters = _outside_adapters(model, own)
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.01)
-        size = min(self.batch_size, len(public))
-        per_epoch = len(public) // size
         seed = derive_seed(self.seed, "attacks.extraction")
         device = next(model.parameters()).device
         seen = sorted(set(marks))
@@ -247,9 +244,7 @@ class Extraction(Attack):
             look(0, model, own)
         with evaluating(model):
             for step in range(1, self.steps + 1):
-                epoch, place = divmod(step - 1, per_epoch)
-                order = epoch_batches(len(public), size, seed, epoch)[place]
-                ids = public[torch.from_numpy(order)].to(device)
+                ids = step_blocks(public, self.batch_size, seed, step - 1).to(device)
                 half = torch.autocast(device.type, torch.bfloat16) if self.bf16 else nullcontext()
                 with half:
                     loss = self._loss(model, teacher, ids)

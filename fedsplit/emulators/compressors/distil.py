@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import Emulator, freeze_but_adapters
 from fedsplit.emulators.compression.structure import Model, first
 from fedsplit.emulators.importance.supernet import relative_mismatch
-from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of
+from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of, step_blocks
 from fedsplit.emulators.planning.plan import ADAPTER, HARMONIZER, KEEP, ROLES, EmulatorPlan
 from fedsplit.errors import ConfigError, check
 from fedsplit.models.anatomy import probe
@@ -106,8 +105,7 @@ def distil(
     inside, above = probe(emulator.model).blocks, probe(teacher).blocks
     places = _places(plan, settings.hidden_at) if settings.hidden_weight > 0 else []
     device = next(emulator.model.parameters()).device
-    size = min(settings.batch_size, len(tokens))
-    per_epoch, losses = len(tokens) // size, []
+    losses: list[float] = []
     seed = derive_seed(settings.seed, "emulators.distil")
     try:
         emulator.model.requires_grad_(False)
@@ -126,8 +124,7 @@ def distil(
                 for i in places
             ]
             for step in range(settings.steps):
-                order = epoch_batches(len(tokens), size, seed, step // per_epoch)
-                ids = tokens[torch.from_numpy(order[step % per_epoch])].to(device)
+                ids = step_blocks(tokens, settings.batch_size, seed, step).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                     loss = _loss(emulator.model, teacher, ids, pairs, settings)
                 rate = settings.lr * (1 - 0.9 * step / settings.steps)

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.importance.files import (
     NAME,
@@ -37,7 +36,7 @@ from fedsplit.emulators.importance.files import (
 from fedsplit.emulators.importance.harmonizer import make_harmonizers
 from fedsplit.emulators.importance.replace_policy import draw_kept, updated_scores
 from fedsplit.emulators.importance.supernet import Net, supernet
-from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of
+from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of, step_blocks
 from fedsplit.emulators.pair_files import read_pair
 from fedsplit.errors import ConfigError, check
 from fedsplit.models.anatomy import probe
@@ -167,11 +166,8 @@ class LayerReplace:
         save_importance(self.result(), folder, self._moments())
 
     def _batch(self, tokens: Tensor, purpose: str, number: int) -> Tensor:
-        size = min(self.settings.batch_size, len(tokens))
-        per_epoch = len(tokens) // size
         seed = derive_seed(self.settings.seed, "layer-replace", purpose)
-        order = epoch_batches(len(tokens), size, seed, number // per_epoch)
-        rows = tokens[torch.from_numpy(order[number % per_epoch])]
+        rows = step_blocks(tokens, self.settings.batch_size, seed, number)
         return rows.to(next(self.model.parameters()).device)
 
     def _precision(self, ids: Tensor) -> AbstractContextManager[Any]:

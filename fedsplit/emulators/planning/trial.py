@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsplit.data.batches import epoch_batches
 from fedsplit.emulators.build import Emulator, adapter_state, build_emulator, plug_in
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import Compressor, Material
-from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of, mean_loss
+from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of, mean_loss, step_blocks
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
@@ -122,13 +121,11 @@ def tune(
         list(parameters), lr=settings.lr, weight_decay=settings.weight_decay
     )
     device = next(model.parameters()).device
-    size = min(settings.batch_size, len(tokens))
-    per_epoch, losses = len(tokens) // size, []
+    losses: list[float] = []
     seed = derive_seed(settings.seed, "emulators.tune")
     with evaluating(model):
         for step in range(settings.steps):
-            order = epoch_batches(len(tokens), size, seed, step // per_epoch)
-            ids = tokens[torch.from_numpy(order[step % per_epoch])].to(device)
+            ids = step_blocks(tokens, settings.batch_size, seed, step).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
                 loss = lm_loss(logits_of(model, ids), ids)
             optimizer.zero_grad(set_to_none=True)

@@ -24,11 +24,7 @@ def _move_blocks(editor: Editor, matrix: Tensor) -> None:
     """Let blocks read x M instead of x and write y M instead of y (M orthogonal, (d, d))."""
     touched = editor.layout.needed() | editor.layout.optional
     for prefix in editor.prefixes:
-        for role in READS:
-            if getattr(editor.layout, role) is not None:
-                editor.apply_columns(prefix, role, matrix)
-        for role in WRITES:
-            editor.apply_rows(prefix, role, matrix.T)
+        _move_projections(editor, prefix, matrix)
         for name, parameter in editor.parameters.items():
             if name.startswith(prefix) and name[len(prefix) :] not in touched:
                 _move_vector(editor, name, parameter, matrix)
@@ -36,6 +32,14 @@ def _move_blocks(editor: Editor, matrix: Tensor) -> None:
             for part in (norm.weight, norm.bias):
                 if part is not None:
                     _move_vector(editor, prefix + part, editor.parameters[prefix + part], matrix)
+
+
+def _move_projections(editor: Editor, prefix: str, matrix: Tensor) -> None:
+    for role in READS:
+        if getattr(editor.layout, role) is not None:
+            editor.apply_columns(prefix, role, matrix)
+    for role in WRITES:
+        editor.apply_rows(prefix, role, matrix.T)
 
 
 def _move_vector(editor: Editor, name: str, parameter: Tensor, matrix: Tensor) -> None:
@@ -109,17 +113,23 @@ def rotation(editor: Editor, generator: torch.Generator) -> None:
     _move_rotated(editor, matrix)
 
 
-def _fold_final(editor: Editor) -> None:
-    """Untie the head if needed and fold the final norm into it."""
+def _untied_head(editor: Editor) -> Any:
+    """Return the head, with a matrix of its own, or None where there is none."""
     model = cast(Any, editor.model)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is table.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+        editor.parameters = dict(editor.model.named_parameters())
+    return head
+
+
+def _fold_final(editor: Editor) -> None:
+    """Untie the head if needed and fold the final norm into it."""
+    head = _untied_head(editor)
     if head is None:
         raise UnsupportedModelError("rotation: the model has no head to fold the last norm into")
-    if head.weight is table.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
-        editor.parameters = dict(editor.model.named_parameters())
     offset = (editor.layout.ffn_norm or editor.layout.attn_norm).offset  # type: ignore[union-attr]
     for name, parameter in editor.outside().items():
         if parameter.dim() != 1 or editor.is_bias_of_linear(name) or not name.endswith("weight"):
@@ -138,11 +148,7 @@ def _fold_final(editor: Editor) -> None:
 def _move_rotated(editor: Editor, matrix: Tensor) -> None:
     """Rotate like the permutation, but gains are all one by now and stay."""
     for prefix in editor.prefixes:
-        for role in READS:
-            if getattr(editor.layout, role) is not None:
-                editor.apply_columns(prefix, role, matrix)
-        for role in WRITES:
-            editor.apply_rows(prefix, role, matrix.T)
+        _move_projections(editor, prefix, matrix)
         for norm, _ in editor.norms():
             if norm.bias is not None:
                 bias = editor.parameters[prefix + norm.bias]
@@ -177,12 +183,7 @@ def residual_scaling(editor: Editor, generator: torch.Generator) -> None:
     if _kind(editor) == "post" or editor.layout.attn_norm is None:
         raise UnsupportedModelError("residual scaling: norms follow the sum")
     scale = 1.5 + float(torch.rand(1, generator=generator))
-    model = cast(Any, editor.model)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is not None and head.weight is table.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
-        editor.parameters = dict(editor.model.named_parameters())
+    head = _untied_head(editor)
     for prefix in editor.prefixes:
         for role in WRITES:
             editor.apply_rows(prefix, role, torch.eye(editor.width, dtype=torch.float64) * scale)
