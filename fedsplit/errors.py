@@ -6,6 +6,8 @@ Messages carry the name of what was wrong, its value and the bound it broke:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class FedsplitError(Exception):
     """Base of all errors raised on purpose by fedsplit."""
@@ -88,3 +90,13 @@ def check(ok: bool, name: str, value: object, bound: str) -> None:
     """
     if not ok:
         raise ConfigError(f"{name}={value!r}: must be {bound}")
+
+
+def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse a value that is not among ``allowed``.
+
+    Raises:
+        ConfigError: names the setting, its value and what it may be.
+    """
+    known = tuple(allowed)
+    check(value in known, name, value, "one of " + ", ".join(known))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsplit.config.bounds import one_of
-from fedsplit.errors import check
+from fedsplit.errors import check, one_of
 
 TASKS = ("sequence-classification", "causal-lm")
 

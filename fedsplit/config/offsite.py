@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsplit.config.bounds import one_of
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import ConfigError, check, one_of
 
 AVERAGINGS = ("fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum")
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedsplit.config.bounds import one_of
-from fedsplit.errors import check
+from fedsplit.errors import check, one_of
 
 DENOISE = ("off", "ends", "uniform", "unigram", "contextual", "learned")
 

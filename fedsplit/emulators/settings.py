@@ -8,7 +8,7 @@ from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.compressors.scaleot import RANKS
 from fedsplit.emulators.compressors.table import COMPRESSORS
 from fedsplit.emulators.planning.plan import outer_blocks
-from fedsplit.errors import check
+from fedsplit.errors import one_of
 from fedsplit.models.adapters.methods import METHODS, MethodSettings
 
 
@@ -20,13 +20,9 @@ def check_offsite(offsite: OffsiteConfig) -> None:
     Raises:
         ConfigError: an unknown name; the message lists the known ones.
     """
-    known = ", ".join(sorted(COMPRESSORS))
-    name = offsite.compressor
-    check(name in COMPRESSORS, "offsite.compressor", name, f"one of {known}")
-    methods = ", ".join(METHODS)
-    check(offsite.method in METHODS, "offsite.method", offsite.method, f"one of {methods}")
-    rank_by = offsite.rank_by
-    check(rank_by in RANKS, "offsite.rank-by", rank_by, f"one of {', '.join(RANKS)}")
+    one_of("offsite.compressor", offsite.compressor, sorted(COMPRESSORS))
+    one_of("offsite.method", offsite.method, METHODS)
+    one_of("offsite.rank-by", offsite.rank_by, RANKS)
 
 
 def by_importance(offsite: OffsiteConfig) -> bool:

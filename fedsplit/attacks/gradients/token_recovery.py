@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsplit.errors import AttackError, check
+from fedsplit.errors import AttackError, check, one_of
 
 LAWS = ("none", "gaussian", "dchi")
 ROWS_AT_ONCE = 256
@@ -48,7 +48,7 @@ class GradientNoise:
     clip: float = math.inf
 
     def __post_init__(self) -> None:
-        check(self.law in LAWS, "law", self.law, f"one of {', '.join(LAWS)}")
+        one_of("law", self.law, LAWS)
         noisy = self.law != "none"
         check(self.scale > 0 or not noisy, "scale", self.scale, "> 0 (noise)")
         check(self.clip > 0, "clip", self.clip, "> 0 (norm of a gradient row)")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedsplit.attacks.base import Attack, Truth, View
 from fedsplit.attacks.scoring import AttackResult
-from fedsplit.errors import AttackError, check
+from fedsplit.errors import AttackError, one_of
 from fedsplit.statistics import wilson_interval
 
 
@@ -123,7 +123,7 @@ class LabelLeakage(Attack):
     method: str = "logits"
 
     def __post_init__(self) -> None:
-        check(self.method in METHODS, "method", self.method, f"one of {', '.join(METHODS)}")
+        one_of("method", self.method, METHODS)
 
     @property
     def knowledge(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsplit.errors import check
+from fedsplit.errors import check, one_of
 from fedsplit.seeding import torch_generator
 
 METHODS = ("auto", "eigen", "randomised", "full")
@@ -70,7 +70,7 @@ def truncate(weight: Tensor, rank: int, method: str = "auto", seed: int = 0) -> 
     rows, columns = weight.shape
     small = min(rows, columns)
     check(1 <= rank <= small, "rank", rank, f"in 1..{small}")
-    check(method in METHODS, "method", method, f"one of {', '.join(METHODS)}")
+    one_of("method", method, METHODS)
     exact = torch.float64 if small <= DOUBLE_UP_TO else torch.float32
     matrix = weight.detach().to(exact)
     if method == "auto":

@@ -20,7 +20,7 @@ from fedsplit.emulators.compression.structure import Model, first
 from fedsplit.emulators.importance.supernet import relative_mismatch
 from fedsplit.emulators.lm import check_tokens, divergence, lm_loss, logits_of, step_blocks
 from fedsplit.emulators.planning.plan import ADAPTER, HARMONIZER, KEEP, ROLES, EmulatorPlan
-from fedsplit.errors import ConfigError, check
+from fedsplit.errors import ConfigError, check, one_of
 from fedsplit.models.anatomy import probe
 from fedsplit.models.modes import evaluating, frozen
 from fedsplit.seeding import derive_seed
@@ -68,7 +68,7 @@ class Distil:
         for name, value in zip(("hidden", "lm", "logit"), weights, strict=True):
             check(value >= 0, f"{name}_weight", value, ">= 0")
         check(sum(weights) > 0, "weights", weights, "not all 0")
-        check(self.hidden_at in PLACES, "hidden_at", self.hidden_at, f"one of {', '.join(PLACES)}")
+        one_of("hidden_at", self.hidden_at, PLACES)
         for role in self.roles:
             check(role in ROLES and role != ADAPTER, "roles", role, "roles outside A")
 

@@ -30,7 +30,7 @@ from fedsplit.emulators.planning.plan import (
     EmulatorPlan,
     check_fraction,
 )
-from fedsplit.errors import ConfigError, ModelError, check
+from fedsplit.errors import ConfigError, ModelError, check, one_of
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import dense_layout_of
 from fedsplit.models.loading import weights_digest
@@ -78,7 +78,7 @@ class ScaleOT(Compressor):
         check_fraction("beta", self.beta)
         one = (self.n_adapters > 0) != bool(self.adapters)
         check(one, "n_adapters, adapters", (self.n_adapters, self.adapters), "one of the two")
-        check(self.rank_by in RANKS, "rank_by", self.rank_by, f"one of {', '.join(RANKS)}")
+        one_of("rank_by", self.rank_by, RANKS)
         check(self.settle_steps >= 0, "settle_steps", self.settle_steps, ">= 0")
 
     def plan(self, model: Model, material: Material) -> EmulatorPlan:

@@ -15,7 +15,7 @@ from fedsplit.emulators.importance.harmonizer import Harmonizer, make_harmonizer
 from fedsplit.emulators.importance.replace_policy import REWARDS
 from fedsplit.emulators.pair_files import read_pair, write_pair
 from fedsplit.emulators.planning.plan import check_fraction
-from fedsplit.errors import ConfigError, ModelError, check
+from fedsplit.errors import ConfigError, ModelError, check, one_of
 from fedsplit.models.loading import weights_digest
 
 NAME = "importance"
@@ -82,9 +82,8 @@ class ImportanceSettings:
         check(self.lr > 0, "lr", self.lr, "> 0")
         check(self.rl_lr > 0, "rl_lr", self.rl_lr, "> 0")
         check(self.hidden_weight >= 0, "hidden_weight", self.hidden_weight, ">= 0")
-        known = ", ".join(OBJECTIVES)
-        check(self.objective in OBJECTIVES, "objective", self.objective, f"one of {known}")
-        check(self.reward in REWARDS, "reward", self.reward, f"one of {', '.join(REWARDS)}")
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("reward", self.reward, REWARDS)
 
 
 @dataclass
