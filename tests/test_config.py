@@ -63,6 +63,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "session.port": ([-1, 65_536], [0, 65_535]),
     "privacy.eta": ([-1.0, float("inf")], [0.0, 1e-3]),
     "privacy.noise-ratio": ([-1.0, float("inf")], [0.0]),
+    "privacy.row-clip": (["", "on", "0", "-1", "inf", "nan"], ["off", "auto", "1e-3", "12"]),
     "privacy.mechanism": (["laplace", ""], ["none"]),  # the others need a level: see below
     "privacy.epsilon": ([-1.0, float("inf")], [0.0, 1e-3]),
     "privacy.delta": ([0.0, 1.0], [1e-9, 0.5]),

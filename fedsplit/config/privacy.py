@@ -19,8 +19,13 @@ class PrivacyConfig:
             (:mod:`fedsplit.settings`), as is its level.
         eta: of ``dchi`` (1/length units of the bottom's output) and ``nearest-token`` (1/length
             units of the word embeddings); 0 = use ``noise_ratio``.
-        noise_ratio: E||n|| / median ||h||, which carries over between models; 0 = use the
-            mechanism's own level (``eta``, ``epsilon`` or ``budget``).
+        noise_ratio: E||n|| / median ||h||, or E||n|| / C where rows are clipped, which carries
+            over between models; 0 = use the mechanism's own level (``eta``, ``epsilon`` or
+            ``budget``).
+        row_clip: C, the L2 norm that rows are clipped to before any mechanism's noise: ``off``;
+            ``auto`` (a high quantile of the norms over public inputs, which each side finds for
+            itself in the bottom that came); or a number (length units of what the noise is put
+            on).  An owner's policy may demand it and bound it.
         epsilon: of ``gaussian`` (nats per token); 0 = use ``noise_ratio``.
         delta: of ``gaussian``.
         clip: of ``gaussian``: bound on a token's vector (length units of the bottom's output);
@@ -49,6 +54,7 @@ class PrivacyConfig:
     mechanism: str = "none"
     eta: float = 0.0
     noise_ratio: float = 0.0
+    row_clip: str = "off"
     epsilon: float = 0.0
     delta: float = 1e-5
     clip: float = 0.0
@@ -72,6 +78,12 @@ class PrivacyConfig:
             self.noise_ratio,
             "> 0, or 0 to use the mechanism's own level",
         )
+        check(
+            self.row_clip in ("off", "auto") or _positive(self.row_clip),
+            "privacy.row-clip",
+            self.row_clip,
+            "off, auto or a number > 0 (length units of the representation)",
+        )
         check(0 < self.delta < 1, "privacy.delta", self.delta, "in (0, 1) (probability)")
         check(
             self.clip >= 0 and math.isfinite(self.clip),
@@ -85,6 +97,14 @@ class PrivacyConfig:
         check(0 < self.cti_max_share <= 1, "privacy.cti-max-share", self.cti_max_share, "in (0, 1]")
         check(0 <= self.cti_rho <= 1, "privacy.cti-rho", self.cti_rho, "in [0, 1]")
         one_of("privacy.denoise", self.denoise, DENOISE)
+
+
+def _positive(text: str) -> bool:
+    """Return whether a text is a positive number."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _level(name: str, value: float, unit: str) -> None:

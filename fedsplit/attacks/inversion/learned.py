@@ -29,7 +29,7 @@ from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
-from fedsplit.privacy.mechanisms.base import Mechanism
+from fedsplit.privacy.mechanisms.base import Mechanism, clip_rows
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import derive_seed, numpy_generator
 
@@ -328,6 +328,7 @@ class _Noise:
         if self._mechanism is None:
             return hidden
         self._draws += 1
+        hidden = clip_rows(hidden, self._mechanism.row_clip)
         return self._mechanism.privatise(hidden, self._secret.stream("learned", self._draws))
 
 

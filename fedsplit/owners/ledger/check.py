@@ -179,6 +179,8 @@ class DisclosureCheck:
         if "noise.min_ratio" not in self._policy or shown.rows is None:
             return
         mechanism = shown.source.perturber.mechanism
+        if mechanism.row_clip:
+            return  # no row is longer than what the mechanism's own ratio is to
         length = mechanism.mean_noise_norm(int(shown.rows.shape[1]))
         if length is None or not mechanism.adds_noise:
             return  # refused with its source; clean vectors of other tokens carry no noise

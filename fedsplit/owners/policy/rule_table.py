@@ -123,10 +123,28 @@ _FIXED: dict[str, Rule] = {
         _number(0, strict=True),
         lambda v: (
             f"The noise is on average {v:g} times as long as the median representation of "
-            "the bottom that really came."
+            "the bottom that really came, or as the norm that rows are clipped to."
         ),
         "An eta is worth nothing to a server that sends a bottom with long representations.",
         "when the bottom has arrived, and before each batch",
+    ),
+    "noise.require_clip": Rule(
+        _flag,
+        lambda v: (
+            "Every row is clipped before noise, to a norm C that you find in the bottom that came, "
+            "or to one within noise.max_clip; noise ratios are to C."
+            if v
+            else "Rows need not be clipped."
+        ),
+        "Rows are clipped only where the server asks for it: words of a made-up bottom may be as "
+        "long as it likes, and outshout the noise.",
+        "before connecting, and when the bottom has arrived",
+    ),
+    "noise.max_clip": Rule(
+        _number(0, strict=True),
+        lambda v: f"Rows are clipped to a norm C <= {v:g} (length units of the representation).",
+        "The norm that rows are clipped to may be of any length.",
+        "before connecting, and when the bottom has arrived",
     ),
     "model.names": Rule(
         _names(_NAME, "names of models"),

@@ -191,6 +191,7 @@ class Policy:
             self.least("model.min_k", flat["split.k"]),
             *self._labels(flat),
             *self._noise(str(flat["privacy.mechanism"]), _parameters(flat)),
+            *self._clip_settings(flat),
             *self._cti_settings(flat),
         ]
         ratio = float(flat.get("privacy.noise-ratio", 0.0))
@@ -221,6 +222,18 @@ class Policy:
         if flat["split.bottom"] == "joint":
             rules += ["budget.views_per_bottom", "budget.views_total"]
         return found + [self.most(rule, epochs) for rule in rules]
+
+    def _clip_settings(self, flat: Mapping[str, Any]) -> list[Breach | None]:
+        """Judge the norm that rows are to be clipped to, as far as the settings say it."""
+        asked = str(flat.get("privacy.row-clip", "off"))
+        if asked == "auto" or not _protects(str(flat["privacy.mechanism"])):
+            return []
+        if asked != "off" and "noise.max_clip" in self:
+            return [self._most("noise.max_clip", float(asked))]
+        if not self.rules.get("noise.require_clip"):
+            return []
+        bound = "auto" + (", or a number that noise.max_clip bounds" if asked != "off" else "")
+        return [Breach("noise.require_clip", f"privacy.row-clip={asked}", bound)]
 
     def _cti_settings(self, flat: Mapping[str, Any]) -> list[Breach | None]:
         if flat["privacy.cti"] == "off" or not _protects(str(flat["privacy.mechanism"])):
@@ -262,6 +275,11 @@ class Policy:
             ratio: mean noise over median representation, None = cannot be told.
         """
         found = self._noise(mechanism, parameters)
+        if _protects(mechanism):
+            clip = float(parameters.get("row_clip", 0.0))
+            if self.rules.get("noise.require_clip") and not clip:
+                found.append(Breach("noise.require_clip", "no clipping", "a norm C"))
+            found.append(self._most("noise.max_clip", clip))
         if "noise.min_ratio" in self and _protects(mechanism):
             if ratio is None:
                 bound = "one whose noise can be measured"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -35,6 +35,8 @@ class Mechanism(ABC):
     policy, ledger, reports, attacks and denoisers ask it and name none.
 
     Attributes:
+        row_clip: C: rows are clipped to that L2 norm before anything else is done to them (length
+            units of what the noise is put on); 0 = they are not.
         name: row of :data:`fedsplit.privacy.mechanisms.table.MECHANISMS`.
         title: how reports name it.
         level: the parameter that says how weak the noise is; None for a mechanism without noise.
@@ -52,6 +54,12 @@ class Mechanism(ABC):
     replaces_tokens: ClassVar[bool] = False
     token_by_token: ClassVar[bool] = True
     needs_frozen_bottom: ClassVar[bool] = False
+    row_clip: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        ok = isinstance(self.row_clip, int | float) and 0 <= self.row_clip < math.inf
+        check(ok, "row_clip", self.row_clip, ">= 0 (length units), 0 for no clipping")
+        object.__setattr__(self, "row_clip", float(self.row_clip))
 
     # ---- from a run's settings --------------------------------------------------------------
 
@@ -105,6 +113,11 @@ class Mechanism(ABC):
         return own or cls.level_at(inputs.config.noise_ratio, inputs)
 
     @classmethod
+    def public_norms(cls, inputs: CalibrationInputs) -> Norms:
+        """Return the norms of the vectors that the noise is put on, over public inputs, and C."""
+        return inputs.norms
+
+    @classmethod
     def needs_own_text(cls, config: PrivacyConfig) -> bool:
         """Return whether an owner builds this mechanism from its own training text."""
         return False
@@ -132,7 +145,14 @@ class Mechanism(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Return the mechanism's name and parameters, JSON-able, for ledgers and noise identity."""
-        return {"mechanism": self.name, **asdict(self)}
+        return {"mechanism": self.name, **self._parameters(), **self._clipped()}
+
+    def _parameters(self) -> dict[str, Any]:
+        """Return what :meth:`describe` says beside the name and C."""
+        return {key: value for key, value in asdict(self).items() if key != "row_clip"}
+
+    def _clipped(self) -> dict[str, float]:
+        return {"row_clip": self.row_clip} if self.row_clip else {}
 
     @abstractmethod
     def privatise(
@@ -155,12 +175,12 @@ class Mechanism(ABC):
         """
 
     def covered(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
-        """Return the rows that the noise hides, ``(T, d')``; they identify the noise.
+        """Return the rows that the noise hides, ``(T, d')``, clipped; they identify the noise.
 
         Mechanisms on vectors hide ``hidden`` and leave ``token_ids`` ``(T,)`` alone; those on text
         hide the words' vectors and do not read ``hidden``.
         """
-        return hidden
+        return clip_rows(hidden, self.row_clip)
 
     def privatise_sample(
         self, hidden: Tensor, token_ids: Tensor, stream: SecretStream, scale: Tensor | None = None
@@ -202,16 +222,29 @@ class Mechanism(ABC):
         return norms_of(public_vectors(bottom, vocabulary))
 
     def noise_ratio(self, bottom: nn.Module, vocabulary: int) -> float | None:
-        """Return E||n|| / median ||h|| over public inputs; None where it cannot be told.
+        """Return E||n|| / C, or E||n|| / median ||h|| without clipping; None: cannot be told.
 
         A level alone says nothing: the length of the representation is the choice of whoever made
-        the bottom.  What a mechanism clips is measured as it is after clipping.
+        the bottom.  Without clipping, the median is over public inputs and says nothing of any one
+        row; with it, no row whatever is longer than C.
         """
         norms = self.covered_norms(bottom, vocabulary)
         length = self.mean_noise_norm(norms.dim)
         if length is None:
             return None
-        return math.inf if norms.median == 0 else length / norms.median
+        reference = self.row_clip or norms.median
+        return math.inf if reference == 0 else length / reference
+
+    def distance(self, asked: float) -> float:
+        """Return the largest distance of two covered rows that are ``asked`` apart before."""
+        check_distance(asked)
+        return min(asked, 2 * self.row_clip) if self.row_clip else asked
+
+    def clipping(self) -> str:
+        """Say in words what clipping adds to the guarantee; empty without it."""
+        if not self.row_clip:
+            return ""
+        return f"; rows are clipped to {self.row_clip:g}: no two are more than twice that apart"
 
     def log_likelihood(self, squared: Tensor) -> Tensor:
         """Return log p(received | candidate) up to a constant, from squared L2 distances.
@@ -239,6 +272,22 @@ class Mechanism(ABC):
             distance: L2 distance of the two representations of one token, representation units.
             views: fresh draws of noise that were sent for the same token.
         """
+
+
+def clip_rows(rows: Tensor, bound: float) -> Tensor:
+    """Return ``rows`` (T, d), each shortened to the L2 norm ``bound`` if it is longer.
+
+    Rows within the bound keep their bits.  The others have it up to the rounding of their dtype.
+
+    Args:
+        rows: floating point.
+        bound: C; 0 = leave all as they are.
+    """
+    if not bound or rows.dim() != 2:
+        return rows
+    norms = rows.double().norm(dim=1, keepdim=True)  # (T, 1)
+    shorter = (rows.double() * (bound / norms)).to(rows.dtype)
+    return torch.where(norms > bound, shorter, rows)
 
 
 def check_views(views: int) -> None:

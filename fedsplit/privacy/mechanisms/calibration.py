@@ -24,6 +24,9 @@ from fedsplit.errors import check
 
 Forward = Callable[[Tensor, Tensor], Tensor]
 
+CLIP_QUANTILE = 0.95
+"""Share of public rows that are no longer than C where ``privacy.row-clip`` is ``auto``."""
+
 
 def rounded(value: float) -> float:
     """Return ``value`` to 4 significant digits."""
@@ -48,17 +51,43 @@ def public_vectors(bottom: Forward, vocabulary: int, sequences: int = 64) -> Ten
 
 @dataclass(frozen=True)
 class Norms:
-    """Lengths of vectors over public inputs (units of the representation), and their dimension."""
+    """Lengths of vectors over public inputs (units of the representation).
+
+    Attributes:
+        median: of all.
+        largest: of all.
+        dim: their dimension.
+        clip: C, the bound that rows are clipped to before noise; 0 = they are not.
+    """
 
     median: float
     largest: float
     dim: int
+    clip: float = 0.0
+
+    @property
+    def length(self) -> float:
+        """Length that a noise ratio refers to: C where rows are clipped, else the median."""
+        return self.clip or self.median
 
 
-def norms_of(vectors: Tensor) -> Norms:
-    """Return the norms of ``vectors``, ``(..., d)``."""
-    norms = vectors.norm(dim=-1)
-    return Norms(rounded(float(norms.median())), rounded(float(norms.max())), vectors.shape[-1])
+def norms_of(vectors: Tensor, row_clip: str = "off") -> Norms:
+    """Return the norms of ``vectors``, ``(..., d)``.
+
+    Args:
+        vectors: public ones.
+        row_clip: as in :class:`fedsplit.config.PrivacyConfig`; ``auto`` is the
+            :data:`CLIP_QUANTILE` of their norms.
+    """
+    norms = vectors.norm(dim=-1).flatten()
+    clip = 0.0
+    if row_clip == "auto":
+        clip = rounded(float(torch.quantile(norms, CLIP_QUANTILE)))
+        check(clip > 0, "privacy.row-clip", clip, "> 0 (the bottom's public rows are all 0)")
+    elif row_clip != "off":
+        clip = float(row_clip)
+    median, largest = float(norms.median()), float(norms.max())
+    return Norms(rounded(median), rounded(largest), vectors.shape[-1], clip)
 
 
 def covariance_over(samples: Sequence[Tensor], subsamples: int = 1) -> Tensor:
@@ -163,7 +192,7 @@ class CalibrationInputs:
     @cached_property
     def norms(self) -> Norms:
         """Norms of the bottom's output over public inputs."""
-        return norms_of(public_vectors(self.bottom, self.vocabulary))
+        return norms_of(public_vectors(self.bottom, self.vocabulary), self.config.row_clip)
 
     @cached_property
     def words(self) -> Tensor:

@@ -19,7 +19,6 @@ from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.mechanisms.base import (
     Mechanism,
     add_noise,
-    check_distance,
     check_hidden,
     check_views,
 )
@@ -85,6 +84,8 @@ class DChi(Mechanism):
     Guarantee:
         For one token and one draw, the output densities for representations h and h' differ by at
         most a factor exp(eta ||h - h'||).  Post-processing (quantising, denoising) costs nothing.
+        With rows clipped to C that factor is at most exp(2 eta C) for any two tokens, whatever
+        bottom made their vectors: at a noise ratio r to C that is exp(2 d / r).
     What breaks it:
         It composes: v fresh draws for the same token cost v eta, and a sentence of T tokens is
         protected token by token, not as a whole.  eta is not portable: it counts relative to the
@@ -112,13 +113,15 @@ class DChi(Mechanism):
     eta: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ok = isinstance(self.eta, int | float) and self.eta > 0 and math.isfinite(self.eta)
         check(ok, "eta", self.eta, "> 0 (1/length units of the representation)")
         object.__setattr__(self, "eta", float(self.eta))  # 8 and 8.0 are the same mechanism
 
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
-        return eta_from_ratio(ratio, inputs.norms.dim, inputs.norms.median)
+        norms = cls.public_norms(inputs)
+        return eta_from_ratio(ratio, norms.dim, norms.length)
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> DChi:
@@ -145,11 +148,10 @@ class DChi(Mechanism):
         return (
             f"per token: likelihoods of any output under representations h and h' differ by at "
             f"most exp({self.eta * views:.6g} * ||h - h'||) after {views} draw(s); tokens whose "
-            f"noise is scaled by rho have that exponent divided by rho"
+            f"noise is scaled by rho have that exponent divided by rho{self.clipping()}"
         )
 
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:
         """See :meth:`Mechanism.per_token_epsilon`; eta * distance * views."""
         check_views(views)
-        check_distance(distance)
-        return self.eta * distance * views
+        return self.eta * self.distance(distance) * views

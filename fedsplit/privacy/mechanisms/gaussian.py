@@ -142,6 +142,7 @@ class Gaussian(Mechanism):
     clip: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("epsilon", "delta", "clip"):
             value = getattr(self, field)
             ok = isinstance(value, int | float) and value > 0 and math.isfinite(value)
@@ -153,14 +154,12 @@ class Gaussian(Mechanism):
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
         norms, c = inputs.norms, inputs.config
-        return epsilon_from_ratio(ratio, norms.dim, norms.median, c.clip or norms.largest, c.delta)
+        return epsilon_from_ratio(ratio, norms.dim, norms.length, _clip(inputs), c.delta)
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> Gaussian:
         """See :meth:`Mechanism.from_settings`; ``clip`` 0 is the largest norm of public inputs."""
-        c = inputs.config
-        clip = c.clip or inputs.norms.largest
-        return cls(epsilon=cls.level_from(inputs), delta=c.delta, clip=clip)
+        return cls(epsilon=cls.level_from(inputs), delta=inputs.config.delta, clip=_clip(inputs))
 
     @classmethod
     def public_settings(cls, config: PrivacyConfig) -> dict[str, float]:
@@ -213,3 +212,10 @@ class Gaussian(Mechanism):
         if distance == 0:
             return 0.0
         return gaussian_epsilon(self.sigma / (distance * math.sqrt(views)), self.delta)
+
+
+def _clip(inputs: CalibrationInputs) -> float:
+    """Return the bound that the noise is calibrated to: no more than C where rows are clipped."""
+    norms = inputs.norms
+    asked = inputs.config.clip or norms.clip or norms.largest
+    return min(asked, norms.clip) if norms.clip else asked

@@ -18,7 +18,7 @@ from fedsplit.errors import ConfigError, PrivacyError, check
 from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates, MatrixCandidates
 from fedsplit.privacy.levels import Level
-from fedsplit.privacy.mechanisms.base import Mechanism, check_hidden
+from fedsplit.privacy.mechanisms.base import Mechanism, check_hidden, clip_rows
 from fedsplit.privacy.mechanisms.calibration import CalibrationInputs, Norms, norms_of, word_table
 from fedsplit.privacy.mechanisms.dchi import MAX_ETA, DChi, eta_from_ratio
 from fedsplit.privacy.secret import SecretStream
@@ -72,6 +72,7 @@ class NearestToken(Mechanism):
     specials: frozenset[int] = field(default=frozenset(), repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ok = isinstance(self.eta, int | float) and self.eta > 0 and math.isfinite(self.eta)
         check(ok, "eta", self.eta, "> 0 (1/length units of the representation)")
         check(
@@ -95,8 +96,13 @@ class NearestToken(Mechanism):
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
         """See :meth:`Mechanism.level_at`; beside the word embeddings."""
-        norms = norms_of(inputs.words)
-        return eta_from_ratio(ratio, norms.dim, norms.median)
+        norms = cls.public_norms(inputs)
+        return eta_from_ratio(ratio, norms.dim, norms.length)
+
+    @classmethod
+    def public_norms(cls, inputs: CalibrationInputs) -> Norms:
+        """See :meth:`Mechanism.public_norms`; of all words."""
+        return norms_of(inputs.words, inputs.config.row_clip)
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> NearestToken:
@@ -114,6 +120,7 @@ class NearestToken(Mechanism):
             "vocab_size": self.candidates.vocab_size,
             "noise_on": "representation" if self.bottom is None else "word embedding",
             "specials": sorted(self.specials),
+            **self._clipped(),
         }
 
     def tokens(self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None) -> Tensor:
@@ -140,9 +147,8 @@ class NearestToken(Mechanism):
         Whatever bottom made ``hidden``, the noise on the words stays the same: all that leaves is
         computed from one noisy vector per word.
         """
-        if self.bottom is None:
-            return hidden
-        return self._words(token_ids.cpu())
+        rows = hidden if self.bottom is None else self._words(token_ids.cpu())
+        return clip_rows(rows, self.row_clip)
 
     def _words(self, token_ids: Tensor) -> Tensor:
         """Return the vectors (T, d) of the words that the noise is put on.
@@ -163,7 +169,7 @@ class NearestToken(Mechanism):
         Raises:
             PrivacyError: if the candidates depend on the position, or an id is not among them.
         """
-        out = self.tokens(self._words(token_ids), stream, scale)
+        out = self.tokens(clip_rows(self._words(token_ids), self.row_clip), stream, scale)
         for end in (0, -1) if len(token_ids) else ():
             if int(token_ids[end]) in self.specials:
                 out[end] = token_ids[end]
@@ -203,8 +209,9 @@ class NearestToken(Mechanism):
 
     def guarantee(self, views: int = 1) -> str:
         on = "representations" if self.bottom is None else "word embeddings"
+        noise = DChi(self.eta, row_clip=self.row_clip)
         return (
-            f"{DChi(self.eta).guarantee(views)}; distances are those of {on}; "
+            f"{noise.guarantee(views)}; distances are those of {on}; "
             "what is sent are other tokens' clean vectors"
         )
 
@@ -220,7 +227,7 @@ class NearestToken(Mechanism):
 
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:
         """See :meth:`Mechanism.per_token_epsilon`; eta * distance * views."""
-        return DChi(self.eta).per_token_epsilon(distance, views)
+        return DChi(self.eta, row_clip=self.row_clip).per_token_epsilon(distance, views)
 
 
 class _Replace(torch.autograd.Function):

@@ -75,6 +75,10 @@ class Pac(Mechanism):
         multiplier rho has budget / rho^2.  With public inputs (the default) the bound for the
         owner's text is what :meth:`information` says for that text's covariance; with the owner's
         own, the bound is the budget, and the noise's shape tells the server that covariance.
+        With rows clipped to C, vectors of any distribution whatever share at most C^2 / (2 s^2)
+        nats per draw, s the noise's standard deviation in its weakest direction (the divergence
+        of two such Gaussians C apart); a noise ratio to C then is that of isotropic noise of that
+        strength.
     Source:
         arXiv 2210.03458 theorem 3; eigenvalue allocation as in the module's head.  ``floor`` is
         ours: eigenvalues below ``floor`` times their mean are raised to it, which keeps the bound
@@ -108,6 +112,7 @@ class Pac(Mechanism):
     _digest: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         ok = isinstance(self.budget, int | float) and 0 < self.budget < math.inf
         check(ok, "budget", self.budget, "> 0 (nats per token)")
         check(0 < self.floor <= 1, "floor", self.floor, "in (0, 1] (relative to the mean)")
@@ -145,7 +150,7 @@ class Pac(Mechanism):
 
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
-        return budget_from_ratio(ratio, inputs.norms.median, _covariance(inputs))
+        return _budget(ratio, inputs)
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> Pac:
@@ -155,9 +160,7 @@ class Pac(Mechanism):
             PrivacyError: an owner asked for its own covariance and gave no text.
         """
         matrix = _covariance(inputs)
-        norm, c = inputs.norms.median, inputs.config
-        budget = c.budget or budget_from_ratio(c.noise_ratio, norm, matrix)
-        return cls(budget=budget, covariance=matrix)
+        return cls(budget=cls.level_from(inputs), covariance=matrix)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -165,11 +168,23 @@ class Pac(Mechanism):
             "budget": self.budget,
             "floor": self.floor,
             "covariance_sha256": self._digest,
+            **self._clipped(),
         }
 
     def mean_noise_norm(self, width: int) -> float:
-        """See :meth:`Mechanism.mean_noise_norm`; root mean square, above the mean by little."""
+        """See :meth:`Mechanism.mean_noise_norm`; root mean square, above the mean by little.
+
+        With clipped rows, of isotropic noise as strong as this one is in its weakest direction:
+        whoever makes the bottom could put its words there.
+        """
+        if self.row_clip:
+            return self._weakest * math.sqrt(len(self._root))
         return float(self._root.norm())
+
+    @property
+    def _weakest(self) -> float:
+        """Smallest standard deviation along any direction."""
+        return float(torch.linalg.eigvalsh(self._root)[0])
 
     def information(self, covariance: Tensor) -> float:
         """Return the nats per token and draw shared by vectors of another covariance, at most.
@@ -207,13 +222,30 @@ class Pac(Mechanism):
             f"per token, on average over text with this covariance: at most "
             f"{self.budget * views:.6g} nats of mutual information after {views} draw(s); no bound "
             f"for a given pair of tokens; tokens whose noise is scaled by rho: divided by rho^2"
+            + self._for_any_text(views)
         )
+
+    def _for_any_text(self, views: int) -> str:
+        if not self.row_clip:
+            return ""
+        nats = 0.5 * views * (self.row_clip / self._weakest) ** 2
+        return f"; rows are clipped to {self.row_clip:g}: at most {nats:.6g} nats for any text"
 
     def per_token_epsilon(self, distance: float, views: int = 1) -> float:
         """See :meth:`Mechanism.per_token_epsilon`; infinite, as there is no worst-case bound."""
         check_views(views)
         check_distance(distance)
         return math.inf if distance > 0 else 0.0
+
+
+def _budget(ratio: float, inputs: CalibrationInputs) -> float:
+    """Return the budget at a noise ratio; with clipped rows, the weakest direction's is meant."""
+    matrix, norms = _covariance(inputs), inputs.norms
+    if not norms.clip:
+        return budget_from_ratio(ratio, norms.median, matrix)
+    check(ratio > 0 and math.isfinite(ratio), "noise_ratio", ratio, "> 0 (E||n|| / C)")
+    once = Pac(budget=1.0, covariance=matrix, row_clip=norms.clip)  # variances go with 1 / budget
+    return float(f"{(once.mean_noise_norm(norms.dim) / (ratio * norms.clip)) ** 2:.4g}")
 
 
 def _covariance(inputs: CalibrationInputs) -> Tensor:

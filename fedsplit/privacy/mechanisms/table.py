@@ -8,7 +8,7 @@ parameter.  The one exception, ``privacy.covariance = "own"``, is the owner's an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -101,9 +101,11 @@ def build_mechanism(
             f"privacy.mechanism={config.mechanism!r}: must be another where split.bottom is 'joint'"
         )
     specials = frozenset(int(i) for i in tokenizer.all_special_ids) if tokenizer else frozenset()
-    return mechanism.from_settings(
-        CalibrationInputs(config, bottom, vocabulary, specials, own, store)
-    )
+    inputs = CalibrationInputs(config, bottom, vocabulary, specials, own, store)
+    made = mechanism.from_settings(inputs)
+    if config.row_clip == "off" or not mechanism.protects():
+        return made
+    return replace(made, row_clip=mechanism.public_norms(inputs).clip)
 
 
 def strength_bounds() -> dict[str, PolicyBound]:
