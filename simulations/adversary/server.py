@@ -218,6 +218,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "session.idle-s": WAIT_S,
         "model.name": "tiny",
         "model.labels": 2,
+        "privacy.row-clip": "auto",
         "train.rounds": 1,
     }
     for name, value in changes.items():

@@ -53,7 +53,6 @@ VARIANTS: dict[str, list[str]] = {
 }
 # case -> what the owner's code lacks, and which of its variants still read too much
 OPEN: dict[str, tuple[str, set[str]]] = {
-    "bounds": ("rows are not clipped", set(VARIANTS["bounds"])),
     "template": ("the template's noise is not measured", set(VARIANTS["template"])),
     "labels": (
         "draws, strengths and averages of labels are the server's to vary",

@@ -86,11 +86,8 @@ def test_init_and_check(tmp_path: Path) -> None:
     told = run.invoke(app_cli, ["policy", "check", path])
     assert told.exit_code == 0
     assert "not restricted" in told.stdout
-    (tmp_path / "run.toml").write_text(
-        settings='[privacy]\nmechanism = "dchi"\nnoise-ratio = 2.0\nrow-clip = "auto"\n'(
-            tmp_path / "run.toml"
-        ).write_text(settings)
-    )
+    settings = '[privacy]\nmechanism = "dchi"\nnoise-ratio = 2.0\nrow-clip = "auto"\n'
+    (tmp_path / "run.toml").write_text(settings)
     asked = ["policy", "check", path, "--against", str(tmp_path / "run.toml")]
     refused = run.invoke(app_cli, asked)
     assert refused.exit_code == 1
