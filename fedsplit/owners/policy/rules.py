@@ -229,7 +229,7 @@ class Policy:
         if asked == "auto" or not _protects(str(flat["privacy.mechanism"])):
             return []
         if asked != "off" and "noise.max_clip" in self:
-            return [self._most("noise.max_clip", float(asked))]
+            return [self.most("noise.max_clip", float(asked))]
         if not self.rules.get("noise.require_clip"):
             return []
         bound = "auto" + (", or a number that noise.max_clip bounds" if asked != "off" else "")
@@ -279,7 +279,7 @@ class Policy:
             clip = float(parameters.get("row_clip", 0.0))
             if self.rules.get("noise.require_clip") and not clip:
                 found.append(Breach("noise.require_clip", "no clipping", "a norm C"))
-            found.append(self._most("noise.max_clip", clip))
+            found.append(self.most("noise.max_clip", clip))
         if "noise.min_ratio" in self and _protects(mechanism):
             if ratio is None:
                 bound = "one whose noise can be measured"
