@@ -199,13 +199,16 @@ _FIXED: dict[str, Rule] = {
     ),
     "budget.epochs_per_run": Rule(
         _number(0, strict=True),
-        lambda v: f"A run trains on your data at most {v:g} times over.",
-        "A run may pass over your data any number of times; each pass sends new gradients.",
+        lambda v: (
+            f"A run passes at most {v:g} times over your training texts, and as often over those "
+            "held out."
+        ),
+        "A run may pass over your data any number of times; each pass tells something new.",
         "before connecting, and before each batch",
     ),
     "budget.epochs_per_bottom": Rule(
         _number(0, strict=True),
-        lambda v: f"All runs of one bottom together train at most {v:g} times over.",
+        lambda v: f"All runs of one bottom together pass at most {v:g} times over them.",
         "Runs may be repeated without end.",
         _EACH,
     ),
@@ -218,7 +221,7 @@ _FIXED: dict[str, Rule] = {
     "budget.views_total": Rule(
         _count(1),
         lambda v: f"A text is shown in at most {v} different noises, over all runs and bottoms.",
-        "A server that changes one bit of its bottom gets every text in new noise.",
+        "A server that changes one bit of its bottom or tokenizer gets every text in new noise.",
         _EACH,
     ),
     "budget.bytes_per_run": Rule(

@@ -13,7 +13,7 @@ import torch
 from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
 from fedsplit.data import TextDataset
-from fedsplit.errors import ModelError
+from fedsplit.errors import ModelError, SessionError
 from fedsplit.models.bundle.bottom import Bundle, unpack_bottom
 from fedsplit.models.bundle.head import HEAD_FILES, unpack_head, without_head
 from fedsplit.models.splitting.halves import Bottom
@@ -79,6 +79,8 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
     """
     config, identity, offer = task.config, task.identity, task.offer
     mode, round_, folder = offer.mode, offer.round, task.bottom_folder
+    if mode not in ("train", "evaluate"):
+        raise SessionError(f"session mode {mode!r}: must be train or evaluate in split tuning")
     bottom, tokenizer = _bottom(folder)
     train_set, test_set = own_data(
         config.data, config.seed, _labelled(config), identity.node_config, identity.secret
