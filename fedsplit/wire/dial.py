@@ -18,7 +18,7 @@ import grpc
 
 from fedsplit.errors import ConfigError, SessionError
 from fedsplit.wire.link import Link
-from fedsplit.wire.reconnection import RECEIVED, TICKET, Lane
+from fedsplit.wire.reconnection import RECEIVED, TICKET, ReplayBuffer
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ def channel_options(max_frame_bytes: int) -> list[tuple[str, Any]]:
     ]
 
 
-def read_all(messages: Iterator[bytes], lane: Lane, stream: int) -> str | None:
+def read_all(messages: Iterator[bytes], replay: ReplayBuffer, stream: int) -> str | None:
     """Take in a stream until it ends; return why it broke, None if its sender closed it."""
     try:
-        lane.incoming(messages, stream)
+        replay.incoming(messages, stream)
     except grpc.RpcError as error:
         code = getattr(error, "code", lambda: "?")()
         details = getattr(error, "details", lambda: "")() or ""
@@ -146,7 +146,7 @@ class _ClientLink(Link):
         self._dial = dial
         self._reconnect_s = reconnect_s
         self._ticket = ""
-        self._lane = Lane(self, _OWNER_KEEPS)
+        self._lane = ReplayBuffer(self, _OWNER_KEEPS)
         stream, _ = self._lane.attach(0)
         call = channel.stream_stream(METHOD)(self._lane.outgoing(stream))
         self._reader = threading.Thread(

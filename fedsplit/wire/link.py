@@ -26,7 +26,7 @@ class Traffic:
     frames_out: int = 0
 
 
-class Box:
+class FrameQueue:
     """Encoded frames waiting for their reader, first in first out, bounded in number and bytes.
 
     Closing keeps what is inside and refuses what comes after, so nothing that was accepted is lost.
@@ -81,13 +81,13 @@ class Box:
         """Add a frame.
 
         Raises:
-            SessionError: if there is no room, or the box is closed.
+            SessionError: if there is no room, or the queue is closed.
         """
         if not self.put(data, 0.0):
             raise SessionError(f"no room for another frame: {self.reason or 'too many wait'}")
 
     def get(self, timeout_s: float | None) -> bytes | None:
-        """Take the oldest frame; None if none came in time, or the box is closed and empty."""
+        """Take the oldest frame; None if none came in time, or the queue is closed and empty."""
         with self._change:
             if not self._frames:
                 self._change.wait_for(lambda: self.closed or self._frames, timeout_s)
@@ -115,19 +115,19 @@ class Box:
 
 
 class Link:
-    """Two bounded boxes of encoded frames with sequence numbers.
+    """Two bounded queues of encoded frames with sequence numbers.
 
-    A transport moves bytes between ``outbox`` and the peer's ``inbox``.  Frames are encoded and
-    checked by the sender's thread and decoded by the reader's, so a malformed frame surfaces in
+    A transport moves bytes between ``outgoing`` and the peer's ``incoming``.  Frames are encoded
+    and checked by the sender's thread and decoded by the reader's, so a malformed frame surfaces in
     :meth:`recv` of the session that it belongs to and in no other.  Any thread may send, fail or
     close; one thread at a time receives.
 
     Args:
         max_frame_bytes: bound on one frame, both ways.
-        depth: frames that may wait in each box; a peer that sends more is held back by the
+        depth: frames that may wait in each queue; a peer that sends more is held back by the
             transport's flow control and costs only itself.
         on_bytes: called with every frame received, as it arrived (for transcripts).
-        hold_bytes: bytes that may wait in each box, None = as many as ``depth`` allows.
+        hold_bytes: bytes that may wait in each queue, None = as many as ``depth`` allows.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class Link:
         hold_bytes: int | None = None,
     ) -> None:
         self.traffic = Traffic()
-        self.outbox = Box(depth, hold_bytes)
-        self.inbox = Box(depth, hold_bytes)
+        self.outgoing = FrameQueue(depth, hold_bytes)
+        self.incoming = FrameQueue(depth, hold_bytes)
         self.on_bytes = on_bytes
         self._max = max_frame_bytes
         self._sent = 0
@@ -149,12 +149,12 @@ class Link:
     @property
     def closed(self) -> bool:
         """Whether either side has ended the link."""
-        return self.inbox.closed
+        return self.incoming.closed
 
     @property
     def reason(self) -> str:
         """Why the link ended; empty while it lives."""
-        return self.inbox.reason
+        return self.incoming.reason
 
     @property
     def counters(self) -> tuple[int, int]:
@@ -168,13 +168,13 @@ class Link:
     def widen(self, max_frame_bytes: int) -> None:
         """Raise the bounds on one frame and on the bytes that wait, once the peer is known."""
         self._max = max_frame_bytes
-        for box in (self.inbox, self.outbox):
-            box.hold_bytes = max_frame_bytes
+        for queue in (self.incoming, self.outgoing):
+            queue.hold_bytes = max_frame_bytes
 
     def drain(self) -> list[bytes]:
         """Return and remove the outgoing frames queued so far."""
         frames = []
-        while (data := self.outbox.get(0.0)) is not None:
+        while (data := self.outgoing.get(0.0)) is not None:
             frames.append(data)
         return frames
 
@@ -190,13 +190,13 @@ class Link:
 
     def _send(self, kind: Kind, header: Mapping[str, Any], body: bytes, timeout_s: float) -> None:
         data = encode(Frame(kind, header, body), self._sent, self._max)
-        self.put(self.outbox, data, timeout_s)
+        self.put(self.outgoing, data, timeout_s)
         self._sent += 1
         self.traffic.bytes_out += len(data)
         self.traffic.frames_out += 1
 
-    def put(self, into: Box, data: bytes, timeout_s: float | None = _SEND_S) -> None:
-        """Put ``data`` into one of the two boxes, giving up when the link closes.
+    def put(self, into: FrameQueue, data: bytes, timeout_s: float | None = _SEND_S) -> None:
+        """Put ``data`` into one of the two queues, giving up when the link closes.
 
         Raises:
             SessionError: if the link is closed, or there was no room for ``timeout_s`` seconds.
@@ -230,10 +230,10 @@ class Link:
 
     def _next(self, timeout_s: float) -> bytes:
         """Return the next frame's bytes; frames queued before a close are still delivered."""
-        data = self.inbox.get(max(0.0, timeout_s))
+        data = self.incoming.get(max(0.0, timeout_s))
         if data is not None:
             return data
-        if self.inbox.closed and self.inbox.empty():
+        if self.incoming.closed and self.incoming.empty():
             raise SessionError(f"session closed: {self.reason}")
         raise DeadlineError(f"no frame within {timeout_s:g} s")
 
@@ -270,21 +270,21 @@ class Link:
 
     def close(self, reason: str = "done") -> None:
         """End the link; frames already queued are still delivered.  Idempotent."""
-        if self.inbox.close(reason):  # the first of several closers gives the reason
+        if self.incoming.close(reason):  # the first of several closers gives the reason
             self._ended()
-        self.outbox.close(self.inbox.reason)
+        self.outgoing.close(self.incoming.reason)
 
     def _ended(self) -> None:
         """Called once, by whoever closes the link first."""
 
     def take(self) -> bytes | None:
         """Return the next outgoing frame for the transport, or None when the link has ended."""
-        return self.outbox.get(None)
+        return self.outgoing.get(None)
 
 
 def loopback(max_frame_bytes: int, depth: int = 64) -> tuple[Link, Link]:
-    """Return two links whose boxes are each other's, for tests within one process."""
+    """Return two links whose queues are each other's, for tests within one process."""
     left = Link(max_frame_bytes, depth)
     right = Link(max_frame_bytes, depth)
-    right.inbox, right.outbox = left.outbox, left.inbox
+    right.incoming, right.outgoing = left.outgoing, left.incoming
     return left, right

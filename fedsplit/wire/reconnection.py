@@ -29,7 +29,7 @@ _POLL_S = 0.5
 _LAST = {bytes([Kind.BYE]), bytes([Kind.ERROR])}
 
 
-class Lane:
+class ReplayBuffer:
     """The frames of one link: which went out, which came in, over which stream.
 
     Args:
@@ -90,13 +90,13 @@ class Lane:
                 return
 
     def _take(self, stream: int) -> bool:
-        """Fetch one more frame from the outbox, if one comes; False when there is no more."""
+        """Fetch one more frame from the outgoing, if one comes; False when there is no more."""
         with self._taking:  # a stream that was replaced may still be waiting here
             if stream != self._stream:
                 return True
-            data = self.link.outbox.get(_POLL_S)
+            data = self.link.outgoing.get(_POLL_S)
             if data is None:
-                return not (self.link.outbox.closed and self.link.outbox.empty())
+                return not (self.link.outgoing.closed and self.link.outgoing.empty())
             self._look(data)
             with self._lock:
                 self._sent.append(data)
@@ -109,19 +109,19 @@ class Lane:
             return True
 
     def incoming(self, messages: Iterable[bytes], stream: int) -> None:
-        """Move what a stream brings into the inbox; raises what the stream raises."""
+        """Move what a stream brings into the incoming; raises what the stream raises."""
         for data in messages:
             while True:
                 with self._arriving:
                     if stream != self._stream:
                         return
-                    if self.link.inbox.put(data, _POLL_S):
+                    if self.link.incoming.put(data, _POLL_S):
                         self.arrived += 1
                         self._look(data)
                         break
                     # Once the link is closed the rest is read and dropped: the stream's end is what
                     # tells a closing owner that the server has had its last frames.
-                    if self.link.inbox.closed:
+                    if self.link.incoming.closed:
                         break
 
     def _look(self, data: bytes) -> None:
@@ -129,11 +129,11 @@ class Lane:
             self.said_last = True
 
 
-class Seat:
+class SessionTickets:
     """The tickets of one session at the server."""
 
-    def __init__(self, lane: Lane) -> None:
-        self.lane = lane
+    def __init__(self, replay: ReplayBuffer) -> None:
+        self.replay = replay
         self.name = secrets.token_hex(8)
         self._valid = ("", secrets.token_hex(32))
         self._lock = threading.Lock()

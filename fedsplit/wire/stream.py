@@ -26,7 +26,7 @@ from fedsplit.wire.dial import METHOD as METHOD
 from fedsplit.wire.dial import connect as connect
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link
-from fedsplit.wire.reconnection import RECEIVED, TICKET, Lane, Seat
+from fedsplit.wire.reconnection import RECEIVED, TICKET, ReplayBuffer, SessionTickets
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class SessionServer:
         self._reconnect_s = reconnect_s
         self._max_waiting = max_waiting
         self._waiting: Counter[str] = Counter()
-        self._seats: dict[str, Seat] = {}
+        self._tickets: dict[str, SessionTickets] = {}
         self._links: set[Link] = set()
         self._lock = threading.Lock()
         # Each session holds one of these threads for its whole life, plus one reader thread.
@@ -159,11 +159,11 @@ class SessionServer:
             self._waiting[host] += 1
             crowd = self._waiting[host]
         link = _ServerLink(context)
-        seat = Seat(Lane(link, _SERVER_KEEPS))
-        stream, _ = seat.lane.attach(0)
+        tickets = SessionTickets(ReplayBuffer(link, _SERVER_KEEPS))
+        stream, _ = tickets.replay.attach(0)
         with self._lock:
             self._links.add(link)
-        self._read(requests, context, seat, stream)
+        self._read(requests, context, tickets, stream)
         try:
             if crowd > self._max_waiting:
                 raise SessionError(
@@ -176,96 +176,100 @@ class SessionServer:
         else:
             if self._reconnect_s:
                 with self._lock:
-                    self._seats[seat.name] = seat
-                context.send_initial_metadata(((TICKET, seat.ticket),))
+                    self._tickets[tickets.name] = tickets
+                context.send_initial_metadata(((TICKET, tickets.ticket),))
             self._on_session(link, hello)
         finally:
             with self._lock:
                 self._waiting[host] -= 1
                 if not self._waiting[host]:
                     del self._waiting[host]
-        yield from self._carry(seat, stream)
+        yield from self._carry(tickets, stream)
 
     def _open_again(
         self, requests: Iterator[bytes], context: grpc.ServicerContext, given: dict[str, str]
     ) -> Iterator[bytes]:
         """Go on with a session whose stream broke."""
         with self._lock:
-            seat = self._seats.get(given[TICKET].partition(".")[0])
+            tickets = self._tickets.get(given[TICKET].partition(".")[0])
         try:
-            if seat is None or seat.lane.link.closed:
+            if tickets is None or tickets.replay.link.closed:
                 raise SessionError("no such session, or it has ended")
-            ticket = seat.redeem(given[TICKET])
+            ticket = tickets.redeem(given[TICKET])
             received = given.get(RECEIVED, "")
             if not received.isdecimal() or len(received) > 18:
                 raise SessionError("frames received: must be a number")
-            link = seat.lane.link
+            link = tickets.replay.link
             assert isinstance(link, _ServerLink)
             link.move(context)
-            stream, arrived = seat.lane.attach(int(received))
+            stream, arrived = tickets.replay.attach(int(received))
         except (SessionError, TokenError) as error:
             log.warning("session not taken up again (%s): %s", context.peer(), error)
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error)[:300])
             return  # abort has raised
         log.info("session of %s goes on after frame %d", context.peer(), arrived)
         context.send_initial_metadata(((TICKET, ticket), (RECEIVED, str(arrived))))
-        self._read(requests, context, seat, stream)
-        yield from self._carry(seat, stream)
+        self._read(requests, context, tickets, stream)
+        yield from self._carry(tickets, stream)
 
-    def _carry(self, seat: Seat, stream: int) -> Iterator[bytes]:
+    def _carry(self, tickets: SessionTickets, stream: int) -> Iterator[bytes]:
         """Yield what goes out on a stream; at its end see what becomes of the session."""
         try:
-            yield from seat.lane.outgoing(stream)
+            yield from tickets.replay.outgoing(stream)
         finally:
-            self._broken(seat, stream, "connection lost")
+            self._broken(tickets, stream, "connection lost")
 
     def _read(
-        self, requests: Iterator[bytes], context: grpc.ServicerContext, seat: Seat, stream: int
+        self,
+        requests: Iterator[bytes],
+        context: grpc.ServicerContext,
+        tickets: SessionTickets,
+        stream: int,
     ) -> None:
         """Take in what a stream brings, in a thread of its own."""
-        link, over = seat.lane.link, threading.Event()
+        link, over = tickets.replay.link, threading.Event()
 
         def read() -> None:
-            reason = read_all(requests, seat.lane, stream)
+            reason = read_all(requests, tickets.replay, stream)
             # A connection that breaks can look like an owner that closes, for a moment.
-            if reason is None and not seat.lane.said_last and over.wait(_LOOKS_CLOSED_S):
+            if reason is None and not tickets.replay.said_last and over.wait(_LOOKS_CLOSED_S):
                 reason = "connection lost"
             if reason is not None:
-                self._broken(seat, stream, reason)
-            elif seat.lane.current(stream):
+                self._broken(tickets, stream, reason)
+            elif tickets.replay.current(stream):
                 link.close("peer closed the stream")
 
         def ended() -> None:  # also of a stream that ends before anything was yielded or read
             over.set()
-            self._broken(seat, stream, "connection lost")
+            self._broken(tickets, stream, "connection lost")
 
         context.add_callback(ended)
         threading.Thread(target=read, name="reader", daemon=True).start()
 
-    def _broken(self, seat: Seat, stream: int, reason: str) -> None:
+    def _broken(self, tickets: SessionTickets, stream: int, reason: str) -> None:
         """A stream is over: end its session, or let it wait for the next stream."""
-        link = seat.lane.link
-        if not seat.lane.current(stream):
+        link = tickets.replay.link
+        if not tickets.replay.current(stream):
             return
         with self._lock:
-            known = seat.name in self._seats
+            known = tickets.name in self._tickets
         if link.closed or not known:
-            self._leave(seat, reason)
+            self._leave(tickets, reason)
         else:
-            seat.wait(stream, self._reconnect_s, lambda: self._give_up(seat, stream, reason))
+            tickets.wait(stream, self._reconnect_s, lambda: self._give_up(tickets, stream, reason))
 
-    def _give_up(self, seat: Seat, stream: int, reason: str) -> None:
-        if seat.lane.current(stream):
-            self._leave(seat, f"{reason}; no new stream within {self._reconnect_s:g} s")
+    def _give_up(self, tickets: SessionTickets, stream: int, reason: str) -> None:
+        if tickets.replay.current(stream):
+            self._leave(tickets, f"{reason}; no new stream within {self._reconnect_s:g} s")
 
-    def _leave(self, seat: Seat, reason: str) -> None:
-        link = seat.lane.link
+    def _leave(self, tickets: SessionTickets, reason: str) -> None:
+        link = tickets.replay.link
         link.close(reason)
         assert isinstance(link, _ServerLink)
         link.flushed()
         with self._lock:
             self._links.discard(link)
-            self._seats.pop(seat.name, None)
+            self._tickets.pop(tickets.name, None)
 
     def _greet(self, link: Link) -> Hello:
         hello = self._authenticator.admit(link.expect(Kind.HELLO, self._hello_deadline_s))
@@ -279,11 +283,11 @@ class SessionServer:
         """Close every session and the port."""
         with self._lock:
             links = list(self._links)
-            seats = list(self._seats.values())
+            all_tickets = list(self._tickets.values())
         for link in links:
             link.close("server stopped")
-        for seat in seats:
-            seat.stop()
+        for tickets in all_tickets:
+            tickets.stop()
         self._server.stop(GRACE_S).wait()
 
 

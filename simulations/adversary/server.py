@@ -323,7 +323,7 @@ class LyingServer:
         def read() -> None:
             try:
                 for data in requests:
-                    link.put(link.inbox, data)
+                    link.put(link.incoming, data)
             except Exception:  # the owner's stream broke; its frames so far stand
                 pass
             link.close("peer closed the stream")

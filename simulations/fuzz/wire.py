@@ -29,7 +29,7 @@ from fedsplit.wire.messages import (
     pack_frames,
     unpack_frames,
 )
-from fedsplit.wire.reconnection import Lane, Seat
+from fedsplit.wire.reconnection import ReplayBuffer, SessionTickets
 from fedsplit.wire.replies import reply_schema
 from fedsplit.wire.serving import SERVING, ServingOffer
 from fedsplit.wire.tokens import TokenBook
@@ -139,19 +139,19 @@ def tickets(_: Path) -> Cases:
 
     def draw(rng: random.Random) -> Case:
         left, right = loopback(BOUND)
-        seat = Seat(Lane(left, 3))
+        tickets = SessionTickets(ReplayBuffer(left, 3))
         for step in range(4):
             left.send(Kind.DONE, {"samples": step, "steps": step})
-        sound = seat.ticket
+        sound = tickets.ticket
         ticket = rng.choice((sound, "", damaged_text(sound, rng), sound[:-1], "x" * 9999))
         received = rng.choice((0, 1, 4, 5, -1, 2**63, 10**17))
 
         def case() -> None:
-            seat.redeem(ticket)
-            # What stands before the point only finds the seat.
+            tickets.redeem(ticket)
+            # What stands before the point only finds the tickets.
             if ticket.partition(".")[2] != sound.partition(".")[2]:
                 raise AssertionError("took a ticket that was never given")
-            seat.lane.attach(received)
+            tickets.replay.attach(received)
             right.close()
 
         return case

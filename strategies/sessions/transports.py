@@ -155,7 +155,7 @@ class _MessageLink(Link):
         self.exchange = 0
 
     def _next(self, timeout_s: float) -> bytes:
-        while self.inbox.empty() and not self.closed:
+        while self.incoming.empty() and not self.closed:
             self._transport.exchange(timeout_s)
         return super()._next(0.0)
 
@@ -249,7 +249,7 @@ class MessageTransport:
                 continue
             try:
                 for frame in unpack_frames(reply.content, self._max):
-                    link.put(link.inbox, frame)
+                    link.put(link.incoming, frame)
             except WireError as error:
                 link.close(str(error))
         for node in waiting:

@@ -41,7 +41,7 @@ class Outgoing:
         """Send it as it is now, past the checks that an honest owner's link makes."""
         number = self.sequence if sequence is None else sequence
         data = encode(Frame(self.kind, self.header, self.body), number, MAX_BYTES)
-        self.link.put(self.link.outbox, data)
+        self.link.put(self.link.outgoing, data)
         self.link.counters = (self.link.counters[0] + 1, self.link.counters[1])
 
 

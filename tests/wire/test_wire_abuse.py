@@ -102,7 +102,7 @@ def test_a_stranger_that_floods_is_held_back():
                 sending.put(encode(frame, sequence, MAX_FRAME))
             assert eventually(lambda: echo.sessions() == 1)
             time.sleep(0.3)
-            held = [link.inbox.held for link in echo.server._links]
+            held = [link.incoming.held for link in echo.server._links]
             gate.set()
             for _ in range(199):
                 next(call)
@@ -157,7 +157,7 @@ def test_malformed_frame_in_a_session_ends_it():
     with serving() as echo:
         link = echo.open()
         talk(link, 1)
-        link.outbox.put_nowait(b"FSP1 not a frame")
+        link.outgoing.put_nowait(b"FSP1 not a frame")
 
         with pytest.raises(SessionError, match="peer gave up: FrameError"):
             link.recv(5.0)
@@ -185,7 +185,7 @@ def test_an_owner_that_disappears():
 
 @pytest.mark.parametrize("flooded", [False, True])
 def test_owners_last_error_arrives(flooded: bool):
-    """Also when the server's own frames fill the owner's inbox at that moment."""
+    """Also when the server's own frames fill the owner's incoming at that moment."""
     with serving() as echo:
         link = echo.open()
         talk(link, 1)
@@ -193,7 +193,7 @@ def test_owners_last_error_arrives(flooded: bool):
             server = echo.links[0]
             for _ in range(80):
                 server.send(Kind.START, {"window": 1}, b"x" * 10)
-            assert eventually(lambda: link.inbox.held > 0)
+            assert eventually(lambda: link.incoming.held > 0)
 
         link.fail(ValueError("my own data are broken"))
 
@@ -207,7 +207,7 @@ def test_server_stop_with_open_sessions(owner: str):
     if owner == "open":
         talk(link, 1)
     elif owner == "not reading":
-        link.inbox.close("reads no more")
+        link.incoming.close("reads no more")
         assert eventually(lambda: len(echo.links) == 1)
         echo.links[0].send(Kind.START, {"window": 1}, bytes(1000))
     assert eventually(lambda: echo.sessions() == 1)
@@ -231,9 +231,9 @@ def test_a_peer_that_does_not_read_is_cut_off():
         assert eventually(lambda: len(echo.links) == 1)
         server = echo.links[0]
         end = time.monotonic() + 1.0
-        while time.monotonic() < end:  # until gRPC's windows and then the outbox are full
-            server.outbox.put(bytes(500_000), 0.05)
-        assert server.outbox.held <= MAX_FRAME
+        while time.monotonic() < end:  # until gRPC's windows and then the outgoing are full
+            server.outgoing.put(bytes(500_000), 0.05)
+        assert server.outgoing.held <= MAX_FRAME
         start = time.monotonic()
 
         server.close("given up")
@@ -247,14 +247,14 @@ def test_a_peer_that_only_sends_is_held_back():
         echo._serve = lambda link, who: None  # a server that is busy elsewhere
         link = echo.open()
         sent = 0
-        while sent < 400 and link.outbox.put(
+        while sent < 400 and link.outgoing.put(
             encode(Frame(Kind.GRAD, grad(sent), bytes(500_000)), sent + 1, MAX_FRAME), 0.5
         ):
             sent += 1
 
         assert sent < 400
-        assert echo.links[0].inbox.held <= MAX_FRAME
-        assert link.outbox.held <= MAX_FRAME
+        assert echo.links[0].incoming.held <= MAX_FRAME
+        assert link.outgoing.held <= MAX_FRAME
         link.close()
 
 
@@ -294,7 +294,7 @@ def test_twenty_sessions_and_three_abusive_ones(caplog: pytest.LogCaptureFixture
             for sequence in range(1, 200):  # sends, and never reads what is echoed
                 flood.put(encode(Frame(Kind.GRAD, grad(0), bytes(50_000)), sequence, MAX_FRAME))
             garbage = connect(echo.address, ca=None)
-            garbage.outbox.put_nowait(b"garbage")
+            garbage.outgoing.put_nowait(b"garbage")
             threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(20)]
             for thread in threads:
                 thread.start()

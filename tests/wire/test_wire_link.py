@@ -10,7 +10,7 @@ import pytest
 
 from fedsplit.errors import DeadlineError, FrameError, SessionError
 from fedsplit.wire.frames import Frame, Kind, decode, encode
-from fedsplit.wire.link import Box, Link, loopback
+from fedsplit.wire.link import FrameQueue, Link, loopback
 
 BOUND = 1 << 16
 
@@ -47,7 +47,7 @@ def test_frames_arrive_in_order_and_are_counted():
 @pytest.mark.parametrize("sequence", [1, 2**32 - 1])
 def test_frames_out_of_sequence_are_refused(sequence: int):
     link = Link(BOUND)
-    link.inbox.put_nowait(raw(sequence))
+    link.incoming.put_nowait(raw(sequence))
 
     with pytest.raises(FrameError, match=f"sequence {sequence}: must be 0"):
         link.recv(1.0)
@@ -55,8 +55,8 @@ def test_frames_out_of_sequence_are_refused(sequence: int):
 
 def test_repeated_frame_is_refused():
     link = Link(BOUND)
-    link.inbox.put_nowait(raw(0))
-    link.inbox.put_nowait(raw(0))
+    link.incoming.put_nowait(raw(0))
+    link.incoming.put_nowait(raw(0))
     link.recv(1.0)
 
     with pytest.raises(FrameError, match="sequence 0: must be 1"):
@@ -75,7 +75,7 @@ def test_counters_move_a_session_to_another_link():
 
 def test_malformed_frame_surfaces_at_its_reader():
     link = Link(BOUND)
-    link.inbox.put_nowait(b"not a frame")
+    link.incoming.put_nowait(b"not a frame")
 
     with pytest.raises(FrameError):
         link.recv(1.0)
@@ -90,13 +90,13 @@ def test_deadline(timeout_s: float):
         link.recv(timeout_s)
 
     assert max(0.0, timeout_s) <= time.monotonic() - start < 2.0
-    link.inbox.put_nowait(raw(0))
+    link.incoming.put_nowait(raw(0))
     assert link.recv(0.0).kind is Kind.BYE  # a missed deadline does not end the link
 
 
 def test_expect():
     link = Link(BOUND)
-    link.inbox.put_nowait(raw(0))
+    link.incoming.put_nowait(raw(0))
 
     with pytest.raises(FrameError, match="BYE frame: must be HELLO"):
         link.expect(Kind.HELLO, 1.0)
@@ -159,8 +159,8 @@ def test_close_wakes_who_waits_at_once(waiting: str):
                 link.send(*bye())
                 link.send(*bye())
             else:
-                link.put(link.inbox, b"1", None)
-                link.put(link.inbox, b"2", None)
+                link.put(link.incoming, b"1", None)
+                link.put(link.incoming, b"2", None)
         except SessionError as error:
             ended.append(str(error))
 
@@ -262,31 +262,31 @@ def test_a_peer_that_does_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("depth", "hold", "fits"), [(3, None, 3), (100, 1000, 3), (100, 10, 1)])
 def test_backpressure(depth: int, hold: int | None, fits: int):
     """Memory is bounded in frames and in bytes; one frame always fits, or nothing would move."""
-    box = Box(depth, hold)
+    queue = FrameQueue(depth, hold)
     done: list[bool] = []
-    sender = in_thread(lambda: done.extend(box.put(bytes(300), 5.0) for _ in range(fits + 4)))
+    sender = in_thread(lambda: done.extend(queue.put(bytes(300), 5.0) for _ in range(fits + 4)))
     time.sleep(0.1)
 
-    assert box.held == 300 * fits
+    assert queue.held == 300 * fits
     assert len(done) == fits
     for _ in range(fits + 4):
-        assert box.get(5.0) is not None
-        assert box.held <= 300 * fits
+        assert queue.get(5.0) is not None
+        assert queue.held <= 300 * fits
     sender.join(5)
     assert done == [True] * (fits + 4)
-    assert box.held == 0
+    assert queue.held == 0
 
 
 def test_box_without_room():
-    box = Box(1)
-    box.put_nowait(b"1")
+    queue = FrameQueue(1)
+    queue.put_nowait(b"1")
 
-    assert box.put(b"2", 0.05) is False
+    assert queue.put(b"2", 0.05) is False
     with pytest.raises(SessionError, match="no room"):
-        box.put_nowait(b"2")
-    assert not box.empty()
-    assert box.get(0.0) == b"1"
-    assert box.empty()
+        queue.put_nowait(b"2")
+    assert not queue.empty()
+    assert queue.get(0.0) == b"1"
+    assert queue.empty()
 
 
 def test_widen_raises_both_bounds():

@@ -15,7 +15,7 @@ from fedsplit.errors import SessionError, TokenError
 from fedsplit.wire.dial import METHOD, connect
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.link import Link
-from fedsplit.wire.reconnection import RECEIVED, TICKET, Lane, Seat
+from fedsplit.wire.reconnection import RECEIVED, TICKET, ReplayBuffer, SessionTickets
 from simulations.faults.proxy import Proxy
 from tests.wire.stream_peers import Echo, eventually, grad, hello
 from tests.wire.wire_certificates import Authority
@@ -118,14 +118,14 @@ def test_a_server_that_closes_is_not_called_again(echo: Echo) -> None:
         assert proxy.connections == 1
 
 
-@pytest.mark.parametrize("ticket", ["", "x", "none.ffff", "SEAT.", "SEAT.ffff", "SEAT.ü"])
+@pytest.mark.parametrize("ticket", ["", "x", "none.ffff", "NAME.", "NAME.ffff", "NAME.ü"])
 def test_a_ticket_cannot_be_made_up(ticket: str) -> None:
     echo = Echo(reconnect_s=20.0)
     link = echo.open()
     talked = threading.Event()
-    assert eventually(lambda: bool(echo.server._seats))
-    seat = next(iter(echo.server._seats))
-    given_ticket = ticket.replace("SEAT", seat).encode("ascii", "ignore").decode() or "x"
+    assert eventually(lambda: bool(echo.server._tickets))
+    tickets = next(iter(echo.server._tickets))
+    given_ticket = ticket.replace("NAME", tickets).encode("ascii", "ignore").decode() or "x"
     channel = grpc.insecure_channel(echo.address)
     call = channel.stream_stream(METHOD)(
         iter(talked.wait, True), metadata=((TICKET, given_ticket), (RECEIVED, "0"))
@@ -140,22 +140,22 @@ def test_a_ticket_cannot_be_made_up(ticket: str) -> None:
 
 
 def test_tickets_are_single_use_but_for_an_answer_that_was_lost() -> None:
-    seat = Seat(Lane(Link(1 << 20), 3))
-    first = seat.ticket
-    second = seat.redeem(first)
-    third = seat.redeem(first)  # the answer with the second never arrived
+    tickets = SessionTickets(ReplayBuffer(Link(1 << 20), 3))
+    first = tickets.ticket
+    second = tickets.redeem(first)
+    third = tickets.redeem(first)  # the answer with the second never arrived
     assert len({first, second, third}) == 3
-    fourth = seat.redeem(third)
-    assert seat.ticket == fourth
+    fourth = tickets.redeem(third)
+    assert tickets.ticket == fourth
     for gone in (first, second):
         with pytest.raises(TokenError, match="the last one given"):
-            seat.redeem(gone)
+            tickets.redeem(gone)
 
 
-def fill(lane: Lane, stream: int, count: int) -> list[bytes]:
-    """Take what is in the outbox, without waiting for more."""
+def fill(replay: ReplayBuffer, stream: int, count: int) -> list[bytes]:
+    """Take what is in the outgoing, without waiting for more."""
     taken = []
-    for data in lane.outgoing(stream):
+    for data in replay.outgoing(stream):
         taken.append(data)
         if len(taken) == count:
             break
@@ -167,13 +167,13 @@ def fill(lane: Lane, stream: int, count: int) -> list[bytes]:
 def test_whatever_is_cut_the_reader_sees_every_frame_once(plan: list[tuple[int, int]]) -> None:
     """Each turn sends some frames, and loses some of those that were under way."""
     link, reader = Link(1 << 20), Link(1 << 20, depth=1 << 10)
-    out, into = Lane(link, 64), Lane(reader, 64)
+    out, into = ReplayBuffer(link, 64), ReplayBuffer(reader, 64)
     made = 0
     stream, _ = out.attach(0)
     into.attach(0)
     for new, lost in plan:
         for _ in range(new):
-            link.outbox.put_nowait(b"%d" % made)
+            link.outgoing.put_nowait(b"%d" % made)
             made += 1
         left = made - into.arrived
         taken = fill(out, stream, left) if left else []
@@ -183,22 +183,22 @@ def test_whatever_is_cut_the_reader_sees_every_frame_once(plan: list[tuple[int, 
     left = made - into.arrived
     into.incoming(fill(out, stream, left) if left else [], into._stream)
     seen = []
-    while not reader.inbox.empty():
-        seen.append(reader.inbox.get(0.0))
+    while not reader.incoming.empty():
+        seen.append(reader.incoming.get(0.0))
     assert seen == [b"%d" % n for n in range(made)]
 
 
 def test_a_peer_that_lacks_what_is_no_longer_kept_is_told() -> None:
     link = Link(1 << 30, depth=64)
-    lane = Lane(link, 2)
-    stream, _ = lane.attach(0)
+    replay = ReplayBuffer(link, 2)
+    stream, _ = replay.attach(0)
     for _ in range(4):
-        link.outbox.put_nowait(bytes(5 << 20))
-    assert len(fill(lane, stream, 4)) == 4
-    assert lane.attach(4)[0] == stream + 1
+        link.outgoing.put_nowait(bytes(5 << 20))
+    assert len(fill(replay, stream, 4)) == 4
+    assert replay.attach(4)[0] == stream + 1
     for received in (0, 5):
         with pytest.raises(SessionError, match="cannot go on"):
-            lane.attach(received)
+            replay.attach(received)
 
 
 def test_streams_that_say_nothing_keep_no_more_than_their_share() -> None:

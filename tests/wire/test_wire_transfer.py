@@ -21,7 +21,7 @@ def carry(files: Mapping[str, bytes]) -> dict[str, bytes]:
     thread.start()
     found = receive_files(receiver, 5.0)
     thread.join(5)
-    assert receiver.inbox.empty()
+    assert receiver.incoming.empty()
     return found
 
 
@@ -61,7 +61,7 @@ def test_a_bundle_that_would_not_arrive_is_not_sent(count: int):
     with pytest.raises(FrameError, match=f"bundle of {count} files"):
         send_files(sender, {f"f{i}": b"x" for i in range(count)})
 
-    assert receiver.inbox.empty()
+    assert receiver.incoming.empty()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class MessageSession:
         live = self._restore()
         link = live.link
         for frame in frames:
-            link.inbox.put_nowait(frame)
+            link.incoming.put_nowait(frame)
         if live.exchange == 0:
             greet(link, self._offer, self._check, 1.0)
             if self._task.bottom_folder.exists():
@@ -84,7 +84,7 @@ class MessageSession:
             self._get_ready(live)
         else:
             assert live.owner is not None
-            while not link.inbox.empty():
+            while not link.incoming.empty():
                 for outgoing in live.owner.handle(link.recv(1.0)):
                     self._check.send(link, outgoing)
         answer = link.drain()

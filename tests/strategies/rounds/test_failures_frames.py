@@ -160,7 +160,7 @@ def _countless_samples(outgoing: Outgoing) -> None:
 def _garbage(outgoing: Outgoing) -> bool | None:
     if not outgoing.at(Kind.BATCH):
         return None
-    outgoing.link.put(outgoing.link.outbox, b"\x80\x04\x95 no frame at all " * 4)
+    outgoing.link.put(outgoing.link.outgoing, b"\x80\x04\x95 no frame at all " * 4)
     return True
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from fedsplit.config import RunConfig
 from fedsplit.wire import dial
-from fedsplit.wire import reconnection as lanes
+from fedsplit.wire import reconnection as reconnection
 from fedsplit.wire.frames import Kind
 from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.local_grid import LocalGrid
@@ -28,8 +28,8 @@ def record(run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(config: RunConfig) -> tuple[LocalRun, Sent]:
         per_link: dict[int, list[bytes]] = {}
-        outgoing = lanes.Lane.outgoing
-        kept: list[Any] = []  # so that no two lanes have one id
+        outgoing = reconnection.ReplayBuffer.outgoing
+        kept: list[Any] = []  # so that no two reconnection have one id
 
         def went_out(self: Any, stream: int) -> Iterator[bytes]:
             if not isinstance(self.link, dial._ClientLink):
@@ -41,7 +41,7 @@ def record(run_locally: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                 yield data
 
         def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
-            monkeypatch.setattr(lanes.Lane, "outgoing", went_out)
+            monkeypatch.setattr(reconnection.ReplayBuffer, "outgoing", went_out)
 
         with monkeypatch.context():
             finished = run_locally(config, prepare=prepare)
