@@ -54,6 +54,7 @@ audit: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/python -m simulations bench fuzz
+	ADVERSARY_EXAMPLES=100 $(BIN)/python -m pytest -q --timeout 3600 tests/adversary/test_sequences.py
 
 clean:
 	rm -rf $(VENV) dist build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

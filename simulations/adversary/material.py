@@ -25,6 +25,7 @@ from fedsplit.models.splitting.halves import Bottom, Top
 SST2 = Path(__file__).parents[2].parent / "shared" / "data" / "sst2" / "train.jsonl"
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 SPECIALS = (PAD, UNKNOWN)
+FILLER = "~"
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,14 @@ def word_tokenizer(
         after: the same behind it.
         spread: filler words put behind each word of a text.
     """
-    fillers = [f"~{i}" for i in range(1 if spread else 0)]
     listed = set(words)
-    extra = list(dict.fromkeys((*SPECIALS, *before, *after, *fillers)))
+    extra = list(dict.fromkeys((*SPECIALS, *before, *after, *([FILLER] if spread else []))))
     extra = [word for word in extra if word not in listed]
     vocabulary = {word: i for i, word in enumerate(extra)}
     vocabulary |= {word: len(extra) + i for i, word in enumerate(words)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     if spread:
-        made.normalizer = normalizers.Replace(" ", " ~0" * spread + " ")
+        made.normalizer = normalizers.Replace(" ", f" {FILLER}" * spread + " ")
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if before or after:
         made.post_processor = processors.TemplateProcessing(

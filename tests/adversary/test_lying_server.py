@@ -16,7 +16,7 @@ from simulations.adversary.reading import Row
 VARIANTS: dict[str, list[str]] = {
     "honest": ["noise ratio 50", "texts refused"],
     "subtraction": ["width of the batch", "order of single texts"],
-    "bounds": ["dchi", "nearest-token", "pac", "gaussian"],
+    "bounds": ["dchi", "nearest-token", "pac", "gaussian", "wide vectors"],
     "template": ["ratio 2, nearest"],
     "views": [
         "one session",
@@ -53,6 +53,7 @@ VARIANTS: dict[str, list[str]] = {
 }
 # case -> what the owner's code lacks, and which of its variants still read too much
 OPEN: dict[str, tuple[str, set[str]]] = {
+    "bounds": ("a ratio of lengths says nothing of wide vectors", {"wide vectors"}),
     "template": ("the template's noise is not measured", set(VARIANTS["template"])),
     "labels": (
         "draws, strengths and averages of labels are the server's to vary",
@@ -85,6 +86,8 @@ def parameters() -> list[object]:
 
 @pytest.mark.parametrize(("case", "variant"), parameters())
 def test_a_lying_server_reads_no_more_than_it_may(case: str, variant: str) -> None:
+    # An owner that refuses everybody withstands everything, and shows nothing.
+    assert rows("honest")["texts refused"].read == 0, "honest sessions do not go through"
     row = rows(case)[variant]
     assert row.read <= row.allowance, f"{row.read:.3f} of {row.targets} {row.unit}"
 

@@ -18,6 +18,7 @@ from simulations.adversary.victim import strict_policy
 
 FACTOR = 3000.0
 SPREAD = 8
+WIDE = 1024
 # mechanism -> its noise ratio and more of its settings
 VARIANTS: dict[str, dict[str, Any]] = {
     "dchi": {"privacy__noise_ratio": 6.0},
@@ -28,8 +29,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def play(field: Field) -> list[Row]:
-    """Return what each mechanism lets out of a vocabulary with long words."""
-    return [_long_words(field, name, more) for name, more in VARIANTS.items()]
+    """Return what each mechanism lets out of a vocabulary with long words, and of a wide one."""
+    return [*(_long_words(field, name, more) for name, more in VARIANTS.items()), _wide(field)]
+
+
+def _wide(field: Field) -> Row:
+    """Vectors of 1,024 numbers: noise of the same length is thirty times less in each of them."""
+    found = field.corpus(20)
+    tokenizer = word_tokenizer(found.words)
+    table = directions(len(tokenizer), WIDE)
+    model = tiny(tokenizer, table=table, width=WIDE, layers=1, intermediate_size=64)
+    bundle, _, _ = pack(model, 0, tokenizer)
+    policy = strict_policy(noise__min_ratio=6.0)
+    victim = field.victim(found, policy)
+    flat = settings(
+        privacy__mechanism="dchi",
+        privacy__noise_ratio=6.0,
+        labels__protection="randomised-response",
+    )
+    truth, _ = field.truth(victim, flat, bundle, table)
+    taken = field.server.session(victim, flat, split_script(bundle, zeros(2)), digest=bundle.digest)
+    guesses = {s: nearest(rows, table).tolist() for s, rows in taken.rows.items()}
+    return token_row(2, "wide vectors", policy, guesses, truth, [taken])
 
 
 def _long_words(field: Field, mechanism: str, more: dict[str, Any]) -> Row:

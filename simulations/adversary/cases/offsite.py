@@ -123,8 +123,14 @@ def _read(model: Any, taken: Taken) -> list[int]:
     vocabulary = len(model.get_input_embeddings().weight)
     ids = torch.tensor(tokens).repeat(vocabulary, 1)
     ids = torch.cat([ids, torch.arange(vocabulary)[:, None]], dim=1)  # (V, T)
-    losses = torch.stack([lm_loss(logits_of(model, row[None]), row[None]) for row in ids])
+    losses = torch.cat([_losses(model, part) for part in torch.split(ids, 256)])
     return [*tokens, int((losses - taken.metrics.get("loss", 0.0)).abs().argmin())]
+
+
+def _losses(model: Any, ids: Tensor) -> Tensor:
+    """Return the mean loss of each row of ids (B, T) in nats, (B,)."""
+    every = lm_loss(logits_of(model, ids), ids, "none")  # (B (T - 1),)
+    return every.view(len(ids), -1).mean(1)
 
 
 def _inputs(model: Any, position: int) -> Tensor:

@@ -49,7 +49,7 @@ def _subtract(
         asked: changed settings and round of each session.
         joined: sentences of one text.
     """
-    count = (8 if field.quick else 24) * joined
+    count = (8 if field.quick else 14) * joined
     found = corpus(count, real=field.real and joined == 1)
     for at in range(len(found.texts) // joined):
         found.texts[at] = " ".join(found.texts[joined * at : joined * (at + 1)])

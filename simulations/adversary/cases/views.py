@@ -68,7 +68,7 @@ def _special_tokens(field: Field) -> list[Row]:
     ends = [f"[E{i}]" for i in range(many)]
     policy = strict_policy(**VIEWS)
     victim = field.victim(texts, policy)
-    flat = _noise(8.0 if field.quick else 20.0)
+    flat = _noise(8.0 if field.quick else 12.0)
     listed = [*ends, *texts.words]
     plain = word_tokenizer(listed)
     table = directions(len(plain), WIDTH)
