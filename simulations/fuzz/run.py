@@ -52,7 +52,7 @@ PARSERS: dict[str, tuple[Callable[[Path], Cases], int]] = {
     "owners' replies": (fuzz_wire.replies, 80),
     "frames in messages": (fuzz_wire.packed_frames, 50),
     "run settings": (fuzz_wire.settings, 50),
-    "training session": (fuzz_wire.members, 40),
+    "training session": (fuzz_wire.owner_sessions, 40),
     "bottom bundle": (fuzz_files.bottoms, 10),
     "head bundle": (fuzz_files.heads, 8),
     "emulator folder": (fuzz_files.emulators, 10),

@@ -245,7 +245,7 @@ def settings(_: Path) -> Cases:
     return cases_of(draw, lambda flat: RunConfig.from_flat(RunConfig.from_flat(flat).to_flat()))
 
 
-def members(_: Path) -> Cases:
+def owner_sessions(_: Path) -> Cases:
     """Fuzz an owner's frames in a session of training, as the server takes them."""
     rows = encode_rows(torch.ones(6, 4), "fp32")
     batch: dict[str, Any] = {
@@ -259,6 +259,9 @@ def members(_: Path) -> Cases:
     }
     ready: dict[str, Any] = {"batches": 2, "samples": 5, "mechanism": ""}
     grad: dict[str, Any] = {"step": 0, "codec": "fp32", "shape": [2, 3], "weight": 2.0}
+    config = RunConfig.from_flat(
+        {"model.max-tokens": 64, "session.codec": "fp32", "session.deadline-s": 0.02}
+    )
 
     def lie(sound: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         header = dict(sound)
@@ -278,16 +281,13 @@ def members(_: Path) -> Cases:
 
     def draw(rng: random.Random) -> Case:
         ours, theirs = loopback(BOUND)
-        member = OwnerSession(
+        session = OwnerSession(
             ours,
             Hello(7, 5, 1, "train", "a", ""),
             RepresentationCache(),
+            config,
             width=4,
-            max_tokens=64,
             joint=rng.random() < 0.5,
-            codec="fp32",
-            logits_codec="fp32",
-            deadline_s=0.02,
         )
         body = rows if rng.random() < 0.7 else flipped(rows, rng)
         wide = encode_rows(torch.ones(2, 3), "fp32")
@@ -300,12 +300,12 @@ def members(_: Path) -> Cases:
                 theirs.send(kind, lie(sound, rng) if rng.random() < share else sound, content)
 
         def case() -> None:
-            member.greet({"a": b""}, "ab")
-            member.start(2)
-            found = member.batch()
+            session.handshake({"a": b""}, "ab")
+            session.start(2)
+            found = session.batch()
             if any(not bool(row.isfinite().all()) for row in found.rows):
                 raise AssertionError("took rows that are not finite")
-            member.gradient(found, (2, 3))
+            session.gradient(found, (2, 3))
 
         return case
 

@@ -135,21 +135,21 @@ def federation(
         }
         updates[attacker] = ANSWERS[answer](training, state, owners - 1, number)
         began = time.perf_counter()
-        row = watch.begin(number)
+        row = watch.open_round(number)
         kept = watch.screen(row, updates)
         mine = {name: updates[name] for name in kept}
         weights = dict.fromkeys(mine, 1.0)
         mean = average(mine, weights) if mine else None
         if mean is not None:
             watch.check_average(row, mean, mine, weights)
-        watch.close(row)
+        watch.close_round(row)
         tally.seconds += time.perf_counter() - began
         tally.checks += len(row.get("owners", ())) + 1
         count(tally, row, kept, attacker if attacked else None)
         if mean is not None and not row.get("rejected"):
             state = mean
         for name in list(watch.quarantined):  # the attacker comes back: every round is an attack
-            watch.pardon(name)
+            watch.lift_quarantine(name)
         progress.update(number / rounds)
     return tally
 
@@ -194,7 +194,7 @@ def blended(training: OwnerTraining, config: LineageConfig) -> list[dict[str, An
     for share in BLENDS:
         training.load(training.start)
         watch = LineageWatch(config, None, owners=owners_gate(training.model, config))
-        row = watch.begin(1)
+        row = watch.open_round(1)
         watch.screen(row, {"owner": training.blend(training.start, share, 1)})
         found = row["owners"]["owner"]
         names = ("worst", "score", "pcs", "verdict", "action")

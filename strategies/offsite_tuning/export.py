@@ -1,134 +1,81 @@
-"""What an offsite-tuning run leaves behind: round by round, and at its end.
+"""What an offsite-tuning run writes: adapters after every round, exports at its end.
 
-``adapters.safetensors`` is written after every round, synced to the disk; the round before is kept
-as ``adapters.previous.safetensors``; where the averaging has a state (FedAdam's moments), likewise
-``averaging.safetensors``.  At the end: ``adapter/`` (for PEFT where it can express the
-method, see :mod:`fedsplit.models.adapters.files`) and ``model/``, the plugged-in model as an
-ordinary Hugging Face folder (not for methods whose modules no Hugging Face class has).
+``adapters.safetensors`` holds the averaged adapters of the last accepted round; an interrupted run
+goes on from ``state/`` (:mod:`strategies.rounds.run_checkpoint`).  At the end: ``adapter/`` (for
+PEFT where it can express the method, see :mod:`fedsplit.models.adapters.files`) and ``model/``, the
+plugged-in model as an ordinary Hugging Face folder (not for methods whose modules no Hugging Face
+class has).
 """
 
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedsplit import storage
-from fedsplit.errors import ModelError, RunError, UnsupportedModelError
+from fedsplit.errors import RunError, UnsupportedModelError
 from fedsplit.models.adapters.files import save_adapter
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
 from fedsplit.models.loading import LoadedModel
 
-from ..rounds.averaging import AveragingState
-
-log = logging.getLogger(__name__)
-
 ADAPTERS = "adapters.safetensors"
-PREVIOUS = "adapters.previous.safetensors"
-AVERAGING = "averaging.safetensors"
-AVERAGING_PREVIOUS = "averaging.previous.safetensors"
+FORMAT = "fedsplit-adapters-2"  # the first version named none
+FIRST_VERSION = (ADAPTERS, "adapters.previous.safetensors", "averaging.safetensors")
 
 
-def keep_adapters(
-    folder: Path, number: int, state: dict[str, Tensor], digest: str, settings: MethodSettings
+def save_adapters(
+    folder: Path, number: int, adapters: Mapping[str, Tensor], digest: str, settings: MethodSettings
 ) -> None:
-    """Write the averaged adapters after a round, whole or not at all, and keep the round before.
+    """Write the averaged adapters of a round, whole or not at all.
+
+    Args:
+        folder: of the run.
+        number: the round.
+        adapters: by name.
+        digest: of the emulator that they belong to.
+        settings: of their method.
 
     Raises:
         RunError: they cannot be written.
     """
-    metadata = {"round": str(number), "emulator": digest, "method": _identity(settings)}
-    _replace(folder / ADAPTERS, folder / PREVIOUS, state, metadata)
+    method = {k: v for k, v in asdict(settings).items() if k != "seed"}
+    metadata = {
+        "format": FORMAT,
+        "round": str(number),
+        "emulator": digest,
+        "method": json.dumps(method, sort_keys=True),
+    }
+    try:
+        storage.write_tensors(folder / ADAPTERS, adapters, metadata)
+    except OSError as error:
+        raise RunError(f"cannot write {folder / ADAPTERS}: {error}") from None
 
 
-def keep_averaging(folder: Path, number: int, state: AveragingState, digest: str) -> None:
-    """Write what the averaging carries, before the round's adapters: a crash between finds both.
-
-    Nothing is written where it carries nothing.
+def refuse_first_version(folder: Path) -> None:
+    """Refuse a folder where the first version left an interrupted or finished run.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: there are adapters without this version's format.
     """
-    if not state.arrays:
-        return
-    # As hexadecimal numbers: what is read back is the same float, bit for bit.
-    facts = json.dumps({name: value.hex() for name, value in state.facts.items()})
-    metadata = {"round": str(number), "emulator": digest, "facts": facts}
-    arrays = {n: torch.from_numpy(a) for n, a in state.arrays.items()}
-    _replace(folder / AVERAGING, folder / AVERAGING_PREVIOUS, arrays, metadata)
-
-
-def kept_averaging(folder: Path, number: int, digest: str) -> AveragingState:
-    """Return what the averaging carried after that round; empty, with a warning, if it is lost."""
-    for path in (folder / AVERAGING, folder / AVERAGING_PREVIOUS):
+    for path in (folder / name for name in FIRST_VERSION):
         if not path.exists():
             continue
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
-                if (about.get("round"), about.get("emulator")) != (str(number), digest):
-                    continue
-                facts = {str(n): float.fromhex(v) for n, v in json.loads(about["facts"]).items()}
-                names = file.keys()
-                return AveragingState({n: file.get_tensor(n).numpy() for n in names}, facts)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s: no readable state of the averaging: %s", path, error)
-    return AveragingState()
-
-
-def _replace(
-    path: Path, previous: Path, state: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    try:
-        storage.write_tensors(path, state, metadata, previous=previous)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error}") from None
-
-
-def kept_adapters(
-    folder: Path, digest: str, settings: MethodSettings
-) -> tuple[int, dict[str, Tensor]] | None:
-    """Return (rounds done, adapters) of an interrupted run with this emulator and method, or None.
-
-    Where the last round's file is damaged or missing, the round before counts.
-
-    Raises:
-        ModelError: there are files, and none can be read.
-    """
-    faults = []
-    for path in (folder / ADAPTERS, folder / PREVIOUS):
-        if not path.exists():
-            continue
-        try:
-            return _read(path, digest, settings)
-        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            log.warning("%s: no readable adapters: %s", path, error)
-            faults.append(f"{path}: {error}")
-    if faults:
-        raise ModelError(f"no readable adapters: {'; '.join(faults)}")
-    return None
-
-
-def _read(
-    path: Path, digest: str, settings: MethodSettings
-) -> tuple[int, dict[str, Tensor]] | None:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        same = metadata.get("emulator") == digest and metadata.get("method") == _identity(settings)
-        if not same:
-            return None
-        return int(metadata["round"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-
-
-def _identity(settings: MethodSettings) -> str:
-    """What decides the names and shapes of adapters, and what they mean."""
-    return json.dumps({k: v for k, v in asdict(settings).items() if k != "seed"}, sort_keys=True)
+                found = (file.metadata() or {}).get("format")
+        except (OSError, SafetensorError) as error:
+            found = f"unreadable ({error})"
+        if found != FORMAT:
+            raise RunError(
+                f"{path}: format {found}: must be {FORMAT}; a run of an earlier version cannot be "
+                "gone on with: choose another output.dir, or remove the file to begin anew"
+            )
 
 
 def export(folder: Path, loaded: LoadedModel, tuning: BlockTuning) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedsplit.config import RunConfig
@@ -19,22 +18,20 @@ from fedsplit.emulators.build import tune_in_full
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.settings import check_offsite, method_settings
-from fedsplit.models.adapters.methods import BlockTuning
+from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
 from fedsplit.models.loading import LoadedModel
 from fedsplit.wire.messages import weights_record
 
 from ..base_model import load_base
-from ..rounds.averaging import make_averaging, restore, state_of
 from ..rounds.lineage_setup import build_watch
 from ..rounds.lineage_watch import LineageWatch
 from ..rounds.recorder import Recorder
+from ..rounds.run_checkpoint import below
 from ..sessions.setup import open_transport
 from ..sessions.transports import StreamTransport
 from .emulator import public_blocks, shipped_emulator
-from .export import keep_adapters, keep_averaging, kept_adapters, kept_averaging
+from .export import refuse_first_version, save_adapters
 from .file_server import FileServer
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -51,9 +48,8 @@ class OffsiteParts:
         files: hands out the emulator.
         watch: the lineage gate.
         recorder: writes what happened.
-        averaging: Flower strategy that averages.
-        keep: called with (round, adapters) after every accepted round, for crashes to lose little.
-        first: rounds that an earlier, interrupted start of the same run has done.
+        folder: of the run's files.
+        settings: of the adapter method.
     """
 
     loaded: LoadedModel
@@ -65,9 +61,8 @@ class OffsiteParts:
     files: FileServer
     watch: LineageWatch
     recorder: Recorder
-    averaging: Strategy
-    keep: Callable[[int, dict[str, Tensor]], None]
-    first: int = 0
+    folder: Path
+    settings: MethodSettings
 
     @property
     def model(self) -> Model:
@@ -79,18 +74,42 @@ class OffsiteParts:
         state = self.tuning.state()
         return weights_record({n: np.asarray(t.float().numpy()) for n, t in state.items()})
 
+    def plug_in(self, number: int, adapters: dict[str, Tensor]) -> None:
+        """Put a round's averaged adapters into the full model, and write them.
+
+        Raises:
+            RunError: they cannot be written.
+        """
+        self.tuning.load(adapters)
+        save_adapters(self.folder, number, adapters, self.digest, self.settings)
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of what a saved state belongs to."""
+        return {"base": self.loaded.digest, "emulator": self.digest}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what the server itself trains, for a saved state: nothing."""
+        return {}, {}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Plug in the adapters of a saved state.
+
+        Raises:
+            ModelError: they do not fit the model.
+        """
+        if adapters := below("owners", tensors):
+            self.tuning.load(adapters)
+
+    def as_base(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what adapters make of the base's own tensors (LoRA's factors, say)."""
+        return self.tuning.dense(arrays)
+
     def close(self) -> None:
         """Close all sessions and the port."""
         self.stream.close()
 
 
-def build_parts(
-    config: RunConfig,
-    run_id: int,
-    recorder: Recorder,
-    folder: Path,
-    averaging: Strategy | None = None,
-) -> OffsiteParts:
+def build_parts(config: RunConfig, run_id: int, recorder: Recorder, folder: Path) -> OffsiteParts:
     """Load the model, build or find the emulator, and open the session server.
 
     Args:
@@ -98,12 +117,13 @@ def build_parts(
         run_id: Flower's.
         recorder: writes what happened.
         folder: of the run's files.
-        averaging: Flower strategy that averages; None: as the settings say.
 
     Raises:
         ConfigError, ModelError, LineageError, SessionError: settings or material that cannot be
             used.
+        RunError: the folder holds adapters of the first version.
     """
+    refuse_first_version(folder)
     check_offsite(config.offsite)
     loaded = load_base(config)
     tokens, public = public_blocks(config, loaded.tokenizer)
@@ -126,21 +146,9 @@ def build_parts(
     facts["trained_parameters"] = tuning.count()
     facts["trained_share"] = tuning.count() / facts["full_parameters"]
     recorder.write(emulator=facts)
-    averaging = averaging or make_averaging(config.offsite)
-    first = 0
-    if (kept := kept_adapters(folder, digest, settings)) is not None:
-        first, state = kept
-        tuning.load(state)
-        restore(averaging, kept_averaging(folder, first, digest))
-        log.info("going on after round %d of an interrupted run", first)
     files = FileServer(shipped.files(), digest, config.session.deadline_s)
-    stream = open_transport(config.session, run_id, on_session=recorder.joined)
+    stream = open_transport(config.session, run_id, on_session=recorder.session_opened)
     stream.serve(files)
-
-    def keep(number: int, state: dict[str, Tensor]) -> None:
-        keep_averaging(folder, number, state_of(averaging), digest)
-        keep_adapters(folder, number, state, digest, settings)
-
     return OffsiteParts(
         loaded=loaded,
         emulator=emulator,
@@ -151,7 +159,6 @@ def build_parts(
         files=files,
         watch=watch,
         recorder=recorder,
-        averaging=averaging,
-        keep=keep,
-        first=first,
+        folder=folder,
+        settings=settings,
     )

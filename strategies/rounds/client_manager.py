@@ -1,4 +1,4 @@
-"""Who is connected, under which names, and who is sampled: the same for every strategy."""
+"""Connected nodes, their owners' names, and the sampling of a round: one for all strategies."""
 
 from __future__ import annotations
 
@@ -67,15 +67,17 @@ class ClientManager:
         train = self._config.train
         nodes = self._wait(grid)
         if train.fraction >= 1.0:
-            return self._left(nodes, number)
-        self.learn(grid, nodes)
+            return self._eligible(nodes, number)
+        self.ask_names(grid, nodes)
         known = sorted((n for n in nodes if n in self.names), key=lambda n: natural(self.names[n]))
         count = max(train.min_owners, round(train.fraction * len(known)))
         generator = random.Random(derive_seed(self._config.seed, "sample", number))
         chosen = generator.sample(known, min(count, len(known)))
-        return self._left(sorted(chosen, key=known.index), number)
+        return self._eligible(sorted(chosen, key=known.index), number)
 
-    def settle(self, number: int, finished: Iterable[str], lost: Mapping[str, str]) -> None:
+    def record_outcomes(
+        self, number: int, finished: Iterable[str], lost: Mapping[str, str]
+    ) -> None:
         """Count who failed in a round of training, and bench who keeps failing.
 
         Args:
@@ -96,7 +98,7 @@ class ClientManager:
                     "owner %s is not asked again before round %d: %s", name, until + 1, told
                 )
 
-    def sitting(self, number: int) -> dict[str, str]:
+    def benched_in(self, number: int) -> dict[str, str]:
         """Return who is benched in a round -> why."""
         return {
             name: f"{bench.reason}; until round {bench.until}"
@@ -104,26 +106,26 @@ class ClientManager:
             if bench.since < number <= bench.until
         }
 
-    def memory(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return what a restarted run must know, JSON-able."""
         benched = {name: asdict(bench) for name, bench in self.benched.items()}
         return {"failures": dict(self._failures), "benched": benched}
 
-    def recall(self, memory: Mapping[str, Any], awaited: Iterable[str]) -> None:
-        """Go on from :meth:`memory`.
+    def restore(self, state: Mapping[str, Any], awaited: Iterable[str]) -> None:
+        """Go on from :meth:`state`.
 
         Args:
-            memory: of the state that the run goes on from.
+            state: as the interrupted run saved it.
             awaited: names of owners that the first round waits for, at most
                 ``session.wave-wait-s``: after a restart they come back one by one.
         """
-        self._failures.update(memory.get("failures", {}))
-        found = memory.get("benched", {})
+        self._failures.update(state.get("failures", {}))
+        found = state.get("benched", {})
         self.benched.update({name: Bench(**row) for name, row in found.items()})
         self._awaited = set(awaited)
 
-    def learn(self, grid: Grid, nodes: list[int]) -> None:
-        """Ask those nodes for their names that have not told them; who does not answer has none."""
+    def ask_names(self, grid: Grid, nodes: list[int]) -> None:
+        """Ask nodes whose names are unknown for them; a node that does not answer stays unknown."""
         unknown = [n for n in nodes if n not in self.names]
         if not unknown:
             return
@@ -147,13 +149,13 @@ class ClientManager:
             log.info("waiting for owners: %d of %d connected", len(nodes), need)
             time.sleep(1.0)
             waited += 1.0
-        return self._wait_for_old_ones(grid, nodes)
+        return self._wait_for_returning(grid, nodes)
 
-    def _wait_for_old_ones(self, grid: Grid, nodes: list[int]) -> list[int]:
+    def _wait_for_returning(self, grid: Grid, nodes: list[int]) -> list[int]:
         """Give the owners of an interrupted round time to come back."""
         until = time.monotonic() + self._config.session.wave_wait_s
         while self._awaited:
-            self.learn(grid, nodes)
+            self.ask_names(grid, nodes)
             missing = self._awaited - {self.names.get(n, "") for n in nodes}
             if not missing or time.monotonic() > until:
                 if missing:
@@ -165,14 +167,14 @@ class ClientManager:
             nodes = sorted(grid.get_node_ids())
         return nodes
 
-    def _left(self, nodes: list[int], number: int) -> list[int]:
+    def _eligible(self, nodes: list[int], number: int) -> list[int]:
         """Leave out the nodes of quarantined owners, and of benched ones if enough remain."""
-        left = [n for n in nodes if not self._watch.barred(n, self.names.get(n))]
+        left = [n for n in nodes if not self._watch.is_quarantined(n, self.names.get(n))]
         if not left:
             reasons = "; ".join(f"{o}: {why}" for o, why in self._watch.quarantined.items())
             raise RunError(f"owners left=0: must be >= 1; quarantined: {reasons[:2000]}")
-        sitting = self.sitting(number)
-        asked = [n for n in left if not {self.names.get(n, ""), f"node {n}"} & sitting.keys()]
+        benched = self.benched_in(number)
+        asked = [n for n in left if not {self.names.get(n, ""), f"node {n}"} & benched.keys()]
         if len(asked) < self._config.train.min_owners:
             log.warning("too few owners without the benched ones: they are asked all the same")
             return left

@@ -136,7 +136,7 @@ def average_watched(
 
     Args:
         watch: the run's.
-        row: the round's, from ``watch.begin``.
+        row: the round's, from ``watch.open_round``.
         number: the round.
         replies: with checked weights, see :func:`strategies.rounds.replies.check_weights`.
         names: node -> owner.

@@ -1,9 +1,10 @@
 """The lineage gate inside a strategy: every owner's update, every aggregate, evidence of both.
 
-A round's order: :meth:`LineageWatch.begin`, :meth:`screen` for what owners returned,
+A round's order: :meth:`LineageWatch.open_round`, :meth:`screen` for what owners returned,
 :meth:`check_average` for their average, :meth:`check_model` for what the server itself trained,
-:meth:`close`.  The strategy then looks at ``row["rejected"]`` (go back to the last good state) and
-:func:`stop_reason` (raise).  Nothing here imports Flower: the same class serves any strategy.
+:meth:`close_round`.  The strategy then looks at ``row["rejected"]`` (go back to the last good
+state) and :func:`stop_reason` (raise).  Nothing here imports Flower: the same class serves any
+strategy.
 
 What ``lineage.gate`` does, where an update or an aggregate is not in lineage:
 
@@ -47,7 +48,7 @@ NO_WEIGHTS = (
 
 
 def stop_reason(row: Mapping[str, Any]) -> str | None:
-    """Why the run must end, or None."""
+    """Return why the run must end, or None."""
     return None if row.get("action") != "stop" else str(row.get("reason"))
 
 
@@ -92,8 +93,8 @@ class LineageWatch:
 
     # ---- a round ----------------------------------------------------------------------------
 
-    def begin(self, number: int) -> dict[str, Any]:
-        """A new row for the round's report."""
+    def open_round(self, number: int) -> dict[str, Any]:
+        """Return a new row for the round's report."""
         self._report, self._portraits, self._before = None, {}, None
         if self.gate is None and self.owners is None:
             return {"round": number, "verdict": "off"}
@@ -111,7 +112,7 @@ class LineageWatch:
         """Judge each owner's own update; return the names of those to be averaged.
 
         Args:
-            row: from :meth:`begin`; gets ``owners`` and ``quarantined``.
+            row: from :meth:`open_round`; gets ``owners`` and ``quarantined``.
             updates: owner -> the tensors it returned, under the base's names.
             nodes: owner -> node id, so that a new name does not end a quarantine.
         """
@@ -160,8 +161,8 @@ class LineageWatch:
         state = {**self._state, **{name: t.detach().clone() for name, t in mean.items()}}
         found, error = self._check(self.owners, state, list(mean), commit=False)
         passed = found is not None and found.verdict == "in_lineage"
-        figures = _figures(found, error)
-        self._worse(row, found, error)
+        figures = _report_fields(found, error)
+        self._record_verdict(row, found, error)
         if self.gate is None:  # nothing but owners' weights is trained: this is the round's figure
             self._report = found
             row |= {name: value for name, value in figures.items() if name != "verdict"}
@@ -182,7 +183,7 @@ class LineageWatch:
                 self.quarantine(found_out.named, reason, (nodes or {}).get(found_out.named))
         if passed or self.config.gate == "warn":
             self._before = self._state
-            self._move(state, list(mean))
+            self._accept_state(state, list(mean))
         row["seconds"] += time.perf_counter() - began
         return passed
 
@@ -190,7 +191,7 @@ class LineageWatch:
         """Check what the server trained; the row gets ``score``, ``pcs``, ``per_layer`` ...
 
         Args:
-            row: from :meth:`begin`.
+            row: from :meth:`open_round`.
             model: the live model or half.
             changed: names of the parameters that training may have changed.
         """
@@ -201,16 +202,16 @@ class LineageWatch:
         found, error = self._check(self.gate, model, names, commit=True)
         self._report = found
         verdict = row["verdict"]
-        row |= _figures(found, error)
+        row |= _report_fields(found, error)
         row["verdict"] = verdict
-        self._worse(row, found, error)
+        self._record_verdict(row, found, error)
         if self.chain is not None:
             row["weights"] = self._digest.update(model.named_parameters(), names)
             if found is not None:
                 self._draw("aggregate", model)
         row["seconds"] += time.perf_counter() - began
 
-    def close(self, row: dict[str, Any]) -> dict[str, Any]:
+    def close_round(self, row: dict[str, Any]) -> dict[str, Any]:
         """Decide, write the evidence, and return the row for the round's report."""
         if row["verdict"] == "off":
             return row
@@ -223,7 +224,7 @@ class LineageWatch:
         if action == "reject":
             row["rejected"] = True
             if self._before is not None:  # what owners trained goes back with the rest
-                self._move(self._before, list(self._before))
+                self._accept_state(self._before, list(self._before))
         row["action"] = action
         if self.quarantined:
             row["quarantined"] = dict(self.quarantined)
@@ -241,20 +242,20 @@ class LineageWatch:
         if node is not None:
             self.quarantined_nodes.add(node)
 
-    def pardon(self, owner: str, node: int | None = None) -> None:
+    def lift_quarantine(self, owner: str, node: int | None = None) -> None:
         """End a quarantine."""
         self.quarantined.pop(owner, None)
         if node is not None:
             self.quarantined_nodes.discard(node)
 
-    def barred(self, node: int, owner: str | None) -> bool:
-        """Whether a node, or the owner that it says it is, is quarantined."""
+    def is_quarantined(self, node: int, owner: str | None) -> bool:
+        """Return whether a node, or the owner that it says it is, is quarantined."""
         return node in self.quarantined_nodes or owner in self.quarantined
 
     # ---- over restarts ----------------------------------------------------------------------
 
-    def memory(self) -> dict[str, Any]:
-        """What a restarted run must know: who is quarantined, and where the evidence ends."""
+    def state(self) -> dict[str, Any]:
+        """Return what a restarted run must know: quarantines, and where the evidence ends."""
         chain = self.chain
         return {
             "quarantined": dict(self.quarantined),
@@ -262,19 +263,19 @@ class LineageWatch:
             "chain": None if chain is None else {"count": chain.count, "head": chain.head},
         }
 
-    def recall(self, memory: Mapping[str, Any], owners: Update) -> None:
-        """Go on from :meth:`memory`; the next record says that the run was interrupted.
+    def restore(self, state: Mapping[str, Any], owners: Update) -> None:
+        """Go on from :meth:`state`; the next record says that the run was interrupted.
 
         Args:
-            memory: of the state that the run goes on from.
+            state: as the interrupted run saved it.
             owners: what owners train, as it was then.
 
         Raises:
             LineageError: the evidence ends before that state: lines are missing.
         """
-        self.quarantined.update(memory["quarantined"])
-        self.quarantined_nodes.update(int(node) for node in memory["nodes"])
-        known = memory["chain"]
+        self.quarantined.update(state["quarantined"])
+        self.quarantined_nodes.update(int(node) for node in state["nodes"])
+        known = state["chain"]
         if self.chain is not None and known is not None:
             if self.chain.count < known["count"]:
                 raise LineageError(
@@ -287,15 +288,15 @@ class LineageWatch:
                 self._base_portrait = ""  # it is in the first record already
         covered = self._covered(owners)
         if self.owners is not None and covered:
-            self._move({**self._state, **covered}, list(covered))
+            self._accept_state({**self._state, **covered}, list(covered))
 
     # ---- the parts --------------------------------------------------------------------------
 
     def _covered(self, update: Update) -> dict[str, Tensor]:
-        """What the base has a counterpart of; a new head, say, has none."""
+        """Return the tensors that the base has counterparts of; a new head, say, has none."""
         return {name: tensor for name, tensor in update.items() if name in self._state}
 
-    def _move(self, state: dict[str, Tensor], changed: list[str]) -> None:
+    def _accept_state(self, state: dict[str, Tensor], changed: list[str]) -> None:
         """Take a state as the last good one."""
         assert self.owners is not None
         self._state = state
@@ -305,7 +306,7 @@ class LineageWatch:
         assert self.owners is not None
         state = {**self._state, **update}
         found, error = self._check(self.owners, state, list(update), commit=False)
-        row = _figures(found, error) | {"action": ACCEPT}
+        row = _report_fields(found, error) | {"action": ACCEPT}
         row.pop("per_layer", None)
         careful = self.config.gate in ("reject", "stop")
         if found is None or found.verdict != "in_lineage":
@@ -331,7 +332,9 @@ class LineageWatch:
         except (LineageError, ModelError) as error:  # NaN weights, for one
             return None, f"{type(error).__name__}: {error}"
 
-    def _worse(self, row: dict[str, Any], found: LineageReport | None, error: str | None) -> None:
+    def _record_verdict(
+        self, row: dict[str, Any], found: LineageReport | None, error: str | None
+    ) -> None:
         if found is None:
             row["verdict"], row["error"] = "not_shown", error
         elif found.verdict != "in_lineage":
@@ -387,7 +390,7 @@ class LineageWatch:
         )
 
 
-def _figures(found: LineageReport | None, error: str | None) -> dict[str, Any]:
+def _report_fields(found: LineageReport | None, error: str | None) -> dict[str, Any]:
     if found is None:
         return {"verdict": "not_shown", "error": error}
     return {

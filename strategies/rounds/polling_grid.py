@@ -28,9 +28,9 @@ class PollingGrid(Grid):
 
     Args:
         grid: Flower's.
-        heard: called with (metadata of a message, its reply) when that comes, in the thread that
+        on_reply: called with (metadata of a message, its reply) when that comes, in the thread that
             waits.
-        waits_for: whether the session of one of these nodes may still have something to do; None:
+        is_needed: whether the session of one of these nodes may still have something to do; None:
             always.
         patience_s: how long to wait on when it has not.
     """
@@ -39,13 +39,13 @@ class PollingGrid(Grid):
         self,
         grid: Grid,
         *,
-        heard: Callable[[Metadata, Message], None] | None = None,
-        waits_for: Callable[[set[int]], bool] | None = None,
+        on_reply: Callable[[Metadata, Message], None] | None = None,
+        is_needed: Callable[[set[int]], bool] | None = None,
         patience_s: float = math.inf,
     ) -> None:
         self._grid = grid
-        self._heard = heard
-        self._waits_for = waits_for
+        self._on_reply = on_reply
+        self._is_needed = is_needed
         self._patience_s = patience_s
 
     def send_and_receive(
@@ -70,11 +70,11 @@ class PollingGrid(Grid):
             for reply in self._grid.pull_messages(list(waiting)):
                 asked = waiting.pop(reply.metadata.reply_to_message_id, None)
                 replies.append(reply)
-                if self._heard is not None and asked is not None:
-                    self._heard(asked, reply)
+                if self._on_reply is not None and asked is not None:
+                    self._on_reply(asked, reply)
             now = time.monotonic()
             nodes = {asked.dst_node_id for asked in waiting.values()}
-            if self._waits_for is None or self._waits_for(nodes):
+            if self._is_needed is None or self._is_needed(nodes):
                 needed = now
             left = min(needed + self._patience_s, math.inf if timeout is None else began + timeout)
             if not waiting or now >= left:

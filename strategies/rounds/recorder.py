@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -22,6 +22,7 @@ from fedsplit.wire.link import Link
 
 from ..sessions.representation_cache import RepresentationCache
 from ..telemetry.observers import Observers
+from .state_folder import FOLDER
 
 log = logging.getLogger(__name__)
 
@@ -65,24 +66,29 @@ class Recorder:
     def open(cls, config: RunConfig, run: int) -> Iterator[Self]:
         """Yield :meth:`of`'s recorder; write down a failure of what is done with it, and close it.
 
+        Rows of an interrupted run in the same folder are kept.
+
         Raises:
             ConfigError, RunError: see :meth:`of`.
         """
         recorder = cls.of(config, run)
+        if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
+            recorder.content |= _earlier_content(Path(config.output.dir))
         try:
             yield recorder
         except BaseException as error:
-            recorder.write(status="failed", error=f"{type(error).__name__}: {error}")
+            with suppress(RunError):  # a full disk, say, is no reason to hide the first error
+                recorder.write(status="failed", error=f"{type(error).__name__}: {error}")
             raise
         finally:
             recorder.close()
 
-    def begin(self, number: int, mode: str, asked: int) -> None:
+    def round_started(self, number: int, mode: str, asked: int) -> None:
         """Take note that the offers of round ``number`` go out to so many owners."""
         if self._observers is not None:
             self._observers.round_started(number, mode, asked)
 
-    def joined(self, owner: str, node: int, link: Link) -> None:
+    def session_opened(self, owner: str, node: int, link: Link) -> None:
         """Take note that an owner's session was accepted."""
         if self._capture and self._folder is not None:
             folder = self._folder / "capture"
@@ -129,7 +135,7 @@ class Recorder:
         self._spoke = now
         log.info("%s%s", PROGRESS, json.dumps(values))
 
-    def phase(
+    def phase_ended(
         self,
         number: int,
         rounds: int,
@@ -182,3 +188,13 @@ class Recorder:
             for file in self._files.values():
                 file.close()
             self._files.clear()
+
+
+def _earlier_content(folder: Path) -> dict[str, Any]:
+    """Return what stands of an interrupted run's ``server.json``; nothing if it cannot be read."""
+    try:
+        content = json.loads((folder / "server.json").read_bytes())
+        rows = [dict(row) for row in content["rounds"]]
+        return {"rounds": rows, "resumed": [dict(row) for row in content.get("resumed", [])]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

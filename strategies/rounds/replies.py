@@ -110,8 +110,8 @@ def collect(
             rows[accepted[0]] = accepted[1]
             good.append(reply)
     for node in unanswered(asked, replies):
-        report.miss(node, names.get(node), NO_REPLY)
-    report.call(names)
+        report.lose_silent(node, names.get(node), NO_REPLY)
+    report.use_names(names)
     good.sort(key=lambda m: natural(names[m.metadata.src_node_id]))
     return good, rows
 

@@ -1,4 +1,4 @@
-"""What one round came to, whatever the strategy."""
+"""What one round came to."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ NEVER = "never connected"
 HUNG_UP = "SessionError: session closed: peer closed"
 
 
+def natural(name: str) -> tuple[Any, ...]:
+    """Return a key that sorts owner-2 before owner-10."""
+    return tuple(int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name))
+
+
 @dataclass
 class CohortReport:
-    """What a cohort did in one round."""
+    """What the steps of a round came to."""
 
     steps: int = 0
     samples: int = 0
@@ -26,7 +31,7 @@ class CohortReport:
 
 @dataclass
 class RoundReport:
-    """What one round's sessions came to."""
+    """What the sessions of a round came to."""
 
     mode: str
     cohort: CohortReport = field(default_factory=CohortReport)
@@ -41,7 +46,7 @@ class RoundReport:
     error: str = ""
 
     def lose(self, node: int, name: str | None, reason: str) -> None:
-        """Record an owner that is known by its reply; what its session said comes first."""
+        """Record why an owner's reply does not count; what its session told takes precedence."""
         lost = self.cohort.lost
         if lost.get(f"node {node}", "").startswith(NEVER):
             del lost[f"node {node}"]
@@ -50,22 +55,21 @@ class RoundReport:
             del lost[key]  # whether its last words or the end of its stream came first is chance
         lost.setdefault(key, reason)
 
-    def miss(self, node: int, name: str | None, reason: str) -> None:
+    def lose_silent(self, node: int, name: str | None, reason: str) -> None:
         """Record an owner that never replied, unless its session has told why."""
         if not self.cohort.lost.keys() & {f"node {node}", name}:
             self.cohort.lost[name or f"node {node}"] = reason
 
-    def call(self, names: Mapping[int, str]) -> None:
-        """Call lost nodes by their owners' names where those are known."""
+    def use_names(self, names: Mapping[int, str]) -> None:
+        """Record lost nodes under their owners' names where those are known."""
         known = {f"node {node}": name for node, name in names.items()}
         self.cohort.lost = {known.get(k, k): why for k, why in self.cohort.lost.items()}
+
+    def reasons(self) -> str:
+        """Return who was lost and why, as one text of bounded length."""
+        return "; ".join(f"{name}: {why}" for name, why in self.cohort.lost.items())[:2000]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report, JSON-able."""
         row = {k: v for k, v in vars(self).items() if k != "cohort"}
         return {**row, **vars(self.cohort)}
-
-
-def natural(name: str) -> tuple[Any, ...]:
-    """Return a key that sorts owner-2 before owner-10."""
-    return tuple(int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name))

@@ -1,17 +1,31 @@
-"""What every strategy of this project adds to Flower's: a run's settings decide how it starts."""
+"""What every strategy of this project adds to Flower's: a run with settings, files and restarts."""
 
 from __future__ import annotations
 
+import resource
+import time
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Self
 
-from flwr.app import ArrayRecord
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedsplit.config import RunConfig
 
+from ..sessions.representation_cache import RepresentationCache
+from ..settings import Settings, current_run, run_config
+from .averaging import set_current_arrays
+from .client_manager import ClientManager
 from .polling_grid import PollingGrid
+from .recorder import Recorder
+from .round_context import ResumePoint, RoundContext
+from .run_checkpoint import RunCheckpoint, SavedParts, open_states
 
 
 class RunStrategy(Strategy):
@@ -19,14 +33,125 @@ class RunStrategy(Strategy):
 
     Args:
         config: the run's settings.
+        parts: what the strategy works with; closed with it.
+        averaging: Flower strategy that averages what owners train (its ``aggregate_train``).
+        cache: representations received, or None.
 
     Attributes:
+        clients: the owners' names, and who is asked.
+        checkpoint: what the run goes on from, and leaves for a later start.
+        round: the round under way, or None between rounds.
         rounds_done: rounds that are over, those of an interrupted start included.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    NAME: ClassVar[str]  # row of strategies.STRATEGIES
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: SavedParts,
+        averaging: Strategy,
+        cache: RepresentationCache | None = None,
+    ) -> None:
         self.config = config
+        self.averaging = averaging
+        self.recorder = parts.recorder
+        self.watch = parts.watch
+        self.clients = ClientManager(config, parts.watch)
+        self.checkpoint = RunCheckpoint(config, parts, self.clients, averaging, cache)
+        self.round: RoundContext | None = None
         self.rounds_done = 0
+
+    # ---- a run from its settings to its files ------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def build(
+        cls,
+        config: RunConfig,
+        run_id: int,
+        recorder: Recorder,
+        folder: Path,
+        averaging: Strategy | None,
+    ) -> Self:
+        """Return the strategy of a run, its model loaded and its session server open.
+
+        Args:
+            config: the run's settings.
+            run_id: Flower's.
+            recorder: writes down what happens.
+            folder: ``output.dir``, or a temporary one.
+            averaging: Flower strategy that averages; None: as the settings say.
+        """
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        config: Settings = None,
+        *,
+        averaging: Strategy | None = None,
+        run_id: int | None = None,
+        **settings: Any,
+    ) -> Iterator[Self]:
+        """Yield a strategy that is ready to start; on leaving, what was trained is written.
+
+        A run that was killed at any moment goes on from its last state in the same ``output.dir``.
+
+        Args:
+            config: what the settings begin with: a RunConfig, flat settings, or the ServerApp's
+                context, whose run config and run id are used.
+            averaging: Flower strategy or wrapper whose ``aggregate_train`` averages what owners
+                train; None: as the settings say.
+            run_id: Flower's id of the run; None: the context's, or this process's.
+            settings: single settings or sections, see :func:`strategies.settings.run_config`.
+
+        Raises:
+            ConfigError, ModelError, LineageError, PrivacyError: settings or a model that cannot be
+                used.
+            RunError: ``output.dir`` holds an interrupted run of other settings, is in use by
+                another run, or cannot be written.
+        """
+        run_id = current_run(config, run_id)
+        config = run_config(config, cls.NAME, **settings)
+        began = time.perf_counter()
+        if config.output.threads:
+            torch.set_num_threads(config.output.threads)
+        with (
+            Recorder.open(config, run_id) as recorder,
+            open_states(config) as states,
+            TemporaryDirectory() as scratch,
+        ):
+            folder = Path(config.output.dir or scratch)
+            with closing(cls.build(config, run_id, recorder, folder, averaging)) as strategy:
+                checkpoint = strategy.checkpoint
+                checkpoint.open(states)
+                strategy.rounds_done = checkpoint.first
+                recorder.write(setup_s=time.perf_counter() - began, status="running")
+                yield strategy
+                strategy.write_results()
+                recorder.write(
+                    status="stopped" if strategy.rounds_left else "completed",
+                    run_s=time.perf_counter() - began,
+                    # kilobytes on Linux
+                    peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                )
+                if not strategy.rounds_left:
+                    checkpoint.clear()
+
+    @abstractmethod
+    def write_results(self) -> None:
+        """Write what was trained into ``output.dir``.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all sessions and the session server's port."""
+
+    # ---- Flower's start ----------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -65,3 +190,89 @@ class RunStrategy(Strategy):
         rounds = self.rounds_left if num_rounds is None else num_rounds
         seconds = self.config.session.round_s if timeout is None else timeout
         return super().start(self.polling(grid), arrays, rounds, seconds, *args, **options)
+
+    # ---- Flower's hooks ----------------------------------------------------------------------
+
+    def report_phase(
+        self, context: RoundContext, metrics: dict[str, Any], lineage: dict[str, Any]
+    ) -> MetricRecord:
+        """Log the line that ends a round's training or evaluation; return its numbers."""
+        rounds = self.config.train.rounds
+        self.recorder.phase_ended(context.number, rounds, context.mode, metrics, lineage)
+        return MetricRecord({k: v for k, v in metrics.items() if isinstance(v, int | float)})
+
+    @abstractmethod
+    def open_round(self, context: RoundContext, arrays: ArrayRecord, grid: Grid) -> list[Message]:
+        """Return the messages that a round still has to send."""
+
+    @abstractmethod
+    def close_training(
+        self, context: RoundContext, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord]:
+        """Return (what owners train, averaged; metrics) of a round of training."""
+
+    @abstractmethod
+    def close_evaluation(
+        self, context: RoundContext, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return the metrics of a round of evaluation."""
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open the round and return one message per sampled owner."""
+        set_current_arrays(self.averaging, arrays)
+        self.checkpoint.arrays = arrays
+        if self.checkpoint.trained and server_round == 1:
+            return []  # the interrupted run did it, and was killed before its evaluation
+        return self._open(server_round, MessageType.TRAIN, arrays, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average what owners trained, check its lineage, record the round and keep its state."""
+        context, self.round = self.round, None
+        self.rounds_done = self.checkpoint.first + server_round
+        if context is None:
+            return self.checkpoint.arrays, None
+        arrays, metrics = self.close_training(context, replies)
+        self.checkpoint.arrays = arrays or self.checkpoint.arrays
+        self.checkpoint.save(context, "trained")
+        return arrays, metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open a round on the owners' held-out texts, when it is due."""
+        every, number = self.config.output.evaluate_every, self.checkpoint.first + server_round
+        if not every or (number % every and number != self.config.train.rounds):
+            return []
+        return self._open(server_round, MessageType.EVALUATE, arrays, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Average the owners' reports, record them and keep a state."""
+        context, self.round = self.round, None
+        if context is None:
+            return None
+        metrics = self.close_evaluation(context, replies)
+        self.checkpoint.save(context, "evaluated")
+        return metrics
+
+    def waves(self, grid: Grid, nodes: list[int], resume: ResumePoint | None) -> list[list[int]]:
+        """Return who of a round's nodes is asked together; all of them by default."""
+        return [nodes]
+
+    def _open(self, server_round: int, mode: str, arrays: ArrayRecord, grid: Grid) -> list[Message]:
+        number = self.checkpoint.first + server_round
+        shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+        began = time.perf_counter()
+        nodes = self.clients.sample(grid, number)
+        resume = self.checkpoint.take_resume_point()
+        waves = self.waves(grid, nodes, resume)
+        self.round = RoundContext(
+            self.config, number, mode, nodes, self.clients.names, shapes, waves, resume, began=began
+        )
+        self.recorder.round_started(number, mode, len(self.round.expected))
+        return self.open_round(self.round, arrays, grid)

@@ -35,6 +35,7 @@ from fedsplit.errors import RunError
 
 log = logging.getLogger(__name__)
 
+FOLDER = "state"  # of a run's states, in its output.dir
 FORMAT = "fedsplit-state-1"
 KEPT = 2
 MOST_SEGMENTS = 64
@@ -118,13 +119,30 @@ class StateFolder:
 
     # ---- reading ----------------------------------------------------------------------------
 
+    def check_settings(self) -> None:
+        """Compare the newest state with ``belongs`` as far as that goes, before anything is built.
+
+        Raises:
+            RunError: the state is of other settings (named).
+        """
+        for path in self._newest_first():
+            try:
+                found = dict(json.loads(path.read_bytes())["belongs"])
+            except _UNSOUND:
+                continue  # loading says so
+            self._must_belong(path, {k: v for k, v in found.items() if k in self.belongs})
+            return
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.path.glob("state-*.json"), key=lambda p: p.name, reverse=True)
+
     def load(self) -> State | None:
         """Return the newest sound state, or None where there is none at all.
 
         Raises:
             RunError: the state is of other settings (named), or none of the states is sound.
         """
-        found = sorted(self.path.glob("state-*.json"), key=lambda p: p.name, reverse=True)
+        found = self._newest_first()
         for path in found:
             try:
                 return self._read(path)

@@ -108,8 +108,8 @@ class InferenceServer:
 
     def _serve(self, link: Link, hello: Hello) -> None:
         try:
-            session = self._member(link, hello)
-            session.greet(self._bundle.files, self._bundle.digest)
+            session = self._session(link, hello)
+            session.handshake(self._bundle.files, self._bundle.digest)
             if self.config.model.task == "causal-lm":
                 self._generate(link, session)
             else:
@@ -128,18 +128,14 @@ class InferenceServer:
             with self._lock:
                 self._open[hello.node] -= 1
 
-    def _member(self, link: Link, hello: Hello) -> OwnerSession:
-        session = self.config.session
+    def _session(self, link: Link, hello: Hello) -> OwnerSession:
         return OwnerSession(
             link,
             hello,
             RepresentationCache(),
+            self.config,
             width=self._top.hidden_size,
-            max_tokens=self.config.model.max_tokens,
             joint=True,  # nothing that is asked is kept
-            codec=session.codec,
-            logits_codec=session.logits_codec,
-            deadline_s=session.deadline_s,
         )
 
     # ---- classification ---------------------------------------------------------------------

@@ -123,7 +123,7 @@ def run(grid: Grid, context: Context, config: RunConfig) -> None:
         Recorder.open(config, context.run_id) as recorder,
         closing(build_inference_server(config)) as server,
         closing(
-            open_transport(config.session, context.run_id, on_session=recorder.joined)
+            open_transport(config.session, context.run_id, on_session=recorder.session_opened)
         ) as stream,
     ):
         stream.serve(server)

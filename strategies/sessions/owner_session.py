@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fedsplit
+from fedsplit.config import RunConfig
 from fedsplit.errors import FrameError, SessionError
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.codecs import decode_rows, encode_rows
@@ -55,12 +56,10 @@ class OwnerSession:
     Args:
         link: the owner's session.
         hello: who it is.
-        store: where frozen representations are kept.
+        cache: where frozen representations are kept.
+        config: the run's settings: codecs, bounds and deadlines.
         width: expected d of representations.
-        joint: whether representations change with every step (then nothing is stored).
-        codec: wire form of the gradients of representations.
-        logits_codec: wire form of logits.
-        deadline_s: longest wait for one frame.
+        joint: whether representations change with every step (then nothing is kept).
         first: step that this session begins with; those before were taken in an earlier one.
     """
 
@@ -68,14 +67,11 @@ class OwnerSession:
         self,
         link: Link,
         hello: Hello,
-        store: RepresentationCache,
+        cache: RepresentationCache,
+        config: RunConfig,
         *,
         width: int,
-        max_tokens: int,
         joint: bool,
-        codec: str,
-        logits_codec: str,
-        deadline_s: float,
         first: int = 0,
     ) -> None:
         self.link = link
@@ -86,13 +82,13 @@ class OwnerSession:
         self.row_bytes = 0
         self.targets = 0.0
         self.finished = False
-        self._store = store
+        self._cache = cache
         self._width = width
-        self._max_tokens = max_tokens
+        self._max_tokens = config.model.max_tokens
         self._joint = joint
-        self._codec = codec
-        self._logits_codec = logits_codec
-        self._deadline = deadline_s
+        self._codec = config.session.codec
+        self._logits_codec = config.session.logits_codec
+        self._deadline = config.session.deadline_s
         self._ahead: deque[Batch] = deque()
         self.first = first
         self._received = first
@@ -108,7 +104,7 @@ class OwnerSession:
         """Which of the owner's splits this session is about."""
         return "train" if self.hello.mode == "train" else "test"
 
-    def greet(self, files: Mapping[str, bytes], digest: str, *, welcomed: bool = False) -> None:
+    def handshake(self, files: Mapping[str, bytes], digest: str, *, welcomed: bool = False) -> None:
         """Welcome the owner, send the bottom if it has none yet, and learn how much follows.
 
         Args:
@@ -139,7 +135,7 @@ class OwnerSession:
     def start(self, window: int) -> None:
         """Give credit for ``window`` batches and say which samples are already here."""
         self._window = window
-        held = b"" if self._joint else self._store.bitmap(self.name, self.split, self.samples)
+        held = b"" if self._joint else self._cache.bitmap(self.name, self.split, self.samples)
         self.link.send(Kind.START, {"window": window}, held)
 
     def batch(self) -> Batch:
@@ -181,8 +177,8 @@ class OwnerSession:
             return Batch(frame["step"], slots, [parts[s] for s in slots], frame["last"])
         exact = torch.bfloat16 if frame["codec"] == "bf16" else torch.float32
         for slot, part in parts.items():
-            self._store.put(self.name, self.split, slot, part, exact)
-        known = self._store.get(self.name, self.split, slots)
+            self._cache.put(self.name, self.split, slot, part, exact)
+        known = self._cache.get(self.name, self.split, slots)
         return Batch(frame["step"], slots, known, frame["last"])
 
     def send_logits(self, batch: Batch, logits: Tensor) -> None:
@@ -221,7 +217,7 @@ class OwnerSession:
         header = {"step": batch.step, "codec": self._codec, "shape": list(rows.shape)}
         self.link.send(Kind.HIDDEN_GRAD, header, encode_rows(rows, self._codec))
 
-    def last_word(self) -> str:
+    def parting_reason(self) -> str:
         """Return why an owner that has gone says it gave up; empty if it said nothing.
 
         Sending to it fails as soon as its stream has ended, before its last frame has been read.

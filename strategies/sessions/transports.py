@@ -7,11 +7,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedsplit.config import SessionConfig
 from fedsplit.errors import ConfigError, FedsplitError, SessionError, WireError
 from fedsplit.observe import bound, printable
 from fedsplit.wire.authentication import Hello, SessionAuthenticator
@@ -55,19 +57,6 @@ class SessionHandler(Protocol):
 
     def admit(self, link: Link, hello: Hello) -> None:
         """Take a session whose token was accepted, or raise SessionError."""
-
-
-class MessageRound(Protocol):
-    """A round whose sessions are greeted one by one, over messages."""
-
-    def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
-        """Greet one owner and line it up."""
-
-    def lose(self, node: int, name: str, error: Exception) -> None:
-        """Record an owner that will not take part."""
-
-    def run(self) -> None:
-        """Step all owners to their end."""
 
 
 class StreamTransport:
@@ -145,6 +134,19 @@ class StreamTransport:
         self.server.stop()
 
 
+class MessageHandler(Protocol):
+    """What sessions over Flower messages go to: a round that the calling thread runs."""
+
+    def handshake(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
+        """Take a session whose token was accepted; a failure is recorded."""
+
+    def lose(self, node: int, name: str, error: Exception) -> None:
+        """Record an owner that will not take part."""
+
+    def run(self) -> None:
+        """Work with the sessions until all are over."""
+
+
 class _MessageLink(Link):
     """A link whose frames wait until the server needs an answer; then all links' go at once."""
 
@@ -169,10 +171,10 @@ class MessageTransport:
     Args:
         grid: Flower's grid.
         authenticator: decides who may start a session.
+        session: bound on a frame, and the longest wait for an exchange (Flower takes a minute to
+            notice a lost node).
         offer: (node, exchange) -> content of a message to that node, without frames.
         welcome: header of the server's first frame.
-        max_frame_bytes: bound on one frame.
-        deadline_s: longest wait for an exchange (Flower takes a minute to notice a lost node).
         on_bytes: called with (node, mode, raw frame) for everything an owner sends.
     """
 
@@ -180,25 +182,23 @@ class MessageTransport:
         self,
         grid: Grid,
         authenticator: SessionAuthenticator,
+        session: SessionConfig,
         offer: Callable[[int, int], RecordDict],
         welcome: dict[str, str],
-        *,
-        max_frame_bytes: int,
-        deadline_s: float,
-        on_bytes: Callable[[int, str, bytes], None] | None,
+        on_bytes: Callable[[int, str, bytes], None],
     ) -> None:
         self._grid = grid
         self._authenticator = authenticator
         self._offer = offer
         self._welcome = welcome
-        self._max = max_frame_bytes
-        self._deadline = deadline_s
+        self._max = session.max_frame_mb << 20
+        self._deadline = session.deadline_s
         self._on_bytes = on_bytes
         self._links: dict[int, _MessageLink] = {}
         self.messages = 0
 
-    def run(self, round_: MessageRound, nodes: Sequence[int]) -> None:
-        """Run the whole round over messages; returns when its last step is done."""
+    def run(self, handler: MessageHandler, nodes: Sequence[int]) -> None:
+        """Run ``handler`` over messages; returns when its last step is done."""
         self._links = {node: _MessageLink(self, node, self._max) for node in nodes}
         for link in self._links.values():
             link.send(Kind.WELCOME, self._welcome)
@@ -207,18 +207,12 @@ class MessageTransport:
                 hello = self._authenticator.admit(link.expect(Kind.HELLO, self._deadline))
                 if hello.node != node:
                     raise SessionError(f"HELLO of node {hello.node}: must be of node {node}")
-                if self._on_bytes is not None:
-                    link.on_bytes = self._recorder(node, hello.mode)
-                round_.greet(link, hello, welcomed=True)
+                link.on_bytes = partial(self._on_bytes, node, hello.mode)
+                handler.handshake(link, hello, welcomed=True)
             except FedsplitError as error:
                 link.close(str(error))
-                round_.lose(node, f"node {node}", error)
-        round_.run()
-
-    def _recorder(self, node: int, mode: str) -> Callable[[bytes], None]:
-        keep = self._on_bytes
-        assert keep is not None
-        return lambda data: keep(node, mode, data)
+                handler.lose(node, f"node {node}", error)
+        handler.run()
 
     def exchange(self, timeout_s: float) -> None:
         """Send all waiting frames and deliver the replies.

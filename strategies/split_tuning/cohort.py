@@ -11,23 +11,22 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError
-from fedsplit.models.splitting.halves import Top
 from fedsplit.models.splitting.heads import select_positions
 from fedsplit.observe import bound
 
 from ..rounds.report import CohortReport
+from ..rounds.round_context import Position, RoundContext
 from ..sessions.length_buckets import LengthBuckets
 from ..sessions.owner_session import Batch, OwnerSession
-from .denoising import CohortDenoiser
+from .model import SplitModel
 from .optimisation import Optimisation
-from .round_context import Position
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,99 +36,69 @@ class Cohort:
     """Runs the sessions of connected owners against one top.
 
     Args:
-        top: (hidden (B, T, d), mask (B, T)) -> logits (B, C) or (B, T, V).
-        positions: the owners hold the head, which reads these of the final hidden states
-            (:func:`fedsplit.models.splitting.heads.positions_read`); empty: the top's own head
-            answers.
+        model: the cut model; its top answers, or the owners' head on the top's hidden states.
         optimisation: the top's optimizer.
-        joint: whether gradients of the representations go back.
-        per_token: whether logits are per token (language modelling).
-        window: batches an owner may send ahead.
-        denoise: replaces received representations by better estimates of them, or None.
-        on_step: called after every step with (step, steps of this wave).
+        config: the run's settings.
+        on_step: called after every step of training with the round.
     """
 
     def __init__(
         self,
-        top: Top,
+        model: SplitModel,
         optimisation: Optimisation,
-        *,
-        joint: bool,
-        per_token: bool,
-        positions: str = "",
-        window: int,
-        on_step: Callable[[int, int], None],
-        denoise: CohortDenoiser | None = None,
+        config: RunConfig,
+        on_step: Callable[[RoundContext], None],
     ) -> None:
-        self._top = top
-        self._buckets = LengthBuckets(top)
+        self._top = model.top
+        self._buckets = LengthBuckets(model.top)
         self._optimisation = optimisation
-        self._joint = joint
-        self._per_token = positions == "all" if positions else per_token
-        self._positions = positions
-        self._window = window
+        self._config = config
+        self._joint = config.split.bottom == "joint"
+        self._positions = model.positions
+        tokens = self._positions == "all" if self._positions else config.model.task == "causal-lm"
+        self._per_token = tokens  # logits for every token, or for every text
+        self._denoise = model.denoise
         self._on_step = on_step
-        self._denoise = denoise
-        self.position = Position()
-        self.live: list[str] = []  # who will take the next step
-        self.waiting: list[str] = []  # whose turn comes later in this wave
 
-    def train(
-        self,
-        sessions: Sequence[OwnerSession],
-        schedule: str,
-        progress: Callable[[float], float],
-        report: CohortReport,
-        resume: Position | None = None,
-    ) -> None:
-        """Train with ``sessions``, in their order.
-
-        Args:
-            sessions: connected owners, all greeted.
-            schedule: ``parallel`` or ``sequential``.
-            progress: share of this wave that is done -> share of the run that is done.
-            report: is added to.
-            resume: where an interrupted run had come to in this wave.
-        """
-        groups = [list(sessions)] if schedule == "parallel" else [[m] for m in sessions]
-        count = max(len(groups), resume.groups if resume else 0)
+    def train(self, sessions: Sequence[OwnerSession], context: RoundContext) -> None:
+        """Train with connected owners, all greeted, in their order."""
+        parallel = self._config.session.schedule == "parallel"
+        groups = [list(sessions)] if parallel else [[m] for m in sessions]
+        resumed = context.resumed_here()
+        count = max(len(groups), resumed.groups if resumed else 0)
         began = time.perf_counter()
         self._top.train()
-        self.waiting = [m.name for m in sessions]
+        context.waiting = [m.name for m in sessions]
         for index, group in enumerate(groups, start=count - len(groups)):
-            shared = partial(_progress, progress, index, count)
-            self.waiting = self.waiting[len(group) :]
-            self.position = Position(group=index, groups=count)
-            self._train_group(group, shared, report, resume)
-        report.seconds += time.perf_counter() - began
+            context.waiting = context.waiting[len(group) :]
+            context.position = replace(context.position, group=index, groups=count, step=0, steps=0)
+            self._train_group(group, context, resumed)
+        context.report.cohort.seconds += time.perf_counter() - began
 
     def _train_group(
-        self,
-        sessions: list[OwnerSession],
-        progress: Callable[[float], float],
-        report: CohortReport,
-        resume: Position | None = None,
+        self, sessions: list[OwnerSession], context: RoundContext, resumed: Position | None
     ) -> None:
-        live = self._each(sessions, lambda m: m.start(1 if self._joint else self._window), report)
+        report = context.report.cohort
+        window = 1 if self._joint else self._config.session.window
+        live = self._each(sessions, lambda m: m.start(window), report)
         steps = max((m.steps for m, _ in live), default=0)
         step = max((m.first for m, _ in live), default=0)
-        if resume is not None and step:  # whoever had the most steps may be gone
-            steps = max(steps, resume.steps)
+        if resumed is not None and step:  # whoever had the most steps may be gone
+            steps = max(steps, resumed.steps)
         while live:
             waited = time.perf_counter()
             batches = self._each([m for m, _ in live], lambda m: m.batch(), report)
             report.waiting_s += time.perf_counter() - waited
-            live = [(m, None) for m, _ in batches]
             if not batches:
                 return
-            survivors = self._step(batches, progress(step / steps), report)
+            survivors = self._step(batches, context.progress(step / steps), report)
             ended = [m for m, batch in survivors if batch.last]
             self._each(ended, lambda m: m.finish(), report)
             live = [(m, None) for m, batch in survivors if not batch.last]
             step += 1
-            self.live = [m.name for m, _ in live]
-            self.position = replace(self.position, step=step, steps=steps)
-            self._on_step(step, steps)
+            context.live = [m.name for m, _ in live]
+            context.position = replace(context.position, step=step, steps=steps)
+            self._on_step(context)
 
     def _step(
         self, batches: list[tuple[OwnerSession, Batch]], progress: float, report: CohortReport
@@ -186,11 +155,12 @@ class Cohort:
         report.tokens += sum(sum(order[m].lengths) for m in kept)
         return [(m, order[m]) for m in kept]
 
-    def evaluate(self, sessions: Sequence[OwnerSession], report: CohortReport) -> None:
+    def evaluate(self, sessions: Sequence[OwnerSession], context: RoundContext) -> None:
         """Answer the sessions' held-out batches; nothing is learned from them."""
+        report, window = context.report.cohort, self._config.session.window
         began = time.perf_counter()
         self._top.eval()
-        live = [m for m, _ in self._each(sessions, lambda m: m.start(self._window), report)]
+        live = [m for m, _ in self._each(sessions, lambda m: m.start(window), report)]
         while live:
             answered = self._answer(self._each(live, lambda m: m.batch(), report), report)
             self._each([m for m, b in answered if b.last], lambda m: m.finish(), report)
@@ -251,16 +221,12 @@ class Cohort:
             try:
                 done.append((session, action(session)))
             except FedsplitError as error:
-                reason = session.last_word() or f"{type(error).__name__}: {error}"
+                reason = session.parting_reason() or f"{type(error).__name__}: {error}"
                 report.lost[session.name] = reason
                 with bound(owner=session.name, node=str(session.hello.node)):
                     log.warning("owner %s left out: %s", session.name, report.lost[session.name])
                 session.link.fail(error)
         return done
-
-
-def _progress(whole: Callable[[float], float], index: int, groups: int, done: float) -> float:
-    return whole((index + done) / groups)
 
 
 def pad_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord
+from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.models.anatomy import probe
@@ -16,6 +19,7 @@ from fedsplit.wire.messages import weights_record
 from ..rounds.lineage_setup import build_watch
 from ..rounds.lineage_watch import LineageWatch
 from ..rounds.recorder import Recorder
+from ..rounds.run_checkpoint import below, under
 from ..sessions.setup import open_transport
 from ..sessions.transports import StreamTransport
 from .model import SplitModel, assemble, load_halves, owners_parameters
@@ -43,6 +47,29 @@ class ServerParts:
     watch: LineageWatch
     recorder: Recorder
     stream: StreamTransport | None
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests of what a saved state belongs to."""
+        return {"base": self.model.base_digest, "bottom": self.model.bundle.digest}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the trained part of the top and its optimizer's memory, for a saved state."""
+        tensors, numbers = self.optimisation.state()
+        trained = under("top", self.model.trainable.state())
+        return {**trained, **under("optimizer", tensors)}, {"numbers": numbers}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            ModelError: it does not fit the model.
+        """
+        self.model.trainable.load(below("top", tensors))
+        self.optimisation.load(below("optimizer", tensors), facts["numbers"])
+
+    def as_base(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the owners' weights make of the base's own tensors: they are these."""
+        return dict(arrays)
 
     def close(self) -> None:
         """Close all sessions and the port."""

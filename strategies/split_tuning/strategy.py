@@ -5,58 +5,52 @@ sends privatised representations, the server answers with logits, the owner retu
 its private-label loss, and the top learns from all connected owners at once.  ``Strategy.start()``
 is Flower's own, over a :class:`~strategies.rounds.polling_grid.PollingGrid`; sessions open in
 ``configure_*`` and close in ``aggregate_*``, so Flower's wrappers (differential privacy on joint
-bottoms, for one) compose.  Under a wrapper, replies are read at the end of the round, as in Flower.
+bottoms, for one) compose.  A wrapper's own ``start()`` sees replies at the round's end only.
 """
 
 from __future__ import annotations
 
 import logging
-import resource
-import secrets
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-)
+from flwr.app import ArrayRecord, Message, MessageType, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
-from torch import Tensor
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import LineageError, ModelError, RunError
+from fedsplit.errors import LineageError, ModelError, RunError, SessionError
+from fedsplit.wire.authentication import Hello
+from fedsplit.wire.link import Link
 from fedsplit.wire.replies import reply_schema
 
-from ..rounds.averaging import set_current_arrays
-from ..rounds.client_manager import ClientManager
 from ..rounds.lineage_setup import average_watched
 from ..rounds.lineage_watch import stop_reason
 from ..rounds.polling_grid import PollingGrid
 from ..rounds.recorder import Recorder
 from ..rounds.replies import (
+    NO_REPLY,
     Accepted,
     average,
     check_weights,
     collect,
     read_reply,
+    reason_of,
+    unanswered,
 )
-from ..rounds.report import RoundReport
+from ..rounds.report import natural
+from ..rounds.round_context import ResumePoint, RoundContext
 from ..rounds.run_strategy import RunStrategy
+from ..sessions.offers import Offers
+from ..sessions.owner_session import OwnerSession, welcome_header
 from ..sessions.representation_cache import RepresentationCache
-from ..settings import Settings, current_run, run_config
+from ..sessions.transports import MessageTransport
 from .cohort import Cohort
 from .parts import ServerParts, build_parts
-from .round_context import RoundContext
-from .round_sessions import RoundSessions
-from .run_checkpoint import FOLDER, Resumed, RunCheckpoint, earlier_content, open_checkpoint
+from .session_round import SessionRound
 from .trained_weights import FILE, identity, save_trained
 
 log = logging.getLogger(__name__)
@@ -65,150 +59,70 @@ log = logging.getLogger(__name__)
 class SplitTuning(RunStrategy):
     """Trains the top with owners that keep the bottom, their text and their labels.
 
+    :meth:`open` with plain settings; the run's folder (``output_dir=...``) gets ``server.json``,
+    states to go on from, and at the end ``top.safetensors``, which serving loads::
+
+        with SplitTuning.open(context, model="gpt2", task="causal-lm", k=2) as strategy:
+            strategy.start(grid)
+
     Args:
         config: the run's settings.
         parts: top, optimizer, sessions and records.
-        averaging: Flower strategy that averages what owners train, joint bottoms and heads (its
-            ``aggregate_train``).
+        averaging: Flower strategy that averages what owners train, joint bottoms and heads; None:
+            FedAvg.
 
-    :meth:`resume` takes an interrupted run up.
+    Attributes:
+        store: representations received.
+        patience_s: longest wait for a reply once its session is over.
     """
+
+    NAME = "split-tuning"
 
     def __init__(
         self, config: RunConfig, parts: ServerParts, averaging: Strategy | None = None
     ) -> None:
-        super().__init__(config)
-        self.parts = parts
         self.store = RepresentationCache()
-        self.averaging = averaging or FedAvg(weighted_by_key="targets")
-        self._joint = config.split.bottom == "joint"
-        self._clients = ClientManager(config, parts.watch)
-        self._checkpoint: RunCheckpoint | None = None
-        self._resumed = Resumed(secrets.token_hex(16))
-        self._good: dict[str, Tensor] | None = None  # the top that a rejected round goes back to
-        self._arrays: ArrayRecord | None = None  # what owners train, as it was last averaged
-        self.patience_s = config.session.idle_s  # for a reply, once the session is over
-        self._cohort = Cohort(
-            parts.model.top,
-            parts.optimisation,
-            joint=self._joint,
-            per_token=config.model.task == "causal-lm",
-            positions=parts.model.positions,
-            window=config.session.window,
-            on_step=self._on_step,
-            denoise=parts.model.denoise,
-        )
-        self._sessions = RoundSessions(config, parts, self._cohort, self._clients, self.store)
-
-    def resume(self, checkpoint: RunCheckpoint) -> None:
-        """Go on where the checkpoint's folder says, and keep states there from now on.
-
-        Raises:
-            RunError: the folder holds a run of other settings, or no sound state.
-        """
-        self._checkpoint = checkpoint
-        self._resumed = resumed = checkpoint.resume()
-        self._good, self._arrays = resumed.good, resumed.arrays
-        self._clients.recall(resumed.clients, resumed.cohort)
-        self.rounds_done = resumed.first
-
-    @property
-    def clients(self) -> ClientManager:
-        """Who takes part."""
-        return self._clients
+        super().__init__(config, parts, averaging or FedAvg(weighted_by_key="targets"), self.store)
+        self.parts = parts
+        self.patience_s = config.session.idle_s
+        self._naming = threading.Lock()
+        self._sessions: SessionRound | None = None
+        self._cohort = Cohort(parts.model, parts.optimisation, config, self._on_step)
 
     @classmethod
-    @contextmanager
-    def open(
+    def build(
         cls,
-        config: Settings = None,
-        *,
-        averaging: Strategy | None = None,
-        run_id: int | None = None,
-        **settings: Any,
-    ) -> Iterator[Self]:
-        """Yield a strategy that is ready to start; on leaving, what was trained is written.
+        config: RunConfig,
+        run_id: int,
+        recorder: Recorder,
+        folder: Path,
+        averaging: Strategy | None,
+    ) -> Self:
+        """Return the strategy of a run, its model loaded and its session server open."""
+        return cls(config, build_parts(config, run_id, recorder), averaging)
 
-        ::
-
-            with SplitTuning.open(context, model="gpt2", task="causal-lm", k=2) as strategy:
-                strategy.start(grid)
-
-        The run's folder (``output_dir=...``) gets ``server.json``, the states that a run killed at
-        any moment goes on from, and at the end ``top.safetensors``, which serving loads.
-
-        Args:
-            config: what the settings begin with: a RunConfig, flat settings, or the ServerApp's
-                context, whose run config and run id are used.
-            averaging: Flower strategy or wrapper that averages what owners train (joint bottoms,
-                heads of their own) in its ``aggregate_train``; None: FedAvg.
-            run_id: Flower's id of the run; None: the context's, or this process's.
-            settings: see :func:`strategies.settings.run_config`.
-
-        Raises:
-            ConfigError, ModelError, LineageError, PrivacyError: settings or a model that cannot be
-                used.
-            RunError: ``output.dir`` holds an interrupted run of other settings, is in use by
-                another run, or cannot be written.
-        """
-        run_id = current_run(config, run_id)
-        config = run_config(config, "split-tuning", **settings)
-        began = time.perf_counter()
-        if config.output.threads:
-            torch.set_num_threads(config.output.threads)
-        with Recorder.open(config, run_id) as recorder:
-            if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
-                recorder.content |= earlier_content(Path(config.output.dir))
-            with closing(build_parts(config, run_id, recorder)) as parts:
-                strategy = cls(config, parts, averaging)
-                checkpoint = open_checkpoint(
-                    config, parts, strategy.store, strategy.averaging, strategy.clients
-                )
-                try:
-                    if checkpoint is not None:
-                        strategy.resume(checkpoint)
-                    recorder.write(setup_s=time.perf_counter() - began, status="running")
-                    yield strategy
-                    strategy.finish(began)
-                    if checkpoint is not None and not strategy.rounds_left:
-                        checkpoint.folder.clear()  # there is nothing left to go on with
-                finally:
-                    if checkpoint is not None:
-                        checkpoint.folder.close()
+    def close(self) -> None:
+        """Close all sessions and the session server's port."""
+        self.parts.close()
 
     @property
     def initial_arrays(self) -> ArrayRecord:
         """What owners train, as it is now: what a start begins with."""
-        return self._arrays or self.parts.initial
+        return self.checkpoint.arrays or self.parts.initial
 
-    def finish(self, began: float) -> None:
-        """Write what was trained, and that the run is completed.
+    def write_results(self) -> None:
+        """Write what was trained, and the transcript, as the settings say.
 
         Raises:
             RunError: it cannot be written.
         """
-        output, recorder = self.config.output, self.parts.recorder
+        output = self.config.output
         if output.dir and output.save:
             belongs = identity(self.config, self.parts.model.base_digest)
             trained = self.parts.model.trainable.state()
-            save_trained(Path(output.dir) / FILE, trained, self._arrays, belongs)
+            save_trained(Path(output.dir) / FILE, trained, self.checkpoint.arrays, belongs)
         if output.transcript:
-            recorder.transcript(self.store)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-        status = "stopped" if self.rounds_left else "completed"
-        recorder.write(status=status, run_s=time.perf_counter() - began, peak_rss_bytes=peak)
-
-    # ---- Flower's hooks ---------------------------------------------------------------------
-
-    def polling(self, grid: Grid) -> PollingGrid:
-        """Return a grid that tells the round of every reply."""
-        sessions = self._sessions
-        return PollingGrid(
-            grid,
-            heard=sessions.on_reply,
-            waits_for=sessions.waits_for,
-            patience_s=self.patience_s,
-        )
+            self.recorder.transcript(self.store)
 
     def summary(self) -> None:
         """Log what is about to happen."""
@@ -219,109 +133,190 @@ class SplitTuning(RunStrategy):
             100 * self.parts.model.trainable.share,
         )  # fmt: skip
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Open the round's sessions and return one message per sampled owner."""
-        number = server_round + self._resumed.first
-        set_current_arrays(self.averaging, arrays)
-        self._arrays = arrays
-        if self._resumed.trained and server_round == 1:
-            return []  # the interrupted run did it, and was killed before its evaluation
-        if self._resumed.resume is None:  # else it is what the interrupted run began the round with
-            reject = self.config.lineage.gate == "reject"
-            self._good = self.parts.model.trainable.state() if reject else None
-        return self._open(grid, number, MessageType.TRAIN, arrays)
+    # ---- opening ----------------------------------------------------------------------------
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def waves(self, grid: Grid, nodes: list[int], resume: ResumePoint | None) -> list[list[int]]:
+        """Return who is asked together, in the order of their names.
+
+        All waves but the last are sent from here: Flower hands messages to free slots in an order
+        that no seed decides, and which owners share a cohort step must not depend on it.
+        """
+        size = self.config.session.wave or len(nodes)
+        if len(nodes) <= size and resume is None:
+            return [nodes]
+        self.clients.ask_names(grid, nodes)
+        names = self.clients.names
+        nodes = sorted(nodes, key=lambda n: natural(names.get(n, "")))
+        waves = [nodes[at : at + size] for at in range(0, len(nodes), size)]
+        if resume is None:
+            return waves
+        left = [[n for n in wave if names.get(n) not in resume.out] for wave in waves]
+        return [wave for wave in left if wave]
+
+    def open_round(self, context: RoundContext, arrays: ArrayRecord, grid: Grid) -> list[Message]:
+        """Open the round's sessions; return the messages of its last wave."""
+        parts, session = self.parts, self.config.session
+        if context.mode == MessageType.TRAIN and context.resume is None:
+            reject = self.config.lineage.gate == "reject"
+            self.checkpoint.good = parts.model.trainable.state() if reject else None
+        round_ = SessionRound(context, self._cohort, self._make_session, parts.model.bundle)
+        self._sessions = round_
+        offers = Offers(
+            context,
+            parts.authenticator,
+            parts.stream,
+            digest=parts.model.bundle.digest,
+            weights=arrays,
+            # Every owner that connects prolongs the wait for the rest of its wave.
+            lifetime_s=session.wave_wait_s * (1 + max(map(len, context.waves), default=0)),
+            job=self.checkpoint.job,
+        )
+        context.messages = 2 * len(context.expected)
+        if parts.stream is None:
+            transport = MessageTransport(
+                grid,
+                parts.authenticator,
+                session,
+                offers.content,
+                welcome_header(parts.model.bundle.digest, session.codec, session.logits_codec),
+                self.recorder.on_bytes,
+            )
+            round_.mark_asked(context.expected)
+            transport.run(round_, context.expected)
+            context.messages += transport.messages
+            return [offers.message(n, done) for n, done in transport.exchanges().items()]
+        parts.stream.serve(round_)
+        for wave in context.waves[:-1]:
+            called = ", ".join(context.names.get(n, str(n)) for n in wave)
+            log.info("%d owners in waves of %d: %s", len(context.expected), len(wave), called)
+            round_.mark_asked(wave)
+            asked = offers.messages(wave)
+            context.replies += grid.send_and_receive(asked, timeout=session.round_s)
+        last = context.waves[-1] if context.waves else []
+        round_.mark_asked(last)
+        return offers.messages(last)
+
+    def _make_session(self, link: Link, hello: Hello) -> OwnerSession:
+        context, names = self.round, self.clients.names
+        if context is None:
+            raise SessionError("no round is under way")
+        with self._naming:
+            others = {names.get(n) for n in context.nodes if n != hello.node}
+            if hello.owner in others:  # two owners of one name would share what is kept by name
+                raise SessionError(f"owner's name {hello.owner!r}: another node has it already")
+            names[hello.node] = hello.owner
+        self.recorder.session_opened(hello.owner, hello.node, link)
+        return OwnerSession(
+            link,
+            hello,
+            self.store,
+            self.config,
+            width=self.parts.model.top.hidden_size,
+            joint=self.config.split.bottom == "joint",
+            first=context.first_step(hello.owner),
+        )
+
+    # ---- while it runs ----------------------------------------------------------------------
+
+    def polling(self, grid: Grid) -> PollingGrid:
+        """Return a grid that tells the round of every reply."""
+        return PollingGrid(
+            grid,
+            on_reply=self._on_reply,
+            is_needed=self._is_waiting_for,
+            patience_s=self.patience_s,
+        )
+
+    def _on_reply(self, asked: Metadata, reply: Message) -> None:
+        """Stop waiting for the session of an owner whose app has already ended."""
+        round_ = self._sessions
+        if round_ is None or asked.message_type != round_.context.mode:  # asked for its name
+            return
+        why = reason_of(reply) if reply.has_error() else "it replied without a session"
+        round_.stop_expecting(asked.dst_node_id, why)
+
+    def _is_waiting_for(self, nodes: set[int]) -> bool:
+        return self._sessions is None or self._sessions.is_waiting_for(nodes)
+
+    def _on_step(self, context: RoundContext) -> None:
+        self.checkpoint.save_step(context)
+        waves = context.report.waves
+        self.recorder.progress(
+            round=context.number,
+            rounds=self.config.train.rounds,
+            mode=context.mode,
+            step=context.position.step,
+            steps=context.position.steps,
+            owners=len(waves[-1]) if waves else 0,
+            lost=len(context.report.cohort.lost),
+        )
+
+    # ---- closing ----------------------------------------------------------------------------
+
+    def close_training(
+        self, context: RoundContext, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord]:
         """Close the sessions, average what owners trained, check the lineage, record the round."""
-        if (context := self._sessions.close(replies)) is None:
-            return self._arrays, None
-        number, report, names = context.number, context.report, self._clients.names
-        good, metrics = self._accept(context)
-        lineage = self.parts.watch.begin(number)
+        number, report, names = context.number, context.report, self.clients.names
+        good, metrics = self._close(context, replies)
+        lineage = self.watch.open_round(number)
         arrays = None
-        if shapes := context.shapes:
-            good = [m for m in good if self._weights_ok(m, shapes, report)]
-            arrays = average_watched(self.parts.watch, lineage, number, good, names, self.averaging)
+        if context.shapes:
+            good = [m for m in good if self._weights_ok(m, context)]
+            arrays = average_watched(self.watch, lineage, number, good, names, self.averaging)
         worked = [names[m.metadata.src_node_id] for m in good]
-        self._clients.settle(number, worked, report.cohort.lost)
+        self.clients.record_outcomes(number, worked, report.cohort.lost)
         self._check_lineage(lineage)
         row = {"round": number, "train": self._row(context, metrics), "lineage": lineage}
-        self.parts.recorder.round(row)
-        self._tell(context, metrics, lineage)
+        self.recorder.round(row)
+        record = self.report_phase(context, metrics, lineage)
         if not report.cohort.steps:
-            lost = "; ".join(f"{name}: {why}" for name, why in report.cohort.lost.items())
-            raise RunError(f"round {number}: no owner took a step: {lost[:2000]}")
+            raise RunError(f"round {number}: no owner took a step: {report.reasons()}")
         if reason := stop_reason(lineage):
             raise LineageError(f"round {number}: {reason}")
-        if lineage.get("rejected"):
-            arrays = None  # the bottoms go back with the top: Flower keeps the last ones
-        self._arrays = arrays or self._arrays
-        self.rounds_done = number
-        if self._checkpoint is not None:
-            self._checkpoint.keep_round(context, self._arrays)
-        record = MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
         for key in ("pcs", "ics", "score"):
             if isinstance(lineage.get(key), float):
                 record[f"lineage-{key}"] = lineage[key]
         record["lineage-ok"] = int(lineage.get("verdict") in ("in_lineage", "off"))
-        return arrays, record
+        # After a rejected round the bottoms go back with the top: Flower keeps the last ones.
+        return (None if lineage.get("rejected") else arrays), record
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """Open evaluation sessions on the owners' held-out samples, when they are due."""
-        every = self.config.output.evaluate_every
-        number = server_round + self._resumed.first
-        last = number == self.config.train.rounds
-        if not every or (number % every and not last):
-            return []
-        return self._open(grid, number, MessageType.EVALUATE, arrays)
-
-    def aggregate_evaluate(
-        self, server_round: int, replies: Iterable[Message]
+    def close_evaluation(
+        self, context: RoundContext, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Average the owners' reports, weighted by their number of samples."""
-        if (context := self._sessions.close(replies)) is None:
-            return None
-        _, metrics = self._accept(context)
-        self.parts.recorder.round(
-            {"round": context.number, "evaluate": self._row(context, metrics)}
-        )
-        self._tell(context, metrics, {})
-        if self._checkpoint is not None:
-            self._checkpoint.keep_round(context, self._arrays)
-        return MetricRecord({k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+        _, metrics = self._close(context, replies)
+        self.recorder.round({"round": context.number, "evaluate": self._row(context, metrics)})
+        return self.report_phase(context, metrics, {})
 
-    # ---- closing ----------------------------------------------------------------------------
-
-    def _open(self, grid: Grid, number: int, mode: str, arrays: ArrayRecord) -> list[Message]:
-        resume, self._resumed.resume = self._resumed.resume, None
-        job = self._checkpoint.job if self._checkpoint is not None else self._resumed.job
-        return self._sessions.open(grid, number, mode, arrays, resume=resume, job=job)
-
-    def _accept(self, context: RoundContext) -> tuple[list[Message], dict[str, Any]]:
-        """Return (acceptable replies, their weighted averages)."""
-        report, names = context.report, self._clients.names
-        schema = reply_schema("split-tuning", report.mode)
+    def _close(
+        self, context: RoundContext, replies: Iterable[Message]
+    ) -> tuple[list[Message], dict[str, Any]]:
+        """Return (acceptable replies, their weighted averages); the report is complete then."""
+        report, names, asked = context.report, self.clients.names, context.sent
+        replies = [*context.replies, *replies]
+        round_, self._sessions = self._sessions, None
+        if round_ is not None:
+            round_.abandon(unanswered(asked, replies), NO_REPLY)
+            round_.join(self.config.session.round_s)
+        if report.error:
+            raise RunError(f"{report.mode} round failed: {report.error}")
+        schema = reply_schema(self.NAME, report.mode)
 
         def accept(node: int, reply: Message) -> Accepted | None:
             metrics, name = read_reply(schema, reply.content, names.get(node), report)
             finished = name in report.finished and names.get(node) == name
             return (name, metrics) if finished else None
 
-        good, rows = collect(context.replies, self._sessions.offers, names, report, accept)
+        good, rows = collect(replies, asked, names, report, accept)
         return good, average(rows)
 
     def _row(self, context: RoundContext, metrics: dict[str, Any]) -> dict[str, Any]:
-        benched, report = self._clients.sitting(context.number), context.report
-        denoise = self.parts.model.denoise
+        report, denoise = context.report, self.parts.model.denoise
+        benched = self.clients.benched_in(context.number)
         return {
             **report.to_dict(),
-            "asked": len(context.sampled),
+            "asked": len(context.nodes),
             "partial": bool(report.cohort.lost or benched),
             "benched": benched,
             "metrics": metrics,
@@ -330,49 +325,22 @@ class SplitTuning(RunStrategy):
             "denoising": denoise.report() if denoise else None,
         }
 
-    def _weights_ok(
-        self, message: Message, shapes: dict[str, tuple[int, ...]], report: RoundReport
-    ) -> bool:
+    def _weights_ok(self, message: Message, context: RoundContext) -> bool:
         """Refuse NaN and foreign tensors from one owner; the others' work is kept."""
-        name = self._clients.names[message.metadata.src_node_id]
+        name = self.clients.names[message.metadata.src_node_id]
         try:
-            check_weights(message.content, shapes)
+            check_weights(message.content, context.shapes)
         except ModelError as error:
-            report.cohort.lost[name] = f"update refused: {error}"
+            context.report.cohort.lost[name] = f"update refused: {error}"
             log.warning("owner %s: update refused: %s", name, error)
             return False
         return True
 
     def _check_lineage(self, row: dict[str, Any]) -> None:
         """Check what the server trained; on a rejected round go back to the last good top."""
-        watch = self.parts.watch
-        changed = [name for name, _ in self.parts.model.trainable.named_parameters()]
-        watch.check_model(row, self.parts.model.top.model, changed)
-        watch.close(row)
-        if row.get("rejected") and self._good is not None:
-            self.parts.model.trainable.load(self._good)
-
-    # ---- telling ----------------------------------------------------------------------------
-
-    def _on_step(self, step: int, steps: int) -> None:
-        context = self._sessions.context
-        if context is None:
-            return
-        if self._checkpoint is not None:
-            self._checkpoint.keep_step(context, self._cohort, self._arrays, self._good)
-        waves = context.report.waves
-        self.parts.recorder.progress(
-            round=context.number,
-            rounds=self.config.train.rounds,
-            mode=context.mode,
-            step=step,
-            steps=steps,
-            owners=len(waves[-1]) if waves else 0,
-            lost=len(context.report.cohort.lost),
-        )
-
-    def _tell(
-        self, context: RoundContext, metrics: dict[str, Any], lineage: dict[str, Any]
-    ) -> None:
-        rounds = self.config.train.rounds
-        self.parts.recorder.phase(context.number, rounds, context.mode, metrics, lineage)
+        trainable = self.parts.model.trainable
+        changed = [name for name, _ in trainable.named_parameters()]
+        self.watch.check_model(row, self.parts.model.top.model, changed)
+        self.watch.close_round(row)
+        if row.get("rejected") and self.checkpoint.good is not None:
+            trainable.load(self.checkpoint.good)

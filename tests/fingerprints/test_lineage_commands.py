@@ -235,9 +235,9 @@ def chain(tiny: Tiny, tmp_path: Path) -> Path:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.01 * p.std() * torch.randn_like(p))
-        row = watch.begin(number)
+        row = watch.open_round(number)
         watch.check_model(row, model, [n for n, _ in model.named_parameters()])
-        watch.close(row)
+        watch.close_round(row)
     return folder
 
 

@@ -12,7 +12,7 @@ import torch
 from fedsplit.errors import ConfigError
 from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Kind
-from strategies.split_tuning.round import Round
+from strategies.split_tuning.session_round import SessionRound
 from tests.owners.interfere import Outgoing
 from tests.strategies.local_grid import LocalGrid
 from tests.strategies.run_local import LocalRun
@@ -35,17 +35,17 @@ def hurry(monkeypatch: pytest.MonkeyPatch, after: dict[int, set[int]]) -> None:
 
     Args:
         monkeypatch: undoes it.
-        after: round -> counts of greeted owners from which on nobody is waited for, until the next
-            wave is asked.
+        after: round -> counts of connected owners from which on nobody is waited for, until the
+            next wave is asked.
     """
-    greet, ask = Round.greet, Round.ask
-    greeted: dict[Round, int] = {}
+    greet, ask = SessionRound.handshake, SessionRound.mark_asked
+    greeted: dict[SessionRound, int] = {}
 
-    def asked(self: Round, nodes: Any) -> None:
+    def asked(self: SessionRound, nodes: Any) -> None:
         ask(self, nodes)
         self.wait_s = 60.0
 
-    def one_more(self: Round, *args: Any, **options: Any) -> None:
+    def one_more(self: SessionRound, *args: Any, **options: Any) -> None:
         greet(self, *args, **options)
         with self._change:
             greeted[self] = greeted.get(self, 0) + 1
@@ -53,8 +53,8 @@ def hurry(monkeypatch: pytest.MonkeyPatch, after: dict[int, set[int]]) -> None:
                 self.wait_s = 0.2
                 self._change.notify_all()
 
-    monkeypatch.setattr(Round, "ask", asked)
-    monkeypatch.setattr(Round, "greet", one_more)
+    monkeypatch.setattr(SessionRound, "mark_asked", asked)
+    monkeypatch.setattr(SessionRound, "handshake", one_more)
 
 
 @pytest.fixture(scope="module", autouse=True)

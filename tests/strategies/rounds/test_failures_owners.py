@@ -18,7 +18,7 @@ from fedsplit.errors import (
 )
 from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Kind
-from strategies.split_tuning.round import Round
+from strategies.split_tuning.session_round import SessionRound
 from strategies.split_tuning.strategy import SplitTuning
 from tests.owners.interfere import Outgoing, tamper_with
 from tests.strategies.failing import (
@@ -67,15 +67,15 @@ def test_an_owner_that_stops_answering(
     tamper_with(monkeypatch, {VICTIM: silence})
 
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
-        honest = strategy._sessions._session
+        honest = strategy._make_session
 
-        def session(context: Any, link: Any, hello: Any) -> Any:
-            made = honest(context, link, hello)
+        def make_session(link: Any, hello: Any) -> Any:
+            made = honest(link, hello)
             if hello.owner == "owner-1":  # the others may be slow on a busy machine
                 made._deadline = 1.0
             return made
 
-        strategy._sessions._session = session  # type: ignore[method-assign]
+        strategy._make_session = make_session  # type: ignore[method-assign]
 
     run = run_locally(make_config(**QUICK), prepare=prepare)
     assert_only_the_victim_is_lost(run, "DeadlineError: no frame within 1 s")
@@ -170,10 +170,10 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
     make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next wave is asked only when the first one's message has come back, which can be late."""
-    connect, ask = OwnerTask.connect, Round.ask
-    rounds: list[Round] = []
+    connect, ask = OwnerTask.connect, SessionRound.mark_asked
+    rounds: list[SessionRound] = []
 
-    def asked(self: Round, nodes: Any) -> None:
+    def asked(self: SessionRound, nodes: Any) -> None:
         rounds.append(self)
         self.wait_s = 0.3 if len(rounds) == 1 else 60.0
         ask(self, nodes)
@@ -186,7 +186,7 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
             time.sleep(0.05)
         raise ConfigError("home: must be writable")
 
-    monkeypatch.setattr(Round, "ask", asked)
+    monkeypatch.setattr(SessionRound, "mark_asked", asked)
     monkeypatch.setattr(OwnerTask, "connect", late)
     run = run_locally(make_config(session__wave=1, **QUICK), slots=1)
     train = run.server["rounds"][0]["train"]

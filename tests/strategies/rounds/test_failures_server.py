@@ -44,14 +44,14 @@ def plant(strategy: SplitTuning, number: int, value: float) -> None:
     """Put noise into the top at the end of round ``number``, before the gate looks."""
     honest = strategy._check_lineage
 
-    def check(round_: int) -> dict[str, Any]:
-        if round_ == number:
+    def check(row: dict[str, Any]) -> None:
+        if row["round"] == number:
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for parameter in strategy.parts.model.trainable.parameters():
                     noise = torch.randn(parameter.shape, generator=generator)
                     parameter.copy_(noise * value)
-        return honest(round_)
+        honest(row)
 
     strategy._check_lineage = check  # type: ignore[method-assign]
 
@@ -136,8 +136,10 @@ def test_a_disk_that_fills_during_the_run(
     monkeypatch.setattr(recorder.Recorder, "round", round_)
     with pytest.raises(RunError, match=r"cannot write .*server\.json"):
         run_locally(make_config(**QUICK | {"train__rounds": 3}))
-    rounds = json.loads((tmp_path / "server" / "server.json").read_text())["rounds"]
-    assert [row["round"] for row in rounds] == [1]
+    told = json.loads((tmp_path / "server" / "server.json").read_text())  # there is room again
+    assert told["status"] == "failed"
+    assert "cannot write" in told["error"]
+    assert [row["round"] for row in told["rounds"]] == [1, 2]
 
 
 def test_a_disk_too_full_for_the_transcript(tmp_path: Path) -> None:

@@ -76,13 +76,13 @@ def make_watch(base: nn.Module, gate: str = "reject", **options: Any) -> Lineage
 def one_round(
     watch: LineageWatch, number: int, updates: dict[str, dict[str, Tensor]]
 ) -> dict[str, Any]:
-    row = watch.begin(number)
+    row = watch.open_round(number)
     kept = watch.screen(row, updates, {name: i for i, name in enumerate(OWNERS)})
     mine = {name: updates[name] for name in kept}
     if mine:
         weights = dict.fromkeys(mine, 1.0)
         watch.check_average(row, average(mine, weights), mine, weights)
-    return watch.close(row)
+    return watch.close_round(row)
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +125,11 @@ def test_a_stranger_is_named_and_quarantined_and_the_others_average(
     }
     assert (row["verdict"], row["action"]) == ("in_lineage", "accept")
     assert list(row["quarantined"]) == ["c"]
-    assert watch.barred(99, "c")
-    assert watch.barred(2, "another name")
-    assert not watch.barred(3, "d")
-    watch.pardon("c", 2)
-    assert not watch.barred(2, "c")
+    assert watch.is_quarantined(99, "c")
+    assert watch.is_quarantined(2, "another name")
+    assert not watch.is_quarantined(3, "d")
+    watch.lift_quarantine("c", 2)
+    assert not watch.is_quarantined(2, "c")
 
 
 def test_an_average_hides_one_stranger_of_four_but_not_one_of_two(base: nn.Module) -> None:
@@ -181,7 +181,7 @@ def test_warn_records_and_stop_stops(base: nn.Module) -> None:
     assert stop_reason(stopped) is not None
     assert "update of c" in str(stop_reason(stopped))
     off = LineageWatch(LineageConfig(gate="off"), None)
-    assert off.close(off.begin(1)) == {"round": 1, "verdict": "off"}
+    assert off.close_round(off.open_round(1)) == {"round": 1, "verdict": "off"}
 
 
 def test_an_update_is_judged_by_the_blocks_it_returns_alone(base: nn.Module) -> None:
@@ -196,7 +196,7 @@ def test_an_update_is_judged_by_the_blocks_it_returns_alone(base: nn.Module) -> 
         return found
 
     gate.check = check  # type: ignore[method-assign]
-    watch.screen(watch.begin(1), {"a": honest(base, 1)})
+    watch.screen(watch.open_round(1), {"a": honest(base, 1)})
     assert seen == [2]
 
 
@@ -206,9 +206,9 @@ def test_without_owners_weights_the_report_says_that_nobody_can_be_named(base: n
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    row = watch.begin(1)
+    row = watch.open_round(1)
     watch.check_model(row, model, [n for n, _ in model.named_parameters()])
-    watch.close(row)
+    watch.close_round(row)
     assert row["rejected"] is True
     assert "no owner can be named" in row["note"]
 
@@ -377,5 +377,5 @@ def test_a_frozen_bottoms_rounds_say_what_was_not_checked(
 
 def test_nothing_is_averaged_where_every_owner_is_refused(base: nn.Module) -> None:
     watch = make_watch(base)
-    assert average_watched(watch, watch.begin(1), 1, [], {}, object()) is None  # type: ignore[arg-type]
+    assert average_watched(watch, watch.open_round(1), 1, [], {}, object()) is None  # type: ignore[arg-type]
     assert build_watch(LineageConfig(gate="off"), None, model=base).gate is None

@@ -68,7 +68,9 @@ def offers(*nodes: int) -> list[Message]:
 def test_every_reply_comes_once_and_is_heard_when_it_comes() -> None:
     inner = Scripted({1: 3, 2: 1, 3: 2})
     heard: list[tuple[str, int]] = []
-    grid = PollingGrid(inner, heard=lambda asked, m: heard.append((m.error.reason, inner.looked)))
+    grid = PollingGrid(
+        inner, on_reply=lambda asked, m: heard.append((m.error.reason, inner.looked))
+    )
     replies = list(grid.send_and_receive(offers(1, 2, 3), timeout=FOREVER_S))
     assert heard == [("2", 1), ("3", 2), ("1", 3)]
     assert [m.error.reason for m in replies] == ["2", "3", "1"]
@@ -88,7 +90,7 @@ def test_a_timeout_ends_the_wait_and_keeps_what_came() -> None:
 def test_patience_begins_when_the_session_is_over() -> None:
     busy = iter([True] * 4 + [False] * 1000)
     inner = Scripted({1: 1})
-    grid = PollingGrid(inner, waits_for=lambda nodes: nodes == {2} and next(busy), patience_s=0.01)
+    grid = PollingGrid(inner, is_needed=lambda nodes: nodes == {2} and next(busy), patience_s=0.01)
     assert len(list(grid.send_and_receive(offers(1, 2), timeout=FOREVER_S))) == 1
     assert inner.looked > 4
 

@@ -25,9 +25,9 @@ from fedsplit.fingerprints.evidence import chain as evidence
 from fedsplit.owners.ledger.chain import read_ledger
 from fedsplit.wire.frames import Frame, Kind, decode
 from strategies import STRATEGIES
+from strategies.rounds.run_checkpoint import RunCheckpoint
 from strategies.rounds.state_folder import StateFolder
 from strategies.split_tuning.cohort import Cohort
-from strategies.split_tuning.run_checkpoint import RunCheckpoint
 from strategies.split_tuning.strategy import SplitTuning
 from tests.disks import small_files
 from tests.strategies.local_grid import LocalGrid
@@ -102,7 +102,7 @@ MOMENTS = {
     "in the first step": dies(Cohort, "_step", 1),
     "in the second step": dies(Cohort, "_step", 2),
     "after the third step": dies(Cohort, "_step", 3, after=True),
-    "before the round's state": dies(RunCheckpoint, "keep", STEPS),
+    "before the round's state": dies(RunCheckpoint, "_save", STEPS),
     "before its evaluation": dies(SplitTuning, "configure_evaluate", 1),
     "in its evaluation": dies(Cohort, "_answer", 1),
     "after its evaluation": dies(SplitTuning, "aggregate_evaluate", 1, after=True),

@@ -1,4 +1,4 @@
-"""One round's sessions: who is expected, waves of those really connected, and what came of it.
+"""One round's sessions: who is expected, waves of those really connected, and their steps.
 
 There is no barrier over all sampled owners: a simulation runs only as many at once as it has actor
 slots, so waiting for more would wait for ever.  A wave starts when it is full, when everyone still
@@ -17,25 +17,26 @@ import torch
 from fedsplit.errors import FedsplitError, SessionError
 from fedsplit.models.bundle.bottom import Bundle
 from fedsplit.observe import carried
+from fedsplit.seeding import derive_seed
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
 
 from ..rounds.report import NEVER, RoundReport, natural
+from ..rounds.round_context import Position, RoundContext
 from ..sessions.owner_session import OwnerSession
 from .cohort import Cohort
-from .round_context import RoundContext
 
 log = logging.getLogger(__name__)
 
 
-class Round:
+class SessionRound:
     """Collects the sessions of one round and steps them, wave by wave.
 
     Args:
-        context: the round.
+        context: the round; is told how far it is and what came of it.
         cohort: steps the top.
-        make_session: link and HELLO -> the owner's session.
-        bundle: the bottom's files.
+        make_session: (link, who opened it) -> owner's session.
+        bundle: the bottom's files, for owners that lack them.
 
     Attributes:
         wait_s: longest wait for the next owner of a wave.
@@ -51,7 +52,7 @@ class Round:
         self.context = context
         self.report = context.report
         self.wait_s = context.config.session.wave_wait_s
-        self._expected = set(context.nodes)
+        self._expected = set(context.expected)
         self._cohort = cohort
         self._make_session = make_session
         self._bundle = bundle
@@ -64,40 +65,37 @@ class Round:
 
     # ---- sessions come in -------------------------------------------------------------------
 
-    def ask(self, nodes: Iterable[int]) -> None:
+    def mark_asked(self, nodes: Iterable[int]) -> None:
         """Take note that these nodes are being sent their offer; only now are they waited for."""
         with self._change:
-            self.context.asked += nodes
+            self.context.asked |= set(nodes)
             self._last_change = time.monotonic()
             self._change.notify_all()
 
     def admit(self, link: Link, hello: Hello) -> None:
-        """Take a session whose token was accepted; greets it in a thread of its own.
+        """Take a session whose token was accepted; shakes hands in a thread of its own.
 
         Raises:
             SessionError: the session is not one of this round's.
         """
+        number, mode = self.context.number, self.context.mode
         with self._change:
-            if (
-                hello.round != self.context.number
-                or hello.mode != self.context.mode
-                or self._stopped
-            ):
+            if hello.round != number or hello.mode != mode or self._stopped:
                 raise SessionError(
                     f"session for {hello.mode} round {hello.round}: the server is at "
-                    f"{self.context.mode} round {self.context.number}"
+                    f"{mode} round {number}"
                 )
             if hello.node not in self._expected:
                 raise SessionError("session of an owner that was not asked in this round")
-        threading.Thread(target=carried(self.greet), args=(link, hello), daemon=True).start()
+        threading.Thread(target=carried(self.handshake), args=(link, hello), daemon=True).start()
 
-    def greet(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
+    def handshake(self, link: Link, hello: Hello, *, welcomed: bool = False) -> None:
         """Welcome one owner and line it up; a failure is recorded and costs only that owner."""
         name = f"node {hello.node}"  # its own name is not its own yet
         try:
-            member = self._make_session(link, hello)
-            name = member.name
-            member.greet(self._bundle.files, self._bundle.digest, welcomed=welcomed)
+            session = self._make_session(link, hello)
+            name = session.name
+            session.handshake(self._bundle.files, self._bundle.digest, welcomed=welcomed)
         except FedsplitError as error:
             link.fail(error)
             self.lose(hello.node, name, error)
@@ -107,8 +105,8 @@ class Round:
                 link.fail(SessionError(f"round {self.context.number} is over"))
                 return
             self._expected.discard(hello.node)
-            self._busy[hello.node] = member
-            self._ready.append(member)
+            self._busy[hello.node] = session
+            self._ready.append(session)
             self._last_change = time.monotonic()
             self._change.notify_all()
 
@@ -121,8 +119,8 @@ class Round:
             self._last_change = time.monotonic()
             self._change.notify_all()
 
-    def stop_waiting(self, node: int, reason: str) -> None:
-        """Stop waiting for an owner whose reply has come before its session."""
+    def stop_expecting(self, node: int, reason: str) -> None:
+        """Stop waiting for the session of an owner that will not open one."""
         with self._change:
             if node in self._expected:
                 self._expected.discard(node)
@@ -130,20 +128,20 @@ class Round:
                 log.warning("owner at node %d is not waited for: %s", node, reason)
                 self._change.notify_all()
 
-    def waits_for(self, nodes: set[int]) -> bool:
+    def is_waiting_for(self, nodes: set[int]) -> bool:
         """Return whether one of these is expected, lined up or being stepped."""
         with self._change:
-            awaited = (self._expected & set(self.context.asked)) | self._busy.keys()
+            awaited = (self._expected & self.context.asked) | self._busy.keys()
             return not self._stopped and not awaited.isdisjoint(nodes)
 
     def abandon(self, nodes: Iterable[int], reason: str) -> None:
         """End what these still have to do; they are lost."""
         for node in nodes:
-            self.stop_waiting(node, reason)
+            self.stop_expecting(node, reason)
             with self._change:
-                member = self._busy.get(node)
-            if member is not None:
-                member.link.fail(SessionError(reason))
+                session = self._busy.get(node)
+            if session is not None:
+                session.link.fail(SessionError(reason))
 
     # ---- and are stepped --------------------------------------------------------------------
 
@@ -154,70 +152,64 @@ class Round:
 
     def run(self) -> None:
         """Run wave after wave until nobody is expected any more."""
+        context = self.context
+        config, size, total = context.config, context.wave_size, len(context.expected)
         try:
-            context = self.context
-            if threads := context.config.output.threads:
-                torch.set_num_threads(threads)
-            torch.manual_seed(context.seed)
+            if config.output.threads:
+                torch.set_num_threads(config.output.threads)
+            torch.manual_seed(derive_seed(config.seed, "dropout", context.mode, context.number))
             if context.resume is not None:
                 torch.set_rng_state(context.resume.rng)
             while wave := self._next_wave():
                 names = [m.name for m in wave]
                 self.report.waves.append(names)
-                if len(context.nodes) > context.wave_size:
-                    told = ", ".join(names)
-                    log.info("wave %d of %d: %s", context.wave + 1, context.wave_count, told)
-                self._run_wave(wave, min(context.wave, context.wave_count - 1))
-                context.wave += 1
+                at = context.position
+                if total > size:
+                    log.info("wave %d of %d: %s", at.wave + 1, at.waves, ", ".join(names))
+                self._run_wave(wave)
+                context.position = Position(wave=at.wave + 1, waves=at.waves)
         except Exception as error:  # the main thread must hear of it, whatever it is
-            log.exception("round %d failed", self.context.number)
+            log.exception("round %d failed", context.number)
             self.report.error = f"{type(error).__name__}: {error}"
         finally:
             with self._change:
                 self._stopped = True
                 left = self._ready
                 self._ready = []
-            for member in left:
-                member.link.fail(SessionError("the round ended"))
+            for session in left:
+                session.link.fail(SessionError("the round ended"))
 
-    def _run_wave(self, wave: list[OwnerSession], index: int) -> None:
-        context, report = self.context, self.report
-        resume = context.resume.position if context.resume else None
+    def _run_wave(self, wave: list[OwnerSession]) -> None:
+        report, training = self.report, self.context.mode == "train"
         try:
-            if context.mode == "train":
-                self._cohort.train(
-                    wave,
-                    context.config.session.schedule,
-                    lambda part: context.progress((index + part) / context.wave_count),
-                    report.cohort,
-                    resume if resume and index == resume.wave else None,
-                )
+            if training:
+                self._cohort.train(wave, self.context)
             else:
-                self._cohort.evaluate(wave, report.cohort)
+                self._cohort.evaluate(wave, self.context)
         finally:
             with self._change:
-                for member in wave:
-                    self._busy.pop(member.hello.node, None)
-            for member in wave:
-                traffic = member.link.traffic
+                for session in wave:
+                    self._busy.pop(session.hello.node, None)
+            for session in wave:
+                traffic = session.link.traffic
                 report.bytes_up += traffic.bytes_in
                 report.bytes_down += traffic.bytes_out
                 report.frames += traffic.frames_in + traffic.frames_out
-                report.row_bytes += member.row_bytes
-                report.row_tokens += member.tokens_received
-                if self.context.mode == "train":
-                    report.targets[member.name] = member.targets
-                if member.finished:
-                    report.finished.append(member.name)
+                report.row_bytes += session.row_bytes
+                report.row_tokens += session.tokens_received
+                if training:
+                    report.targets[session.name] = session.targets
+                if session.finished:
+                    report.finished.append(session.name)
                 else:
-                    member.link.fail(SessionError("the round failed"))
+                    session.link.fail(SessionError("the round failed"))
 
     def _next_wave(self) -> list[OwnerSession]:
         """Wait for the next wave and return it sorted by owner; empty when the round is over."""
         size = self.context.wave_size
         with self._change:
             while self._expected or self._ready:
-                missing = self._expected & set(self.context.asked)
+                missing = self._expected & self.context.asked
                 want = min(size, len(missing) + len(self._ready))
                 left_s = self._last_change + self.wait_s - time.monotonic()
                 patient = left_s > 0
