@@ -36,7 +36,7 @@ from fedsplit.errors import RunError
 log = logging.getLogger(__name__)
 
 FOLDER = "state"  # of a run's states, in its output.dir
-FORMAT = "fedsplit-state-1"
+FORMAT = "fedsplit-state-2"  # 1: noise of another key, and no moments of the averaging by name
 KEPT = 2
 MOST_SEGMENTS = 64
 # What reading raises of a state that is damaged, whatever its digest says.
@@ -123,13 +123,20 @@ class StateFolder:
         """Compare the newest state with ``belongs`` as far as that goes, before anything is built.
 
         Raises:
-            RunError: the state is of other settings (named).
+            RunError: the state is of another version, or of other settings (named).
         """
         for path in self._newest_first():
             try:
-                found = dict(json.loads(path.read_bytes())["belongs"])
+                document = json.loads(path.read_bytes())
+                version, found = document["format"], dict(document["belongs"])
             except _UNSOUND:
                 continue  # loading says so
+            if version != FORMAT:
+                raise RunError(
+                    f"{path.parent.parent}: holds an interrupted run of another version, format "
+                    f"{version!r}: must be {FORMAT!r}; choose another output.dir, or remove "
+                    f"{path.parent} to begin anew"
+                )
             self._must_belong(path, {k: v for k, v in found.items() if k in self.belongs})
             return
 

@@ -285,6 +285,20 @@ def test_a_run_of_other_settings_is_refused_by_name(
     carry_out(where, run_id=10)  # how it is carried out may change
 
 
+def test_a_run_of_the_first_version_is_refused(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(**QUICK)
+    interrupt(config, "in the next round", monkeypatch)
+    folder = Path(config.output.dir) / "state"
+    for path in folder.glob("state-*.json"):
+        path.write_text(path.read_text().replace("fedsplit-state-2", "fedsplit-state-1"))
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunError, match=r"another version, format 'fedsplit-state-1'"):
+        carry_out(config, run_id=9)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+
+
 # ---- the folder ---------------------------------------------------------------------------------
 
 
