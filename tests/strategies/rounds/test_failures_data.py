@@ -60,7 +60,7 @@ BAD_DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "a missing column": ([{"words": "w1 w2", "label": 0}] * 30, {}, "text"),
     "another column's name": (_texts(30), {"label-column": "class"}, "class"),
     "no rows": ([], {}, "own-1.jsonl"),
-    "one row": (_texts(1), {}, "1 samples: must be >= 2"),
+    "one row": (_texts(1), {}, "1 different texts: must be >= 2"),
     "no file": (_texts(30), {"data-path": "/nowhere/texts.jsonl"}, "/nowhere/texts.jsonl"),
     "no data named": (_texts(30), {"data-path": ""}, "data-path: must name this owner's own"),
 }
@@ -80,7 +80,7 @@ def test_bad_data_at_one_owner(
     finally:
         logger.removeHandler(caplog.handler)
     # What is wrong with the data stands in the owner's log; the server learns that it was the data.
-    told = reason if "data-path: must" in reason else "DataError: this owner's data cannot be used"
+    told = "ConfigError: a setting" if "data-path: must" in reason else "DataError: this owner's data"
     assert_only_the_victim_is_lost(run, told)
     assert any(reason in record.getMessage() for record in caplog.records)
 
@@ -102,7 +102,7 @@ def test_a_secret_that_others_can_read(
     secret.chmod(0o640)
     config, prepare = own_files(None)
     run = run_locally(config, prepare=prepare)
-    assert_only_the_victim_is_lost(run, "must be 0600", name="node 1034")
+    assert_only_the_victim_is_lost(run, "PrivacyError: a privacy mechanism", name="node 1034")
 
 
 # ---- settings -----------------------------------------------------------------------------------
