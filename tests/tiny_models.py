@@ -69,7 +69,7 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
+def save_tiny_bert(folder: Path, seed: int = 0, classes: int = 3) -> Path:
     """Write a 3-block BERT classifier's base with random weights and no dropout."""
     torch.manual_seed(seed)
     config = BertConfig(
@@ -82,7 +82,7 @@ def save_tiny_bert(folder: Path, seed: int = 0) -> Path:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.15,
-        num_labels=3,
+        num_labels=classes,
     )
     BertForSequenceClassification(config).save_pretrained(folder)
     save_tokenizer(folder)

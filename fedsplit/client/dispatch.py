@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, RecordDict
 
@@ -22,23 +23,37 @@ log = logging.getLogger(__name__)
 
 REFUSED = 100  # Flower leaves codes from 100 on to applications
 
-Handler = Callable[[ClientTask], RecordDict]
+
+@dataclass(frozen=True)
+class Handler:
+    """What answers messages of one type.
+
+    Attributes:
+        run: makes the reply.
+        modes: that the message's offer may ask for; empty: it carries none.
+    """
+
+    run: Callable[[ClientTask], RecordDict]
+    modes: frozenset[str] = frozenset()
+
+
+_TRAIN, _EVALUATE = frozenset({"train"}), frozenset({"evaluate"})
 # Strategy -> message type -> what answers it.  Whatever is not here is refused.
 HANDLERS: dict[str, dict[str, Handler]] = {
     "split-tuning": {
-        "train": split.session,
-        "evaluate": split.session,
-        STEP_TYPE: split.step,
-        WHO_TYPE: ClientTask.introduce,
+        "train": Handler(split.session, _TRAIN),
+        "evaluate": Handler(split.session, _EVALUATE),
+        STEP_TYPE: Handler(split.step, _TRAIN | _EVALUATE),
+        WHO_TYPE: Handler(ClientTask.introduce),
     },
     "offsite-tuning": {
-        "train": offsite.session,
-        "evaluate": offsite.session,
-        WHO_TYPE: ClientTask.introduce,
+        "train": Handler(offsite.session, _TRAIN),
+        "evaluate": Handler(offsite.session, _EVALUATE),
+        WHO_TYPE: Handler(ClientTask.introduce),
     },
     "serving": {
-        SERVE_TYPE: serving.serve,
-        WHO_TYPE: ClientTask.introduce,
+        SERVE_TYPE: Handler(serving.serve, frozenset({"predict"})),
+        WHO_TYPE: Handler(ClientTask.introduce),
     },
 }
 
@@ -51,7 +66,8 @@ def answer(message: Message, context: Context) -> Message:
         with task.log():
             try:
                 handler = _handler(message, context)
-                return Message(handler(task), reply_to=message)
+                task.modes = handler.modes
+                return Message(handler.run(task), reply_to=message)
             except Exception as error:  # here, so that the owner's own log has it
                 return _refusal(message, error, task)
     except Exception as error:  # Flower itself would tell the server all of its message

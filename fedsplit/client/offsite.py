@@ -14,7 +14,9 @@ from fedsplit.emulators.files import folder_digest, load_emulator, load_tokenize
 from fedsplit.errors import ConfigError
 from fedsplit.owners.data_source import own_data
 from fedsplit.owners.handshake import greet, request_files
+from fedsplit.owners.ledger.disclosure import Averages
 from fedsplit.owners.offsite.owner import AdapterOwner, blocks_of
+from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Kind
 from fedsplit.wire.transfer import receive_files
@@ -29,19 +31,24 @@ def session(client: ClientTask) -> RecordDict:
     if config.model.task != "causal-lm":
         raise ConfigError(f"model.task={config.model.task!r}: must be causal-lm for {STRATEGY}")
     folder = _emulator(task)
+    identity.home.evict("emulators", folder.name, identity.node_config)
     emulator = load_emulator(folder)  # its digest was verified on the way
     train, test = own_data(config.data, config.seed, False, identity.node_config, identity.secret)
     blocks = blocks_of(_tokenizer(folder), train.texts, test.texts, config.offsite.block)
-    owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret)
+    report = SessionReport(task.check.policy, identity.secret)
+    owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret, report)
     if averaged := averaged_weights(client.message):
         owner.load(averaged)
     weights: dict[str, Tensor] = {}
     if offer.mode == "train":
+        task.check.release(owner.plan(offer.round))
         metrics = owner.train(offer.round)
         weights = owner.weights()
     else:
         metrics = owner.evaluate()
-    return reply(task, STRATEGY, metrics, weights)
+    texts = len(train.texts) if offer.mode == "train" else len(test.texts)
+    averages = Averages(metrics=metrics, texts=texts, epsilon=report.epsilon)
+    return reply(task, STRATEGY, averages, weights)
 
 
 @lru_cache(maxsize=4)
@@ -58,6 +65,7 @@ def _emulator(task: OwnerTask) -> Path:
     cache = task.identity.home.root / "emulators"
     folder = cache / offer.digest
     if offer.digest.isalnum() and folder.is_dir() and folder_digest(folder) == offer.digest:
+        check.count_session()  # as the HELLO of a fetch does
         return folder
     link = task.connect()
     try:

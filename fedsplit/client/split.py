@@ -23,27 +23,27 @@ def session(client: ClientTask) -> RecordDict:
     weights: dict[str, Tensor] = {}
     if task.offer.transport == "messages":
         exchange = _message_session(task, state)
-        metrics = exchange.close()
+        averages = exchange.close()
         weights = exchange.weights()
     else:
         owner = run_session(task.connect(), task, lambda: _build(task, state))
-        metrics = owner.metrics()
+        averages = owner.averages()
         if owner.optimizer is not None:
             weights = owner.weights()
             state.save_optimizer(owner.optimizer, task.offer.round)
-    return reply(task, STRATEGY, metrics, weights)
+    return reply(task, STRATEGY, averages, weights)
 
 
 def step(client: ClientTask) -> RecordDict:
     """Return the frames that answer a message's frames (messages transport)."""
-    task, state = _open(client)
+    task, state = _open(client, "messages")
     frames = unpack_frames(client.message.content, task.config.session.max_frame_mb << 20)
     return RecordDict({FRAMES: pack_frames(_message_session(task, state).answer(frames))})
 
 
-def _open(client: ClientTask) -> tuple[OwnerTask, RunState]:
+def _open(client: ClientTask, transport: str = "") -> tuple[OwnerTask, RunState]:
     """Accept the message's offer and keep what it brought: a later message meets a new process."""
-    task = client.accept()
+    task = client.accept(transport=transport)
     state = RunState(task.run_folder, task.job_folder)
     if averaged := averaged_weights(client.message):
         state.save_averaged(averaged)

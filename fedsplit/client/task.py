@@ -39,6 +39,7 @@ class ClientTask:
 
     def __init__(self, message: Message, context: Context) -> None:
         self.message = message
+        self.modes: frozenset[str] = frozenset()  # that the message's type lets an offer ask for
         self.node_config: dict[str, object] = dict(context.node_config)
         self.name = owner_name(self.node_config)
         self.home = OwnerHome.locate(self.node_config, self.name)
@@ -62,18 +63,25 @@ class ClientTask:
         """Return the message's session offer.
 
         Raises:
-            SessionError: there is none, or it is for another run or node.
+            SessionError: there is none, it is for another run or node, or it asks for what its
+                message's type does not stand for.
         """
         offer = SessionOffer.from_content(self.message.content)
         if offer.run != self._context.run_id or offer.node != self._context.node_id:
             raise SessionError("offer is for another run or node than this message's")
+        if offer.mode not in self.modes:
+            kind = self.message.metadata.message_type
+            raise SessionError(f"{kind} message: mode {offer.mode!r}: must be {sorted(self.modes)}")
         return offer
 
-    def accept(self, files: str = "bottom", *, warn: bool | None = None) -> OwnerTask:
+    def accept(
+        self, files: str = "bottom", *, transport: str = "", warn: bool | None = None
+    ) -> OwnerTask:
         """Return what the owner has agreed to do.
 
         Args:
             files: what the server hands out, ``bottom`` or ``emulator``.
+            transport: what this very message is part of; empty: the offer's is only opened later.
             warn: whether to log that there is no policy; None: in the first round.
 
         Raises:
@@ -81,6 +89,8 @@ class ClientTask:
             PolicyError: names every rule that they break; nothing has left.
         """
         config, offer = self.settings(), self.offer()
+        if transport and offer.transport != transport:  # rules about transports judge the offer's
+            raise SessionError(f"offer of {offer.transport!r}: must be of {transport!r}")
         return OwnerTask.accept(
             config,
             offer,
@@ -135,7 +145,7 @@ def averaged_weights(message: Message) -> dict[str, Tensor]:
 
 
 def reply(
-    task: OwnerTask, strategy: str, metrics: dict[str, float | int], weights: dict[str, Tensor]
+    task: OwnerTask, strategy: str, averages: Averages, weights: dict[str, Tensor]
 ) -> RecordDict:
     """Return the reply that closes a session, once its report and weights may leave.
 
@@ -143,8 +153,8 @@ def reply(
         WireError: the report does not fit the strategy's schema.
         PolicyError, LedgerError: it may not leave.
     """
-    content = reply_schema(strategy, task.offer.mode).write(metrics, task.identity.name)
-    task.check.release(Averages(metrics=metrics))
+    content = reply_schema(strategy, task.offer.mode).write(averages.metrics, task.identity.name)
+    task.check.release(averages)
     if weights:
         task.check.release(Weights(tensors=weights))
         content[WEIGHTS] = weights_record({n: w.float().numpy() for n, w in weights.items()})

@@ -11,7 +11,7 @@ from rich.table import Table
 from fedsplit.commands.options import Home, owner_home
 
 if TYPE_CHECKING:
-    from fedsplit.owners.ledger.chain import Totals
+    from fedsplit.owners.ledger.totals import Totals
 
 console = Console()
 ledger_app = typer.Typer(no_args_is_help=True, help="The record of everything that left.")
@@ -32,7 +32,8 @@ def show(
     from collections import deque
 
     from fedsplit.errors import LedgerError
-    from fedsplit.owners.ledger.chain import NO_LINE, Totals, read_ledger
+    from fedsplit.owners.ledger.chain import NO_LINE, read_ledger
+    from fedsplit.owners.ledger.totals import Totals
 
     totals = Totals()
     last: deque[dict[str, Any]] = deque(maxlen=tail)
@@ -48,6 +49,8 @@ def show(
     console.print(_kinds(totals, run))
     if totals.runs and not run:
         console.print(_runs(totals))
+    for line in _spent(totals):
+        console.print(line, highlight=False)
     exposed = totals.exposure.representations()
     if exposed:
         console.print(_exposure(totals))
@@ -87,6 +90,30 @@ def _runs(totals: Totals) -> Table:
         passes = ", ".join(f"{mode} {count:.2f}" for mode, count in row.passes.items()) or "-"
         table.add_row(name or "-", str(row.sessions), passes, f"{row.bytes:,}", share)
     return table
+
+
+def _spent(totals: Totals) -> list[str]:
+    """Say what trained weights and reports have cost, over all the runs shown."""
+    from fedsplit.errors import ConfigError
+    from fedsplit.owners.ledger.spending import DELTA
+
+    found, training, reports = [], totals.training, totals.reports
+    if training.sessions:
+        text = f"weights trained here left after {training.sessions} sessions"
+        text += f", {training.exact} of them without DP-SGD" if training.exact else ""
+        if training.noise:
+            steps = sum(training.noise.values())
+            try:
+                spent = f"epsilon {training.epsilon(DELTA):.4g} at delta {DELTA:g}"
+            except ConfigError as error:  # Opacus is not installed
+                spent = str(error)
+            text += f"; DP-SGD over {steps:,} noisy steps: {spent}"
+        found.append(text)
+    if reports.days:
+        noisy = f", noise of {reports.epsilon:.4g} nats in all" if reports.epsilon else ""
+        exact = f", {reports.exact} of them exact" if reports.exact else ""
+        found.append(f"averages left in {sum(reports.days.values())} reports{exact}{noisy}")
+    return found
 
 
 def _exposure(totals: Totals) -> Table:

@@ -14,12 +14,14 @@ Every Flower message may start a new process, so nothing that matters is only in
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedsplit.errors import ConfigError, PolicyError
+from fedsplit.errors import ConfigError, PolicyError, check
 from fedsplit.owners.naming import HOME_VARIABLE, POLICY_VARIABLE, SIMULATION_VARIABLE
 from fedsplit.owners.policy.rules import POLICY_FILE, Policy
 from fedsplit.privacy.secret import OwnerSecret
@@ -101,6 +103,38 @@ class OwnerHome:
             raise ConfigError(f"bottom digest {digest[:80]!r}: must be hexadecimal")
         return self.root / "bottoms" / digest
 
+    def evict(self, kind: str, keep: str, node_config: Mapping[str, object]) -> None:
+        """Remove the received folders that were used longest ago, beyond the node config's bounds.
+
+        Args:
+            kind: ``bottoms`` or ``emulators``.
+            keep: digest of the one in use, which is never removed; it counts as used now.
+            node_config: ``cache-count`` (8 folders of a kind) and ``cache-mib`` (4096).
+
+        Raises:
+            ConfigError: a bound out of range.
+        """
+        bounds = []
+        for key, default in (("cache-count", 8), ("cache-mib", 4096)):
+            value = node_config.get(key, default)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            check(whole and value >= 1, f"node config {key}", value, "an integer >= 1")  # type: ignore[operator]
+            bounds.append(int(value))  # type: ignore[call-overload]
+        folder = self.root / kind
+        with contextlib.suppress(OSError):
+            os.utime(folder / keep)
+        used: list[tuple[float, Path]] = []
+        for path in folder.glob("*"):
+            with contextlib.suppress(OSError):  # another process was faster
+                if path.is_dir() and path.name.isalnum():
+                    used.append((float("inf") if path.name == keep else path.stat().st_mtime, path))
+        size = 0
+        for count, (_, path) in enumerate(sorted(used, reverse=True), 1):
+            size += _size(path)
+            if path.name != keep and (count > bounds[0] or size > bounds[1] << 20):
+                log.info("removed %s, used longest ago (cache-count, cache-mib)", path)
+                shutil.rmtree(path, ignore_errors=True)
+
     def job_dir(self, job: str, owner: str) -> Path:
         """Return the folder for what the owner trains, which outlives a restart of the server.
 
@@ -122,3 +156,11 @@ class OwnerHome:
         path = self.root / "runs" / f"{run}-{node}"
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         return path
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size
+    return total

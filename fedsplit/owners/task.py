@@ -69,7 +69,15 @@ class OwnerTask:
             app_digest=_app_digest(policy) if in_app else None,
         )
         refuse(policy.settings_breaches(asked))
-        facts = SessionFacts(offer.run, identity.name, offer.round, offer.mode, offer.digest, files)
+        facts = SessionFacts(
+            offer.run,
+            identity.name,
+            offer.round,
+            offer.mode,
+            offer.digest,
+            files,
+            config.strategy,
+        )
         return cls(config, offer, identity, DisclosureCheck(ledger, facts, policy, identity.secret))
 
     def connect(self) -> Link:

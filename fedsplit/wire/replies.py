@@ -126,15 +126,20 @@ class ReplySchema:
         return metrics, owner
 
 
-_AVERAGED = {"num-examples": _POSITIVE, "targets": _POSITIVE, "loss": _ANY}
-_SPLIT = {**_AVERAGED, "steps": _COUNT, "accuracy": _SHARE, "share-touched": _SHARE}
+_COUNTED = {"num-examples": _POSITIVE, "targets": _POSITIVE}
+_SPLIT = {**_COUNTED, "steps": _COUNT, "share-touched": _SHARE}
+_LOSS = {"loss": _ANY}  # an owner's policy may keep its averages back
+_AVERAGED = {**_LOSS, "accuracy": _SHARE}
 _SCHEMAS = (
-    ReplySchema("split-tuning", "train", _SPLIT, _DP),
-    ReplySchema("split-tuning", "evaluate", _SPLIT),
+    ReplySchema("split-tuning", "train", _SPLIT, {**_AVERAGED, **_DP}),
+    ReplySchema("split-tuning", "evaluate", _SPLIT, _AVERAGED),
     ReplySchema(
-        "offsite-tuning", "train", {**_AVERAGED, "steps": _COUNT, "train-seconds": _COUNT}, _DP
+        "offsite-tuning",
+        "train",
+        {**_COUNTED, "steps": _COUNT, "train-seconds": _COUNT},
+        {**_LOSS, **_DP},
     ),
-    ReplySchema("offsite-tuning", "evaluate", _AVERAGED),
+    ReplySchema("offsite-tuning", "evaluate", _COUNTED, _LOSS),
 )
 REPLIES: dict[str, ReplySchema] = {f"{s.strategy}/{s.mode}": s for s in _SCHEMAS}
 

@@ -144,7 +144,7 @@ def average_watched(
         as_base: what weights make of the base's own tensors (LoRA's factors, say); the same by
             default.
     """
-    replies = list(replies)
+    replies = with_equal_metrics(replies)
     if watch.owners is None:
         return averaging.aggregate_train(number, replies)[0] if replies else None
     nodes = {names[m.metadata.src_node_id]: m.metadata.src_node_id for m in replies}
@@ -161,6 +161,19 @@ def average_watched(
         mine = {name: updates[name] for name in kept}
         watch.check_average(row, as_base(tensors(arrays)), mine, weights, nodes)
     return arrays
+
+
+def with_equal_metrics(replies: Sequence[Message]) -> list[Message]:
+    """Return the replies with the numbers that all of them report.
+
+    An owner's policy may keep averages back, and Flower averages nothing where keys differ.
+    """
+    records = [r for reply in replies for r in reply.content.metric_records.values()]
+    common = set.intersection(*(set(record) for record in records)) if records else set()
+    for record in records:
+        for key in set(record) - common:
+            del record[key]
+    return list(replies)
 
 
 def tensors(record: ArrayRecord) -> dict[str, Tensor]:

@@ -153,13 +153,17 @@ _WEIGHTS = {"loss": "targets", "accuracy": "targets", "share-touched": "num-exam
 
 
 def average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Return weighted means of what the owners report, sums of counts, and the owners' own rows."""
+    """Return weighted means of what the owners report, sums of counts, and the owners' own rows.
+
+    An owner whose policy keeps an average back has no part in that mean.
+    """
     if not rows:
         return {"num-examples": 0, "owners": {}}
     found: dict[str, Any] = {"num-examples": int(sum(r["num-examples"] for r in rows.values()))}
     for key, weight in _WEIGHTS.items():
-        if all(key in row for row in rows.values()):
-            whole = sum(row[weight] for row in rows.values())
-            found[key] = sum(row[key] * row[weight] for row in rows.values()) / whole
+        told = [row for row in rows.values() if key in row]
+        if told:
+            whole = sum(row[weight] for row in told)
+            found[key] = sum(row[key] * row[weight] for row in told) / whole
     found["owners"] = dict(sorted(rows.items(), key=lambda item: natural(item[0])))
     return found

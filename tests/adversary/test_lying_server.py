@@ -55,17 +55,6 @@ VARIANTS: dict[str, list[str]] = {
 OPEN: dict[str, tuple[str, set[str]]] = {
     "bounds": ("a ratio of lengths says nothing of wide vectors", {"wide vectors"}),
     "template": ("the template's noise is not measured", set(VARIANTS["template"])),
-    "labels": (
-        "draws, strengths and averages of labels are the server's to vary",
-        set(VARIANTS["labels"]),
-    ),
-    "errors": ("tokenizers with ids beyond the table are not refused", {"presence of a word"}),
-    "offsite": ("nothing demands DP or counts rounds", set(VARIANTS["offsite"])),
-    "accounting": ("DP-SGD's cost is not in the ledger", set(VARIANTS["accounting"])),
-    "resources": (
-        "bottoms are kept, tokenizers run unvetted",
-        set(VARIANTS["resources"][:3]),
-    ),
 }
 
 

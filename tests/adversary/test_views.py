@@ -26,6 +26,8 @@ from simulations.adversary.victim import strict_policy
 
 WIDTH = 48
 
+SPLIT = "split-tuning"
+
 
 @pytest.fixture
 def field(tmp_path: Path) -> Iterator[Field]:
@@ -176,8 +178,11 @@ def test_a_text_has_one_budget_whatever_asks_for_it(
         return DisclosureCheck(ledger, facts, rules, secret).record(frame)
 
     with Ledger(tmp_path) as ledger:
-        first = record(ledger, rows, ids, SessionFacts(7, "x", 1, "train", "a" * 64))
-        other = SessionFacts(run, "x", 1, mode, bottom * 64)
+        first = record(
+            ledger, rows, ids, SessionFacts(7, "x", 1, "train", "a" * 64, strategy=SPLIT)
+        )
+        strategy = "serving" if mode == "predict" else SPLIT
+        other = SessionFacts(run, "x", 1, mode, bottom * 64, strategy=strategy)
         assert record(ledger, rows, ids, other) == first  # the same rows, the same bytes
         with pytest.raises(PolicyError, match=r"budget\.views_total: asked 2"):
             record(ledger, rows[:3], ids[:3] + 5, other)

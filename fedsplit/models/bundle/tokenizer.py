@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedsplit.errors import ModelError
 from fedsplit.models.bundle.bounded_json import dump_json, parse_json
+from fedsplit.models.bundle.tokenizer_rules import check_tokenizer
 
 SPECIAL = (
     "bos_token",
@@ -71,6 +72,7 @@ def unpack(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase | None:
         raise ModelError(f"{present[0]}: must come with the other tokenizer file")
     settings = parse_json("tokenizer_config.json", files["tokenizer_config.json"])
     _check(settings)
+    check_tokenizer(files["tokenizer.json"])
     try:
         backend = Backend.from_str(files["tokenizer.json"].decode())
         made: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

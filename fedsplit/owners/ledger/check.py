@@ -16,26 +16,46 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.errors import LedgerError, PolicyError
-from fedsplit.owners.ledger.chain import Entry, Ledger, Totals, now
+from fedsplit.owners.ledger.chain import Entry, Ledger, now
 from fedsplit.owners.ledger.disclosure import (
     Announcement,
+    Averages,
     Disclosure,
+    Notice,
     Outgoing,
     Reply,
     Representations,
     Source,
+    Training,
+    Weights,
     Words,
     json_bytes,
 )
 from fedsplit.owners.ledger.exposure import RAW_TEXT
+from fedsplit.owners.ledger.reports import report_breaches
+from fedsplit.owners.ledger.spending import DELTA
+from fedsplit.owners.ledger.totals import Totals
+from fedsplit.owners.ledger.training import training_breaches
 from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.owners.policy.rules import Breach, Policy, refuse
+from fedsplit.privacy.dp.accounting import NoisySteps
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.wire.frames import PREFIX_BYTES
 from fedsplit.wire.link import Link
 
 log = logging.getLogger(__name__)
+
+# Strategy and mode -> what may leave in a session beside words and the protocol's own frames.
+_SHOWN = frozenset({"ready", "representations"})
+ACTS: dict[tuple[str, str], frozenset[str]] = {
+    ("split-tuning", "train"): _SHOWN
+    | {"logit-gradients", "hidden-gradients", "metrics", "weights"},
+    ("split-tuning", "evaluate"): _SHOWN | {"metrics"},
+    ("offsite-tuning", "train"): frozenset({"training", "metrics", "weights"}),
+    ("offsite-tuning", "evaluate"): frozenset({"metrics"}),
+    ("serving", "predict"): _SHOWN,
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +69,7 @@ class SessionFacts:
         mode: ``train``, ``evaluate`` or ``predict``; empty: no session was accepted.
         digest: of the files that the server handed out.
         files: what they are, ``bottom`` or ``emulator``.
+        strategy: of the run; empty: no session was accepted.
     """
 
     run: int
@@ -57,6 +78,7 @@ class SessionFacts:
     mode: str = ""
     digest: str = ""
     files: str = "bottom"
+    strategy: str = ""
 
     def line(self) -> Entry:
         """Return the facts as a ledger line carries them."""
@@ -120,6 +142,20 @@ class DisclosureCheck:
         self._append(disclosure, frame)
         return body
 
+    @property
+    def policy(self) -> Policy:
+        """The owner's rules."""
+        return self._policy
+
+    def count_session(self) -> None:
+        """Record a session that opens no link: it counts like one that does.
+
+        Raises:
+            PolicyError: the number of sessions is used up.
+            LedgerError: it cannot be recorded.
+        """
+        self._append(Notice(kind="hello"), {"bytes": 0})
+
     def release(self, disclosure: Reply) -> None:
         """Check and record one part of a reply that is about to leave.
 
@@ -147,11 +183,25 @@ class DisclosureCheck:
     def _judge(self, disclosure: Disclosure) -> None:
         if self._words_only and not isinstance(disclosure, Words):
             raise PolicyError(f"owner's policy: not read yet; {disclosure.kind} must not leave")
+        self._judge_act(disclosure)
         if isinstance(disclosure, Announcement):
             self._judge_source(disclosure.source)
         if isinstance(disclosure, Representations):
             self._judge_source(disclosure.source)
             self._judge_rows(disclosure)
+
+    def _judge_act(self, disclosure: Disclosure) -> None:
+        """Refuse an act that is none of the accepted strategy and mode, whatever message asked."""
+        if isinstance(disclosure, Words | Notice):
+            return
+        session = self.session
+        if disclosure.kind not in ACTS.get((session.strategy, session.mode), ()):
+            where = f"{session.strategy or 'no strategy'} in mode {session.mode!r}"
+            told = f"owner's policy: {disclosure.kind}: must not leave in {where}"
+            raise PolicyError(told, ("app.strategies",))
+        allowed = self._policy.rules.get("app.strategies")
+        if allowed is not None and session.strategy not in allowed:
+            refuse([Breach("app.strategies", session.strategy, "one of " + ", ".join(allowed))])
 
     def _judge_source(self, source: Source) -> None:
         """Refuse a source that breaks a rule as it was built (bottom, mechanism, texts)."""
@@ -203,6 +253,12 @@ class DisclosureCheck:
         def make(totals: Totals) -> Entry:
             if not isinstance(disclosure, Words):
                 refuse(self._over_budget(totals, entry, disclosure))
+            training = entry.get("training", {})
+            if "noise" in training:  # what all of the owner's noisy steps have cost by then
+                delta = float(self._policy.rules.get("budget.dp_delta", DELTA))
+                steps = NoisySteps.from_json(training["noise"])
+                spent = totals.training.epsilon(delta, steps)
+                training |= {"dp-epsilon": spent, "dp-delta": delta}
             return entry
 
         self._ledger.append(make)
@@ -226,7 +282,8 @@ class DisclosureCheck:
     def _over_budget(self, totals: Totals, entry: Entry, disclosure: Disclosure) -> list[Breach]:
         run, bottom = totals.run(entry["run"]), self.session.digest
         size = int(entry["bytes"])
-        found = self._above("budget.bytes_total", totals.bytes + size)
+        found = self._trained(totals, entry, disclosure)
+        found += self._above("budget.bytes_total", totals.bytes + size)
         found += self._above("budget.bytes_per_run", run.bytes + size)
         if entry["kind"] == "hello":
             today = totals.days.get(now()[:10], 0)
@@ -245,6 +302,18 @@ class DisclosureCheck:
             found += self._above("budget.views_total", views[1])
             found += self._share(run.tokens, run.touched, disclosure)
         return found
+
+    def _trained(self, totals: Totals, entry: Entry, disclosure: Disclosure) -> list[Breach]:
+        """Judge what the owner trains, and what it reports of a session."""
+        run, today = totals.run(entry["run"]), now()[:10]
+        if isinstance(disclosure, Averages):
+            return report_breaches(self._policy, disclosure, totals.reports, today)
+        if isinstance(disclosure, Weights) and not run.training.sessions:
+            raise PolicyError("owner's policy: weights: their training was not recorded")
+        training = disclosure.training if isinstance(disclosure, Announcement) else disclosure
+        if not isinstance(training, Training):
+            return []
+        return training_breaches(self._policy, training, run.training, totals.training, today)
 
     def _share(
         self, tokens: dict[str, int], touched: dict[str, int], shown: Representations

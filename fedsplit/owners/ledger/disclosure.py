@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsplit.privacy.dp.accounting import NoisySteps
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.wire.codecs import encode_rows
 from fedsplit.wire.frames import Kind
@@ -73,15 +74,18 @@ class Announcement(Disclosure):
     Attributes:
         batches: number of batches at most.
         source: of the representations that will follow.
+        training: of the owner's own weights in this session; None: it trains nothing.
     """
 
     kind: str = "ready"
     batches: int
     source: Source
+    training: Training | None = None
 
     def line(self) -> dict[str, Any]:
-        """Return the number of batches."""
-        return {"batches": self.batches}
+        """Return the number of batches, and what is trained."""
+        found: dict[str, Any] = {"batches": self.batches}
+        return found if self.training is None else found | self.training.line()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +178,14 @@ class Averages(Reply):
 
     Attributes:
         metrics: by name.
+        texts: number of texts (or blocks) that they are over.
+        epsilon: of their noise, nats per text; None: they are exact.
     """
 
     kind: str = "metrics"
     metrics: Mapping[str, float | int]
+    texts: int
+    epsilon: float | None = None
 
     def measure(self) -> tuple[int, str]:
         """Return size and digest of the numbers as JSON."""
@@ -185,8 +193,41 @@ class Averages(Reply):
         return len(text), hashlib.sha256(text).hexdigest()
 
     def line(self) -> dict[str, Any]:
-        """Return how many numbers there are."""
-        return {"shape": [len(self.metrics)]}
+        """Return how many numbers there are, over how many texts and with what noise."""
+        found: dict[str, Any] = {"shape": [len(self.metrics)], "texts": self.texts}
+        return found if self.epsilon is None else found | {"epsilon": self.epsilon}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Reply):
+    """A session's steps on the owner's own adapters, head or joint bottom.
+
+    Attributes:
+        steps: number of them.
+        batch: fewest samples (texts, or blocks of text) of a step.
+        samples: number of the owner's.
+        epochs: passes over the samples; None where the steps' representations count them.
+        noise: of DP-SGD; None: updates are exact.
+    """
+
+    kind: str = "training"
+    steps: int
+    batch: int
+    samples: int
+    epochs: float | None = None
+    noise: NoisySteps | None = None
+
+    def measure(self) -> tuple[int, str]:
+        """Return that nothing leaves yet."""
+        return 0, hashlib.sha256(b"").hexdigest()
+
+    def line(self) -> dict[str, Any]:
+        """Return the steps and their noise."""
+        told: dict[str, Any] = {"steps": self.steps, "batch": self.batch, "samples": self.samples}
+        if self.noise is not None:
+            told["noise"] = self.noise.to_json()
+        found: dict[str, Any] = {"training": told}
+        return found if self.epochs is None else found | {"epochs": self.epochs}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ Nothing of the text leaves: what does is the adapters' weights (which an attacke
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,9 @@ from fedsplit.emulators.build import Emulator, tune_inside
 from fedsplit.emulators.lm import mean_loss, pack
 from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
+from fedsplit.owners.ledger.disclosure import Training
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
+from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.owners.split.settings import DpSettings
 from fedsplit.privacy.secret import OwnerSecret
@@ -70,6 +73,7 @@ class AdapterOwner:
         config: the run's settings.
         name: the owner's public name, which orders its batches.
         secret: the owner's, for the noise of DP-SGD (``dp.*``).
+        report: averages as they may leave; None: exact ones.
 
     Raises:
         ConfigError: the method finds nothing to train, or DP-SGD has no secret.
@@ -83,6 +87,7 @@ class AdapterOwner:
         config: RunConfig,
         name: str,
         secret: OwnerSecret | None = None,
+        report: SessionReport | None = None,
     ) -> None:
         if config.dp.noise_multiplier and secret is None:
             raise ConfigError(
@@ -93,6 +98,7 @@ class AdapterOwner:
         self.config = config
         self.name = name
         self._secret = secret
+        self._report = report
         self.tuning = tune_inside(emulator, method_settings(config.offsite, config.seed))
         self._received = self.tuning.state()
 
@@ -105,6 +111,27 @@ class AdapterOwner:
         self.tuning.load(state)
         self._received = self.tuning.state()
 
+    def plan(self, round_: int) -> Training:
+        """Return what :meth:`train` will do, for the owner's rules and ledger."""
+        batches, _ = self._steps(round_)
+        dp = self._dp(round_, len(batches))
+        count = len(self.blocks.train)
+        return Training(
+            steps=len(batches),
+            batch=min(map(len, batches)),
+            samples=count,
+            epochs=sum(map(len, batches)) / count,
+            noise=None if dp is None else dp.noisy(len(batches)),
+        )
+
+    def _steps(self, round_: int) -> tuple[list[np.ndarray], list[int]]:
+        train = self.config.train
+        return train_steps(len(self.blocks.train), train, self.config.seed, self.name, round_)
+
+    def _dp(self, round_: int, steps: int) -> DpSettings | None:
+        samples = len(self.blocks.train)
+        return DpSettings.of_round(self.config, self._secret, samples, round_, steps)
+
     def train(self, round_: int) -> dict[str, float | int]:
         """Take the round's local steps and return its averages.
 
@@ -116,14 +143,15 @@ class AdapterOwner:
         """
         train = self.config.train
         began = time.perf_counter()
-        batches, _ = train_steps(len(self.blocks.train), train, self.config.seed, self.name, round_)
+        batches, _ = self._steps(round_)
         model = self.emulator.model.train()
         if self.config.offsite.checkpointing:
             # Nothing before A needs gradients: the re-entrant kind would find none at all.
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        samples = len(self.blocks.train)
-        dp = DpSettings.of_round(self.config, self._secret, samples, round_, len(batches))
-        steps = AdapterSteps(model, self.tuning.parameters(), self.config, dp)
+        per_block = self._report is not None and self._report.per_text
+        dp = self._dp(round_, len(batches))
+        parameters = self.tuning.parameters()
+        steps = AdapterSteps(model, parameters, self.config, dp, per_block=per_block)
         loss_sum, tokens = 0.0, 0
         try:
             for step, batch in enumerate(batches):
@@ -131,11 +159,12 @@ class AdapterOwner:
                 done = (round_ - 1 + step / len(batches)) / train.rounds
                 loss = steps.step(ids, train.lr * rate_factor(train, done))
                 count = ids.shape[0] * (ids.shape[1] - 1)
+                self._add(batch, steps.losses)
                 loss_sum += loss * count
                 tokens += count
         finally:
             model.eval()
-        return {
+        exact = {
             "num-examples": len(self.blocks.train),
             "targets": float(tokens),
             "steps": len(batches),
@@ -143,15 +172,27 @@ class AdapterOwner:
             "train-seconds": time.perf_counter() - began,
             **steps.spent(),
         }
+        return exact if self._report is None else self._report.private(exact)
 
     def evaluate(self) -> dict[str, float | int]:
         """Return the emulator's loss on the owner's held-out blocks (nats per token)."""
         test = self.blocks.test
-        return {
+        exact = {
             "num-examples": len(test),
             "targets": float(test.shape[0] * (test.shape[1] - 1)),
             "loss": mean_loss(self.emulator.model, test),
         }
+        if self._report is None:
+            return exact
+        if self._report.per_text:
+            each = [mean_loss(self.emulator.model, block) for block in torch.split(test, 1)]
+            self._add(range(len(test)), each)
+        return self._report.private(exact)
+
+    def _add(self, blocks: Iterable[int], losses: Sequence[float]) -> None:
+        if self._report is not None and self._report.per_text:
+            rows = torch.tensor([[loss, 0.0] for loss in losses])
+            self._report.add([int(block) for block in blocks], rows)
 
     def weights(self) -> dict[str, Tensor]:
         """Return what is trained by its names in the full model, float32.

@@ -30,6 +30,10 @@ class AdapterSteps:
         parameters: those that are trained.
         config: the run's settings (groups ``train`` and ``offsite``).
         dp: of DP-SGD, or None.
+        per_block: whether :attr:`losses` is kept.
+
+    Attributes:
+        losses: mean loss of each block of the last step (nats per token).
 
     Raises:
         ModelError: there is nothing to train.
@@ -42,7 +46,11 @@ class AdapterSteps:
         parameters: Sequence[nn.Parameter],
         config: RunConfig,
         dp: DpSettings | None = None,
+        *,
+        per_block: bool = False,
     ) -> None:
+        self.losses: list[float] = []
+        self._per_block = per_block
         self._model = model
         self._parameters = list(parameters)
         self._offsite = config.offsite
@@ -71,6 +79,7 @@ class AdapterSteps:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self.losses = []
         loss = self._step_privately(ids) if self._private is not None else self._step(ids)
         self._optimizer.zero_grad(set_to_none=True)
         self._taken += 1
@@ -119,6 +128,10 @@ class AdapterSteps:
         with self._precision(ids.device.type):
             logits = logits_of(self._model, ids)
         loss = lm_loss(logits, ids)
+        if self._per_block:
+            with torch.no_grad():
+                each = lm_loss(logits, ids, "none").view(len(ids), -1).mean(1)
+            self.losses += each.tolist()
         if not bool(torch.isfinite(loss)):
             raise ModelError(
                 f"local loss {float(loss.detach())} at step {self._taken}: must be finite"

@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
 from fedsplit.errors import check
-from fedsplit.privacy.labels.table import label_bounds
+from fedsplit.privacy.labels.table import LABEL_PROTECTIONS, label_bounds
 from fedsplit.privacy.levels import PolicyBound
 from fedsplit.privacy.mechanisms.table import strength_bounds
 
@@ -111,6 +111,7 @@ def _size(count: int) -> str:
 
 
 _EACH = "before each frame"
+_REPORT, _TRAINING = "before each report", "before training"
 STRATEGY_NAMES = ("split-tuning", "serving", "offsite-tuning")
 # Table and key of every rule that no other table brings.
 _FIXED: dict[str, Rule] = {
@@ -178,6 +179,61 @@ _FIXED: dict[str, Rule] = {
         _names(_NAME, "names of label protections"),
         lambda v: f"Labels are protected by: {_list(v)} (or one of them with another).",
         "With the head at the server and no protection, gradients tell every training label.",
+    ),
+    "labels.require": Rule(
+        _names(_NAME, "names of label protections", tuple(LABEL_PROTECTIONS)),
+        lambda v: f"Every run protects labels by all of: {_list(v)}.",
+        "One accepted protection of labels is enough.",
+    ),
+    "labels.epsilon": Rule(
+        _number(0, strict=True),
+        lambda v: f"Randomised response draws at epsilon = {v:g} nats, once for ever.",
+        "The first epsilon that a run asks for is kept for ever.",
+        "before connecting, and when labels are drawn",
+    ),
+    "labels.classes": Rule(
+        _count(2),
+        lambda v: f"Labels have exactly {v} classes.",
+        "The server says how many classes there are; labels drawn once keep to the first number.",
+    ),
+    "labels.max_recovery": Rule(
+        _number(0, 1),
+        lambda v: (
+            f"At most {100 * v:g} % of your labels can be read off the gradients that leave, by "
+            "this project's own closed-form readers (two standard errors allowed)."
+        ),
+        "Gradients leave even where every label can be read off them.",
+        "before each gradient",
+    ),
+    "reports.allow": Rule(
+        _flag,
+        lambda v: "Averages are reported." if v else "No average of loss or accuracy is reported.",
+        "Averages of loss and accuracy are reported.",
+        _REPORT,
+    ),
+    "reports.min_texts": Rule(
+        _count(1),
+        lambda v: f"Averages are over at least {v} texts.",
+        "An average may be over one text, and tell its label.",
+        _REPORT,
+    ),
+    "reports.epsilon": Rule(
+        _number(0, strict=True),
+        lambda v: f"Averages carry your own Laplace noise, epsilon = {v:g} nats per report.",
+        "Averages are exact: crafted outputs can pack many labels into one of them.",
+        _REPORT,
+    ),
+    "reports.max_epsilon": Rule(
+        _number(0, strict=True),
+        lambda v: f"All noisy reports together cost at most epsilon = {v:g} nats.",
+        "Noisy reports may be asked for again and again, and averaged.",
+        _REPORT,
+    ),
+    "reports.max_per_day": Rule(
+        _count(1),
+        lambda v: f"At most {v} reports leave on one day (UTC).",
+        "Any number of reports may leave.",
+        _REPORT,
     ),
     "cti.max_share": Rule(
         _number(0, 1),
@@ -247,6 +303,66 @@ _FIXED: dict[str, Rule] = {
         lambda v: f"At most {v} sessions open on one day (UTC).",
         "Any number of sessions may open on one day.",
         "at the first frame",
+    ),
+    "budget.max_dp_epsilon": Rule(
+        _number(0, strict=True),
+        lambda v: f"DP-SGD costs at most epsilon = {v:g} over all runs together.",
+        "DP-SGD's epsilon may add up without end.",
+        _TRAINING,
+    ),
+    "budget.dp_delta": Rule(
+        _number(0, 1, strict=True),
+        lambda v: f"DP-SGD's epsilons are at delta = {v:g}.",
+        "DP-SGD's epsilons are at delta = 1e-05.",
+        _TRAINING,
+    ),
+    "offsite.require_dp": Rule(
+        _flag,
+        lambda v: (
+            "Weights trained here (adapters, head, joint bottom) leave only after DP-SGD."
+            if v
+            else "Weights trained here may leave as they are."
+        ),
+        "Weights trained here leave as they are: an update of one step on one text shows the text.",
+        f"{BEFORE}, and before training",
+    ),
+    "offsite.min_owners": Rule(
+        _count(1),
+        lambda v: (
+            f"Without DP-SGD, weights leave only in runs that announce at least {v} owners a round "
+            "(the server's word: you cannot check it)."
+        ),
+        "Your update may be averaged with nobody else's.",
+    ),
+    "offsite.min_batch": Rule(
+        _count(1),
+        lambda v: f"Every step that changes weights is over at least {v} samples.",
+        "A step may be over one sample.",
+        _TRAINING,
+    ),
+    "offsite.min_steps": Rule(
+        _count(1),
+        lambda v: f"Weights leave after at least {v} steps.",
+        "Weights may leave after one step.",
+        _TRAINING,
+    ),
+    "offsite.max_epsilon": Rule(
+        _number(0, strict=True),
+        lambda v: f"DP-SGD costs at most epsilon = {v:g} in one run.",
+        "DP-SGD may cost any epsilon in one run.",
+        _TRAINING,
+    ),
+    "offsite.max_rounds": Rule(
+        _count(1),
+        lambda v: f"Weights trained here leave at most {v} times in one run.",
+        "Weights may leave any number of times.",
+        _TRAINING,
+    ),
+    "offsite.max_rounds_per_day": Rule(
+        _count(1),
+        lambda v: f"Weights trained here leave at most {v} times on one day (UTC).",
+        "Weights may leave any number of times on one day.",
+        _TRAINING,
     ),
     "transport.allowed": Rule(
         _names(_NAME, "stream, messages", ("stream", "messages")),

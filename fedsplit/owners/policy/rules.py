@@ -165,6 +165,10 @@ class Policy:
             found.append(self._among("model.bottoms", asked.bottom))
         if flat.get("strategy") != "serving":
             found += self._announced(flat)
+        if flat.get("strategy") == "offsite-tuning" and not flat["dp.noise-multiplier"]:
+            found.append(self.least("offsite.min_owners", flat["train.min-owners"]))
+            if self.rules.get("offsite.require_dp"):
+                found.append(Breach("offsite.require_dp", "exact updates", "DP-SGD (dp.*)"))
         stream = (asked.transport or flat["session.transport"]) == "stream"
         if self.rules.get("transport.own_ca") and stream and not asked.own_ca:
             bound = "one whose certificate authority this owner's node config names (session-ca)"
@@ -204,8 +208,15 @@ class Policy:
         found: list[Breach | None] = []
         if not set(parts) & set(allowed):
             found.append(self._among("labels.protection", asked))
+        for part in self.rules.get("labels.require", ()):
+            if part not in parts:
+                found.append(Breach("labels.require", asked, f"one with {part}"))
+        if flat["model.task"] == "sequence-classification":
+            found.append(self._exactly("labels.classes", flat["model.labels"]))
         for part in parts:
             protection = LABEL_PROTECTIONS.get(part)
+            if protection is not None and protection.changes_labels():
+                found.append(self._exactly("labels.epsilon", float(flat["labels.epsilon"])))
             if protection is not None and protection.level is not None:
                 value = flat.get(f"labels.{protection.level.key}", float("nan"))
                 found.append(self._level(protection.level, float(value)))
@@ -313,6 +324,10 @@ class Policy:
         ok = rule not in self or value >= self[rule]
         return None if ok else Breach(rule, value, f">= {self[rule]:g}")
 
+    def _exactly(self, rule: str, value: float) -> Breach | None:
+        ok = rule not in self or value == self[rule]
+        return None if ok else Breach(rule, value, f"exactly {self[rule]:g}")
+
     def _among(self, rule: str, value: object) -> Breach | None:
         ok = rule not in self or value in self[rule]
         return None if ok else Breach(rule, value, "one of " + ", ".join(self[rule]))
@@ -335,7 +350,9 @@ def refuse(breaches: list[Breach]) -> None:
     """
     if breaches:
         told = "; ".join(str(breach) for breach in breaches)
-        raise PolicyError(f"owner's policy: {told}", tuple(breach.rule for breach in breaches))
+        raise PolicyError(
+            f"owner's policy: {told}", tuple(dict.fromkeys(breach.rule for breach in breaches))
+        )
 
 
 def _protects(mechanism: str) -> bool:

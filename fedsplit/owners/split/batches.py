@@ -16,6 +16,7 @@ from fedsplit.owners.ledger.disclosure import (
     Outgoing,
     Representations,
     Source,
+    Training,
     notice,
 )
 from fedsplit.owners.samples import Samples
@@ -88,8 +89,14 @@ class BatchSession(ABC):
             "samples": len(self.samples),
             "mechanism": self.perturber.mechanism.guarantee(self._views),
         }
-        shown = Announcement(batches=len(self.batches), source=self.source)
+        shown = Announcement(
+            batches=len(self.batches), source=self.source, training=self._training()
+        )
         return Outgoing(Kind.READY, header, shown)
+
+    def _training(self) -> Training | None:
+        """Return what the owner trains itself in this session; here nothing."""
+        return None
 
     def handle(self, frame: Frame) -> Iterator[Outgoing]:
         """Yield the frames that answer ``frame``; the first is ready before the last is computed.

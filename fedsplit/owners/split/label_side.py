@@ -14,12 +14,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsplit.errors import ConfigError, FrameError
+from fedsplit.owners.label_recovery import LabelRecovery
 from fedsplit.owners.split.output import OutputReader
+from fedsplit.privacy.labels.readers import MOST_CLASSES, known_evidence, label_evidence
 from fedsplit.privacy.labels.table import GradientShield
+
+MAX_LOGIT = 30.0
+"""Bound on a logit's distance from its row's mean, nats; beyond it a class's probability is 0 or 1
+to every float, and what crafted logits could add is only how much a loss says of one sample."""
+MAX_RMS = 100.0
+"""Bound on the root mean square of a hidden state's coordinates."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Answer:
         right: of them, predicted rightly.
         gradient: of the mean loss with respect to what came down, same shape; empty in evaluation.
         head: gradients of the mean loss with respect to the head's trained parameters.
+        per_text: (B, 2), each text's own mean loss and share of right predictions; None where no
+            noisy report is made of them.
     """
 
     loss: float
@@ -39,6 +49,7 @@ class Answer:
     right: int
     gradient: Tensor
     head: list[Tensor]
+    per_text: Tensor | None = None
 
 
 class LabelSide:
@@ -50,6 +61,8 @@ class LabelSide:
         transition: (C, C), row = true label; the loss is corrected for labels drawn with it
             (forward correction, Patrini et al., arXiv 1609.03683); None: no correction.
         protection: the label protection in force, by its settings, for the ledger.
+        recovery: judges what gradients tell of labels before they leave; None: no rule asks for it.
+        per_text: whether answers carry each text's own loss, for a noisy report.
 
     Raises:
         ConfigError: gradients are to be shielded, and the head reads several rows per sample.
@@ -62,12 +75,16 @@ class LabelSide:
         shield: GradientShield | None = None,
         transition: Tensor | None = None,
         protection: Mapping[str, Any] | None = None,
+        recovery: LabelRecovery | None = None,
+        per_text: bool = False,
     ) -> None:
         self.reader = reader
         self.samples = reader.samples
         self.protection = dict(protection or {})
         self._shield = shield
         self._transition = transition
+        self._recovery = recovery
+        self._per_text = per_text
         every = reader.head is not None and reader.positions == "all"
         if shield is not None and every and not shield.protection.takes_tokens:
             raise ConfigError(
@@ -83,24 +100,63 @@ class LabelSide:
             slots: the step's samples.
             train: whether gradients are wanted.
 
+        What is out of bounds (``MAX_LOGIT``, ``MAX_RMS``) is clipped before anything is made of it.
+
         Raises:
             FrameError: fewer classes than labels.
+            PolicyError: the gradients would tell more labels than the owner's rules allow.
         """
-        values = values.requires_grad_(train)
+        output = values
+        values = bounded_logits(values) if self.reader.head is None else bounded_hidden(values)
+        values = values.detach().requires_grad_(train)
         parameters = list(self.reader.parameters.values()) if train else []
         with torch.set_grad_enabled(train):
             scores, targets = self._scores(values, slots)
             loss = self._loss(scores, targets, train)
         right = int((scores.argmax(dim=1) == targets).sum())
+        each = self._each(scores, targets, slots) if self._per_text else None
         if not train:
-            return Answer(float(loss), float(len(targets)), right, torch.empty(0), [])
+            return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each)
         gradient, *rest = torch.autograd.grad(loss, [values, *parameters], allow_unused=True)
         if self._shield is not None:
-            gradient = self._shield(gradient, targets, slots)
+            gradient = self._shield(gradient, targets, slots, output)
+        if self._recovery is not None:
+            self._recovery.judge(slots, self._evidence(values, gradient, targets, slots))
         head = [
             torch.zeros_like(p) if g is None else g for p, g in zip(parameters, rest, strict=True)
         ]
-        return Answer(float(loss.detach()), float(len(targets)), right, gradient, head)
+        return Answer(float(loss.detach()), float(len(targets)), right, gradient, head, each)
+
+    def _evidence(
+        self, values: Tensor, sent: Tensor, targets: Tensor, slots: Sequence[int]
+    ) -> Tensor | None:
+        """Return what the gradients of a step tell of its labels; None: everything."""
+        classes = self.reader.classes
+        if self.samples.labels is None or not 2 <= classes <= MOST_CLASSES:
+            return None
+        if self._shield is None:  # the label that the loss was of stands in the gradient
+            return known_evidence(targets, classes)
+        found = []
+        for c in range(classes):
+            with torch.enable_grad():
+                own = values.detach().requires_grad_(True)
+                scores, _ = self._scores(own, slots)
+                loss = self._loss(scores, torch.full_like(targets, c), True)
+            found.append(self._flat(torch.autograd.grad(loss, [own])[0], slots))
+        return label_evidence(self._flat(sent, slots), torch.stack(found))
+
+    def _flat(self, rows: Tensor, slots: Sequence[int]) -> Tensor:
+        """Return each sample's own rows as one row, (B, longest * d)."""
+        own = self.reader.rows(rows.detach(), slots)
+        return nn.utils.rnn.pad_sequence(list(own), batch_first=True).flatten(1)
+
+    def _each(self, scores: Tensor, targets: Tensor, slots: Sequence[int]) -> Tensor:
+        """Return each text's own mean loss and share of right predictions, (B, 2)."""
+        with torch.no_grad():
+            losses = functional.cross_entropy(scores.float(), targets, reduction="none")
+            rows = torch.stack([losses, (scores.argmax(dim=1) == targets).float()], dim=1)
+            counts = [self.targets(slot) for slot in slots]
+            return torch.stack([part.mean(0) for part in torch.split(rows, counts)])
 
     def sample_gradients(self, values: Tensor, slots: Sequence[int], at: int) -> list[Tensor]:
         """Return the head's gradients of one sample's own mean loss, the ``at``-th of ``slots``."""
@@ -128,15 +184,13 @@ class LabelSide:
 
     def _scores(self, values: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return one row of scores per target, and the targets."""
-        logits = self.reader.logits(values, slots)
+        logits = bounded_logits(self.reader.logits(values, slots))
         if self.samples.labels is None:
             keep, following = self._next_tokens(slots)
             return logits[keep], following
         targets = self.samples.labels[list(slots)]  # (B,)
         if int(targets.max()) >= logits.shape[1]:
-            raise FrameError(
-                f"LOGITS with {logits.shape[1]} classes: must be > {int(targets.max())}"
-            )
+            raise FrameError(f"LOGITS with {logits.shape[1]} classes: fewer than labels")
         return logits, targets
 
     def _next_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -148,3 +202,29 @@ class LabelSide:
             following.append(ids[1:])
             at += int(ids.shape[0])
         return torch.cat(keep), torch.cat(following)
+
+
+def bounded_logits(logits: Tensor) -> Tensor:
+    """Return logits (N, C) with each within ``MAX_LOGIT`` of its row's mean.
+
+    Honest logits are returned as they are, bit for bit.
+    """
+    own = logits.detach().float()
+    mean = own.mean(1, keepdim=True)
+    far = torch.maximum(own.amax(1, keepdim=True) - mean, mean - own.amin(1, keepdim=True))
+    if float(far.max()) <= MAX_LOGIT:  # not where a sum overflows
+        return logits
+    mean = logits.detach().double().mean(1, keepdim=True)
+    low, high = (mean - MAX_LOGIT).to(logits.dtype), (mean + MAX_LOGIT).to(logits.dtype)
+    return torch.minimum(torch.maximum(logits, low), high)
+
+
+def bounded_hidden(hidden: Tensor) -> Tensor:
+    """Return hidden states (N, d), each scaled down to a root mean square of ``MAX_RMS`` at most.
+
+    Honest states are returned as they are, bit for bit.
+    """
+    size = hidden.detach().double().square().mean(1, keepdim=True).sqrt()
+    if float(size.max()) <= MAX_RMS:
+        return hidden
+    return (hidden.double() * (MAX_RMS / size.clamp_min(MAX_RMS))).to(hidden.dtype)

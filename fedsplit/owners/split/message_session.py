@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fedsplit import storage
 from fedsplit.errors import SessionError
 from fedsplit.owners.handshake import greet, request_files
+from fedsplit.owners.ledger.disclosure import Averages
 from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.run_state import RunState
 from fedsplit.owners.split.session import store_bottom
@@ -145,7 +146,7 @@ class MessageSession:
             "sent": sent,
             "received": received,
             "owner": owner.state() if owner else None,
-            "metrics": owner.metrics() if owner else None,
+            "averages": asdict(owner.averages()) if owner else None,
             "done": bool(owner and owner.done),
             "weights": learns,
         }
@@ -157,8 +158,8 @@ class MessageSession:
     def _weights_path(self) -> Path:
         return self._folder / "joint.safetensors"
 
-    def close(self) -> dict[str, float | int]:
-        """Return the metrics of the finished session.
+    def close(self) -> Averages:
+        """Return the averages of the finished session.
 
         Raises:
             SessionError: if it is not finished.
@@ -166,7 +167,7 @@ class MessageSession:
         stored = self._stored()
         if not stored["done"]:
             raise SessionError("server closed the session before its last step")
-        return dict(stored["metrics"])
+        return Averages(**stored["averages"])
 
     def weights(self) -> dict[str, Any]:
         """Return what the owner trained after :meth:`close`; empty where it trains nothing."""

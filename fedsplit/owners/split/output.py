@@ -26,6 +26,8 @@ class OutputReader:
         head: run without dropout, so that the answer to a repeated frame is the same; None: the
             head is at the server.
         trained: whether the head's parameters are trained (all float ones).
+        classes: of the labels that the parties agreed on, or entries of the vocabulary at least;
+            0: any number.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class OutputReader:
         classify: bool,
         head: Head | None = None,
         trained: bool = False,
+        classes: int = 0,
     ) -> None:
         self.samples = samples
+        self.classes = classes
         self.classify = classify
         self.head = None if head is None else head.eval()
         self.positions = "all" if head is None else positions_read(head)
@@ -62,6 +66,9 @@ class OutputReader:
             return
         if len(shape) != 2 or shape[0] != rows or not 1 < shape[1] <= MAX_CLASSES:
             raise FrameError(f"LOGITS shape {shape}: must be ({rows}, classes)")
+        least = self.classes
+        if least and not (shape[1] == least if self.classify else shape[1] >= least):
+            raise FrameError(f"LOGITS with {shape[1]} classes: must be {least}, as agreed")
 
     def logits(self, values: Tensor, slots: Sequence[int]) -> Tensor:
         """Return logits (B, C), or (tokens, V) for language modelling.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import ModelError
+from fedsplit.owners.ledger.disclosure import Training
 from fedsplit.owners.split.settings import DpSettings, SplitSettings, optimizer_of
 
 HEAD = "head."  # before the names of the head's weights, when they travel beside the bottom's
@@ -56,6 +57,28 @@ class OwnTraining:
     def private(self) -> bool:
         """Whether steps are noisy."""
         return self._dp is not None
+
+    def plan(self, batches: Sequence[Sequence[int]], samples: int) -> Training | None:
+        """Return what a session's steps will train, for the owner's rules; None: nothing.
+
+        Args:
+            batches: slots of each step.
+            samples: number of the owner's.
+        """
+        if self.optimizer is None:
+            return None
+        steps, dp = len(batches) * self._parts, self._dp
+        return Training(
+            steps=len(batches),
+            batch=min(map(len, batches)),
+            samples=samples,
+            noise=None if dp is None else dp.noisy(steps),
+        )
+
+    @property
+    def _parts(self) -> int:
+        """Number of parts that are stepped; each part's step is a release of its own."""
+        return bool(self.bottom) + bool(self.head)
 
     def step_head(
         self,
@@ -131,8 +154,7 @@ class OwnTraining:
         if dp is None or self.optimizer is None:
             return {}
 
-        parts = bool(self.bottom) + bool(self.head)  # each part's step is a release of its own
-        return dp.spent(parts * (dp.earlier_steps + steps))
+        return dp.spent(self._parts * (dp.earlier_steps + steps))
 
     def weights(self) -> dict[str, Tensor]:
         """Return copies of what is trained, by name, for averaging."""

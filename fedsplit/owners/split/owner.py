@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fedsplit.errors import FrameError, ModelError, SessionError
 from fedsplit.models.splitting.representations import represent
-from fedsplit.owners.ledger.disclosure import Gradients, Outgoing
+from fedsplit.owners.ledger.disclosure import Averages, Gradients, Outgoing, Training
+from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.batches import BatchSession, slots_held
 from fedsplit.owners.split.label_side import LabelSide
@@ -44,6 +45,7 @@ class SplitOwner(BatchSession):
         settings: see :class:`~fedsplit.owners.split.settings.SplitSettings`.
         side: the labels' side of a step; None: the head is at the server, nothing is protected.
         dp: DP-SGD for what the owner trains; None: plain steps.
+        report: averages as they may leave; None: exact ones.
 
     Raises:
         ModelError: the bottom is to learn and has nothing to train.
@@ -58,7 +60,9 @@ class SplitOwner(BatchSession):
         settings: SplitSettings,
         side: LabelSide | None = None,
         dp: DpSettings | None = None,
+        report: SessionReport | None = None,
     ) -> None:
+        self.report = report
         self.side = side or LabelSide(OutputReader(samples, classify=samples.labels is not None))
         super().__init__(
             bottom,
@@ -84,6 +88,9 @@ class SplitOwner(BatchSession):
         )
         if settings.joint and not self.training.bottom:
             raise ModelError("joint bottom has 0 trainable parameters: must be >= 1")
+
+    def _training(self) -> Training | None:
+        return self.training.plan(self.batches, len(self.samples))
 
     def resume_at(self, step: int) -> None:
         """Begin with a later step: an interrupted session took those before.
@@ -114,6 +121,8 @@ class SplitOwner(BatchSession):
         self.loss_sum += found.loss * found.weight
         self.weight_sum += found.weight
         self.correct += found.right
+        if self.report is not None and found.per_text is not None:
+            self.report.add(slots, found.per_text)
         if train:
             header = {
                 "step": step,
@@ -172,7 +181,7 @@ class SplitOwner(BatchSession):
         """Return the session's averages; ``num-examples`` is Flower's weighting key."""
         weight = max(self.weight_sum, 1.0)
         touched, tokens = self._touched()
-        return {
+        exact = {
             "num-examples": len(self.samples),
             "targets": self.weight_sum,
             "steps": self.finished - self._first,
@@ -181,6 +190,16 @@ class SplitOwner(BatchSession):
             "share-touched": touched / max(1, tokens),
             **self.training.metrics(self.finished),
         }
+        return exact if self.report is None else self.report.private(exact)
+
+    def averages(self) -> Averages:
+        """Return :meth:`metrics` as the owner's rules judge and the ledger records them."""
+        epsilon = self.report.epsilon if self.report is not None else None
+        return Averages(metrics=self.metrics(), texts=len(self._answered()), epsilon=epsilon)
+
+    def _answered(self) -> set[int]:
+        """Return the slots that the session's averages are over."""
+        return {slot for batch in self.batches[self._first : self.answered] for slot in batch}
 
     def _touched(self) -> tuple[int, int]:
         done = self.perturber.report()
@@ -217,6 +236,7 @@ class SplitOwner(BatchSession):
             "weight_sum": self.weight_sum,
             "correct": self.correct,
             "touched": list(self._touched()),
+            "report": [] if self.report is None else self.report.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -227,3 +247,5 @@ class SplitOwner(BatchSession):
         self.finished, self.correct = int(state["finished"]), int(state["correct"])
         self.loss_sum, self.weight_sum = float(state["loss_sum"]), float(state["weight_sum"])
         self._before = (int(state["touched"][0]), int(state["touched"][1]))
+        if self.report is not None:
+            self.report.load_state(state["report"])

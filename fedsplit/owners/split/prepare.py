@@ -20,7 +20,13 @@ from fedsplit.models.splitting.halves import Bottom
 from fedsplit.models.splitting.heads import Head
 from fedsplit.models.splitting.representations import check_alone
 from fedsplit.owners.data_source import own_data
+from fedsplit.owners.home import in_simulation
 from fedsplit.owners.identity import OwnerIdentity
+from fedsplit.owners.label_draws import fix_draw
+from fedsplit.owners.label_recovery import FILE as EVIDENCE
+from fedsplit.owners.label_recovery import RULE as RECOVERY
+from fedsplit.owners.label_recovery import LabelRecovery
+from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.samples import Samples, tokenise
 from fedsplit.owners.split.label_side import LabelSide
 from fedsplit.owners.split.output import OutputReader
@@ -51,6 +57,11 @@ log = logging.getLogger(__name__)
 def _bottom(folder: Path) -> tuple[Bottom, Any]:
     bottom, tokenizer = unpack_bottom(folder)
     check_alone(bottom)
+    largest = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
+    if largest >= bottom.vocab:  # else the refusal of a text would tell that a word is in it
+        raise ModelError(
+            f"tokenizer's largest id {largest}: must be < {bottom.vocab}, the bottom's"
+        )
     return bottom, tokenizer
 
 
@@ -81,6 +92,7 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
     mode, round_, folder = offer.mode, offer.round, task.bottom_folder
     if mode not in ("train", "evaluate"):
         raise SessionError(f"session mode {mode!r}: must be train or evaluate in split tuning")
+    identity.home.evict("bottoms", folder.name, identity.node_config)
     bottom, tokenizer = _bottom(folder)
     train_set, test_set = own_data(
         config.data, config.seed, _labelled(config), identity.node_config, identity.secret
@@ -90,7 +102,8 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
     if mode != "train":
         chosen = _tokenised(config, identity, tokenizer, folder, "test", test_set)
     joint = config.split.bottom == "joint"
-    shown, side = _label_side(config, identity, folder, train, chosen, mode)
+    report = SessionReport(task.check.policy, identity.secret)
+    shown, side = _label_side(task, train, chosen, mode, report)
     perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
     if mode == "train":
         batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
@@ -118,7 +131,7 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         secret = identity.secret
         dp = DpSettings.of_round(config, secret, len(train), round_, len(batches))
     samples = side.reader.samples
-    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp)
+    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp, report)
 
 
 def _perturber(
@@ -169,6 +182,7 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
         DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
     """
     config, identity, folder = task.config, task.identity, task.bottom_folder
+    identity.home.evict("bottoms", folder.name, identity.node_config)
     bottom, tokenizer = _bottom(folder)
     train, shown = None, None
     p = config.privacy
@@ -178,7 +192,7 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
             config.data, config.seed, _labelled(config), identity.node_config, identity.secret
         )
         train = _tokenised(config, identity, tokenizer, folder, "train", texts)
-        shown, _ = _label_side(config, identity, folder, train, train, "evaluate")
+        shown, _ = _label_side(task, train, train, "evaluate")
     perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
     return InferenceParts(bottom, tokenizer, perturber)
 
@@ -202,12 +216,11 @@ def _labelled(config: RunConfig) -> bool:
 
 
 def _label_side(
-    config: RunConfig,
-    identity: OwnerIdentity,
-    folder: Path,
+    task: OwnerTask,
     train: Samples,
     chosen: Samples,
     mode: str,
+    report: SessionReport | None = None,
 ) -> tuple[torch.Tensor | None, LabelSide]:
     """Return (training labels that anything may be derived from, the session's label side).
 
@@ -216,12 +229,16 @@ def _label_side(
 
     Raises:
         ModelError: the head is to be the owner's, and the server sent none.
+        PolicyError: labels were drawn before, with something else.
     """
+    config, identity, folder = task.config, task.identity, task.bottom_folder
     protection = build_protection(config.labels)
     classes = config.model.labels
     shown, transition, shield = train.labels, None, None
     if train.labels is not None:
-        shown = draw_labels(protection, identity.secret, train.ids, train.labels, classes)
+        if protection.changes_labels() and not in_simulation():
+            fix_draw(identity.home.root, identity.node_config, protection, classes)
+        shown = draw_labels(protection, identity.secret, train.texts, train.labels, classes)
         if config.labels.debias:
             transition = protection.transition(classes)
     if protection.changes_gradients() and mode == "train":
@@ -233,9 +250,21 @@ def _label_side(
         classify=samples.labels is not None,
         head=received_head(config, folder),
         trained=train.labels is not None or config.train.method == "all",
+        classes=classes if train.labels is not None else _bottom(folder)[0].vocab,
     )
+    recovery, policy = None, task.check.policy
+    if RECOVERY in policy and mode == "train":
+        path = identity.home.root / EVIDENCE
+        recovery = LabelRecovery(policy[RECOVERY], train.labels, train.texts, identity.secret, path)
     settings = {k: v for k, v in config.to_flat().items() if k.startswith("labels.")}
-    side = LabelSide(reader, shield=shield, transition=transition, protection=settings)
+    side = LabelSide(
+        reader,
+        shield=shield,
+        transition=transition,
+        protection=settings,
+        recovery=recovery,
+        per_text=report is not None and report.per_text,
+    )
     return shown, side
 
 

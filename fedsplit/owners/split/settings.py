@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fedsplit.config import DpConfig, RunConfig
-from fedsplit.privacy.dp.accounting import spent_epsilon
+from fedsplit.owners.home import in_simulation
+from fedsplit.privacy.dp.accounting import NoisySteps, spent_epsilon
 from fedsplit.privacy.dp.optimizer import PrivateOptimizer
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -75,7 +77,12 @@ class DpSettings:
             noise_multiplier=self.config.noise_multiplier,
             clip=self.config.clip,
             secret=self.secret,
+            nonce=b"" if in_simulation() else secrets.token_bytes(16),
         )
+
+    def noisy(self, steps: int) -> NoisySteps:
+        """Return ``steps`` steps with this noise, for the ledger."""
+        return NoisySteps(self.config.noise_multiplier, self.sample_rate, steps)
 
     def spent(self, steps: int) -> dict[str, float | int]:
         """Return what ``steps`` noisy steps, of all rounds up to now, have cost."""

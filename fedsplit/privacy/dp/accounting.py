@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from fedsplit.errors import ConfigError, PrivacyError
 
 ACCOUNTANTS = ("rdp", "prv")
+
+
+@dataclass(frozen=True)
+class NoisySteps:
+    """Steps of DP-SGD with one noise.
+
+    Attributes:
+        noise_multiplier: standard deviation in units of the clipping bound, > 0.
+        sample_rate: batch size / samples, in (0, 1].
+        steps: number of noisy steps, >= 0.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    @property
+    def key(self) -> str:
+        """What tells this noise from another, exactly."""
+        return f"{self.noise_multiplier!r} {self.sample_rate!r}"
+
+    @classmethod
+    def from_key(cls, key: str, steps: int) -> NoisySteps:
+        """Return steps with the noise that :attr:`key` names."""
+        noise, rate = key.split()
+        return cls(float(noise), float(rate), int(steps))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything, JSON-able."""
+        return {"multiplier": self.noise_multiplier, "rate": self.sample_rate, "steps": self.steps}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> NoisySteps:
+        """Return what :meth:`to_json` was taken of."""
+        return cls(float(content["multiplier"]), float(content["rate"]), int(content["steps"]))
 
 
 def spent_epsilon(
@@ -37,26 +76,47 @@ def spent_epsilon(
         PrivacyError: an argument out of range.
         ConfigError: Opacus is not installed (the extra ``dp``).
     """
-    good = noise_multiplier > 0 and 0 < sample_rate <= 1 and steps >= 0 and 0 < delta < 1
-    if not good or accountant not in ACCOUNTANTS:
-        raise PrivacyError(
-            f"noise_multiplier={noise_multiplier}, sample_rate={sample_rate}, steps={steps}, "
-            f"delta={delta}, accountant={accountant!r}: must be > 0, in (0, 1], >= 0, in (0, 1) "
-            f"and one of {', '.join(ACCOUNTANTS)}"
-        )
-    if not steps:
+    return composed_epsilon([NoisySteps(noise_multiplier, sample_rate, steps)], delta, accountant)
+
+
+def composed_epsilon(history: Sequence[NoisySteps], delta: float, accountant: str = "rdp") -> float:
+    """Return epsilon of all the steps of ``history`` together, of whatever runs and models.
+
+    Guarantee:
+        As :func:`spent_epsilon`, for one owner whose samples took part in all of them.
+
+    Args:
+        history: noisy steps of one owner; an infinite epsilon is returned where they cost more than
+            the accountant can tell.
+        delta: in (0, 1).
+        accountant: ``rdp`` or ``prv`` (tighter, slower).
+
+    Raises:
+        PrivacyError: an argument out of range.
+        ConfigError: Opacus is not installed (the extra ``dp``).
+    """
+    for part in history:
+        good = part.noise_multiplier > 0 and 0 < part.sample_rate <= 1 and part.steps >= 0
+        if not good or not 0 < delta < 1 or accountant not in ACCOUNTANTS:
+            raise PrivacyError(
+                f"{part}, delta={delta}, accountant={accountant!r}: must be > 0, in (0, 1], >= 0, "
+                f"in (0, 1) and one of {', '.join(ACCOUNTANTS)}"
+            )
+    taken = [part for part in history if part.steps]
+    if not taken:
         return 0.0
     try:
         from opacus.accountants import PRVAccountant, RDPAccountant
     except ImportError as error:
         raise ConfigError(
-            f"dp.noise-multiplier={noise_multiplier}: must be 0 without {MISSING}"
+            f"dp.noise-multiplier={taken[0].noise_multiplier}: must be 0 without {MISSING}"
         ) from error
     book = RDPAccountant() if accountant == "rdp" else PRVAccountant()
-    book.history = [(noise_multiplier, sample_rate, steps)]
+    book.history = [(part.noise_multiplier, part.sample_rate, part.steps) for part in taken]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the best order is at an end of the list: still a bound
-        return float(book.get_epsilon(delta=delta))
+        spent = float(book.get_epsilon(delta=delta))
+    return spent if math.isfinite(spent) else math.inf
 
 
 MISSING = "opacus (pip install 'fedsplit[dp]')"

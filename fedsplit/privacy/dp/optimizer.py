@@ -19,8 +19,7 @@ class PrivateOptimizer:
 
     Gradients come one sample at a time (any model, no per-layer rules, the memory of two gradients
     more); clipping, scaling and stepping are ``opacus.optimizers.DPOptimizer``'s.  Noise comes from
-    the owner's secret and belongs to the summed gradient it hides: a step repeated after a restart
-    is the same step, and costs nothing more.
+    the owner's secret, the summed gradient it hides and ``nonce``.
 
     Guarantee:
         See :func:`fedsplit.privacy.dp.accounting.spent_epsilon`; the unit is one sample of one
@@ -42,6 +41,8 @@ class PrivateOptimizer:
         noise_multiplier: standard deviation of the noise in units of ``clip``, > 0.
         clip: bound on one sample's gradient norm.
         secret: the owner's.
+        nonce: a new random one for each session.  With the same one equal sums have equal noise,
+            which tells whoever sends two models that differ for one text alone whether it is there.
 
     Raises:
         ConfigError: Opacus is not installed (the extra ``dp``).
@@ -54,6 +55,7 @@ class PrivateOptimizer:
         noise_multiplier: float,
         clip: float,
         secret: OwnerSecret,
+        nonce: bytes = b"",
     ) -> None:
         try:
             from opacus.optimizers import DPOptimizer
@@ -78,6 +80,8 @@ class PrivateOptimizer:
                 outer._add_noise()
 
         self._secret = secret
+        self._nonce = nonce
+        self._steps = 0
         self._parameters: list[nn.Parameter] = []
         self._deviation = noise_multiplier * clip
         self._inner: Any = SecretNoise(
@@ -125,8 +129,13 @@ class PrivateOptimizer:
         for total in sums:
             content.update(total.detach().float().contiguous().numpy().tobytes())
         stream = self._secret.stream(
-            "fedsplit.dp.v1", content.digest(), str(self._deviation), len(sums)
+            "fedsplit.dp.v1", content.digest(), str(self._deviation), len(sums), *self._fresh()
         )
         for parameter, total in zip(self._parameters, sums, strict=True):
             noise = torch.from_numpy(stream.normal(tuple(total.shape))) * self._deviation
             parameter.grad = (total.double() + noise).to(total.dtype).view_as(parameter)
+
+    def _fresh(self) -> tuple[bytes | int, ...]:
+        """Return what makes this step's noise its own."""
+        self._steps += 1
+        return (self._nonce, self._steps) if self._nonce else ()

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedsplit.config import LabelsConfig, RunConfig
 from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.labels.base import LabelProtection, check_gradients
-from fedsplit.privacy.levels import Level
+from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.secret import SecretStream
 
 Floats = npt.NDArray[np.float64]
@@ -163,7 +163,14 @@ class Marvell(LabelProtection):
 
     name: ClassVar[str] = "marvell"
     level: ClassVar[Level | None] = Level(
-        "noise_power", "multiple of the squared distance of the classes' mean gradients"
+        "noise_power",
+        "multiple of the squared distance of the classes' mean gradients",
+        bound=PolicyBound(
+            rule="labels.min_noise_power",
+            says="Marvell's noise power is at least {bound:g}.",
+            absent="Marvell's noise may be as weak as the server asks.",
+            least=True,
+        ),
     )
     power: float
 

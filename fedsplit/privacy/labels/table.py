@@ -18,7 +18,6 @@ from fedsplit.privacy.labels.marvell import Marvell
 from fedsplit.privacy.labels.max_norm import MaxNorm
 from fedsplit.privacy.labels.randomised_response import RandomisedResponse
 from fedsplit.privacy.levels import PolicyBound
-from fedsplit.privacy.perturb import content_digest
 from fedsplit.privacy.secret import OwnerSecret
 
 LABEL_PROTECTIONS: dict[str, type[LabelProtection]] = {
@@ -99,40 +98,41 @@ def label_bounds() -> dict[str, PolicyBound]:
 def draw_labels(
     protection: LabelProtection,
     secret: OwnerSecret,
-    ids: Sequence[Tensor],
+    texts: Sequence[bytes],
     labels: Tensor,
     classes: int,
 ) -> Tensor:
     """Return the labels that training uses, drawn once per row for ever.
 
-    The stream belongs to the protection, C, the text's content, its occurrence among equal texts
-    and the label: an epoch, a restart or another run repeats the draw, equal rows have draws of
-    their own, and a corrected label is drawn independently of the wrong one.
+    The stream belongs to the protection, C, the raw text, its occurrence among equal texts and the
+    label: an epoch, a restart, another run, tokenizer or bottom repeats the draw, equal rows have
+    draws of their own, and a corrected label is drawn independently of the wrong one.
 
     Args:
         protection: what is done to labels.
         secret: the owner's.
-        ids: token ids of every row, in slot order.
+        texts: what identifies the raw text of every row, in slot order.
         labels: true labels, (N,).
         classes: C that the parties agreed on.
     """
     identity = json.dumps(protection.describe(), sort_keys=True)
     seen: Counter[bytes] = Counter()
     drawn = []
-    for row, label in zip(ids, labels.tolist(), strict=True):
-        text = content_digest(row)
-        context = ("fedsplit.labels.v1", identity, classes, text, seen[text], int(label))
+    for text, label in zip(texts, labels.tolist(), strict=True):
+        context = ("fedsplit.labels.v2", identity, classes, text, seen[text], int(label))
         drawn.append(protection.relabel(int(label), classes, secret.stream(*context)))
         seen[text] += 1
     return torch.tensor(drawn, dtype=torch.int64)
 
 
 class GradientShield:
-    """A protection of each step's gradients, with noise that belongs to their content.
+    """A protection of each step's gradients, with noise that belongs to what they answer.
 
-    The same gradients get the same noise for ever, whatever the step or run: a restart repeats
+    The same output gets the same noise for ever, whatever the step or run: a restart repeats
     itself, and a server that sends the same output again learns nothing new.  Any difference in
-    gradients, labels or parameters draws independently.
+    outputs, gradients, labels or parameters draws independently.  Without the output in the key,
+    two that round to the same gradient for one label, and not for another, would tell it by equal
+    noise.
 
     Args:
         protection: what is done to gradients.
@@ -146,18 +146,23 @@ class GradientShield:
         self._share = share
         self._identity = json.dumps(protection.describe(), sort_keys=True)
 
-    def __call__(self, rows: Tensor, labels: Tensor, slots: Sequence[int]) -> Tensor:
+    def __call__(
+        self, rows: Tensor, labels: Tensor, slots: Sequence[int], output: Tensor | None = None
+    ) -> Tensor:
         """Return what may leave instead of ``rows``.
 
         Args:
             rows: one gradient per sample, (N, d).
             labels: (N,).
             slots: the samples, (N,).
+            output: what the server sent and the gradients answer, every bit of it.
 
         Raises:
             PrivacyError: see :meth:`LabelProtection.perturb`.
         """
         content = hashlib.sha256(rows.detach().float().contiguous().numpy().tobytes())
+        if output is not None:
+            content.update(output.detach().double().contiguous().numpy().tobytes())
         content.update(labels.to(torch.int64).contiguous().numpy().tobytes())
         stream = self._secret.stream(
             "fedsplit.labels.gradient.v1",

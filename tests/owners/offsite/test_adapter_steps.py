@@ -95,7 +95,9 @@ def test_a_step_is_no_longer_than_the_bound() -> None:
     assert 0 < moved <= 0.5 * 0.01 * 1.001  # learning rate times the bound on a mean of six
 
 
-def test_noise_is_the_secrets_and_has_its_size() -> None:
+def test_noise_is_the_secrets_and_has_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distance(after(dp__noise_multiplier=0.5), after(dp__noise_multiplier=0.5)) > 0.0
+    monkeypatch.setenv("FEDSPLIT_SIMULATION", "1")  # elsewhere each session has noise of its own
     settings = {"dp__noise_multiplier": 50.0, "dp__clip": 0.01, "train__max_steps": 1}
     start, one, again = owner().weights(), after(**settings), after(**settings)
     other = owner(secret=OwnerSecret.for_simulation(1, "ann"), **settings)

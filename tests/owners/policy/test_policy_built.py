@@ -126,7 +126,8 @@ def test_rows_are_refused_when_they_are_longer_than_the_noise_explains(
 
 
 def check(home: Path, rules: Policy, mode: str = "train") -> DisclosureCheck:
-    session = SessionFacts(7, "x", 0, mode, DIGEST)
+    strategy = "serving" if mode == "predict" else "split-tuning"
+    session = SessionFacts(7, "x", 0, mode, DIGEST, strategy=strategy)
     return DisclosureCheck(Ledger(home), session, rules, OwnerSecret.for_simulation(0, "x"))
 
 
@@ -208,5 +209,5 @@ def test_only_words_leave_before_the_rules_are_read(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="ready must not leave"):
         out.record(ready(build("none")))
     with pytest.raises(PolicyError, match="metrics must not leave"):
-        out.release(Averages(metrics={"loss": 1.0}))
+        out.release(Averages(metrics={"loss": 1.0}, texts=9))
     assert [line["kind"] for line in read_ledger(tmp_path)] == ["name"]

@@ -164,7 +164,7 @@ def test_the_gradient_is_that_of_the_private_labels_loss() -> None:
         (logits(1, 2), FrameError, "LOGITS step 1: must be 0"),
         (logits(0, 2), FrameError, r"LOGITS shape \(2, 3\): must be \(3, classes\)"),
         (logits(0, 3, shape=(3, 1)), FrameError, "LOGITS shape"),
-        (logits(0, 3, shape=(3, 2)), FrameError, "LOGITS with 2 classes: must be > 2"),
+        (logits(0, 3, shape=(3, 2)), FrameError, "LOGITS with 2 classes: fewer than labels"),
         (logits(0, 3, shape=(3,)), FrameError, "LOGITS shape"),
         (hidden_gradient(0, 3), SessionError, "HIDDEN_GRAD frame: not expected"),
         (start(), SessionError, "START frame: must come once"),

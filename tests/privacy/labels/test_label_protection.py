@@ -28,8 +28,8 @@ def secret(seed: int = 0) -> OwnerSecret:
     return OwnerSecret.for_simulation(seed, "labels")
 
 
-def texts(n: int) -> list[torch.Tensor]:
-    return [torch.tensor([5, i, i + 3]) for i in range(n)]
+def texts(n: int) -> list[bytes]:
+    return [b"text %d" % i for i in range(n)]
 
 
 # ---- randomised response ------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_a_label_is_drawn_once_for_ever() -> None:
 
 def test_equal_rows_have_draws_of_their_own() -> None:
     n = 400
-    rows = [torch.tensor([7, 8, 9])] * n
+    rows = [b"one text"] * n
     drawn = draw_labels(RandomisedResponse(1.0), secret(), rows, torch.ones(n).long(), 2)
     assert 0.6 < float(drawn.double().mean()) < 0.86  # 0.731 if they are independent, else 0 or 1
 

@@ -1,0 +1,45 @@
+"""Rules about the averages that an owner reports of a session."""
+
+from __future__ import annotations
+
+from fedsplit.owners.ledger.disclosure import Averages
+from fedsplit.owners.ledger.spending import ReportTotals
+from fedsplit.owners.policy.rules import Breach, Policy
+
+
+def report_breaches(
+    policy: Policy, asked: Averages, ever: ReportTotals, today: str
+) -> list[Breach]:
+    """Return every rule that a report would break.
+
+    Args:
+        policy: the owner's.
+        asked: the report.
+        ever: totals of all reports.
+        today: UTC day.
+    """
+    rules, told = policy.rules, PRIVATE & asked.metrics.keys()
+    found: list[Breach] = []
+    if not told:  # counts that the session's own frames have shown
+        return found
+    if rules.get("reports.allow") is False:
+        found.append(Breach("reports.allow", "averages", "none"))
+    if asked.texts < rules.get("reports.min_texts", 0):
+        bound = f">= {rules['reports.min_texts']}"
+        found.append(Breach("reports.min_texts", asked.texts, bound))
+    if "reports.epsilon" in rules and (
+        asked.epsilon is None or asked.epsilon > rules["reports.epsilon"]
+    ):
+        shown = "no noise" if asked.epsilon is None else asked.epsilon
+        found.append(Breach("reports.epsilon", shown, f"<= {rules['reports.epsilon']:g}"))
+    counted: dict[str, float] = {"reports.max_per_day": ever.days.get(today, 0) + 1}
+    if "reports.max_epsilon" in rules:
+        counted["reports.max_epsilon"] = ever.epsilon + (asked.epsilon or float("inf"))
+    for rule, value in counted.items():
+        if rule in rules and value > rules[rule]:
+            found.append(Breach(rule, value, f"<= {rules[rule]:g}"))
+    return found
+
+
+PRIVATE = frozenset({"loss", "accuracy"})
+"""Numbers of a report that depend on more than what the session's frames have shown."""
