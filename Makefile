@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(BIN)/python -m simulations run demo --out runs/demo --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not e2e"
+	$(BIN)/python -m pytest -q -m "not e2e" -n 2 --dist loadfile
 
 test-e2e: $(STAMP)
 	$(BIN)/python -m pytest -q -m e2e --timeout 900
