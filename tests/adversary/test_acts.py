@@ -15,6 +15,7 @@ from fedsplit.owners.ledger.chain import Ledger
 from fedsplit.owners.ledger.check import ACTS, DisclosureCheck, SessionFacts
 from fedsplit.owners.ledger.disclosure import Averages, Training, Weights
 from fedsplit.owners.policy.rules import Policy
+from fedsplit.privacy.dp.accounting import NoisySteps, composed_epsilon
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.wire.message_types import STEP_TYPE
 from tests.adversary.lying import LyingServer, Owner, settings
@@ -63,9 +64,11 @@ def test_steps_travel_by_an_allowed_transport(
         assert nothing_left(victim)
 
 
-def check(folder: Path, strategy: str, mode: str, policy: str = "") -> DisclosureCheck:
+def check(
+    folder: Path, strategy: str, mode: str, policy: str = "", run: int = 1
+) -> DisclosureCheck:
     folder.mkdir(exist_ok=True)
-    facts = SessionFacts(1, "x", 1, mode, "a" * 64, strategy=strategy)
+    facts = SessionFacts(run, "x", 1, mode, "a" * 64, strategy=strategy)
     return DisclosureCheck(
         Ledger(folder), facts, Policy.parse(policy.encode()), OwnerSecret(bytes(32))
     )
@@ -94,3 +97,27 @@ def test_trained_weights_leave_after_their_training(tmp_path: Path) -> None:
     out = check(tmp_path, "offsite-tuning", "train")
     out.release(Training(steps=3, batch=4, samples=9, epochs=1.0))
     out.release(Weights(tensors={"w": torch.zeros(2)}))
+
+
+def test_what_dp_sgd_costs_is_composed_over_runs(tmp_path: Path) -> None:
+    policy = "[budget]\nmax_dp_epsilon = 20.0\n[offsite]\nmax_epsilon = 10.0\nmin_batch = 4\n"
+    noise, spent, refused = NoisySteps(1.0, 0.25, 20), [], ()
+    for run in range(1, 7):
+        out = check(tmp_path, "offsite-tuning", "train", policy, run)
+        with pytest.raises(PolicyError, match=r"offsite\.min_batch"):
+            out.release(Training(steps=20, batch=1, samples=16))
+        try:
+            out.release(Training(steps=20, batch=4, samples=16, epochs=1.0, noise=noise))
+        except PolicyError as error:
+            refused = error.rules
+            break
+        spent.append(run)
+    assert refused == ("budget.max_dp_epsilon",)
+    costs = [composed_epsilon([noise] * n, 1e-5) for n in range(1, len(spent) + 2)]
+    assert len(spent) >= 2
+    assert costs[0] < 10.0
+    assert costs[-2] <= 20.0 < costs[-1]
+    with pytest.raises(PolicyError, match=r"offsite\.max_epsilon"):
+        check(tmp_path, "offsite-tuning", "train", policy, 1).release(
+            Training(steps=20, batch=4, samples=16, noise=noise)
+        )

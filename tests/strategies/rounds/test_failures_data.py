@@ -80,7 +80,9 @@ def test_bad_data_at_one_owner(
     finally:
         logger.removeHandler(caplog.handler)
     # What is wrong with the data stands in the owner's log; the server learns that it was the data.
-    told = "ConfigError: a setting" if "data-path: must" in reason else "DataError: this owner's data"
+    told = (
+        "ConfigError: a setting" if "data-path: must" in reason else "DataError: this owner's data"
+    )
     assert_only_the_victim_is_lost(run, told)
     assert any(reason in record.getMessage() for record in caplog.records)
 
