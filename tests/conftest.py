@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from tests.project import ROOT, project_files
 # A busy machine is no error of the code; speed is measured by ``python -m simulations bench``.
 settings.register_profile("fedsplit", deadline=None)
 settings.load_profile("fedsplit")
+# Consoles fix their width when they are made: tests that want one say so themselves.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session")

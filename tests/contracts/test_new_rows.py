@@ -70,7 +70,7 @@ def told(*command: str, policy: str = "") -> str:
         path.write_text(policy)
         path.chmod(0o600)
         given = [str(path) if word == "POLICY" else word for word in command]
-        return CliRunner().invoke(app_cli, given, env={"COLUMNS": "200", **os.environ}).stdout
+        return CliRunner().invoke(app_cli, given, env={**os.environ, "COLUMNS": "200"}).stdout
 
 
 # ---- a mechanism ---------------------------------------------------------------------------------

@@ -48,19 +48,8 @@ def exchange(left: Link, right: Link) -> int:
 # ---- a whole run --------------------------------------------------------------------------------
 
 
-def test_a_run_tells_what_its_results_say(
-    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_tells_what_its_results_say(make_config: Any, run_locally: Any) -> None:
     config = make_config(output__log_json=True, output__tensorboard=True)
-    observers: list[Observers] = []
-
-    def watched(folder: Path, *, capture: bool) -> Any:
-        from strategies.rounds.recorder import Recorder
-
-        observers.append(Observers(config, 7))
-        return Recorder(folder, capture=capture, observers=observers[0])
-
-    monkeypatch.setattr("tests.strategies.run_local.Recorder", watched)
     run = run_locally(config)
 
     page = json.loads((run.folder / "progress.json").read_text())
