@@ -32,6 +32,7 @@ from fedsplit.fingerprints.methods.aligned_products import (
     centred_stream,
     compare_matching_blocks,
     embedding_alignment,
+    product_factors,
 )
 from fedsplit.fingerprints.methods.base import Fingerprint
 from fedsplit.fingerprints.methods.cka import unbiased_cka
@@ -61,23 +62,12 @@ def balanced_units(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 def features(block: BlockProjections, *, centre: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
     """Return both sides' features per kind of weight, (d, p) each, one row a residual dimension."""
-    size = block.q.shape[0] // block.heads
-    keys = block.expand(block.k)
-    pairs = [
-        balanced(block.q[h * size : (h + 1) * size], keys[h * size : (h + 1) * size])
-        for h in range(block.heads)
-    ]
-    out = {"qk": _joined(pairs)}
-    size = block.v.shape[0] // block.kv_heads
-    width = block.o.shape[1] // block.heads
-    outputs = block.o.new_zeros(block.kv_heads, width, block.o.shape[0])
-    for head, group in enumerate(block.kv_of_head):
-        outputs[group] += block.o[:, head * width : (head + 1) * width].T
-    pairs = [
-        balanced(block.v[g * size : (g + 1) * size], outputs[g]) for g in range(block.kv_heads)
-    ]
-    out["vo"] = _joined(pairs)
-    out["ffn"] = balanced_units(block.up, block.down)
+    factors = product_factors(block)
+    out = {
+        "qk": _balanced_heads(*factors["qk"], block.heads),
+        "vo": _balanced_heads(*factors["vo"], block.kv_heads),
+        "ffn": balanced_units(block.up, block.down),
+    }
     if centre:  # what a mean-removing norm behind would drop
         for kind in ("vo", "ffn"):
             first, second = out[kind]
@@ -85,7 +75,9 @@ def features(block: BlockProjections, *, centre: bool = False) -> dict[str, tupl
     return out
 
 
-def _joined(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _balanced_heads(a: Tensor, b: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Return the balanced features of each head's rows of (heads * D, d), side by side."""
+    pairs = [balanced(*parts) for parts in zip(a.chunk(heads), b.chunk(heads), strict=True)]
     return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
 
 
