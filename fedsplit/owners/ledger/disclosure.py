@@ -8,6 +8,7 @@ whatever strategy or message it belongs to.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -164,12 +165,12 @@ class Gradients(Disclosure):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply(Disclosure):
+class Reply(Disclosure, abc.ABC):
     """What leaves outside a session, in the reply to a Flower message."""
 
+    @abc.abstractmethod
     def measure(self) -> tuple[int, str]:
         """Return (bytes, SHA-256) of what leaves."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
