@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="hub name, folder, or package:NAME")],
+    model: Annotated[str, typer.Argument(help="hub name, folder, .gguf, or package:NAME")],
     k: Annotated[int, typer.Option(help="blocks in the bottom; 0 = embeddings only")] = 0,
     task: Annotated[
         str, typer.Option(help="sequence-classification or causal-lm")

@@ -14,7 +14,8 @@ class ModelConfig:
     """Which pretrained model is tuned, and for what.
 
     Attributes:
-        name: hub name, local folder, or ``package:NAME`` (a Python package shipping ``model/``).
+        name: hub name, local folder, ``.gguf`` file, or ``package:NAME`` (a Python package that
+            ships ``model/`` or one ``.gguf`` file).
         sha256: expected digest of the package's model.safetensors; empty = not checked.
         task: ``sequence-classification`` or ``causal-lm``.
         labels: number of classes (classification only); the parties agree on it beforehand.

@@ -5,7 +5,6 @@ Nothing is loaded: weights are viewed in their files (:mod:`fedsplit.fingerprint
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from fedsplit.errors import ModelError
 from fedsplit.fingerprints.evidence.public_file import PublicFingerprint, read
 from fedsplit.fingerprints.view import WeightView
 from fedsplit.fingerprints.weights_file import TensorFiles, open_view
+from fedsplit.models.gguf import SUFFIX as GGUF
 from fedsplit.models.layout.projections import layout_of, read_config
+from fedsplit.models.places import place_of
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json"]
@@ -58,8 +59,8 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
 
     Args:
         text: a folder with config.json and safetensors, one ``.safetensors`` file beside its
-            config.json, ``package:NAME``, a hub name ``owner/name``, or a public fingerprint
-            (``.json``).
+            config.json, a ``.gguf`` file, ``package:NAME``, a hub name ``owner/name``, or a public
+            fingerprint (``.json``).
         signer: hexadecimal public key that a fingerprint must be signed by.
 
     Raises:
@@ -70,9 +71,11 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
     path = Path(text).expanduser()
     if path.is_file() and path.suffix == ".json":
         return Source(path.stem, public=read(path, signer=signer))
-    if path.is_file():
+    if path.is_file() and path.suffix != GGUF:
         if path.suffix != ".safetensors":
-            raise ModelError(f"{path}: must be a .safetensors file, a fingerprint or a folder")
+            raise ModelError(
+                f"{path}: must be a .safetensors or {GGUF} file, a fingerprint or a folder"
+            )
         layout = layout_of(read_config(path.parent))
         files = TensorFiles([path])
         view = WeightView(layout, files.shapes, files.get, get_rows=files.rows)
@@ -84,15 +87,18 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
 def model_folder(text: str) -> Path:
     """Return the folder of a model's files; a hub's are fetched into its cache.
 
+    See :func:`fedsplit.models.places.place_of` for packages and GGUF files.
+
     Raises:
         ModelError: if there is no such folder, package or hub model.
     """
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.is_dir():  # weights alone may do: what is missing is told by who reads it
         return path
-    if text.startswith("package:"):
-        return _package(text)
-    if text.startswith((".", "/", "~")) or not _HUB.fullmatch(text):
+    place = place_of(text)
+    if place is not None:
+        return place.folder
+    if not _HUB.fullmatch(text):
         raise ModelError(
             f"{text}: no such file or folder; must be one, package:NAME, or a hub's owner/name"
         )
@@ -106,14 +112,6 @@ def model_folder(text: str) -> Path:
             f"{text}: no such folder here, and no such model could be fetched "
             f"({type(error).__name__}: {reason[:200]})"
         ) from error
-
-
-def _package(text: str) -> Path:
-    name = text.removeprefix("package:")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"{text}: no installed package of that name (pip install it first)")
-    return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
 def _short(text: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError, check
 from fedsplit.models.anatomy import probe, text_config
+from fedsplit.models.places import place_of
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
 
@@ -79,8 +79,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name_or_path: a folder, a hub name, or ``package:NAME`` for an installed Python package that
-            ships a ``model/`` folder (it is located, not imported).
+        name_or_path: a folder, a ``.gguf`` file, a hub name, or ``package:NAME``, see
+            :func:`fedsplit.models.places.place_of`.
         task: ``"sequence-classification"`` or ``"causal-lm"``.
         num_labels: classes of a classifier; None: the checkpoint's own, or ``len(label_names)``.
         label_names: their names, in order of the class index.
@@ -89,7 +89,8 @@ def load(
         attn: attention implementation (``"eager"``, ``"sdpa"``); None: transformers' choice.
         seed: of a new classification head (same seed, same weights).
         dropout: probability for every dropout of the model; None leaves the checkpoint's.
-        expected_sha256: of the folder's ``model.safetensors``; checked before loading.
+        expected_sha256: of the folder's ``model.safetensors``, or of the GGUF file; checked before
+            loading.
         revision: of a hub model.
 
     Raises:
@@ -101,9 +102,7 @@ def load(
     auto = pick(TASKS, task, "task")
     check(dropout is None or 0.0 <= dropout < 1.0, "dropout", dropout, "None or in [0, 1)")
     labels = _label_settings(task, num_labels, label_names)
-    where = _resolve(str(name_or_path))
-    if expected_sha256 is not None:
-        _check_file(where, expected_sha256)
+    where = _located(str(name_or_path), expected_sha256)
     options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
     with _naming(name_or_path), _quiet():
         config = AutoConfig.from_pretrained(where, **options)
@@ -182,23 +181,13 @@ def _label_settings(
     return settings
 
 
-def _resolve(name: str) -> str:
-    if not name.startswith("package:"):
-        if name.startswith((".", "/", "~")) or Path(name).exists():
-            path = Path(name).expanduser()
-            if not (path / "config.json").is_file():
-                raise ModelError(f"{path}: must be a folder with a config.json")
-            return str(path)
-        return name
-    package = name.removeprefix("package:")
-    check(package.isidentifier(), "package", package, "a plain package name")
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"{name}: no installed package of that name (pip install it first)")
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{name}: {folder} must hold a config.json")
-    return str(folder)
+def _located(name: str, expected_sha256: str | None) -> str:
+    """Return the folder or hub name to read from, checked against the expected digest."""
+    place = place_of(name, sha256=expected_sha256 or "")
+    where = name if place is None else str(place.folder)
+    if expected_sha256 is not None and (place is None or not place.gguf_sha256):
+        _check_file(where, expected_sha256)
+    return where
 
 
 def _check_file(where: str, expected: str) -> None:
