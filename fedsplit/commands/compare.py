@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
 def compare(
     base: Annotated[
         str,
-        typer.Argument(help="A: folder, .safetensors, .gguf, package:NAME, hub name, or a fingerprint"),
+        typer.Argument(help="A: folder, .safetensors, .gguf, package:NAME, hub, or fingerprint"),
     ],
     suspect: Annotated[str, typer.Argument(help="B: the same")],
     signer: Annotated[

@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 def fingerprint(
     model: Annotated[
         str,
-        typer.Argument(help="folder, .safetensors, .gguf, package:NAME, hub name, or a fingerprint"),
+        typer.Argument(help="folder, .safetensors, .gguf, package:NAME, hub, or fingerprint"),
     ],
     out: Annotated[Path | None, typer.Option(help="write the public fingerprint here")] = None,
     key: Annotated[

@@ -49,7 +49,8 @@ def _read(folder: str) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(
         folder,
         use_safetensors=True,
         trust_remote_code=False,

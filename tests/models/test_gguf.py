@@ -151,7 +151,7 @@ def test_names_that_are_no_places(tmp_path: Path) -> None:
 def _tiny_gguf(file: Path) -> LlamaForCausalLM:
     """Write a two-block LLaMA with grouped heads and a tokenizer; return the model it holds."""
     package: Any = pytest.importorskip("gguf")
-    tokens = ["<|endoftext|>", "<s>", "</s>", *map(chr, range(ord("a"), ord("z") + 1)), "Ġ", "th", "the"]
+    tokens = ["<|endoftext|>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "th", "the"]
     config = LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
