@@ -15,7 +15,7 @@ from fedsplit.errors import ConfigError
 from fedsplit.owners.data_source import own_data
 from fedsplit.owners.handshake import greet, request_files
 from fedsplit.owners.ledger.disclosure import Averages
-from fedsplit.owners.offsite.owner import AdapterOwner, blocks_of
+from fedsplit.owners.offsite.owner import AdapterOwner, blocks_of_sets
 from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.task import OwnerTask
 from fedsplit.wire.frames import Kind
@@ -34,7 +34,7 @@ def session(client: ClientTask) -> RecordDict:
     identity.home.evict("emulators", folder.name, identity.node_config)
     emulator = load_emulator(folder)  # its digest was verified on the way
     train, test = own_data(config.data, config.seed, False, identity.node_config, identity.secret)
-    blocks = blocks_of(_tokenizer(folder), train.texts, test.texts, config.offsite.block)
+    blocks = blocks_of_sets(_tokenizer(folder), train, test, config.offsite.block)
     report = SessionReport(task.check.policy, identity.secret)
     owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret, report)
     if averaged := averaged_weights(client.message):

@@ -40,6 +40,10 @@ def predict(
     temperature: Annotated[float, typer.Option(help="0 = the most probable token")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus of the sampling")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling; -1 = the operating system's")] = -1,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="the text is a question: lay it out by the chat template")
+    ] = False,
+    system: Annotated[str, typer.Option(help="with --chat: the system's message")] = "",
     home: Home = None,
 ) -> None:
     """Ask a serving model: classes for texts, or a continuation of one text.
@@ -56,15 +60,26 @@ def predict(
         if file is not None or not text:
             raise ConfigError("predict with a generating model: must be given one text, no --file")
         choose = sampler(temperature, top_p, None if seed < 0 else seed)
-        console.print(text, end="", style="dim", markup=False, highlight=False)
+        end = "\n" if chat else ""
+        console.print(text, end=end, style="dim", markup=False, highlight=False)
 
         def show(piece: str) -> None:
             shown = printable(piece, keep="\n\t", most=len(piece))
             console.print(shown, end="", markup=False, highlight=False)
 
-        _, answered = generate(root, text, choose=choose, most=new_tokens, on_text=show)
+        _, answered = generate(
+            root,
+            text,
+            choose=choose,
+            most=new_tokens,
+            on_text=show,
+            chat=chat,
+            system=system,
+        )
         console.print()
     else:
+        if chat:
+            raise ConfigError(f"--chat: must be left out, {task} answers with classes")
         texts = _texts(text, file, column)
         probabilities, answered = classify(root, texts)
         names = [n.strip() for n in classes.split(",")] if classes else []

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedsplit.data import docstrings, files, hub
+from fedsplit.data import conversations, docstrings, files, hub
 from fedsplit.data.batches import epoch_batches
 from fedsplit.data.dataset import TextDataset, build, label_names
 from fedsplit.data.partition import PARTITIONS, balanced_groups, partition, train_test_split
@@ -44,6 +44,7 @@ DATASETS: dict[str, Source] = {
     "docstrings": docstrings.SOURCE,
     "file": files.SOURCE,
     "hub": hub.SOURCE,
+    "instructions": conversations.SOURCE,
 }
 """kind -> its source; a new kind is a file and a row here."""
 

@@ -29,6 +29,7 @@ class TextDataset:
         label_names: the classes' names; empty exactly when ``labels`` is.
         columns: further columns of n values each (author, age ...), which never leave the owner.
         name: where the data came from, for messages; not part of the content.
+        chat: whether the texts are conversations (:mod:`fedsplit.data.conversations`).
 
     Raises:
         DataError: on a blank text, a text that UTF-8 cannot carry, a missing label or one out of
@@ -40,6 +41,7 @@ class TextDataset:
     label_names: tuple[str, ...] = ()
     columns: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     name: str = "dataset"
+    chat: bool = False
 
     def __post_init__(self) -> None:
         """Validate every row."""
@@ -89,6 +91,8 @@ class TextDataset:
             ("labels", self.labels),
             ("label_names", self.label_names),
         ]
+        if self.chat:
+            parts.append(("chat", (True,)))
         parts += [(f"column:{column}", self.columns[column]) for column in sorted(self.columns)]
         for name, values in parts:
             hasher.update(json.dumps([name, list(values)]).encode())
@@ -113,6 +117,7 @@ class TextDataset:
             label_names=self.label_names,
             columns={c: tuple(v[row] for row in rows) for c, v in self.columns.items()},
             name=self.name,
+            chat=self.chat,
         )
 
     def label_counts(self) -> npt.NDArray[np.int64]:
@@ -155,7 +160,10 @@ def build(table: Table, names: tuple[str, ...]) -> TextDataset:
         keep = [row for row, text in enumerate(table.texts) if text.strip()]
         columns = {c: tuple(v[row] for row in keep) for c, v in table.columns.items()}
         return TextDataset(
-            tuple(table.texts[row] for row in keep), columns=columns, name=table.name
+            tuple(table.texts[row] for row in keep),
+            columns=columns,
+            name=table.name,
+            chat=table.chat,
         )
     labels: list[int] = []
     index = {name: position for position, name in enumerate(names)}

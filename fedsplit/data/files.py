@@ -6,10 +6,11 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedsplit.data.table import Request, Source, Table, Value
+from fedsplit.data.table import EVERY, Request, Source, Table, Value
 from fedsplit.errors import DataError
 
 MAX_LINE = 1 << 20  # bytes of one line; a field of a CSV file is bounded by csv's own 131,072
@@ -60,7 +61,7 @@ def read(request: Request, split: str) -> Table:
             if request.label_column:
                 labels.append(_label(where, row, request.label_column))
             for column in request.columns:
-                columns[column].append(_value(where, row, column))
+                columns[column].append(value_of(where, row, column))
             sources.append(file.stem)
     if not texts:
         raise DataError(f"{', '.join(str(file) for file in files)}: rows=0: must be >= 1")
@@ -69,6 +70,26 @@ def read(request: Request, split: str) -> Table:
     return Table(
         tuple(texts), tuple(labels), {c: tuple(v) for c, v in columns.items()}, request.path
     )
+
+
+def is_there(request: Request) -> bool:
+    """Return whether ``request.path`` is a file or folder of this machine."""
+    return bool(request.path) and Path(request.path).exists()
+
+
+def rows(request: Request, split: str) -> Iterator[Row]:
+    """Yield (place, values by column) of every row of a split, with all of its columns.
+
+    Raises:
+        DataError: as :func:`read`.
+    """
+    found = _files(request)
+    if split not in found:
+        raise DataError(
+            f"split={split!r}: must be one of those in {request.path}: {', '.join(found)}"
+        )
+    for file in found[split]:
+        yield from READERS[file.suffix.lower()](file, replace(request, text_column=EVERY))
 
 
 def passages(lines: Iterable[str], words: int) -> Iterator[str]:
@@ -197,14 +218,15 @@ def _read_parquet(path: Path, request: Request) -> Iterator[Row]:
     except ImportError as error:
         raise DataError(f"pyarrow: {error}: pip install 'fedsplit[data]'") from None
     wanted = [request.text_column, *filter(None, [request.label_column]), *request.columns]
+    every = request.text_column == EVERY
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            for column in wanted:
+            for column in names if every else wanted:
                 if column not in names:
                     raise _missing(str(path), column, names)
             number = 0
-            for batch in file.iter_batches(batch_size=4096, columns=wanted):
+            for batch in file.iter_batches(batch_size=4096, columns=None if every else wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:row {number}", row
@@ -255,13 +277,18 @@ def _text(where: str, row: Mapping[str, Any], column: str) -> str:
 
 
 def _label(where: str, row: Mapping[str, Any], column: str) -> Value:
-    value = _value(where, row, column)
+    value = value_of(where, row, column)
     if value is None or value == "":
         raise DataError(f"{where}: {column}={value!r}: must be a label")
     return value
 
 
-def _value(where: str, row: Mapping[str, Any], column: str) -> Value:
+def value_of(where: str, row: Mapping[str, Any], column: str) -> Value:
+    """Return one value of a row.
+
+    Raises:
+        DataError: there is no such column, or its value is a list or an object.
+    """
     value = _get(where, row, column)
     if value is None or isinstance(value, (str, int, float, bool)):
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,19 @@ def read(request: Request, split: str) -> Table:
         name=request.path,
         label_names=names,
     )
+
+
+def rows(request: Request, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (place, values by column) of every row of a split, with all of its columns.
+
+    Raises:
+        DataError: as :func:`read`.
+    """
+    path, revision, config = _locate(request.path)
+    with _quiet(request.path) as datasets:
+        found = datasets.load_dataset(path, name=config, revision=revision, split=split)
+    for number, row in enumerate(found):
+        yield f"{request.path}:row {number}", row
 
 
 def _values(request: Request, rows: Any, column: str) -> tuple[Value, ...]:

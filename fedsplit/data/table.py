@@ -9,6 +9,8 @@ from fedsplit.errors import check
 
 Value = str | int | float | bool | None
 
+EVERY = "*"  # as a text column: a row's every column is wanted
+
 
 @dataclass(frozen=True)
 class Request:
@@ -51,6 +53,7 @@ class Table:
         columns: further columns, each with one value per row.
         name: where it came from, for messages.
         label_names: the names, when the source itself fixes their order; labels are then indices.
+        chat: whether texts are conversations (:mod:`fedsplit.data.conversations`).
     """
 
     texts: tuple[str, ...]
@@ -58,6 +61,7 @@ class Table:
     columns: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     name: str = ""
     label_names: tuple[str, ...] = ()
+    chat: bool = False
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,11 @@ def _node(folder: Path, content: Any) -> dict[str, Scalar]:
     for name, value in content.items():
         if name in _OURS:
             raise ConfigError(f"node.{name}={value!r}: must be left out, {_OURS[name]} gives it")
-        is_path = name in _NODE_PATHS and content.get("data-kind", "file") == "file"
-        found[name] = str(_path(folder, name, value)) if is_path else value
+        found[name] = value
+        if name in _NODE_PATHS:
+            kind, path = content.get("data-kind", "file"), _path(folder, name, value)
+            if kind == "file" or (kind == "instructions" and path.exists()):  # else a hub's name
+                found[name] = str(path)
     owner_name(found)
     node_config_text(found)
     return found

@@ -14,6 +14,8 @@ from fedsplit.emulators.compression.structure import Model
 from fedsplit.errors import DataError, check
 from fedsplit.models.modes import evaluating
 
+IGNORED = -100  # as a label: nothing is to be predicted here
+
 
 def check_tokens(name: str, tokens: Any, rows: int = 1) -> Tensor:
     """Return ``tokens`` if they are ids (N, T) with N >= rows, T >= 2.
@@ -56,10 +58,22 @@ def logits_of(model: Model, ids: Tensor) -> Tensor:
     return logits
 
 
-def lm_loss(logits: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
-    """Return the cross-entropy (nats) of each next token: logits (B, T, V), ids (B, T)."""
+def lm_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Return the cross-entropy (nats) of each next token.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), the ids, or :data:`IGNORED` where nothing is to be predicted.
+        reduction: ``mean`` over what is predicted, ``sum``, or ``none``: (B (T-1),), 0 elsewhere.
+    """
     flat = logits[:, :-1].float().flatten(0, 1)  # (B (T-1), V)
-    return F.cross_entropy(flat, ids[:, 1:].flatten(), reduction=reduction)
+    following = labels[:, 1:].flatten()
+    return F.cross_entropy(flat, following, reduction=reduction, ignore_index=IGNORED)
+
+
+def target_counts(labels: Tensor) -> Tensor:
+    """Return how many tokens of each row of ``labels`` (B, T) are predicted, (B,)."""
+    return (labels[:, 1:] != IGNORED).sum(1)
 
 
 def divergence(target: Tensor, logits: Tensor) -> Tensor:
@@ -70,8 +84,16 @@ def divergence(target: Tensor, logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: Model, tokens: Tensor, batch_size: int = 16) -> float:
+def mean_loss(
+    model: Model, tokens: Tensor, batch_size: int = 16, *, labels: Tensor | None = None
+) -> float:
     """Return the mean next-token loss in nats over blocks (N, T); its exp is the perplexity.
+
+    Args:
+        model: of a causal language model.
+        tokens: (N, T).
+        batch_size: blocks at a time.
+        labels: see :func:`lm_loss`; None: the tokens.
 
     Raises:
         DataError: if ``tokens`` are not ids (N, T).
@@ -80,10 +102,11 @@ def mean_loss(model: Model, tokens: Tensor, batch_size: int = 16) -> float:
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model):
-        for ids in torch.split(tokens, batch_size):
-            ids = ids.to(device)
-            total += float(lm_loss(logits_of(model, ids), ids, "sum"))
-            count += ids.shape[0] * (ids.shape[1] - 1)
+        every = tokens if labels is None else labels
+        for ids, wanted in zip(tokens.split(batch_size), every.split(batch_size), strict=True):
+            wanted = wanted.to(device)
+            total += float(lm_loss(logits_of(model, ids.to(device)), wanted, "sum"))
+            count += int(target_counts(wanted).sum())
     return total / count
 
 

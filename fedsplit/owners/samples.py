@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsplit.data import TextDataset
+from fedsplit.data.conversations import from_text
 from fedsplit.errors import DataError
+from fedsplit.models.chat_template import encode
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,14 +29,23 @@ class Samples:
         labels: one class per slot, or None for causal language modelling.
         texts: what identifies each slot's raw text (:func:`text_identity`): views, draws and
             budgets are counted by it, whatever tokens a server's tokenizer makes of the text.
+        completions: one flag per token, (T_i,) per slot: whether it is to be predicted; None: of a
+            language model's text every token but the first is.  It never leaves the owner.
     """
 
     ids: tuple[Tensor, ...]
     labels: Tensor | None
     texts: tuple[bytes, ...]
+    completions: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def predicting(self, slot: int) -> Tensor:
+        """Return the positions (n,) of a slot's text whose next token is a target."""
+        if self.completions is None:
+            return torch.arange(self.ids[slot].shape[0] - 1)
+        return self.completions[slot][1:].nonzero().flatten()
 
     @property
     def lengths(self) -> list[int]:
@@ -103,4 +118,67 @@ def tokenise(
         tuple(torch.tensor(ids, dtype=torch.int64) for ids in encoded),
         None if labels is None else torch.tensor([int(x) for x in labels], dtype=torch.int64),
         tuple(text_identity(text) for text in texts),
+    )
+
+
+def tokenise_chat(
+    tokenizer: Any, texts: Sequence[str], *, max_tokens: int, order: np.ndarray | None = None
+) -> Samples:
+    """Lay out conversations by the tokenizer's chat template and tokenise them into slots.
+
+    What a cut takes away is told in the log (see :func:`fedsplit.models.chat_template.encode`).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the owner's, each a conversation (:mod:`fedsplit.data.conversations`).
+        max_tokens: longer ones are cut, completions last.
+        order: see :func:`tokenise`.
+
+    Raises:
+        DataError: no text, one that is no conversation, or a completion without tokens.
+        ModelError: the chat template fails or breaks its bounds.
+    """
+    if not texts:
+        raise DataError("owner's split has 0 texts: must be >= 1")
+    if order is not None:
+        texts = [texts[i] for i in order]
+    encoded = encode(tokenizer, [from_text(text) for text in texts], max_tokens)
+    short = sum(bool(e.lost_prompt) for e in encoded)
+    cut = [e.lost_completion for e in encoded if e.lost_completion]
+    if short or cut:
+        log.warning(
+            "of %d conversations, %d lost tokens of their prompts to max_tokens=%d, and %d lost %d "
+            "tokens of their completions",
+            *(len(texts), short, max_tokens, len(cut), sum(cut)),
+        )
+    return Samples(
+        tuple(torch.tensor(e.ids, dtype=torch.int64) for e in encoded),
+        None,
+        tuple(text_identity(text) for text in texts),
+        tuple(torch.tensor(e.targets) for e in encoded),
+    )
+
+
+def tokenise_set(
+    tokenizer: Any,
+    data: TextDataset,
+    *,
+    labelled: bool,
+    max_tokens: int,
+    classes: int,
+    order: np.ndarray | None = None,
+) -> Samples:
+    """Tokenise a data set of any form into slots; see :func:`tokenise` and :func:`tokenise_chat`.
+
+    Raises:
+        DataError: conversations where labels are wanted, and as those two.
+        ModelError: as :func:`tokenise_chat`.
+    """
+    if data.chat:
+        if labelled:
+            raise DataError(f"{data.name}: conversations: must be of a causal-lm, without labels")
+        return tokenise_chat(tokenizer, data.texts, max_tokens=max_tokens, order=order)
+    labels = data.labels if labelled else None
+    return tokenise(
+        tokenizer, data.texts, labels, max_tokens=max_tokens, classes=classes, order=order
     )

@@ -13,7 +13,7 @@ from typing import Any
 from fedsplit.config import RunConfig
 from fedsplit.data import TextDataset
 from fedsplit.owners.data_source import simulated_shares
-from fedsplit.owners.samples import Samples, tokenise
+from fedsplit.owners.samples import Samples, tokenise_set
 from fedsplit.owners.split.schedule import slot_order
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -42,10 +42,10 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
         name = f"owner-{index}"
         secret = OwnerSecret.for_simulation(config.seed, name)
         parts = [
-            tokenise(
+            tokenise_set(
                 tokenizer,
-                texts.texts,
-                texts.labels if config.model.task == "sequence-classification" else None,
+                texts,
+                labelled=config.model.task == "sequence-classification",
                 max_tokens=config.model.max_tokens,
                 classes=config.model.labels,
                 order=slot_order(secret, split, len(texts)),

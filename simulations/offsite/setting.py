@@ -33,7 +33,7 @@ from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.emulators.lm import mean_loss, pack
 from fedsplit.emulators.planning.trial import TrialRow, Tuning, fully_tuned, tuned_in_full
 from fedsplit.emulators.planning.trial import trial as run_trial
-from fedsplit.errors import FedsplitError
+from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.offsite.owner import blocks_of
@@ -87,6 +87,11 @@ class OffsiteSetting(ExperimentSetting):
         length = self.config.offsite.block
         tokenizer = self.loaded.tokenizer
         shares = simulated_shares(self.config.data, self.config.seed, False)
+        if shares[0][0].chat:
+            raise ConfigError(
+                f"data.kind={self.config.data.kind!r}: must be plain text; a run of offsite tuning "
+                "takes conversations, these tables do not"
+            )
         parts = [blocks_of(tokenizer, a.texts, b.texts, length) for a, b in shares]
         wanted = self.options["public-blocks"] * length
         ids: list[int] = []

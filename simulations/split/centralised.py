@@ -100,7 +100,9 @@ class CentralisedTwin:
         if self.config.model.task == "sequence-classification":
             return self._buckets(hidden, mask), labels  # the server pads as little
         logits = self.top(hidden, mask)
-        predicts = mask[:, 1:].bool()
+        predicts = torch.zeros_like(mask[:, 1:], dtype=torch.bool)
+        for row, (own, slot) in enumerate((s, slot) for s, slots in samples for slot in slots):
+            predicts[row, own.predicting(slot)] = True
         return logits[:, :-1][predicts], ids[:, 1:][predicts]
 
     def step(self, samples: Step, progress: float) -> float:

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
+from fedsplit.data import TextDataset
 from fedsplit.emulators.build import Emulator, tune_inside
-from fedsplit.emulators.lm import mean_loss, pack
+from fedsplit.emulators.lm import IGNORED, mean_loss, pack, target_counts
 from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.ledger.disclosure import Training
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
 from fedsplit.owners.reports import SessionReport
+from fedsplit.owners.samples import tokenise_chat
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.owners.split.settings import DpSettings
 from fedsplit.privacy.secret import OwnerSecret
@@ -36,10 +38,14 @@ class Blocks:
     Attributes:
         train: (N, T).
         test: (N', T).
+        train_labels: (N, T), what is to be predicted (see :func:`fedsplit.emulators.lm.lm_loss`).
+        test_labels: (N', T).
     """
 
     train: Tensor
     test: Tensor
+    train_labels: Tensor
+    test_labels: Tensor
 
 
 def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length: int) -> Blocks:
@@ -61,7 +67,33 @@ def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length:
                 f"owner's {name} split has {len(ids)} tokens: must be >= {length}, one block"
             )
         packed.append(pack(torch.tensor(ids, dtype=torch.int64), length))
-    return Blocks(packed[0], packed[1])
+    return Blocks(packed[0], packed[1], packed[0], packed[1])
+
+
+def blocks_of_sets(tokenizer: Any, train: TextDataset, test: TextDataset, length: int) -> Blocks:
+    """Return data sets as blocks: plain text packed, a conversation to a block of its own.
+
+    A conversation is padded on the right, where no token before it attends, and its completions
+    alone are labels.
+
+    Raises:
+        DataError: see :func:`blocks_of` and :func:`fedsplit.owners.samples.tokenise_chat`.
+        ModelError: the chat template fails or breaks its bounds.
+    """
+    if not train.chat:
+        return blocks_of(tokenizer, train.texts, test.texts, length)
+    pad = next(int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
+    found: list[Tensor] = []
+    for part in (train, test):
+        samples = tokenise_chat(tokenizer, part.texts, max_tokens=length)
+        ids = torch.full((len(samples), length), pad)
+        labels = torch.full((len(samples), length), IGNORED)
+        for slot, own in enumerate(samples.ids):
+            ids[slot, : len(own)] = own
+            after = 1 + samples.predicting(slot)
+            labels[slot, after] = own[after]
+        found += [ids, labels]
+    return Blocks(found[0], found[2], found[1], found[3])
 
 
 class AdapterOwner:
@@ -155,10 +187,11 @@ class AdapterOwner:
         loss_sum, tokens = 0.0, 0
         try:
             for step, batch in enumerate(batches):
-                ids = self.blocks.train[torch.as_tensor(batch)]  # (B, T)
+                rows = torch.as_tensor(batch)
+                ids, labels = self.blocks.train[rows], self.blocks.train_labels[rows]  # (B, T)
                 done = (round_ - 1 + step / len(batches)) / train.rounds
-                loss = steps.step(ids, train.lr * rate_factor(train, done))
-                count = ids.shape[0] * (ids.shape[1] - 1)
+                loss = steps.step(ids, labels, train.lr * rate_factor(train, done))
+                count = int(target_counts(labels).sum())
                 self._add(batch, steps.losses)
                 loss_sum += loss * count
                 tokens += count
@@ -176,16 +209,17 @@ class AdapterOwner:
 
     def evaluate(self) -> dict[str, float | int]:
         """Return the emulator's loss on the owner's held-out blocks (nats per token)."""
-        test = self.blocks.test
+        test, labels = self.blocks.test, self.blocks.test_labels
         exact = {
             "num-examples": len(test),
-            "targets": float(test.shape[0] * (test.shape[1] - 1)),
-            "loss": mean_loss(self.emulator.model, test),
+            "targets": float(target_counts(labels).sum()),
+            "loss": mean_loss(self.emulator.model, test, labels=labels),
         }
         if self._report is None:
             return exact
         if self._report.per_text:
-            each = [mean_loss(self.emulator.model, block) for block in torch.split(test, 1)]
+            pairs = zip(test.split(1), labels.split(1), strict=True)
+            each = [mean_loss(self.emulator.model, ids, labels=own) for ids, own in pairs]
             self._add(range(len(test)), each)
         return self._report.private(exact)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.config import RunConfig
-from fedsplit.emulators.lm import lm_loss, logits_of
+from fedsplit.emulators.lm import IGNORED, lm_loss, logits_of, target_counts
 from fedsplit.errors import ModelError
 from fedsplit.owners.split.settings import DpSettings, optimizer_of
 
@@ -18,11 +18,11 @@ from fedsplit.owners.split.settings import DpSettings, optimizer_of
 class AdapterSteps:
     """One round's steps.  The optimizer starts anew each round: its moments are the owner's own.
 
-    The objective of a step is the mean over blocks of their own mean next-token losses (all blocks
-    have one length), plus FedProx's ``mu / 2 |w - w_0|^2`` (Li et al., arXiv 1812.06127, eq. 2).
+    The objective of a step is the mean next-token loss over its blocks' targets, plus FedProx's
+    ``mu / 2 |w - w_0|^2`` (Li et al., arXiv 1812.06127, eq. 2).
 
-    With ``dp`` a block is a sample: its gradient (the proximal term's in it) is bounded by
-    ``dp.clip``, and noise is added to the sum (see
+    With ``dp`` a block is a sample: the gradient of its own mean loss (the proximal term's in it)
+    is bounded by ``dp.clip``, and noise is added to the sum (see
     :class:`~fedsplit.privacy.dp.optimizer.PrivateOptimizer`).
 
     Args:
@@ -66,11 +66,12 @@ class AdapterSteps:
         self._taken = 0
         self._private = None if dp is None else dp.private(self._optimizer)
 
-    def step(self, ids: Tensor, rate: float) -> float:
+    def step(self, ids: Tensor, labels: Tensor, rate: float) -> float:
         """Take one step and return the mean loss of its blocks in nats per token.
 
         Args:
             ids: the step's blocks (B, T).
+            labels: what is to be predicted (B, T), see :func:`fedsplit.emulators.lm.lm_loss`.
             rate: learning rate.
 
         Raises:
@@ -80,7 +81,11 @@ class AdapterSteps:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.losses = []
-        loss = self._step_privately(ids) if self._private is not None else self._step(ids)
+        wanted = (labels != IGNORED).any(0).nonzero()
+        end = max(2, 1 + int(wanted.max()) if len(wanted) else 0)  # behind it stands padding alone
+        ids, labels = ids[:, :end], labels[:, :end]
+        private = self._private is not None
+        loss = self._step_privately(ids, labels) if private else self._step(ids, labels)
         self._optimizer.zero_grad(set_to_none=True)
         self._taken += 1
         return loss
@@ -89,12 +94,13 @@ class AdapterSteps:
         """Return what DP-SGD has cost up to here; empty without it."""
         return {} if self._dp is None else self._dp.spent(self._dp.earlier_steps + self._taken)
 
-    def _step(self, ids: Tensor) -> float:
+    def _step(self, ids: Tensor, labels: Tensor) -> float:
         self._optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in torch.split(ids, self._offsite.micro_batch or len(ids)):
-            share = len(part) / len(ids)
-            loss = self._loss(part)
+        total, size = 0.0, self._offsite.micro_batch or len(ids)
+        targets = int(target_counts(labels).sum())
+        for part, wanted in zip(ids.split(size), labels.split(size), strict=True):
+            share = int(target_counts(wanted).sum()) / targets
+            loss = self._loss(part, wanted)
             torch.autograd.backward([share * loss])
             total += share * float(loss.detach())
         if self._offsite.proximal:
@@ -106,17 +112,19 @@ class AdapterSteps:
         self._optimizer.step()
         return total
 
-    def _step_privately(self, ids: Tensor) -> float:
+    def _step_privately(self, ids: Tensor, labels: Tensor) -> float:
         assert self._private is not None
         losses: list[float] = []
-        self._private.step(self._parameters, self._gradients(ids, losses), len(ids))
+        self._private.step(self._parameters, self._gradients(ids, labels, losses), len(ids))
         return sum(losses) / len(losses)
 
-    def _gradients(self, ids: Tensor, losses: list[float]) -> Iterator[list[Tensor]]:
+    def _gradients(
+        self, ids: Tensor, labels: Tensor, losses: list[float]
+    ) -> Iterator[list[Tensor]]:
         """Yield each block's own gradients, one tensor per parameter."""
         mu = self._offsite.proximal
-        for block in torch.split(ids, 1):
-            loss = self._loss(block)
+        for block, wanted in zip(ids.split(1), labels.split(1), strict=True):
+            loss = self._loss(block, wanted)
             losses.append(float(loss.detach()))
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
             yield [
@@ -124,14 +132,14 @@ class AdapterSteps:
                 for g, p, start in zip(found, self._parameters, self._start, strict=True)
             ]
 
-    def _loss(self, ids: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, labels: Tensor) -> Tensor:
         with self._precision(ids.device.type):
             logits = logits_of(self._model, ids)
-        loss = lm_loss(logits, ids)
+        loss = lm_loss(logits, labels)
         if self._per_block:
             with torch.no_grad():
-                each = lm_loss(logits, ids, "none").view(len(ids), -1).mean(1)
-            self.losses += each.tolist()
+                each = lm_loss(logits, labels, "none").view(len(ids), -1).sum(1)
+            self.losses += (each / target_counts(labels)).tolist()
         if not bool(torch.isfinite(loss)):
             raise ModelError(
                 f"local loss {float(loss.detach())} at step {self._taken}: must be finite"

@@ -15,7 +15,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fedsplit.data.conversations import to_text
 from fedsplit.errors import ConfigError, DataError, PrivacyError, check
+from fedsplit.models.chat_template import encode_prompt
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
@@ -112,6 +114,8 @@ def generate(
     choose: Choose,
     most: int,
     on_text: Callable[[str], None] = lambda piece: None,
+    chat: bool = False,
+    system: str = "",
 ) -> tuple[str, Answered]:
     """Let the model continue ``prompt``, token by token, with a cache on each side.
 
@@ -121,6 +125,8 @@ def generate(
         choose: see :func:`fedsplit.owners.serving.generation.sampler`.
         most: new tokens at most.
         on_text: called with each piece of text as it is known.
+        chat: whether ``prompt`` is a user's message, to be laid out by the tokenizer's template.
+        system: with ``chat``: the system's message before it; empty: the template's own, if any.
 
     Returns:
         The continuation, and what the session cost.
@@ -132,6 +138,9 @@ def generate(
     config = offer.config
     if config.model.task != "causal-lm":
         raise ConfigError(f"model.task={config.model.task!r}: must be causal-lm to generate")
+    if system and not chat:
+        raise ConfigError("system: must be left out without chat")
+    messages = [*([("system", system)] if system else []), ("user", prompt)]
     bound = config.serving.new_tokens
     check(1 <= most <= bound, "new tokens", most, f"in [1, {bound}], as the server allows")
     said: list[int] = []
@@ -143,7 +152,13 @@ def generate(
         if not mechanism.token_by_token:
             raise PrivacyError(f"mechanism {mechanism.name}: must work token by token to generate")
         tokenizer = parts.tokenizer
-        ids = tokenizer(prompt, truncation=True, max_length=config.model.max_tokens)["input_ids"]
+        longest = config.model.max_tokens
+        if chat:
+            ids = encode_prompt(tokenizer, messages)
+            if len(ids) > longest:  # a cut would take away the template's marks
+                raise DataError(f"prompt has {len(ids)} tokens: must be <= {longest}")
+        else:
+            ids = tokenizer(prompt, truncation=True, max_length=longest)["input_ids"]
         if not ids:
             raise DataError("prompt has 0 tokens: must be >= 1")
 
@@ -158,7 +173,7 @@ def generate(
         return GeneratingOwner(
             parts.bottom,
             torch.tensor(ids, dtype=torch.int64),
-            text_identity(prompt),
+            text_identity(to_text(messages) if chat else prompt),
             parts.perturber,
             config.session.codec,
             choose=choose,

@@ -174,7 +174,7 @@ class LabelSide:
         """Return how many targets one sample has."""
         if self.samples.labels is not None:
             return 1
-        return int(self.samples.ids[slot].shape[0]) - 1
+        return len(self.samples.predicting(slot))
 
     def _loss(self, scores: Tensor, targets: Tensor, train: bool) -> Tensor:
         if self._transition is None or not train:
@@ -197,9 +197,9 @@ class LabelSide:
         """Return the rows that predict something, and what they should predict."""
         keep, following, at = [], [], 0
         for slot in slots:
-            ids = self.samples.ids[slot]
-            keep.append(torch.arange(at, at + ids.shape[0] - 1))
-            following.append(ids[1:])
+            ids, own = self.samples.ids[slot], self.samples.predicting(slot)
+            keep.append(at + own)
+            following.append(ids[1 + own])
             at += int(ids.shape[0])
         return torch.cat(keep), torch.cat(following)
 

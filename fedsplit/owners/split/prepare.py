@@ -27,7 +27,7 @@ from fedsplit.owners.label_recovery import FILE as EVIDENCE
 from fedsplit.owners.label_recovery import RULE as RECOVERY
 from fedsplit.owners.label_recovery import LabelRecovery
 from fedsplit.owners.reports import SessionReport
-from fedsplit.owners.samples import Samples, tokenise
+from fedsplit.owners.samples import Samples, tokenise_set
 from fedsplit.owners.split.label_side import LabelSide
 from fedsplit.owners.split.output import OutputReader
 from fedsplit.owners.split.owner import SplitOwner
@@ -295,10 +295,10 @@ def _tokenised(
     if not cell:
         order = slot_order(identity.secret, split, len(texts))
         cell.append(
-            tokenise(
+            tokenise_set(
                 tokenizer,
-                texts.texts,
-                texts.labels if labelled else None,
+                texts,
+                labelled=labelled,
                 max_tokens=config.model.max_tokens,
                 classes=config.model.labels,
                 order=order,

@@ -52,7 +52,9 @@ def owner(secret: OwnerSecret | None = SECRET, **settings: Any) -> AdapterOwner:
         )
     emulator = build_emulator(model.eval(), PLAN)
     config = RunConfig.from_flat(flat)
-    return AdapterOwner(emulator, Blocks(BLOCKS, BLOCKS[:2]), config, "ann", secret)
+    return AdapterOwner(
+        emulator, Blocks(BLOCKS, BLOCKS[:2], BLOCKS, BLOCKS[:2]), config, "ann", secret
+    )
 
 
 def after(round_: int = 1, **settings: Any) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,6 +155,33 @@ def test_generation_is_the_whole_models_own(make_config: Any, tiny_llama: Path) 
     assert "".join(pieces) == text
     # Every token crossed once: the prompt, and all but the last of those chosen.
     assert answered.tokens == len(ids) + len(expected) - 1 == server.report.tokens
+
+
+def test_a_question_is_laid_out_by_the_template(
+    make_config: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("jinja2")
+    folder = tmp_path / "chat"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ 'w8 ' ~ m['content'] ~ ' [SEP] ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'w9 ' }}{% endif %}"
+    )
+    config = make_config(
+        model__name=str(folder), model__task="causal-lm", split__k=1, data__owners=1
+    )
+    ids = [12, 80, 3, 12, 5, 6, 3, 13]  # w8 w76 [SEP] w8 w1 w2 [SEP] w9
+    with torch.inference_mode():
+        expected = load_base(config).model.generate(
+            torch.tensor([ids]), max_new_tokens=4, do_sample=False, pad_token_id=0
+        )[0, len(ids) :]
+    with served(config) as (_, home, _):
+        options: dict[str, Any] = {"choose": sampler(0.0, 1.0, 0), "most": 4, "chat": True}
+        text, answered = generate(home, "w1 w2", system="w76", **options)
+        with pytest.raises(DataError, match="prompt has 44 tokens: must be <= 16"):
+            generate(home, "w1 " * 41, **options)
+    assert text == load_base(config).tokenizer.decode(expected, skip_special_tokens=True)
+    assert answered.tokens == len(ids) + len(expected) - 1
 
 
 def test_rules_and_tokens_hold(
