@@ -140,7 +140,7 @@ def splits(request: Request) -> tuple[str, ...]:
     Raises:
         DataError: see :func:`fedsplit.data.files.splits` and :func:`fedsplit.data.hub.splits`.
     """
-    return (files if files.is_there(request) else hub).splits(request)
+    return files.splits(request) if files.is_there(request) else hub.splits(request)
 
 
 def read(request: Request, split: str) -> Table:
@@ -153,10 +153,10 @@ def read(request: Request, split: str) -> Table:
         raise DataError(
             f"label_column={request.label_column!r}: must be '' for instructions (causal-lm)"
         )
-    rows = (files if files.is_there(request) else hub).rows(request, split)
+    rows = files.rows if files.is_there(request) else hub.rows
     texts: list[str] = []
     columns: dict[str, list[Value]] = {column: [] for column in request.columns}
-    for where, row in rows:
+    for where, row in rows(request, split):
         for messages in conversations_of(where, row):
             texts.append(to_text(messages))
             for column in request.columns:

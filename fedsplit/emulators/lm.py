@@ -103,7 +103,8 @@ def mean_loss(
     total, count = 0.0, 0
     with evaluating(model):
         every = tokens if labels is None else labels
-        for ids, wanted in zip(tokens.split(batch_size), every.split(batch_size), strict=True):
+        parts = (torch.split(rows, batch_size) for rows in (tokens, every))
+        for ids, wanted in zip(*parts, strict=True):
             wanted = wanted.to(device)
             total += float(lm_loss(logits_of(model, ids.to(device)), wanted, "sum"))
             count += int(target_counts(wanted).sum())

@@ -218,7 +218,7 @@ class AdapterOwner:
         if self._report is None:
             return exact
         if self._report.per_text:
-            pairs = zip(test.split(1), labels.split(1), strict=True)
+            pairs = zip(torch.split(test, 1), torch.split(labels, 1), strict=True)
             each = [mean_loss(self.emulator.model, ids, labels=own) for ids, own in pairs]
             self._add(range(len(test)), each)
         return self._report.private(exact)

@@ -98,7 +98,7 @@ class AdapterSteps:
         self._optimizer.zero_grad(set_to_none=True)
         total, size = 0.0, self._offsite.micro_batch or len(ids)
         targets = int(target_counts(labels).sum())
-        for part, wanted in zip(ids.split(size), labels.split(size), strict=True):
+        for part, wanted in zip(torch.split(ids, size), torch.split(labels, size), strict=True):
             share = int(target_counts(wanted).sum()) / targets
             loss = self._loss(part, wanted)
             torch.autograd.backward([share * loss])
@@ -123,7 +123,7 @@ class AdapterSteps:
     ) -> Iterator[list[Tensor]]:
         """Yield each block's own gradients, one tensor per parameter."""
         mu = self._offsite.proximal
-        for block, wanted in zip(ids.split(1), labels.split(1), strict=True):
+        for block, wanted in zip(torch.split(ids, 1), torch.split(labels, 1), strict=True):
             loss = self._loss(block, wanted)
             losses.append(float(loss.detach()))
             found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
