@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import fedsplit
 from fedsplit.commands import (
@@ -23,11 +21,9 @@ from fedsplit.commands import (
 from fedsplit.commands.attacks import extraction as attack_extraction
 from fedsplit.commands.attacks import inversion as attack
 from fedsplit.commands.attacks import lineage as attack_lineage
-from fedsplit.errors import FedsplitError
-from fedsplit.observe import printable
+from fedsplit.observe.console import console, run_command_line
 
 app_cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
 
 
 @app_cli.command()
@@ -54,10 +50,4 @@ lineage.register(app_cli)
 
 def app() -> None:
     """Run the command line; errors made on purpose end with one line and exit code 1."""
-    try:
-        app_cli()
-    except FedsplitError as error:
-        # "[app]" in a message is text, not markup
-        text = escape(printable(error, keep="\n", most=1 << 16))
-        console.print(f"[red]{type(error).__name__}[/red]: {text}", highlight=False)
-        raise SystemExit(1) from None
+    run_command_line(app_cli)

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PRIVATE = 0o600  # mode of a file that its owner alone may read
 PRIVATE_FOLDER = 0o700
+# Blanks at the end of a JSON file, for what must be told of a run even if the disk is full then.
+ROOM = b" " * 4096 + b"\n"
 
 
 class FileTooLarge(OSError):
@@ -270,3 +273,50 @@ class FileLock:
 
     def __exit__(self, *error: object) -> None:
         self.release()
+
+
+@contextmanager
+def working_in(folder: Path, wait_s: float | None = None) -> Iterator[None]:
+    """Hold ``folder`` against every other process and thread that works in it.
+
+    No lock file is left behind; one that a killed process left holds nobody up.
+
+    Args:
+        folder: must exist.
+        wait_s: see :class:`FileLock`.
+
+    Raises:
+        BlockingIOError: another works in it, and the time is up.
+        OSError: the lock file cannot be made.
+    """
+    with FileLock(folder / ".lock", wait_s) as lock:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.path.unlink()
+
+
+def set_in_place(path: Path, **values: Any) -> None:
+    """Set top-level values of a JSON object's file where it lies, for which a full disk has room.
+
+    The file must end in :data:`ROOM`.  Not in one step: a crash meanwhile damages the file.
+
+    Args:
+        path: the file.
+        values: those to set; texts are cut to 500 characters.
+
+    Raises:
+        ValueError: the file holds no JSON object, or not enough room.
+        OSError: it cannot be read or written.
+    """
+    short = {key: v[:500] if isinstance(v, str) else v for key, v in values.items()}
+    document = {**json.loads(path.read_bytes()), **short}
+    content = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
+    with path.open("r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        if len(content) > size:
+            raise ValueError(f"{path}: {len(content)} bytes: must be <= {size}")
+        file.write(content.ljust(size))
+        file.flush()
+        os.fsync(file.fileno())

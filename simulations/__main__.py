@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -11,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from click import Command, Context
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
-from fedsplit.errors import FedsplitError, RunError
+from fedsplit.observe.console import console, run_command_line
 from fedsplit.registry import pick
 from simulations.bench.figures import Overrides
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from simulations.core.settings import Experiment
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console(soft_wrap=False)
 
 # benchmark -> module whose ``run(console, ...)`` measures and prints
 BENCHMARKS = {
@@ -88,24 +85,32 @@ def run(
 
 def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:
     from simulations.core.kinds import KINDS
-    from simulations.core.report import FILE as REPORT
-    from simulations.core.report import write_report
     from simulations.core.run_folder import RunFolder, default_folder
 
     carry_out = pick(KINDS, loaded.kind, "kind")
     path = out or default_folder(loaded.name)
-    console.print(f"[bold]{loaded.name}[/bold]: {loaded.about}")
+    console.print(Text(f"{loaded.name}:", "bold"), loaded.about)
+    folder = RunFolder(path, name=loaded.name, kind=loaded.result_kind, force=force)
     try:
-        with RunFolder(path, name=loaded.name, kind=loaded.result_kind, force=force) as folder:
+        with folder:
             try:
                 carry_out(loaded, folder, console)
             except KeyboardInterrupt:
                 console.print(f"\ninterrupted; what was done is in {path}")
                 raise
     finally:
-        with contextlib.suppress(RunError):  # the run's own error is what must be seen
-            write_report(path)
-    console.print(f"results: {path / 'results.json'}, and as a page: {path / REPORT}")
+        page = _page_of(path)
+    console.print(f"results: {path / 'results.json'}{page}")
+
+
+def _page_of(path: Path) -> str:
+    """Return where the run's page is; the run's own error is what must be seen, if it has one."""
+    from simulations.core.report import write_report
+
+    try:
+        return f", and as a page: {write_report(path)}"
+    except Exception as error:  # a finished run does not depend on how it is shown
+        return f"; no page: {type(error).__name__}: {error}"
 
 
 @app.command()
@@ -168,11 +173,7 @@ def list_() -> None:
 
 def main() -> None:
     """Run the command line; errors made on purpose end with one line and exit code 1."""
-    try:
-        app()
-    except FedsplitError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False)
-        raise SystemExit(1) from None
+    run_command_line(app)
 
 
 if __name__ == "__main__":

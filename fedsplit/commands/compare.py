@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedsplit.commands.models import CodedCommand
 from fedsplit.commands.options import Generator, JsonFile, write_json
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.fingerprints import Fingerprint
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from fedsplit.fingerprints.sources import Source
     from fedsplit.fingerprints.view import Similarity
 
-console = Console()
 RUN_BYTES = 1 << 30
 BAR = 24
 WORDS = {
-    "in_lineage": "[green]in lineage[/green]: B descends from A",
-    "not_shown": "[yellow]not shown[/yellow]: neither a descendant nor plainly a stranger",
-    "independent": "[red]independent[/red]: B is as far from A as strangers are",
+    "in_lineage": ("green", "in lineage", "B descends from A"),
+    "not_shown": ("yellow", "not shown", "neither a descendant nor plainly a stranger"),
+    "independent": ("red", "independent", "B is as far from A as strangers are"),
 }
 
 
@@ -164,12 +163,13 @@ def show(found: Comparison, base: Source, suspect: Source) -> None:
     """Print the table of fingerprints, the blocks and the verdict."""
     from fedsplit.fingerprints import FINGERPRINTS
 
-    console.print(f"A = {escape(_described(base))}\nB = {escape(_described(suspect))}")
+    console.print(f"A = {_described(base)}\nB = {_described(suspect)}")
     for source in (base, suspect):
         if source.public is not None and not source.public.standard_tokens:
             console.print(
-                f"[yellow]{escape(source.name)}: its token list is not the public draw; whoever "
-                f"chose it could forge likeness[/yellow]"
+                f"{source.name}: its token list is not the public draw; whoever chose it could "
+                "forge likeness",
+                style="yellow",
             )
     table = Table("fingerprint", "B to A", "strangers, most", "descendants, least", "")
     for name, fingerprint in FINGERPRINTS.items():
@@ -179,13 +179,14 @@ def show(found: Comparison, base: Source, suspect: Source) -> None:
             value = f"{found.values[name]:.4f}"
             table.add_row(name, value, strangers, descendants, remark)
         elif name in found.reasons:
-            table.add_row(name, "-", strangers, descendants, escape(found.reasons[name]))
+            table.add_row(name, "-", strangers, descendants, found.reasons[name])
     console.print(table)
     console.print(blocks(found))
     for note in found.similarity.notes:
-        console.print(f"note: {escape(note)}")
+        console.print(f"note: {note}")
     judged = found.judgement
-    console.print(WORDS[judged.verdict])
+    colour, words, meaning = WORDS[judged.verdict]
+    console.print(Text.assemble((words, colour), f": {meaning}"))
     console.print(
         f"score {judged.score:.4f}, p = {judged.p_value:.1e} under independence, {judged.z:.1f} "
         f"standard deviations; needed {judged.threshold:.4f} for a false-positive rate of "

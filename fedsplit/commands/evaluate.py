@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from fedsplit import storage
-
-console = Console()
+from fedsplit.observe.console import console
 
 
 def register(app: typer.Typer) -> None:
@@ -138,7 +135,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="95 % intervals below each figure", title_justify="left")
     table.add_column("")
     for row in rows:
-        table.add_column(escape(row["label"]), justify="right")
+        table.add_column(row["label"], justify="right")
     table.add_row("parameters", *(f"{r['parameters'] / 1e6:.2f} M" for r in rows))
     if all(r["text"] for r in rows):
         table.add_row("perplexity", *(f"{r['text']['perplexity']:.2f}" for r in rows))
@@ -146,7 +143,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for number, score in enumerate(rows[0]["tasks"]):
         chance = "" if score["chance"] is None else f", chance {100 * score['chance']:.0f} %"
         name = f"{score['task']} {score['metric']}\n(n = {score['n']}{chance})"
-        table.add_row(escape(name), *(_percent(r["tasks"][number]) for r in rows))
+        table.add_row(name, *(_percent(r["tasks"][number]) for r in rows))
     return table
 
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit.commands.options import Generator
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.fingerprints.evidence.public_file import PublicFingerprint
     from fedsplit.fingerprints.sources import Source
 
-console = Console()
 FULL, SMALL = 32, 16
 
 

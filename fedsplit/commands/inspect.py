@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit.errors import FedsplitError
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.privacy import Mechanism
     from fedsplit.privacy.mechanisms.calibration import CalibrationInputs
-
-console = Console()
 
 
 def register(app: typer.Typer) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-console = Console()
+from fedsplit.observe.console import console
+
 keys_app = typer.Typer(no_args_is_help=True, help="Certificates and keys of a federation.")
 
 Folder = Annotated[Path, typer.Argument(help="folder of the keys")]
@@ -93,10 +93,10 @@ def show(folder: Folder) -> None:
     table = Table("file", "what it is", "state", title=str(folder))
     for finding in found:
         colour = "red" if finding.grave else "yellow"
-        fault = escape(finding.fault)
-        state = f"[{colour}]{fault}[/]" if fault else "[green]ok[/]"
-        table.add_row(escape(finding.path), escape(finding.what), state)
+        state = Text(finding.fault, colour) if finding.fault else Text("ok", "green")
+        table.add_row(finding.path, finding.what, state)
     console.print(table)
-    print(f"fingerprint of ca.pem (SHA-256): {fingerprint(folder)}")
+    told = f"fingerprint of ca.pem (SHA-256): {fingerprint(folder)}"
+    console.print(told, highlight=False, soft_wrap=True)
     if any(finding.fault and finding.grave for finding in found):
         raise typer.Exit(1)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit.commands.options import Home, owner_home
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.owners.ledger.totals import Totals
 
-console = Console()
 ledger_app = typer.Typer(no_args_is_help=True, help="The record of everything that left.")
 
 

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedsplit.commands.options import Generator, table_of
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.fingerprints.evidence.chain import Record
     from fedsplit.fingerprints.portraits.sheet import Column
 
-console = Console()
 lineage_app = typer.Typer(
     no_args_is_help=True, help="Evidence that a run's models descend from its base."
 )
@@ -83,7 +82,7 @@ def verify(
         console.print("no records: nothing was shown and nothing is wrong")
         return
     last = newest[0]
-    console.print(f"[green]intact[/green]: {count} records, rounds up to {last.round}")
+    console.print(Text("intact:", "green"), f"{count} records, rounds up to {last.round}")
     console.print(f"signed by {last.body['signer']}", highlight=False)
     console.print(f"head      {last.hash}", highlight=False)
     if signer is None:
@@ -175,12 +174,12 @@ def rounds(records: list[Record], chain: Path) -> Table:
         verdict = record.verdict.replace("_", " ")
         table.add_row(
             str(record.round),
-            f"[{COLOURS.get(record.verdict, 'white')}]{escape(verdict)}[/]",
+            Text(verdict, COLOURS.get(record.verdict, "")),
             figure(report.get("score")),
             "-" if worst is None else f"{layers[worst]:.4f} ({worst})",
             figure(report.get("pcs")),
             figure(report.get("ics")),
-            escape(str(record.body["action"])),
+            str(record.body["action"]),
             f"{good} of {len(owners)} accepted" if owners else "-",
         )
     return table
@@ -193,13 +192,11 @@ def remarks(records: list[Record]) -> list[str]:
         details = record.body.get("details") or {}
         for name, row in (details.get("owners") or {}).items():
             if row.get("action") not in (None, "accept"):
-                lines.append(
-                    escape(f"round {record.round}: {name}: {row['action']}: {row.get('reason')}")
-                )
+                lines.append(f"round {record.round}: {name}: {row['action']}: {row.get('reason')}")
         if details.get("named"):
-            lines.append(escape(f"round {record.round}: leave-one-out names {details['named']}"))
+            lines.append(f"round {record.round}: leave-one-out names {details['named']}")
         for name in ("note", "error"):
-            text = escape(f"{name}: {details[name]}") if details.get(name) else ""
+            text = f"{name}: {details[name]}" if details.get(name) else ""
             if text and text not in lines:
                 lines.append(text)
     return lines

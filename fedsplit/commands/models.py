@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperCommand
 
 from fedsplit.errors import FedsplitError, LineageError, ModelError
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,9 +41,7 @@ class CodedCommand(TyperCommand):
         try:
             return super().invoke(ctx)
         except FedsplitError as error:
-            Console(soft_wrap=True).print(
-                f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False
-            )
+            console.error(error)
             raise typer.Exit(FAILED) from None
 
 

@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedsplit.commands.options import write_template
 from fedsplit.errors import RunError
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.deploy.checks import Check
 
-console = Console()
 owner_app = typer.Typer(no_args_is_help=True, help="A data owner's machine.")
 
 Node = Annotated[Path, typer.Option(help="the machine's file")]
@@ -55,8 +54,8 @@ def digest(
     bundle = bundle_of(app_path)
     if explain:
         for line in facts_of(bundle):
-            print(line)
-    print(digest_of_bundle(bundle, str(app_path)))
+            console.print(line, highlight=False, soft_wrap=True)
+    console.print(digest_of_bundle(bundle, str(app_path)), highlight=False, soft_wrap=True)
 
 
 @owner_app.command()
@@ -95,12 +94,12 @@ def start(
         _show(bad)
         raise RunError(f"{file.owner}: not started: {bad[0].name}: {bad[0].text}")
     if answer is not None:
-        print(f"{file.owner}: {answer.text}", flush=True)
+        console.print(f"{file.owner}: {answer.text}", highlight=False, soft_wrap=True)
     raise typer.Exit(run(file, policy))
 
 
 def _show(found: list[Check]) -> None:
     table = Table("what", "state", "found")
     for x in found:
-        table.add_row(x.name, f"[{COLOURS[x.state]}]{x.state}[/]", escape(x.text))
+        table.add_row(x.name, Text(x.state, COLOURS[x.state]), x.text)
     console.print(table)

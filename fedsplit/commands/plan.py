@@ -6,16 +6,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit.commands.options import JsonFile, table_of, write_json
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.emulators import Compressor
     from fedsplit.emulators.planning.planner import PlanRow
-
-console = Console()
 
 
 def register(app: typer.Typer) -> None:

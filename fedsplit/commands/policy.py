@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedsplit.commands.options import write_template
 from fedsplit.errors import ConfigError
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.owners.policy.rules import Policy
 
-console = Console()
 policy_app = typer.Typer(no_args_is_help=True, help="The owner's rules: what they let out.")
 
 
@@ -45,7 +44,7 @@ def check(
     asked = Asked(flat, own_ca=True)
     breaches = policy.settings_breaches(asked)
     for breach in breaches:
-        console.print(f"[red]refused[/red] {escape(str(breach))}", highlight=False)
+        console.print(Text("refused", "red"), str(breach), highlight=False)
     late = undecided(policy, flat)
     late += [rule for rule in ("transport.own_ca", "app.digest") if rule in policy]
     if "model.bottoms" in policy:
@@ -55,7 +54,7 @@ def check(
         console.print(f"settings do not decide, so checked in the run: {rest}", highlight=False)
     if breaches:
         raise typer.Exit(1)
-    console.print("[green]accepted[/green], as far as its settings say")
+    console.print(Text.assemble(("accepted", "green"), ", as far as its settings say"))
 
 
 @policy_app.command()

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit import storage
 from fedsplit.commands.options import Home, owner_home
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.observe import printable
-
-console = Console()
+from fedsplit.observe.console import console
 
 
 def register(app: typer.Typer) -> None:
@@ -61,11 +59,11 @@ def predict(
             raise ConfigError("predict with a generating model: must be given one text, no --file")
         choose = sampler(temperature, top_p, None if seed < 0 else seed)
         end = "\n" if chat else ""
-        console.print(text, end=end, style="dim", markup=False, highlight=False)
+        console.print(text, end=end, style="dim", highlight=False)
 
         def show(piece: str) -> None:
             shown = printable(piece, keep="\n\t", most=len(piece))
-            console.print(shown, end="", markup=False, highlight=False)
+            console.print(shown, end="", highlight=False)
 
         _, answered = generate(
             root,

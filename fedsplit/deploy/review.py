@@ -35,7 +35,8 @@ def bundle_of(path: Path) -> bytes:
             env={**os.environ, "FLWR_HOME": folder, "FLWR_TELEMETRY_ENABLED": "0"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_BUILD_S,
             check=False,
         )

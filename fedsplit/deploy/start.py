@@ -61,7 +61,9 @@ def pinned_digest(policy: Path) -> str:
         ConfigError: the policy cannot be used, or pins none.
     """
     command = [sys.executable, "-P", "-m", "fedsplit.owners.policy.pinned_digest", str(policy)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if found.returncode:
         raise ConfigError(found.stderr.strip() or f"policy {policy}: must be readable")
     pinned = found.stdout.strip()
@@ -121,6 +123,8 @@ def owner_environment(
             "machine: noise would follow the run's seed"
         )
     kept = {k: v for k, v in base.items() if not k.startswith("FLWR_") or k in _QUIET}
+    # What an owner's process prints must not depend on the locale
+    kept |= {"PYTHONIOENCODING": "utf-8"}
     tuned = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}  # a second per message otherwise
     ours = {
         "FLWR_HOME": str(flower),

@@ -148,7 +148,7 @@ def weight_files(directory: Path) -> list[Path]:
             raise ModelError(f"{directory}: has neither {SINGLE} nor {INDEX}")
         return [single]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelError(f"{index}: not a weight index: {error!r}") from error
     for name in names:

@@ -43,7 +43,7 @@ def fix_draw(
     path = home / FILE
     try:
         with storage.FileLock(home / f".{FILE}.lock"):
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if key not in known:
                 text = json.dumps({**known, key: asked}, indent=1, sort_keys=True)
                 storage.write(path, text + "\n", mode=storage.PRIVATE)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from fedsplit.errors import RunError
 
@@ -34,6 +35,7 @@ def picture(
     except ImportError as error:
         raise RunError(f"matplotlib: {error}: pip install 'fedsplit[plot]'") from None
     mpl.use("Agg")
+    mpl.rcParams["text.parse_math"] = False  # "$" in a name is a character
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(rows, columns, **subplots)
@@ -52,6 +54,6 @@ def draw_if_possible(
     try:
         draw(path, *drawn)
     except RunError as error:
-        console.print(f"[yellow]no picture[/yellow]: {error}", highlight=False)
+        console.print(Text("no picture:", "yellow"), str(error), highlight=False)
     if path.exists():
         console.print(f"picture: {path}")

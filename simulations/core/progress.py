@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from simulations.runtime.child_processes import LogLine
 
@@ -30,7 +31,7 @@ class RunProgress:
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description:<42}"),
+                TextColumn("{task.description:<42}", markup=False),
                 BarColumn(bar_width=30),
                 TextColumn("{task.percentage:3.0f} %"),
                 TimeElapsedColumn(),
@@ -63,16 +64,17 @@ class RunProgress:
             self._spoke = time.monotonic()
             self.console.print(f"  {text}: {100 * done:.0f} %")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, style: str = "") -> None:
         """Print one line that stays."""
-        (self._bar.console if self._bar is not None else self.console).print(text)
+        console = self._bar.console if self._bar is not None else self.console
+        console.print(Text(text, style))
 
     def on_line(self, line: LogLine) -> None:
         """Follow a federated run through its server's progress lines."""
         _, mark, rest = line.text.partition(MARK)
         if not mark:
             if "left out" in line.text or "refused" in line.text:
-                self.say(f"[yellow]{line.text.strip()[:200]}[/yellow]")
+                self.say(line.text.strip()[:200], "yellow")
             return
         try:
             row: dict[str, Any] = json.loads(rest)

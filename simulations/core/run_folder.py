@@ -33,12 +33,15 @@ and beside these the experiment's own keys.  Required of a completed run, per ki
 - ``table``: ``rows``, a list of flat tables.
 
 Results of a run that did not complete are kept and may lack keys: look at ``status`` first.
+
+While a run goes on, the file ends in blanks: room for how it ended, should the disk be full then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import re
@@ -56,6 +59,7 @@ from simulations.runtime.machine import machine, versions
 Status = Literal["running", "completed", "failed", "interrupted"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 SCHEMA = 1
+RUNTIME = ("server", "homes")  # what a run makes, and what the next one in its folder removes
 TOP_LEVEL = (
     *("schema", "name", "kind", "status", "started", "ended", "time_s"),
     *("versions", "machine", "error", "notes"),
@@ -95,21 +99,27 @@ class RunFolder:
 
         Raises:
             ConfigError: for an unknown kind.
-            RunError: if the folder holds a completed run, is no folder, or cannot be written.
+            RunError: if the folder holds a completed run, one that goes on, or what no run left, is
+                no folder, or cannot be written.
         """
         check(kind in REQUIRED, "kind", kind, f"one of {', '.join(sorted(REQUIRED))}")
         self.path = Path(path).absolute()
         self.results_path = self.path / "results.json"
-        if not force and _status_of(self.results_path) == "completed":
-            raise RunError(
-                f"{self.path}: holds a completed run; choose another folder, or go on in it with "
-                "--force: results are written anew, finished cells of the same settings are kept"
-            )
         self.logs = self.path / "log"
-        try:
-            self.logs.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be made a run folder: {error}") from error
+        self._held = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(storage.working_in(self.path, wait_s=0))
+                self._refuse_others(force)
+                self.logs.mkdir(exist_ok=True)
+            except BlockingIOError:
+                raise RunError(
+                    f"{self.path}: another run is at work in this folder; choose another one"
+                ) from None
+            except OSError as error:
+                raise RunError(f"{self.path}: cannot be made a run folder: {error}") from error
+            self._held = stack.pop_all()
         self._began = time.monotonic()
         self._document: dict[str, Any] = {
             "schema": SCHEMA,
@@ -127,6 +137,19 @@ class RunFolder:
         self._results: dict[str, Any] = {}
         self._write()
 
+    def _refuse_others(self, force: bool) -> None:
+        if not force and _status_of(self.results_path) == "completed":
+            raise RunError(
+                f"{self.path}: holds a completed run; choose another folder, or go on in it with "
+                "--force: results are written anew, finished cells of the same settings are kept"
+            )
+        foreign = [name for name in RUNTIME if (self.path / name).exists()]
+        if foreign and not self.results_path.exists():
+            raise RunError(
+                f"{self.path}: holds {' and '.join(foreign)} but no results.json: a run would "
+                "remove what is in there; choose another folder"
+            )
+
     def __enter__(self) -> Self:
         """Return the folder."""
         return self
@@ -139,7 +162,7 @@ class RunFolder:
             return
         interrupted = isinstance(error, (KeyboardInterrupt, SystemExit))
         # The run's own error is what the caller must see, even if recording it fails too.
-        with contextlib.suppress(RunError):
+        with self._held, contextlib.suppress(RunError):
             told = f"{type(error).__name__}: {error}".removesuffix(": ")
             self.mark("interrupted" if interrupted else "failed", error=told)
 
@@ -183,6 +206,9 @@ class RunFolder:
     def mark(self, status: Status, error: str | None = None) -> None:
         """Set the status; ``completed`` requires the keys of the run's kind.
 
+        With any but ``running`` the folder is let go.  On a full disk what was recorded before
+        stays, and the end is written into the room that was kept for it.
+
         Raises:
             ConfigError: for an unknown status.
             RunError: if a required key is missing, or the file cannot be written.
@@ -191,6 +217,8 @@ class RunFolder:
         if status == "completed":
             check_results(str(self._document["kind"]), self._results)
         self._write(self._results, status=status, error=error)
+        if status != "running":
+            self._held.close()
 
     def _write(self, results: Mapping[str, Any] | None = None, **changes: Any) -> None:
         """Write the file with ``changes``, which are remembered only if that succeeds."""
@@ -202,19 +230,40 @@ class RunFolder:
         document["time_s"] = round(time.monotonic() - self._began, 3)
         whole = {**document, **own}
         text = json.dumps(whole, indent=2, allow_nan=False, ensure_ascii=False)
-        write_atomically(self.results_path, text.encode("utf-8", "replace") + b"\n")
+        goes_on = document["status"] == "running"
+        content = text.encode("utf-8", "replace") + (storage.ROOM if goes_on else b"\n")
+        try:
+            write_atomically(self.results_path, content)
+        except RunError:
+            if goes_on:
+                raise
+            with contextlib.suppress(OSError, ValueError):
+                end = {key: document[key] for key in ("status", "error", "ended", "time_s")}
+                storage.set_in_place(self.results_path, **end)
+                self._document = document
+                return
+            raise
         self._document = document
 
 
 def default_folder(name: str, parent: Path = Path("runs")) -> Path:
-    """Return ``parent/NAME-YYYYmmdd-HHMMSS`` (local time), with a suffix if it exists already."""
+    """Make ``parent/NAME-YYYYmmdd-HHMMSS`` (local time), with a suffix if it exists, and return it.
+
+    Raises:
+        RunError: it cannot be made.
+    """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
     stem = f"{safe}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    path = parent / stem
-    number = 2
-    while path.exists():
-        path, number = parent / f"{stem}-{number}", number + 1
-    return path
+    for number in itertools.count(1):
+        path = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # of another run that began in the same second
+            continue
+        except OSError as error:
+            raise RunError(f"{path}: cannot be made a run folder: {error}") from error
+        return path
+    raise AssertionError
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from safetensors.torch import save
 
 from fedsplit.attacks.transcripts import read_transcript
@@ -25,6 +24,7 @@ from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
 from fedsplit.models.bundle.head import unpack_head, with_head
 from fedsplit.models.loading import load
 from fedsplit.models.splitting.heads import detach_head
+from fedsplit.observe.console import PlainConsole
 from simulations.core import watch
 from simulations.fuzz.cases import (
     SHAPE,
@@ -184,7 +184,7 @@ def run_folders(scratch: Path) -> Cases:
     }
     line = json.dumps({"level": "WARNING", "message": "x", "time": "2026-01-01T00:00:00"})
     (scratch / watch.LOG).write_text(f"{line}\n" * 3)
-    console = Console(file=io.StringIO(), width=100)
+    console = PlainConsole(io.StringIO(), width=100)
 
     def draw(rng: random.Random) -> None:
         for name, value in sound.items():

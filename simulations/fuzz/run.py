@@ -211,8 +211,8 @@ def run(
         json_path.write_text(json.dumps({"seed": seed, "cases": total, "rows": rows}, indent=1))
     for outcome in outcomes:
         for number, text in outcome.failed:
-            console.print(f"[red]{outcome.parser}, case {number}[/red]: ", end="")
-            console.print(text, markup=False)
+            console.print(f"{outcome.parser}, case {number}: ", style="red", end="")
+            console.print(text)
     if failures:
         raise RunError(f"fuzz: {failures} of {total} cases broke a bound")
 

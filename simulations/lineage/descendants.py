@@ -289,7 +289,7 @@ class ModelStore:
 
 def _facts(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"settings", "facts"} <= found.keys() else None

@@ -114,7 +114,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         folder.record(blends=blends, thresholds=thresholds(tallies, config))
     print_rows(console, rows, blends)
     if any(row["false_alarms"] or row["missed"] for row in rows[:3]):
-        console.print("[red]the goal (no false alarm, no attack missed) was not reached[/red]")
+        console.print("the goal (no false alarm, no attack missed) was not reached", style="red")
 
 
 def federation(

@@ -109,17 +109,17 @@ class Child:
     def _copy(self) -> None:
         stream = self.process.stdout
         assert stream is not None
-        with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             files: dict[str, IO[str]] = {}
             for raw in stream:
                 text = ANSI.sub("", raw.decode("utf-8", "replace")).rstrip("\r\n")
                 line = self._route(text)
                 component = line.component if line else self.name
-                if component not in files:
-                    path = self._logs.get(component, self.log_path)
-                    opened = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-                    files[component] = stack.enter_context(opened)
                 with contextlib.suppress(OSError):  # disk full: keep reading, or the child blocks
+                    if component not in files:
+                        path = self._logs.get(component, self.log_path)
+                        opened = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+                        files[component] = stack.enter_context(opened)
                     files[component].write(text + "\n")
                 if line is not None:
                     if text.strip():

@@ -65,7 +65,8 @@ def commit(checkout: Path = CHECKOUT) -> str | None:
             subprocess.run(
                 ["git", "-C", str(checkout), *arguments],
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=GIT_TIMEOUT_S,
                 check=True,
             ).stdout.strip()

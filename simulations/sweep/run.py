@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from fedsplit import storage
 from fedsplit.errors import RunError, check
@@ -104,7 +105,7 @@ def run(
     console.print(frontier_table(summary))
     draw_if_possible(console, folder.path / "frontier.png", plot_frontier, summary)
     for row in broken[:5]:
-        console.print(f"[yellow]broken[/yellow] {_told(row)}")
+        console.print(Text("broken", "yellow"), _told(row))
 
 
 def earlier_rows(folder: Path, known: str) -> Iterator[tuple[dict[str, str], list[Row]]]:

@@ -96,10 +96,10 @@ def importance_for(
     resume = None
     if folder is not None:
         text, mine = folder / TEXT, _digest(tokens)
-        if text.exists() and text.read_text() != mine:
+        if text.exists() and text.read_text(encoding="utf-8") != mine:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text.write_text(mine)
+        text.write_text(mine, encoding="utf-8")
         resume = folder if (folder / "importance.json").exists() else None
     run = LayerReplace(
         loaded.model,

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -27,6 +27,7 @@ from .state_folder import FOLDER
 log = logging.getLogger(__name__)
 
 PROGRESS = "fedsplit-progress "
+WAIT_S = 30.0  # for a server that was told to end
 
 
 class Recorder:
@@ -66,22 +67,25 @@ class Recorder:
     def open(cls, config: RunConfig, run: int) -> Iterator[Self]:
         """Yield :meth:`of`'s recorder; write down a failure of what is done with it, and close it.
 
-        Rows of an interrupted run in the same folder are kept.
+        Rows of an interrupted run in the same folder are kept.  No other run works in the folder
+        meanwhile, nor writes what it failed of into this run's files.
 
         Raises:
-            ConfigError, RunError: see :meth:`of`.
+            ConfigError: see :meth:`of`.
+            RunError: also that another run works in the folder.
         """
-        recorder = cls.of(config, run)
-        if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
-            recorder.content |= _earlier_content(Path(config.output.dir))
-        try:
-            yield recorder
-        except BaseException as error:
-            with suppress(RunError):  # a full disk, say, is no reason to hide the first error
-                recorder.write(status="failed", error=f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            recorder.close()
+        with _alone(config.output.dir):
+            recorder = cls.of(config, run)
+            if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
+                recorder.content |= _earlier_content(Path(config.output.dir))
+            try:
+                yield recorder
+            except BaseException as error:
+                with suppress(RunError):  # a full disk, say, is no reason to hide the first error
+                    recorder.write(status="failed", error=f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                recorder.close()
 
     def round_started(self, number: int, mode: str, asked: int) -> None:
         """Take note that the offers of round ``number`` go out to so many owners."""
@@ -110,8 +114,12 @@ class Recorder:
             return
         path = self._folder / "server.json"
         try:
-            storage.write(path, json.dumps(self.content, indent=1, allow_nan=False))
+            content = json.dumps(self.content, indent=1, allow_nan=False).encode()
+            storage.write(path, content + storage.ROOM)
         except OSError as error:
+            if "status" in values:  # how the run ended is told even on a full disk
+                with suppress(OSError, ValueError):
+                    storage.set_in_place(path, **values)
             raise RunError(f"cannot write {path}: {error}") from None
 
     def round(self, row: dict[str, Any]) -> None:
@@ -186,8 +194,33 @@ class Recorder:
             self._observers.close()
         with self._lock:
             for file in self._files.values():
-                file.close()
+                with suppress(OSError):  # a full disk costs the end of a capture
+                    file.close()
             self._files.clear()
+
+
+@contextmanager
+def _alone(output_dir: str) -> Iterator[None]:
+    """Hold a run's folder, if it has one, against other runs.
+
+    Raises:
+        RunError: another run works in it, or it cannot be made.
+    """
+    if not output_dir:
+        yield
+        return
+    folder = Path(output_dir)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(storage.working_in(folder, WAIT_S))
+        except BlockingIOError:
+            raise RunError(
+                f"{folder}: another run works in this folder; end it, or choose another output.dir"
+            ) from None
+        except OSError as error:
+            raise RunError(f"cannot use {folder}: {error}") from None
+        yield
 
 
 def _earlier_content(folder: Path) -> dict[str, Any]:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit.commands.options import JsonFile, table_of, write_json
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.attacks import Truth, View
     from fedsplit.attacks.extraction.attack import Look
-
-console = Console()
 
 
 def register(app: typer.Typer) -> None:

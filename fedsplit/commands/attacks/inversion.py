@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedsplit.commands.options import JsonFile, table_of, write_json
+from fedsplit.observe.console import console
 
-console = Console()
 attack_app = typer.Typer(
     no_args_is_help=True, help="Attacks on recorded transcripts, each scored with an interval."
 )

@@ -6,16 +6,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fedsplit.commands.options import JsonFile, table_of, write_json
+from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from torch import nn
 
-console = Console()
 PRUNED = "pruning 30 %"
 
 
@@ -61,7 +60,7 @@ def attack_lineage(
             rows.append(pruned(base))
     console.print(_table(rows, model))
     for name, reason in reasons.items():
-        console.print(f"{name}: not for this family ({escape(reason)})", highlight=False)
+        console.print(f"{name}: not for this family ({reason})", highlight=False)
     kept = [r for r in rows[1:] if r["map"] != PRUNED]
     if kept:
         worst = min(float(r["score"]) for r in kept)
@@ -109,11 +108,10 @@ def _table(rows: list[dict[str, Any]], model: str) -> Table:
     table = table_of("map", "output moved by", *FINGERPRINTS, left=("map",), title=title)
     for row in rows:
         values = [row[name] for name in FINGERPRINTS]
-        cells = ["-" if v is None else _coloured(float(v)) for v in values]
+        cells = [Text("-") if v is None else _coloured(float(v)) for v in values]
         table.add_row(str(row["map"]), f"{row['difference']:.1e}", *cells)
     return table
 
 
-def _coloured(value: float) -> str:
-    text = f"{value:.4f}"
-    return text if value >= 0.999 else f"[yellow]{text}[/yellow]"
+def _coloured(value: float) -> Text:
+    return Text(f"{value:.4f}", "" if value >= 0.999 else "yellow")

@@ -242,7 +242,7 @@ def write(fingerprint: PublicFingerprint, path: str | Path, key: Ed25519PrivateK
     seal = hashlib.sha256(text).hexdigest() if key is None else key.sign(text).hex()
     document = json.dumps(body | {"signature": seal}, sort_keys=True, indent=1)
     try:
-        Path(path).write_text(document + "\n")
+        Path(path).write_text(document + "\n", encoding="utf-8")
     except OSError as error:
         raise LineageError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -78,7 +78,7 @@ def attach_saved(model: Any, folder: str | Path) -> BlockTuning:
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / OWN_SETTINGS).read_text())
+        about = json.loads((folder / OWN_SETTINGS).read_text(encoding="utf-8"))
         state = load_file(folder / OWN_WEIGHTS)
         number, blocks = about.pop("format"), about.pop("blocks")
         if number != FORMAT or not all(type(i) is int for i in blocks):

@@ -328,7 +328,7 @@ def last_hash(folder: Path) -> str:
 def read_head(folder: Path) -> Cursor | None:
     """Return what the head file says, or None where there is none."""
     try:
-        n, end, digest = (folder / HEAD).read_text().split()
+        n, end, digest = (folder / HEAD).read_text(encoding="utf-8").split()
         return Cursor(int(n), int(end), digest)
     except (OSError, ValueError):
         return None

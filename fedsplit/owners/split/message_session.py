@@ -118,7 +118,7 @@ class MessageSession:
 
     def _stored(self) -> dict[str, Any]:
         try:
-            stored = json.loads(self._path.read_text())
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             stored = {}
         expected = {

@@ -9,13 +9,15 @@ import os
 import shutil
 import stat
 import subprocess
+import sys
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedsplit.errors import ConfigError, RunError
+from fedsplit.errors import ConfigError, RunError, SessionError
 from simulations.core.run_folder import (
     REQUIRED,
     RunFolder,
@@ -24,7 +26,9 @@ from simulations.core.run_folder import (
     read_results,
     write_atomically,
 )
+from simulations.faults.session_faults import small_disk
 from simulations.runtime.machine import commit
+from tests.project import ROOT
 
 TABLE = {"rows": [{"round": 1, "loss": 0.5}], "metrics": {"accuracy": 0.9}}
 
@@ -95,6 +99,40 @@ def test_completed_run_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
     assert raw(tmp_path)["name"] == "second"
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_two_runs_never_share_a_folder(tmp_path: Path, force: bool) -> None:
+    with RunFolder(tmp_path, name="first", kind="table") as folder:
+        (tmp_path / "server").mkdir()
+        folder.record(**TABLE)
+        before = (tmp_path / "results.json").read_bytes()
+        with pytest.raises(RunError, match="another run is at work in this folder"):
+            RunFolder(tmp_path, name="second", kind="table", force=force)
+        assert (tmp_path / "results.json").read_bytes() == before
+        assert (tmp_path / "server").exists()
+    assert not (tmp_path / ".lock").exists()
+    RunFolder(tmp_path, name="second", kind="table", force=True).mark("interrupted")
+
+
+def test_a_killed_run_holds_nobody_up(tmp_path: Path) -> None:
+    killed = (
+        "import os, pathlib, sys; from simulations.core.run_folder import RunFolder\n"
+        "folder = RunFolder(pathlib.Path(sys.argv[1]), name='x', kind='table'); os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == 9
+    assert raw(tmp_path)["status"] == "running"
+    RunFolder(tmp_path, name="second", kind="table").mark("interrupted")
+
+
+@pytest.mark.parametrize("name", ["server", "homes"])
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "work").write_text("years")
+    with pytest.raises(RunError, match=rf"holds {name} but no results\.json"):
+        RunFolder(tmp_path, name="x", kind="table", force=True)
+    assert (tmp_path / name / "work").exists()
+
+
 def test_unfinished_run_may_be_repeated(tmp_path: Path) -> None:
     RunFolder(tmp_path, name="first", kind="table").mark("interrupted")
     assert RunFolder(tmp_path, name="second", kind="table").status == "running"
@@ -161,7 +199,36 @@ def test_full_disk_names_path_and_bytes_and_keeps_the_previous_file(
     monkeypatch.undo()
 
     assert (tmp_path / "results.json").read_bytes() == before
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["log", "results.json"]
+    assert sorted(x.name for x in tmp_path.iterdir()) == [".lock", "log", "results.json"]
+
+
+def fill_and_fail(disk: Path, told: str) -> None:
+    with RunFolder(disk / "run", name="demo", kind="table") as folder:
+        folder.record(rows=[{"loss": 0.5}] * 200)
+        with suppress(OSError), (disk / "rest").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1024))
+        with pytest.raises(RunError, match="No space left"):
+            folder.record(rows=[{"loss": 0.25}] * 200)
+        raise ZeroDivisionError(told)
+
+
+@pytest.mark.parametrize("told", ["disk", "long " * 4000, "\N{GRINNING FACE}" * 4000])
+def test_a_full_disk_hides_neither_the_error_nor_how_the_run_ended(
+    tmp_path: Path, told: str
+) -> None:
+    disk = tmp_path / "disk"
+    try:
+        with small_disk(disk, "128k"):
+            with pytest.raises(ZeroDivisionError):
+                fill_and_fail(disk, told)
+            document = read_results(disk / "run")
+    except SessionError as error:
+        pytest.skip(str(error))
+    assert document["status"] == "failed"
+    assert document["rows"] == [{"loss": 0.5}] * 200  # what was recorded last
+    assert document["error"].startswith(f"ZeroDivisionError: {told[:400]}")
+    assert document["ended"] is not None
 
 
 def test_failure_to_record_does_not_hide_the_runs_own_error(
@@ -199,10 +266,10 @@ def test_write_atomically_leaves_ordinary_permissions(tmp_path: Path) -> None:
 def test_default_folder_is_named_after_run_and_time(tmp_path: Path) -> None:
     first = default_folder("split/base run", tmp_path)
     assert first.name.startswith("split-base-run-2")
-    first.mkdir()
+    assert first.is_dir()  # nobody else gets it
     second = default_folder("split/base run", tmp_path)
     assert second != first
-    assert not second.exists()
+    assert second.is_dir()
     assert default_folder("../..", tmp_path).parent == tmp_path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedsplit.errors import (
-    LineageError,
-    ModelError,
-    RunError,
-)
+from fedsplit.config import RunConfig
+from fedsplit.errors import LineageError, ModelError, RunError, SessionError
 from fedsplit.owners.split.label_side import LabelSide
+from simulations.faults.session_faults import small_disk
 from strategies.rounds.recorder import Recorder
 from strategies.split_tuning.optimisation import Optimisation
 from strategies.split_tuning.strategy import SplitTuning
@@ -116,6 +115,48 @@ def test_a_full_disk_names_the_file_and_keeps_what_is_there(tmp_path: Path) -> N
     assert (tmp_path / "server.json").read_text() == before
     recorder.write()  # there is room again
     assert json.loads((tmp_path / "server.json").read_text())["rounds"] == [{"round": 1}]
+
+
+def test_on_a_full_disk_the_file_still_tells_how_the_run_ended(tmp_path: Path) -> None:
+    config = RunConfig.from_flat({"output.dir": str(tmp_path / "disk" / "server")})
+
+    def fill_and_fail() -> None:
+        with Recorder.open(config, 1) as recorder:
+            recorder.round({"round": 1})
+            with suppress(OSError), (tmp_path / "disk" / "rest").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+            raise ZeroDivisionError("the run's own error")
+
+    try:
+        with small_disk(tmp_path / "disk", "64k"):
+            with pytest.raises(ZeroDivisionError):
+                fill_and_fail()
+            told = json.loads((tmp_path / "disk" / "server" / "server.json").read_bytes())
+    except SessionError as error:
+        pytest.skip(str(error))
+    assert told["status"] == "failed"
+    assert told["error"] == "ZeroDivisionError: the run's own error"
+    assert told["rounds"] == [{"round": 1}]
+
+
+def test_a_second_server_leaves_the_files_of_the_first_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("strategies.rounds.recorder.WAIT_S", 0.0)
+    config = RunConfig.from_flat({"output.dir": str(tmp_path / "server")})
+    with Recorder.open(config, 1) as recorder:
+        recorder.round({"round": 1})
+        before = (tmp_path / "server" / "server.json").read_bytes()
+        with (
+            pytest.raises(RunError, match="another run works in this folder"),
+            Recorder.open(config, 2),
+        ):
+            pass
+        assert (tmp_path / "server" / "server.json").read_bytes() == before
+    with Recorder.open(config, 2):
+        pass
+    assert not (tmp_path / "server" / ".lock").exists()
 
 
 def test_a_disk_that_fills_during_the_run(
