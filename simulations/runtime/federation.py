@@ -378,5 +378,6 @@ class Federation(ABC):
         for source in self.processes.ray_root.glob("ray/session_latest/logs/*"):
             if source.suffix in (".out", ".err") and 0 < source.stat().st_size < 2**20:
                 target = self.log_dir / "ray"
-                target.mkdir(exist_ok=True)
-                shutil.copy(source, target / source.name)
+                with contextlib.suppress(OSError):  # a full disk: why the run failed is told next
+                    target.mkdir(exist_ok=True)
+                    shutil.copy(source, target / source.name)
