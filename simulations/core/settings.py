@@ -96,6 +96,7 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
         raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
     run = dict(flatten(content.get("run", {})))
     options = dict(content.get("options", {}))
+    changes: dict[str, Scalar] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         key = ALIASES.get(key.strip(), key.strip())
@@ -104,7 +105,8 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
         if key.startswith("options."):
             options[key.removeprefix("options.")] = _value(text)
         else:
-            run[key] = _value(text)
+            changes[key] = _value(text)
+    run = with_changes(run, changes)
     experiment = Experiment(
         path.stem, str(content.get("kind", "")), str(content.get("about", "")), run, options
     )
@@ -113,6 +115,14 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
             run[key] = resolved(run[key])
     _ = experiment.config  # refuse what is wrong before anything starts
     return experiment
+
+
+def with_changes(run: Mapping[str, Scalar], changes: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return flat settings with some changed; a checksum goes with the model that it belongs to."""
+    changed = {**run, **changes}
+    if changed.get("model.name") != run.get("model.name") and "model.sha256" not in changes:
+        changed.pop("model.sha256", None)
+    return changed
 
 
 def resolved(value: Any) -> Any:

@@ -27,7 +27,7 @@ from fedsplit.errors import ConfigError, check
 from fedsplit.privacy import mechanism_type
 from fedsplit.settings import read_settings
 from simulations.core.cells import product
-from simulations.core.settings import PATHS, Experiment, resolved
+from simulations.core.settings import PATHS, Experiment, resolved, with_changes
 
 # Settings that say where a run writes or how fast it computes, not what comes out of it.
 IRRELEVANT = ("output.dir", "output.threads", "output.owner-threads", "output.save", "session.port")
@@ -101,7 +101,7 @@ def cells_of(
             axes.pop("variant", None)
             for values in product(**axes):
                 paths = {k: resolved(v) for k, v in values.items() if k in PATHS}
-                flat = {**run, **values, **paths, "seed": seed}
+                flat = with_changes(run, {**values, **paths, "seed": seed})
                 cell = Cell(variant or _name(values), read_settings(flat))
                 if cell.key in known:
                     raise ConfigError(f"cell {cell.columns()}: occurs twice in the sweep")

@@ -14,6 +14,7 @@ from simulations.__main__ import BENCHMARKS, app
 from simulations.core.kinds import KINDS
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment, load_experiment, names, read_options
+from simulations.sweep.plan import cells_of
 
 
 @pytest.mark.parametrize("name", names())
@@ -34,6 +35,18 @@ def test_overrides_are_typed_and_paths_become_absolute(
     assert config.privacy.eta == 8.5
     assert config.model.name == "gpt2"
     assert config.data.path == str(tmp_path / "texts.jsonl")
+
+
+def test_a_checksum_goes_with_the_model_it_belongs_to() -> None:
+    pinned = load_experiment("demo").config.model
+    assert pinned.sha256
+    assert load_experiment("demo", ["model=gpt2"]).config.model.sha256 == ""
+    assert load_experiment("demo", ["model=gpt2", "model.sha256=ab"]).config.model.sha256 == "ab"
+    same = load_experiment("demo", [f"model={pinned.name}", "seed=1"]).config.model
+    assert same.sha256 == pinned.sha256
+    run = load_experiment("demo").run
+    first, second = cells_of(run, [{"model.name": [pinned.name, "gpt2"]}], 1)
+    assert (first.config.model.sha256, second.config.model.sha256) == (pinned.sha256, "")
 
 
 @pytest.mark.parametrize(

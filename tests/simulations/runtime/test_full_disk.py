@@ -31,7 +31,7 @@ def test_why_a_run_failed_is_told_where_its_logs_cannot_be_kept(
     app = Child("serverapp", ["true"], env={}, cwd=tmp_path, log_path=tmp_path / "app.log")
     row = {"run-id": 3, "status": "finished:failed", "status-details": "the run's own error"}
 
-    with pytest.raises(RunError, match="run 3 is finished:failed .*: the run's own error"):
+    with pytest.raises(RunError, match=r"run 3 is finished:failed .*: the run's own error"):
         simulation._verdict(app, row, 1.0)
     simulation.stop()
 
