@@ -19,7 +19,16 @@ Examples:
 
 from __future__ import annotations
 
-from fedsplit.attacks.base import Attack, Confidences, Public, TokenAttack, Truth, Update, View
+from fedsplit.attacks.base import (
+    Attack,
+    Confidences,
+    Public,
+    Step,
+    TokenAttack,
+    Truth,
+    Update,
+    View,
+)
 from fedsplit.attacks.extraction.attack import Extraction
 from fedsplit.attacks.gradients.update_inversion import GradientInversion
 from fedsplit.attacks.gradients.update_sets import BiasGradient, EmbeddingUpdate
@@ -57,6 +66,7 @@ __all__ = [
     "NearestNeighbour",
     "OptimisationInversion",
     "Public",
+    "Step",
     "TokenAttack",
     "Truth",
     "Update",

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsplit.attacks.gradients.known_head import LinearHead
+from fedsplit.attacks.gradients.token_recovery import GradientNoise
 from fedsplit.attacks.scoring import AttackResult, Inversion, score_tokens
 from fedsplit.errors import AttackError
 from fedsplit.models.anatomy import probe
@@ -40,6 +42,8 @@ class Public:
         model: the whole model, for attacks on updates of all of it.
         candidate_set: a finite set of vectors to read rows against; None: the bottom's own, k = 0.
         states: the bottom's clean output for ``public_ids``, per text ``(T_j, d)``; None: computed.
+        head: of a language model, what maps final hidden states to logits, as the server knows it.
+        gradient_noise: announced protection of gradients, of each target's own loss.
     """
 
     bottom: Any = None
@@ -50,6 +54,8 @@ class Public:
     model: Any = None
     candidate_set: Candidates | None = None
     states: Sequence[Tensor] | None = None
+    head: LinearHead | None = None
+    gradient_noise: GradientNoise = field(default_factory=GradientNoise)
 
     @property
     def vocab(self) -> int:
@@ -113,6 +119,19 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One language model's text in one step of training, both directions.
+
+    Attributes:
+        output: what the server sent: ``(T, V)`` logits or ``(T, d)`` final hidden states.
+        gradient: what came back for it, the same shape, of each target's own loss.
+    """
+
+    output: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
 class Confidences:
     """What a tuned model says of samples, and what the attacker's shadow models say.
 
@@ -137,6 +156,8 @@ class View:
         repeats: further views of the same samples, each like ``rows``.
         gradients: what each sample returned: ``(C,)`` of its logits or ``(d,)`` at the cut for
             classification, ``(T_i, V)`` or ``(T_i, d)`` for language models.
+        steps: of a language model: per sample, every step with it whose two directions were
+            recorded, in their order.
         known: sample -> private label or attribute that the attacker has been told.
         groups: who wrote each sample; empty: everyone wrote one.
         update: an update of weights.
@@ -151,6 +172,7 @@ class View:
     rows: Sequence[Tensor] = ()
     repeats: Sequence[Sequence[Tensor]] = ()
     gradients: Sequence[Tensor] = ()
+    steps: Sequence[Sequence[Step]] = ()
     known: Mapping[int, int] = field(default_factory=dict)
     groups: Sequence[int | str] = ()
     update: Update | None = None
@@ -256,6 +278,13 @@ class TokenAttack(Attack):
         """Return what the attacker is given, this view's figures included."""
         return self.knowledge
 
+    def guess(self, view: View) -> Sequence[Tensor] | None:
+        """Return what is guessed without the channel that the attack reads, per sample ``(T_i,)``.
+
+        None: the most frequent target stands for it.
+        """
+        return None
+
     def run(self, view: View, truth: Truth) -> AttackResult:
         """Carry the attack out, and score the guesses by position.
 
@@ -271,4 +300,5 @@ class TokenAttack(Attack):
             special_ids=view.public.special_ids,
             knowledge=self.knowledge_of(view),
             extra={"samples": len(found.ids)},
+            guess=self.guess(view),
         )

@@ -16,18 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.attacks.base import Confidences, Public, Truth, Update, View
+from fedsplit.attacks.base import Confidences, Public, Step, Truth, Update, View
 from fedsplit.attacks.membership.lira import confidence
+from fedsplit.attacks.recorded_frames import read_capture
 from fedsplit.attacks.scoring import AttackResult
 from fedsplit.attacks.table import ATTACKS, make_attack, suited
 from fedsplit.attacks.transcripts import (
     CAPTURE,
     TRANSCRIPT,
     TRUTH,
+    Samples,
     Transcript,
     choose,
     chosen_samples,
-    read_capture,
     read_tensors,
     read_true_labels,
     read_truth,
@@ -93,7 +94,7 @@ def attack_files(
         beside = [recorded.parent / TRUTH, recorded.parent.parent / TRUTH]
         truth = next((p for p in beside if p.exists()), beside[0])
     view, true = _view(recorded, truth, samples, known, seed)
-    if (view.rows or view.update) and (not made or wanted & {"rows", "update"}):
+    if (view.rows or view.update) and (not made or wanted & {"rows", "update", "steps"}):
         view.public = public_knowledge(config, public=public, whole=view.update is not None)
     made = made or [a for a in suited(view, seed, budget) if reads in ("", a.reads)]
     if not made:
@@ -119,29 +120,48 @@ def _of_samples(
     found: Transcript, truth: Path, samples: int, known: int, seed: int
 ) -> tuple[View, Truth]:
     ids, labels = read_truth(truth), read_true_labels(truth)
-    received = found.received
-    _, true = chosen_samples(received, ids, samples, seed)
-    chosen = choose(received, samples, seed)
-
-    def of(views: Sequence[Any]) -> list[list[Tensor]]:
-        whole = [v for v in views if all(slot in v.get(key, {}) for key, slot in chosen)]
-        return [[v[key][slot] for key, slot in chosen] for v in whole]
-
-    views, passes = of(found.rows), of(found.gradients)
+    chosen = choose(found.received, samples, seed)
+    view, true = recorded_view(found, ids, samples, seed)
     classes: Tensor | None = None
     told: dict[int, int] = {}
     if chosen and all(slot in labels.get(key, {}) for key, slot in chosen):
         classes = torch.stack([labels[key][slot] for key, slot in chosen])
         order = numpy_generator(seed, "attack", "known").permutation(len(chosen))[:known]
         told = {int(i): int(classes[i]) for i in order}
-    view = View(
+    view.known = told
+    return view, Truth(ids=true, labels=classes)
+
+
+def recorded_view(
+    found: Transcript, ids: Samples, samples: int, seed: int
+) -> tuple[View, list[Tensor]]:
+    """Return everything that crossed of up to ``samples`` samples, and their true ids.
+
+    Raises:
+        AttackError: see :func:`fedsplit.attacks.transcripts.chosen_samples`.
+    """
+    received = found.answered() or found.received
+    _, true = chosen_samples(received, ids, samples, seed)
+    chosen = choose(received, samples, seed)
+
+    def of(view: Samples) -> list[Tensor]:
+        whole = all(slot in view.get(key, {}) for key, slot in chosen)
+        return [view[key][slot] for key, slot in chosen] if whole and chosen else []
+
+    views = [v for v in map(of, found.rows) if v]
+    passes = [g for g in map(of, found.gradients) if g]
+    pairs = list(zip(found.outputs, found.gradients, strict=False))
+    steps = [
+        [Step(o[key][slot], g[key][slot]) for o, g in pairs if slot in o.get(key, {})]
+        for key, slot in chosen
+    ]
+    return View(
         rows=views[0] if views else [],
         repeats=views[1:],
         gradients=passes[0] if passes else [],
-        known=told,
+        steps=steps if found.answered() else [],
         seed=seed,
-    )
-    return view, Truth(ids=true, labels=classes)
+    ), true
 
 
 def _of_update(tensors: Mapping[str, Tensor], truth: Path, seed: int) -> tuple[View, Truth]:
@@ -196,14 +216,16 @@ def public_knowledge(config: RunConfig, *, public: str = "", whole: bool = False
     Raises:
         FedsplitError: the model cannot be loaded or split.
     """
+    from fedsplit.attacks.gradients.known_head import LinearHead
     from fedsplit.models.loading import load
     from fedsplit.models.splitting.halves import split
+    from fedsplit.models.splitting.heads import detach_head
     from fedsplit.privacy import build_mechanism
 
     m = config.model
     labels = m.labels if m.task == "sequence-classification" else None
     loaded = load(m.name, m.task, num_labels=labels, dropout=0.0, expected_sha256=m.sha256 or None)
-    bottom, _ = split(loaded.model, config.split.k, verify=False)
+    bottom, top = split(loaded.model, config.split.k, verify=False)
     bottom.eval()
     # Docstrings are no public text where they are the owners' own.
     path = public or config.privacy.public_text
@@ -214,7 +236,8 @@ def public_knowledge(config: RunConfig, *, public: str = "", whole: bool = False
         public_ids=public_ids(loaded.tokenizer, texts, m.max_tokens),
         special_ids=frozenset(int(i) for i in loaded.tokenizer.all_special_ids),
         touched=announced_touch(config),
-        model=loaded.model if whole else None,
+        model=loaded.model if whole or m.task == "causal-lm" else None,
+        head=LinearHead.of(detach_head(top, share=True)) if m.task == "causal-lm" else None,
     )
 
 

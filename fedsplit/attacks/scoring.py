@@ -30,10 +30,12 @@ class Inversion:
     Args:
         top: per sample, the k best guesses, best first, int64 ``(T_i, k)``.
         seconds: what it took.
+        covers: per sample, the positions that the attack reads at all, bool ``(T_i,)``; None: all.
     """
 
     top: list[Tensor]
     seconds: float
+    covers: list[Tensor] | None = None
 
     @property
     def ids(self) -> list[Tensor]:
@@ -56,6 +58,8 @@ class AttackResult:
         seconds: what the attack took.
         extra: more figures, JSON-able.
         per_text: (tokens recovered, tokens scored) of each text with a scored token.
+        guess: success of the guess that stands beside the attack, and the share of texts that it
+            gets right from end to end; None: ``baseline`` is the guess.
         detail: what else the attack found, for its own command or experiment.
     """
 
@@ -70,13 +74,20 @@ class AttackResult:
     extra: dict[str, Any] = field(default_factory=dict)
     per_text: tuple[tuple[int, int], ...] = ()
     detail: Any = None
+    guess: tuple[float, float] | None = None
 
     @property
     def text_recovery(self) -> float | None:
         """Share of texts of which every scored token was read; None where tokens are not read."""
         if not self.per_text:
             return None
-        return sum(right == of for right, of in self.per_text) / len(self.per_text)
+        return _whole(self.per_text)
+
+    @property
+    def text_interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of :attr:`text_recovery`, over texts."""
+        share = self.text_recovery
+        return None if share is None else wilson_interval(share, len(self.per_text))
 
     @property
     def empirical_privacy(self) -> float:
@@ -95,8 +106,22 @@ class AttackResult:
             "top10": self.top10,
             "knowledge": self.knowledge,
             "seconds": self.seconds,
+            **self._of_texts(),
             **self.extra,
         }
+
+    def _of_texts(self) -> dict[str, Any]:
+        if self.text_interval is None:
+            return {}
+        found: dict[str, Any] = {"texts": len(self.per_text), "text_recovery": self.text_recovery}
+        found["text_interval"] = list(self.text_interval)
+        if self.guess is not None:
+            found["guess"], found["text_guess"] = self.guess
+        return found
+
+
+def _whole(per_text: Sequence[tuple[int, int]]) -> float:
+    return sum(right == of for right, of in per_text) / len(per_text)
 
 
 def clustered_interval(correct: Floats, total: Floats, z: float = Z95) -> tuple[float, float]:
@@ -148,6 +173,7 @@ def score_tokens(
     special_ids: Collection[int] = (),
     knowledge: str = "",
     extra: dict[str, Any] | None = None,
+    guess: Sequence[Tensor] | None = None,
 ) -> AttackResult:
     """Score guesses by positional token accuracy.
 
@@ -158,6 +184,7 @@ def score_tokens(
         special_ids: ids whose positions are not scored (CLS, SEP, padding ...).
         knowledge: what the attacker was given.
         extra: more entries for ``to_dict``.
+        guess: per sample, what is guessed without the attack ``(T_i,)``.
 
     Raises:
         AttackError: if shapes do not fit or no position is left to score.
@@ -165,19 +192,23 @@ def score_tokens(
     if len(inversion.ids) != len(truth):
         raise AttackError(f"guesses={len(inversion.ids)}: must be as many as truth ({len(truth)})")
     special = torch.tensor(sorted(special_ids), dtype=torch.int64)
-    hits, totals, top_hits, kept = [], [], [], []
+    hits, totals, top_hits, kept, guessed = [], [], [], [], []
     rank = min((int(t.shape[1]) for t in inversion.top), default=0)
-    for i, (guess, top, true) in enumerate(zip(inversion.ids, inversion.top, truth, strict=True)):
-        if guess.shape != true.shape:
-            raise AttackError(f"guesses[{i}]={tuple(guess.shape)}: must be {tuple(true.shape)}")
+    for i, (found, top, true) in enumerate(zip(inversion.ids, inversion.top, truth, strict=True)):
+        if found.shape != true.shape:
+            raise AttackError(f"guesses[{i}]={tuple(found.shape)}: must be {tuple(true.shape)}")
         true = true.cpu().to(torch.int64)
         scored = ~torch.isin(true, special)
-        right = (guess.cpu() == true)[scored]
+        if inversion.covers is not None:
+            scored &= inversion.covers[i]
+        right = (found.cpu() == true)[scored]
         hits.append(int(right.sum()))
         totals.append(int(scored.sum()))
         in_top = (top[:, :10].cpu() == true.unsqueeze(1)).any(1)  # (T, k) -> (T,)
         top_hits.append(int(in_top[scored].sum()))
         kept.append(true[scored])
+        if guess is not None:
+            guessed.append(int((guess[i].cpu() == true)[scored].sum()))
     use = np.asarray(totals) > 0
     if not use.any():
         raise AttackError("truth: 0 tokens besides special ones: must be >= 1")
@@ -185,6 +216,7 @@ def score_tokens(
     total = np.asarray(totals, dtype=np.float64)[use]
     counts = torch.bincount(torch.cat(kept))
     n = int(total.sum())
+    beside = [(g, of) for g, of in zip(guessed, totals, strict=False) if of]
     return AttackResult(
         name=name,
         success=float(correct.sum() / n),
@@ -196,4 +228,5 @@ def score_tokens(
         seconds=inversion.seconds,
         extra=dict(extra or {}),
         per_text=tuple((h, n) for h, n in zip(hits, totals, strict=True) if n),
+        guess=(sum(g for g, _ in beside) / n, _whole(beside)) if guess is not None else None,
     )

@@ -8,6 +8,9 @@ from typing import Any
 
 from fedsplit.attacks.base import Attack, View
 from fedsplit.attacks.extraction.attack import Extraction
+from fedsplit.attacks.gradients.closed_form import ClosedForm
+from fedsplit.attacks.gradients.gradient_map import GradientMap
+from fedsplit.attacks.gradients.logit_gradients import LogitGradients
 from fedsplit.attacks.gradients.update_inversion import GradientInversion
 from fedsplit.attacks.gradients.update_sets import BiasGradient, EmbeddingUpdate
 from fedsplit.attacks.inversion.averaging import AveragingInversion
@@ -33,6 +36,9 @@ ATTACKS: dict[str, type[Attack]] = {
         OptimisationInversion,
         LearnedInversion,
         ExactSearch,
+        LogitGradients,
+        ClosedForm,
+        GradientMap,
         EmbeddingUpdate,
         GradientInversion,
         BiasGradient,

@@ -7,13 +7,17 @@ All are safetensors.  A transcript has, per owner and split (``train`` or ``test
 ``OWNER/SPLIT/lengths``          int64   (S,), tokens per sample
 ``OWNER/SPLIT/rows``             float   (sum of lengths, d), as received
 ``OWNER/SPLIT/rows.N``           float   the same again: view N = 1, 2 ... of every sample
-``OWNER/SPLIT/gradients``        float   (S, C) or (sum of lengths, c): what was returned
-``OWNER/SPLIT/gradients.N``      float   the same in pass N = 1, 2 ... over the samples
+``OWNER/SPLIT/outputs``          float   (S, C) or (sum of lengths, c): what the server sent
+``OWNER/SPLIT/gradients``        float   the same shape: what was returned for it
+``OWNER/SPLIT/outputs.N``        float   the same in pass N = 1, 2 ... over the samples,
+``OWNER/SPLIT/gradients.N``              and what was returned there
+``OWNER/SPLIT/NAME.slots``       int64   samples of NAME where they are fewer, with
+``OWNER/SPLIT/NAME.lengths``             their lengths
 ================================ ======= =====================================================
 
-(any of the last four may be missing), and a truth file, which exists in simulations alone, since
-whoever runs one knows all texts: slots, lengths and ``ids`` int64 (sum of lengths,), and where
-there are classes ``labels`` int64 (S,).
+(any of the tensors may be missing; gradients are of each target's own loss), and a truth file,
+which exists in simulations alone, since whoever runs one knows all texts: slots, lengths and
+``ids`` int64 (sum of lengths,), and where there are classes ``labels`` int64 (S,).
 
 An update of weights has ``before/NAME`` and ``after/NAME``, or ``gradient/NAME`` of one batch's
 mean loss with ``shape`` (2,) = B, T and ``labels`` (B,); its truth lists the batch's samples.  A
@@ -23,20 +27,17 @@ tuned model's answers have ``logits`` (N, C) and ``labels`` (N,), and where ther
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedsplit.errors import AttackError, FrameError
+from fedsplit.errors import AttackError
 from fedsplit.seeding import numpy_generator
-from fedsplit.wire.codecs import decode_rows
-from fedsplit.wire.frames import Frame, Kind, decode
 
 Samples = dict[tuple[str, str], dict[int, Tensor]]
 """(owner, split) -> slot -> one sample's tensor."""
@@ -53,10 +54,29 @@ class Transcript:
     Attributes:
         rows: representations, one view after another; of a view, ``(T, d)`` float32 a sample.
         gradients: what was returned, pass after pass: ``(c,)`` or ``(T, c)`` a sample.
+        outputs: what the server sent and each gradient answers: logits or final hidden states.
     """
 
     rows: list[Samples] = field(default_factory=list)
     gradients: list[Samples] = field(default_factory=list)
+    outputs: list[Samples] = field(default_factory=list)
+
+    def answered(self) -> Samples:
+        """Return the rows of those texts of a language model that gradients came back for.
+
+        Attacks on both directions are about these alone: held-out texts have no gradients.
+        """
+        first = self.outputs[0] if self.outputs else {}
+        rows = self.rows[0] if self.rows else first
+        return {
+            key: {slot: rows[key][slot] for slot, x in held.items() if x.dim() == 2}
+            for key, held in first.items()
+            if any(x.dim() == 2 for x in held.values())
+        }
+
+    def parts(self) -> dict[str, list[Samples]]:
+        """Return what the file names: rows, gradients, outputs, each a list of passes."""
+        return {"rows": self.rows, "gradients": self.gradients, "outputs": self.outputs}
 
     @property
     def received(self) -> Samples:
@@ -84,7 +104,7 @@ def read_whole_transcript(path: Path) -> Transcript:
     if not path.exists():
         raise AttackError(f"{path}: no transcript; run with output.transcript = true")
     found = Transcript()
-    for name, into in (("rows", found.rows), ("gradients", found.gradients)):
+    for name, into in found.parts().items():
         for number in range(1 << 16):
             held = _read(path, f"{name}.{number}" if number else name)
             if not held:
@@ -94,12 +114,19 @@ def read_whole_transcript(path: Path) -> Transcript:
 
 
 def write_transcript(path: Path, transcript: Transcript) -> None:
-    """Write a transcript; samples of one owner and split are the same in every view."""
-    tensors: dict[str, Tensor] = {}
-    for name, views in (("rows", transcript.rows), ("gradients", transcript.gradients)):
+    """Write a transcript."""
+    save_file(transcript_tensors(transcript), path)
+
+
+def transcript_tensors(
+    transcript: Transcript, already: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return a transcript under the keys of its file, beside those that the file already has."""
+    tensors = dict(already or {})
+    for name, views in transcript.parts().items():
         for number, held in enumerate(views):
             _put(tensors, f"{name}.{number}" if number else name, held)
-    save_file(tensors, path)
+    return tensors
 
 
 def read_truth(path: Path) -> Samples:
@@ -154,78 +181,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AttackError(f"{path}: must be a safetensors file: {error}") from None
 
 
-def read_capture(folder: Path) -> Transcript:
-    """Put together what a run with ``output.capture = true`` recorded of its owners' sessions.
-
-    Gradients are scaled to each sample's own loss: a batch's mean divides them.
-
-    Args:
-        folder: one file of frames per node and mode, session after session, and the node's
-            owner's name in ``NODE.owner`` (else its node number stands for it).
-
-    Raises:
-        AttackError: nothing was recorded, or a file is damaged.
-    """
-    found = Transcript()
-    for path in sorted(folder.glob("*.bin")):
-        node, _, mode = path.stem.partition("-")
-        key = (_owner(folder, node), "train" if mode == "train" else "test")
-        batches: dict[int, list[int]] = {}
-        lengths: dict[int, int] = {}
-        for frame in frames(path):
-            if frame.kind is Kind.BATCH:
-                slots, fresh = list(frame["slots"]), list(frame["fresh"])
-                batches[frame["step"]] = slots
-                sizes = list(frame["lengths"])
-                lengths |= dict(zip(fresh, sizes, strict=True))
-                if fresh:
-                    body = decode_rows(frame.body, (sum(sizes), frame["dim"]), frame["codec"])
-                    for slot, row in zip(fresh, torch.split(body, sizes), strict=True):
-                        _append(found.rows, key, slot, row)
-            elif frame.kind is Kind.GRAD:
-                slots = batches[frame["step"]]
-                body = decode_rows(frame.body, tuple(frame["shape"]), frame["codec"])
-                body = body.double() * len(slots)
-                rows: Any = body
-                if len(body) != len(slots):
-                    rows = torch.split(body, [lengths[slot] for slot in slots])
-                for slot, row in zip(slots, rows, strict=True):
-                    _append(found.gradients, key, slot, row)
-    if not found.received:
-        raise AttackError(f"{folder}: must hold recorded sessions; run with output.capture = true")
-    return found
-
-
-def frames(path: Path) -> Iterator[Frame]:
-    """Yield the frames of one recorded session after another.
-
-    Raises:
-        AttackError: the file is damaged.
-    """
-    data = path.read_bytes()
-    at = 0
-    while at < len(data):
-        length = int.from_bytes(data[at : at + 8], "little")
-        try:
-            yield decode(data[at + 8 : at + 8 + length], length)
-        except FrameError as error:
-            raise AttackError(f"{path}: byte {at}: {error}") from None
-        at += 8 + length
-
-
-def _owner(folder: Path, node: str) -> str:
-    path = folder / f"{node}.owner"
-    return path.read_text(encoding="utf-8") if path.is_file() else node
-
-
-def _append(views: list[Samples], key: tuple[str, str], slot: int, row: Tensor) -> None:
-    for held in views:
-        if slot not in held.setdefault(key, {}):
-            held[key][slot] = row
-            return
-    views.append({key: {slot: row}})
-
-
 def _truth(path: Path) -> Path:
     if not path.exists():
         raise AttackError(f"{path}: no truth to score against; simulations write one")
@@ -238,14 +193,17 @@ def _put(
     for (owner, part), held in samples.items():
         if not held:
             continue
-        prefix, rows = f"{owner}/{part}", [held[slot].cpu() for slot in held]
-        tensors[f"{prefix}/slots"] = torch.tensor(list(held), dtype=torch.int64)
-        if rows[0].dim() == 1 and name.startswith("gradients"):
-            tensors[f"{prefix}/{name}"] = torch.stack(rows)
-            tensors.setdefault(f"{prefix}/lengths", torch.ones(len(rows), dtype=torch.int64))
-        else:
-            tensors[f"{prefix}/lengths"] = torch.tensor([len(x) for x in rows])
-            tensors[f"{prefix}/{name}"] = torch.cat(rows)
+        order = sorted(held)
+        prefix, rows = f"{owner}/{part}", [held[slot].cpu() for slot in order]
+        single = rows[0].dim() == 1 and not name.startswith(("rows", "ids"))
+        slots = torch.tensor(order, dtype=torch.int64)
+        lengths = torch.tensor([1 if single else len(x) for x in rows])
+        tensors[f"{prefix}/{name}"] = torch.stack(rows) if single else torch.cat(rows)
+        common = tensors.setdefault(f"{prefix}/slots", slots)
+        known = tensors.setdefault(f"{prefix}/lengths", lengths)
+        if not common.equal(slots) or not (single or known.equal(lengths)):
+            tensors[f"{prefix}/{name}.slots"] = slots  # an owner was lost, or the disk was full
+            tensors[f"{prefix}/{name}.lengths"] = lengths
 
 
 def _read(path: Path, what: str) -> Samples:
@@ -254,11 +212,13 @@ def _read(path: Path, what: str) -> Samples:
         with safe_open(path, framework="pt") as file:
             for key in sorted(k for k in file.keys() if k.endswith(f"/{what}")):  # noqa: SIM118
                 owner, part, _ = key.rsplit("/", 2)
-                lengths = file.get_tensor(f"{owner}/{part}/lengths").tolist()
-                slots = file.get_tensor(f"{owner}/{part}/slots").tolist()
+                own = f"{key}." if f"{key}.slots" in file.keys() else f"{owner}/{part}/"  # noqa: SIM118
+                lengths = file.get_tensor(f"{own}lengths").tolist()
+                slots = file.get_tensor(f"{own}slots").tolist()
                 whole = file.get_tensor(key)
                 # One value a sample, or one a token.
-                single = what == "labels" or (what.startswith("grad") and len(whole) == len(slots))
+                steps = what.startswith(("gradients", "outputs"))
+                single = what == "labels" or (steps and len(whole) == len(slots))
                 rows = whole.unbind(0) if single else torch.split(whole, lengths)
                 out[owner, part] = dict(zip(slots, rows, strict=True))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:

@@ -280,8 +280,11 @@ class OutputConfig:
     Attributes:
         dir: folder for ``server.json``; empty = nothing is written.
         save: leave what was trained as ``top.safetensors``, for serving.
-        transcript: also keep every representation received (for attacks to be measured on).
-        capture: also keep every byte received from owners, frame by frame.
+        transcript: also keep, sample by sample, every representation received, what was sent down
+            for it and the gradient that came back (for attacks to be measured on).
+        capture: also keep every frame of the sessions, both ways, but the bottom's files.
+        record_mb: bound on the frames that either keeps on the disk, MB; later ones are left out,
+            and ``server.json`` says how many.
         evaluate_every: rounds between evaluations on the owners' held-out samples; 0 = never.
         threads: CPU threads of the server's compute; 0 = all cores.
         owner_threads: CPU threads of one owner's compute.
@@ -296,6 +299,7 @@ class OutputConfig:
     save: bool = True
     transcript: bool = False
     capture: bool = False
+    record_mb: int = 2048
     evaluate_every: int = 1
     threads: int = 0
     owner_threads: int = 1
@@ -305,6 +309,7 @@ class OutputConfig:
     metrics_port: int = 0
 
     def __post_init__(self) -> None:
+        check(1 <= self.record_mb <= 1 << 20, "output.record-mb", self.record_mb, "in [1, 2^20] MB")
         check(self.evaluate_every >= 0, "output.evaluate-every", self.evaluate_every, ">= 0")
         check(0 <= self.threads <= 1024, "output.threads", self.threads, "in [0, 1024]")
         check(1 <= self.owner_threads <= 1024, "output.owner-threads", self.owner_threads, ">= 1")

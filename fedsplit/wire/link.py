@@ -126,7 +126,7 @@ class Link:
         max_frame_bytes: bound on one frame, both ways.
         depth: frames that may wait in each queue; a peer that sends more is held back by the
             transport's flow control and costs only itself.
-        on_bytes: called with every frame received, as it arrived (for transcripts).
+        on_bytes: called with every frame, received or sent, as it crossed (for transcripts).
         hold_bytes: bytes that may wait in each queue, None = as many as ``depth`` allows.
     """
 
@@ -191,6 +191,8 @@ class Link:
     def _send(self, kind: Kind, header: Mapping[str, Any], body: bytes, timeout_s: float) -> None:
         data = encode(Frame(kind, header, body), self._sent, self._max)
         self.put(self.outgoing, data, timeout_s)
+        if self.on_bytes is not None:
+            self.on_bytes(data)
         self._sent += 1
         self.traffic.bytes_out += len(data)
         self.traffic.frames_out += 1

@@ -80,7 +80,7 @@ class SessionServer:
         max_frame_bytes: bound on one frame.
         max_sessions: sessions at once; further ones are refused at once.
         hello_deadline_s: longest wait for a new stream's HELLO.
-        on_bytes: called with (node, mode, raw frame) for everything an owner sends.
+        on_bytes: called with (node, mode, raw frame) for everything that crosses, either way.
         reconnect_s: how long a session whose stream broke waits for a new one; 0 = not at all.
         max_waiting: streams from one address that have not said HELLO yet; more are refused, so
             that whoever opens streams and says nothing does not keep others out.

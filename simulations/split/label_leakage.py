@@ -20,7 +20,8 @@ from rich.table import Table
 from torch import Tensor
 
 from fedsplit.attacks import Truth, View, make_attack
-from fedsplit.attacks.transcripts import Transcript, read_capture
+from fedsplit.attacks.recorded_frames import read_capture
+from fedsplit.attacks.transcripts import Transcript
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError, check
 from fedsplit.privacy.labels.table import head_at_owner, parts_of

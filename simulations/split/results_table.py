@@ -13,7 +13,7 @@ from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
 
 # Result -> the attacker in words, from the weakest to the strongest.
-ATTACKERS = {row.result_key: row.words for row in ATTACKS.values() if row.words}
+ATTACKERS = {row.result_key or row.name: row.words for row in ATTACKS.values() if row.words}
 
 
 def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[str]) -> None:

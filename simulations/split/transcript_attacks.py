@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.attacks import Truth, View, suited
-from fedsplit.attacks.files import Budget, public_knowledge
+from fedsplit.attacks import Truth, suited
+from fedsplit.attacks.files import Budget, public_knowledge, recorded_view
 from fedsplit.attacks.transcripts import (
     TRUTH,
     Samples,
-    chosen_samples,
-    read_transcript,
+    read_whole_transcript,
     write_truth,
 )
 from fedsplit.config import RunConfig
@@ -67,9 +66,10 @@ def attack_transcript(
     Raises:
         AttackError: no transcript.
     """
-    rows, ids = chosen_samples(read_transcript(transcript), truth_of(owners), samples, config.seed)
-    view = View(public=public_knowledge(config, public=public), rows=rows, seed=config.seed)
+    recorded = read_whole_transcript(transcript)
+    view, ids = recorded_view(recorded, truth_of(owners), samples, config.seed)
+    view.public = public_knowledge(config, public=public)
     return {
-        attack.result_key: attack.run(view, Truth(ids=ids)).to_dict()
+        attack.result_key or attack.name: attack.run(view, Truth(ids=ids)).to_dict()
         for attack in suited(view, config.seed, budget)
     }

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from fedsplit import storage
+from fedsplit.attacks.recorded_frames import read_frames
+from fedsplit.attacks.transcripts import CAPTURE, TRANSCRIPT, transcript_tensors
 from fedsplit.config import RunConfig
 from fedsplit.errors import RunError
+from fedsplit.wire.frames import KIND_AT, Kind
 from fedsplit.wire.link import Link
 
 from ..sessions.representation_cache import RepresentationCache
@@ -35,22 +39,34 @@ class Recorder:
 
     Args:
         folder: where to write; None = nowhere (progress is still logged).
-        capture: also keep every byte received from owners in ``capture/<node>-<mode>.bin``.
+        keep: parts of the output's settings that frames are kept for, in
+            ``capture/<node>-<mode>.bin``: ``capture`` leaves them there, ``transcript`` alone makes
+            ``transcript.safetensors`` of them and removes them; none: no frame is kept.
+        max_bytes: bound on the frames kept; those that come later are counted and left out.
         observers: are told everything too; None = nobody watches.
     """
 
     def __init__(
-        self, folder: Path | None, *, capture: bool = False, observers: Observers | None = None
+        self,
+        folder: Path | None,
+        *,
+        keep: Collection[str] = (),
+        max_bytes: int = 1 << 31,
+        observers: Observers | None = None,
     ) -> None:
         self._folder = folder
         self._observers = observers
-        self._capture = capture and folder is not None
+        self._keep = frozenset(keep) if folder is not None else frozenset[str]()
+        self._max = max_bytes
+        self._kept = 0
+        self._left_out = 0
         self._files: dict[str, BinaryIO] = {}
         self._lock = threading.Lock()
         self._spoke = 0.0
         self.content: dict[str, Any] = {"rounds": []}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            self._kept = sum(path.stat().st_size for path in (folder / CAPTURE).glob("*.bin"))
 
     @classmethod
     def of(cls, config: RunConfig, run: int) -> Self:
@@ -60,7 +76,10 @@ class Recorder:
             ConfigError, RunError: see :class:`~strategies.telemetry.observers.Observers`.
         """
         folder = Path(config.output.dir) if config.output.dir else None
-        return cls(folder, capture=config.output.capture, observers=Observers(config, run))
+        o = config.output
+        keep = [n for n, asked in ((CAPTURE, o.capture), ("transcript", o.transcript)) if asked]
+        bound = o.record_mb << 20
+        return cls(folder, keep=keep, max_bytes=bound, observers=Observers(config, run))
 
     @classmethod
     @contextmanager
@@ -78,6 +97,8 @@ class Recorder:
             recorder = cls.of(config, run)
             if config.output.dir and (Path(config.output.dir) / FOLDER).exists():
                 recorder.content |= _earlier_content(Path(config.output.dir))
+            else:
+                recorder.forget_frames()
             try:
                 yield recorder
             except BaseException as error:
@@ -87,6 +108,12 @@ class Recorder:
             finally:
                 recorder.close()
 
+    def forget_frames(self) -> None:
+        """Remove frames that an earlier run left in the folder."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder / CAPTURE, ignore_errors=True)
+            self._kept = 0
+
     def round_started(self, number: int, mode: str, asked: int) -> None:
         """Take note that the offers of round ``number`` go out to so many owners."""
         if self._observers is not None:
@@ -94,8 +121,8 @@ class Recorder:
 
     def session_opened(self, owner: str, node: int, link: Link) -> None:
         """Take note that an owner's session was accepted."""
-        if self._capture and self._folder is not None:
-            folder = self._folder / "capture"
+        if self._keep and self._folder is not None:
+            folder = self._folder / CAPTURE
             folder.mkdir(exist_ok=True)
             (folder / f"{node}.owner").write_text(owner, encoding="utf-8")
         if self._observers is not None:
@@ -164,34 +191,52 @@ class Recorder:
         )
 
     def on_bytes(self, node: int, mode: str, data: bytes) -> None:
-        """Keep one frame as it arrived, with its length before it."""
-        if not self._capture or self._folder is None:
+        """Keep one frame as it crossed, with its length before it; not the bottom's files."""
+        if not self._keep or self._folder is None or data[KIND_AT] == Kind.FILE:
             return
         with self._lock:
+            if self._left_out or self._kept + 8 + len(data) > self._max:
+                if not self._left_out:
+                    log.warning("frames over output.record-mb are left out from now on")
+                self._left_out += 1
+                return
+            self._kept += 8 + len(data)
             name = f"{node}-{mode}"
             if name not in self._files:
-                folder = self._folder / "capture"
+                folder = self._folder / CAPTURE
                 folder.mkdir(exist_ok=True)
                 self._files[name] = open(folder / f"{name}.bin", "ab")  # noqa: SIM115
             self._files[name].write(len(data).to_bytes(8, "little") + data)
 
     def transcript(self, store: RepresentationCache) -> None:
-        """Write everything received, for attacks to be measured on.
+        """Write all that crossed, both ways, for attacks to be measured on.
 
         Raises:
             RunError: the disk is full or not writable.
         """
         if self._folder is None:
             return
+        self._close_files()
+        self.write(recorded={"bytes": self._kept, "frames_left_out": self._left_out})
+        folder = self._folder / CAPTURE
+        steps = read_frames(folder)
+        if held := store.tensors():  # of a frozen bottom, as exact as they came
+            steps.rows.clear()
+        tensors = {**held, **transcript_tensors(steps, held)}
         try:
-            store.save(self._folder / "transcript.safetensors")
+            storage.write_tensors(self._folder / TRANSCRIPT, tensors, durable=False)
         except OSError as error:
             raise RunError(f"cannot write the transcript in {self._folder}: {error}") from None
+        if CAPTURE not in self._keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Close the capture's files and let the observers go."""
         if self._observers is not None:
             self._observers.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         with self._lock:
             for file in self._files.values():
                 with suppress(OSError):  # a full disk costs the end of a capture

@@ -45,6 +45,7 @@ FREE = {
     *("model.name", "session.host", "session.port", "session.wave-wait-s", "session.deadline-s"),
     *("session.idle-s", "session.round-s", "session.reconnect-s", "session.max-frame-mb"),
     *("output.dir", "output.save", "output.transcript", "output.capture"),
+    "output.record-mb",
     *("output.checkpoint-steps", "output.owner-threads", "output.log-json", "output.tensorboard"),
     *("output.metrics-port", "train.min-owners", "train.bench-after", "train.bench-rounds"),
 }

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit import storage
 from fedsplit.errors import FrameError
 
 
@@ -74,15 +72,8 @@ class RepresentationCache:
         bits[[s for s in held if s < slots]] = 1
         return np.packbits(bits).tobytes()
 
-    def save(self, path: Path) -> None:
-        """Write everything received as one safetensors file: the transcript that attacks read.
-
-        Keys ``owner/split/rows`` (N, d), ``.../slots`` (n,), ``.../lengths`` (n,).
-        """
-        storage.write_tensors(path, self.tensors(), durable=False)
-
     def tensors(self, *, unsaved: bool = False) -> dict[str, Tensor]:
-        """Return what is held, under the keys of :meth:`save`.
+        """Return what is held: ``owner/split/{rows, slots, lengths}``, as in a transcript.
 
         Args:
             unsaved: only what came since :meth:`mark_saved`.

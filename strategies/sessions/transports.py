@@ -175,7 +175,7 @@ class MessageTransport:
             notice a lost node).
         offer: (node, exchange) -> content of a message to that node, without frames.
         welcome: header of the server's first frame.
-        on_bytes: called with (node, mode, raw frame) for everything an owner sends.
+        on_bytes: called with (node, mode, raw frame) for everything that crosses, either way.
     """
 
     def __init__(

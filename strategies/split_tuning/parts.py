@@ -108,7 +108,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerPar
         stream = open_transport(
             config.session,
             run_id,
-            on_bytes=recorder.on_bytes if config.output.capture else None,
+            on_bytes=recorder.on_bytes,
             reconnect_s=config.session.reconnect_s,
         )
         authenticator = stream.authenticator

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from fedsplit.attacks.recorded_frames import read_capture
 from fedsplit.attacks.transcripts import (
     Transcript,
-    read_capture,
     read_true_labels,
     read_whole_transcript,
     write_transcript,
@@ -188,3 +188,15 @@ def test_what_a_record_lacks_is_named(model: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app_cli, words)
     assert done.exit_code != 0
     assert "rows" in f"{done.output}{done.exception}"
+
+
+def test_a_pass_over_fewer_samples_keeps_its_own_slots(tmp_path: Path) -> None:
+    rows = {KEY: {i: torch.randn(i + 2, 4) for i in range(3)}}
+    part = {KEY: {2: torch.randn(4, 4)}}
+    write_transcript(tmp_path / "t", Transcript([rows], [rows, part], [rows, part]))
+
+    found = read_whole_transcript(tmp_path / "t")
+
+    assert found.gradients[1][KEY].keys() == {2}
+    assert torch.equal(found.outputs[1][KEY][2], part[KEY][2])
+    assert found.answered()[KEY].keys() == {0, 1, 2}

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 
 from fedsplit.config import RunConfig
+from fedsplit.wire.frames import KIND_AT, Kind
 from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.local_grid import LocalGrid
+
+FROM_SERVER = {Kind.WELCOME, Kind.FILE, Kind.START, Kind.LOGITS, Kind.HIDDEN_GRAD, Kind.BYE}
 
 
 @dataclass
@@ -36,7 +39,9 @@ class LocalRun:
             at = 0
             while at < len(data):
                 length = int.from_bytes(data[at : at + 8], "little")
-                frames.append(data[at + 8 : at + 8 + length])
+                frame = data[at + 8 : at + 8 + length]
+                if frame[KIND_AT] not in FROM_SERVER:
+                    frames.append(frame)
                 at += 8 + length
         return frames
 

@@ -82,7 +82,21 @@ def log_posterior(
     head: Tensor | None,
     targets: float,
 ) -> Iterator[Tensor]:
-    """Yield log p(v | row) + constant for blocks of rows, ``(block, V)`` float32.
+    """Yield log p(v | row) + constant for blocks of rows, ``(block, V)``; arguments as below."""
+    found = log_likelihood(gradients, logits, noise, head=head, targets=targets)
+    for block, own in zip(found, torch.split(logits, ROWS_AT_ONCE), strict=True):
+        yield block if noise.law == "none" else block + own.float().log_softmax(1)
+
+
+def log_likelihood(
+    gradients: Tensor,
+    logits: Tensor,
+    noise: GradientNoise,
+    *,
+    head: Tensor | None,
+    targets: float,
+) -> Iterator[Tensor]:
+    """Yield log p(row | v) + constant for blocks of rows, ``(block, V)`` float32.
 
     Args:
         gradients: received rows, ``(N, d)`` of hidden states or ``(N, V)`` of logits.
@@ -108,8 +122,7 @@ def log_posterior(
     norms = None if weights is None else weights.pow(2).sum(1)  # (V,)
     blocks = (torch.split(x, ROWS_AT_ONCE) for x in (gradients, logits))
     for rows, own in zip(*blocks, strict=True):
-        g, prior = rows.float() * targets, own.float().log_softmax(1)  # in units of N = 1
-        p = prior.exp()
+        g, p = rows.float() * targets, own.float().softmax(1)  # in units of N = 1
         if weights is None or norms is None:
             dot = (g * p).sum(1, keepdim=True) - g  # g . (p - e_v)
             length = p.pow(2).sum(1, keepdim=True) - 2 * p + 1  # |p - e_v|^2
@@ -122,8 +135,7 @@ def log_posterior(
             norm = length.clamp(min=1e-30).sqrt()
             shrink = (noise.clip * targets / norm).clamp(max=1.0)
         squared = g.pow(2).sum(1, keepdim=True) - 2 * shrink * dot + shrink**2 * length
-        found = noise.log_density((squared / targets**2).clamp(min=0))
-        yield found + prior if noise.law != "none" else found
+        yield noise.log_density((squared / targets**2).clamp(min=0))
 
 
 def recover_tokens(

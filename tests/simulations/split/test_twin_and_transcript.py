@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedsplit.attacks.transcripts import read_transcript
+from fedsplit.attacks.transcripts import read_transcript, read_whole_transcript
 from fedsplit.errors import AttackError
 from simulations.core.owner_samples import data_digest, owner_samples
 from simulations.split.centralised import CentralisedTwin
@@ -68,6 +68,54 @@ def test_inversion_reads_everything_without_noise_and_less_with_more(
         assert ("map_inversion" in found) == bool(eta)
     assert success[0] == 1.0
     assert success[0] > success[1] > success[2]
+
+
+@pytest.mark.parametrize("protection", ["none", "client-head"])
+@pytest.mark.parametrize("transport", ["stream", "messages"])
+def test_a_language_models_gradients_are_its_text(
+    make_config: Any, run_locally: Any, tiny_llama: Path, transport: str, protection: str
+) -> None:
+    config = make_config(
+        model__name=str(tiny_llama),
+        model__task="causal-lm",
+        split__k=1,
+        session__transport=transport,
+        labels__protection=protection,
+        output__evaluate_every=0,
+    )
+    run = run_locally(config)
+    shares = owner_samples(config, load_base(config).tokenizer)
+
+    found = attack_transcript(config, run.folder / "transcript.safetensors", shares)
+
+    reader = "closed_form" if protection == "client-head" else "logit_gradients"
+    assert {"logit_gradients", "closed_form"} & found.keys() == {reader}
+    assert found[reader]["success"] == found[reader]["text_recovery"] == 1.0
+    assert found[reader]["guess"] < 0.9
+    assert not (run.folder / "capture").exists()
+    assert run.server["recorded"]["frames_left_out"] == 0
+
+
+def test_a_recording_stops_at_its_bound(
+    make_config: Any, run_locally: Any, tiny_llama: Path
+) -> None:
+    config = make_config(
+        model__name=str(tiny_llama), model__task="causal-lm", split__k=1, output__record_mb=1
+    )
+    run = run_locally(config, prepare=lambda grid, strategy: _bound(strategy.recorder, 200_000))
+
+    recorded = run.server["recorded"]
+    found = read_whole_transcript(run.folder / "transcript.safetensors")
+
+    assert recorded["bytes"] <= 200_000
+    assert recorded["frames_left_out"] > 0
+    assert found.answered()
+    sent = {key: len(held) for key, held in found.rows[0].items()}
+    assert sum(map(len, found.answered().values())) < sum(sent.values())
+
+
+def _bound(recorder: Any, limit: int) -> None:
+    recorder._max = limit
 
 
 def test_attacks_need_a_transcript(tmp_path: Path) -> None:
