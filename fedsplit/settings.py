@@ -9,11 +9,13 @@ anything else happens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.emulators.settings import check_offsite
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import TRAINABLE
+from fedsplit.privacy.labels.table import said
 from fedsplit.privacy.settings import check_privacy
 
 
@@ -41,11 +43,12 @@ def read_settings(flat: Mapping[str, Scalar]) -> RunConfig:
 
 
 def check_settings(config: RunConfig) -> RunConfig:
-    """Return ``config`` after every family's check.
+    """Return ``config`` after every family's check, with what ``auto`` stands for said.
 
     Raises:
         ConfigError: as :func:`read_settings`.
     """
     for check_family in CHECKS:
         check_family(config)
-    return config
+    protection = said(config.labels.protection)
+    return replace(config, labels=replace(config.labels, protection=protection))

@@ -80,8 +80,8 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "privacy.cti-max-share": ([0.0, 1.1], [1.0]),
     "privacy.cti-rho": ([-0.1, 1.1], [0.0, 1.0]),
     "labels.protection": (
-        ["marvell", "hidden", "client-head+none"],  # Marvell: two classes, not eight
-        ["client-head", "randomised-response", "client-head+max-norm"],
+        ["marvell", "hidden", "none+client-head"],  # Marvell: two classes, not eight
+        ["none", "client-head+none", "client-head", "randomised-response", "client-head+max-norm"],
     ),
     "labels.epsilon": ([0.0, -1.0, 101.0], [1e-3, 100.0]),
     "labels.noise-power": ([0.0, float("inf")], [1e-3]),
@@ -286,6 +286,16 @@ def test_every_setting_is_documented() -> None:
                 )
 
 
+NOISY_TEXT: dict[str, Scalar] = {"model.task": "causal-lm", "privacy.mechanism": "dchi"}
+
+
+@pytest.mark.parametrize("protection", ["auto", "client-head"])
+def test_noise_that_gradients_undo_is_refused_with_the_reason(protection: str) -> None:
+    with pytest.raises(ConfigError, match="gradient of each next token spells it"):
+        read_settings({**NOISY_TEXT, "labels.protection": protection})
+    assert read_settings({"model.task": "causal-lm"}).labels.protection == "none"
+
+
 @pytest.mark.parametrize(
     "flat",
     [
@@ -314,6 +324,10 @@ def test_settings_that_exclude_each_other(flat: dict[str, Scalar]) -> None:
         {"labels.protection": "randomised-response", "labels.debias": True},
         {"dp.noise-multiplier": 1.0, "labels.protection": "client-head"},
         {"dp.noise-multiplier": 1.0, "split.bottom": "joint"},
+        {**NOISY_TEXT, "labels.protection": "none"},
+        {**NOISY_TEXT, "labels.protection": "client-head+none"},
+        {**NOISY_TEXT, "strategy": "offsite-tuning"},
+        {"model.task": "causal-lm"},
     ],
 )
 def test_settings_that_go_together(flat: dict[str, Scalar]) -> None:

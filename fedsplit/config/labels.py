@@ -13,7 +13,8 @@ class LabelsConfig:
     """What stands between the server and the owners' labels.
 
     Attributes:
-        protection: ``none`` (the head is at the server, whose gradient shows every label),
+        protection: ``auto`` (``none``, where that does not undo what noise on representations
+            hides), ``none`` (the head is at the server, whose gradient shows every label),
             ``client-head`` (U-shape), ``randomised-response``, ``marvell``, ``max-norm``, or
             ``client-head+`` one of the last three: rows of
             :data:`fedsplit.privacy.labels.table.LABEL_PROTECTIONS`, checked when settings are read
@@ -24,7 +25,7 @@ class LabelsConfig:
             the squared distance between the two classes' mean gradients.
     """
 
-    protection: str = "none"
+    protection: str = "auto"
     epsilon: float = 1.0
     debias: bool = False
     noise_power: float = 4.0

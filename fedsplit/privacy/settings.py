@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedsplit.config import RunConfig
 from fedsplit.errors import check
 from fedsplit.privacy.contributing_tokens import PUBLIC_STATISTICS, STATISTICS
-from fedsplit.privacy.labels.table import check_labels, head_at_owner
+from fedsplit.privacy.labels.table import check_labels, head_at_owner, shows_text
 from fedsplit.privacy.mechanisms.table import mechanism_type
 
 
@@ -20,7 +20,25 @@ def check_privacy(config: RunConfig) -> None:
     cti = config.privacy.cti
     check(cti in statistics, "privacy.cti", cti, "one of " + ", ".join(statistics))
     check_labels(config)
+    _check_text(config)
     _check_dp(config)
+
+
+def _check_text(config: RunConfig) -> None:
+    """Refuse noise on a language model's representations whose gradients spell the text.
+
+    Unless ``none`` says that this is known.
+    """
+    asked, mechanism = config.labels.protection, config.privacy.mechanism
+    check(
+        not (mechanism_type(config.privacy).protects() and shows_text(config))
+        or asked.split("+")[-1] == "none",
+        "labels.protection",
+        asked,
+        f"one that changes gradients with model.task='causal-lm' and privacy.mechanism="
+        f"{mechanism!r}: the gradient of each next token spells it, whatever noise the "
+        "representations carry; 'none' or 'client-head+none' says that the text may be read",
+    )
 
 
 def _check_dp(config: RunConfig) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
+from fedsplit.privacy.labels.table import shows_text
 from simulations.core.owner_samples import OwnerSamples, data_digest, label_names, owner_samples
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
@@ -17,7 +18,7 @@ from simulations.core.settings import Experiment, read_options
 from simulations.runtime.federated import simulate
 from simulations.split.centralised import CentralisedTwin, TwinReport
 from simulations.split.results_table import print_table
-from simulations.split.transcript_attacks import attack_transcript, write_truth_file
+from simulations.split.transcript_attacks import attack_transcript, summary_of, write_truth_file
 from strategies.base_model import load_base
 
 OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
@@ -53,7 +54,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         folder.record(**_federated_results(config, server))
 
         attack: dict[str, Any] = {}
-        if config.output.transcript and config.split.bottom == "frozen":
+        language = config.model.task == "causal-lm"  # then gradients show the text of any bottom
+        if config.output.transcript and (config.split.bottom == "frozen" or language):
             write_truth_file(folder.path, owners)
             progress.stage("attacking what the server received")
             began = time.perf_counter()
@@ -126,8 +128,16 @@ def _privacy(config: RunConfig, server: dict[str, Any], attacks: dict[str, Any])
     # Only rounds in which something was perturbed anew know how many tokens were touched.
     touched = [r["train"]["metrics"].get("share-touched", 0.0) for r in server["rounds"]]
     p = config.privacy
-    told = {"mechanism": p.mechanism, "eta": p.eta, "noise_ratio": p.noise_ratio, "cti": p.cti}
-    return {**told, "share_touched": max(touched), "denoise": p.denoise, **attacks}
+    told: dict[str, Any] = {
+        "mechanism": p.mechanism,
+        "eta": p.eta,
+        "noise_ratio": p.noise_ratio,
+        "cti": p.cti,
+    }
+    told |= {"share_touched": max(touched), "denoise": p.denoise}
+    if shows_text(config):
+        told["text"] = "text is read"
+    return {**told, **attacks, **summary_of(attacks)}
 
 
 def _utility(config: RunConfig, server: dict[str, Any], twin: TwinReport | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from fedsplit.attacks import ATTACKS
 from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
+from simulations.split.transcript_attacks import FORWARD
 
 # Result -> the attacker in words, from the weakest to the strongest.
 ATTACKERS = {row.result_key or row.name: row.words for row in ATTACKS.values() if row.words}
@@ -57,10 +58,20 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "baseline": f"{utility.get('baseline_is', 'nothing learned')}",
     }
     rows = [(f"{utility['metric']}, {k}", figure(utility[k]), why) for k, why in meanings.items()]
-    told = "empirical privacy"
+    if "strongest" in privacy:
+        best = privacy["strongest"]
+        why = f"against the strongest attacker over all that crossed: {_words(best['attacker'])}"
+        if best["text_recovery"] is not None:
+            why += f"; it reads {100 * best['text_recovery']:.1f} % of the texts without an error"
+        rows.append(("empirical privacy", f"{100 * best['empirical_privacy']:.1f} %", why))
+    if "text" in privacy:
+        why = "the gradient of each next token spells it, and nothing is done to gradients"
+        rows.append(("text", privacy["text"], why))
+    told = "... by attacker"
     for key, attacker in ATTACKERS.items():
         if key not in privacy:
             continue
+        attacker += " (representations alone)" if key in FORWARD else ""
         low, high = privacy[key]["interval"]
         between = f"({100 * (1 - high):.1f} to {100 * (1 - low):.1f} %)"
         why = f"tokens the server cannot recover: {attacker} {between}"
@@ -82,6 +93,10 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for who, key, why in (("owners", "bytes_up", each), ("server", "bytes_down", then)):
         rows.append((f"sent by the {who}", f"{traffic[key] / 1e6:.1f} MB", why))
     return rows
+
+
+def _words(attacker: str) -> str:
+    return ATTACKERS.get(attacker, attacker)
 
 
 def _lineage(row: Mapping[str, Any]) -> str:

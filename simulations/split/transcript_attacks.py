@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsplit.attacks import Truth, suited
+from fedsplit.attacks import ATTACKS, Truth, suited
 from fedsplit.attacks.files import Budget, public_knowledge, recorded_view
 from fedsplit.attacks.transcripts import (
     TRUTH,
@@ -39,6 +39,33 @@ def write_truth_file(folder: Path, owners: Sequence[OwnerSamples]) -> Path:
     return folder / TRUTH
 
 
+FORWARD = frozenset(r.result_key or r.name for r in ATTACKS.values() if "steps" not in r.needs)
+"""Attackers that read nothing but representations."""
+
+
+def strongest(attacks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the attacker that leaves least hidden; the first of equals."""
+    return min(attacks, key=lambda name: attacks[name]["empirical_privacy"])
+
+
+def summary_of(attacks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the strongest attacker over everything that crossed leaves hidden, named.
+
+    The strongest of those that read representations alone stands beside it.
+    """
+    if not attacks:
+        return {}
+    forward = {name: found for name, found in attacks.items() if name in FORWARD}
+    told = {"strongest": attacks, "strongest_forward": forward}
+    shown = ("empirical_privacy", "interval", "text_recovery", "guess")
+    found = {}
+    for key, those in told.items():
+        if those:
+            name = strongest(those)
+            found[key] = {"attacker": name} | {k: those[name].get(k) for k in shown}
+    return found
+
+
 def attack_transcript(
     config: RunConfig,
     transcript: Path,
@@ -48,7 +75,7 @@ def attack_transcript(
     public: str = "",
     budget: Budget | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Run every inversion attack that fits the split on what really left, and score them.
+    """Run every attack on tokens that fits what crossed, either way, and score them.
 
     Args:
         config: the run's settings; the attacker knows them, the initial bottom, and public text.
@@ -61,7 +88,7 @@ def attack_transcript(
     Returns:
         Per attack (its ``result_key``) its result: at k = 0 of the nearest neighbour and, with
         noise, of those that know its distribution and the language; with blocks of optimisation
-        and of the learned inverter.
+        and of the learned inverter; of a language model those that read gradients.
 
     Raises:
         AttackError: no transcript.
@@ -72,4 +99,5 @@ def attack_transcript(
     return {
         attack.result_key or attack.name: attack.run(view, Truth(ids=ids)).to_dict()
         for attack in suited(view, config.seed, budget)
+        if attack.reads == "tokens"
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 from simulations.core.owner_samples import owner_samples
 from simulations.runtime.local_run import run_in_process
-from simulations.split.transcript_attacks import attack_transcript
+from simulations.split.transcript_attacks import attack_transcript, strongest
 from simulations.sweep.plan import Cell
 from strategies.base_model import load_base
 
@@ -51,11 +51,11 @@ def privacy(attacks: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return empirical privacy against the paper's attacker and against the strongest one."""
     if not attacks:
         return {}
-    strongest = min(attacks, key=lambda name: attacks[name]["empirical_privacy"])
-    row: dict[str, Any] = {"strongest_attack": strongest}
+    best = strongest(attacks)
+    row: dict[str, Any] = {"strongest_attack": best}
     for column, name in (
         ("empirical_privacy", "embedding_inversion"),
-        ("empirical_privacy_map", strongest),
+        ("empirical_privacy_map", best),
     ):
         if name in attacks:
             low, high = attacks[name]["interval"]

@@ -23,7 +23,7 @@ from typing import Any
 
 from fedsplit.errors import ConfigError, PolicyError, check
 from fedsplit.owners.policy.rule_table import policy_rules
-from fedsplit.privacy.labels.table import LABEL_PROTECTIONS
+from fedsplit.privacy.labels.table import LABEL_PROTECTIONS, said
 from fedsplit.privacy.levels import Level
 from fedsplit.privacy.mechanisms.table import MECHANISMS, strength_bounds
 
@@ -202,7 +202,7 @@ class Policy:
         return [*found, self.least("noise.min_ratio", ratio)] if ratio else found
 
     def _labels(self, flat: Mapping[str, Any]) -> list[Breach | None]:
-        asked = str(flat.get("labels.protection", "none"))
+        asked = said(str(flat.get("labels.protection", "none")))
         parts = asked.split("+")  # two protections together are no weaker than each of them
         allowed = self.rules.get("labels.protection", ())
         found: list[Breach | None] = []

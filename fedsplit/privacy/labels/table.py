@@ -29,8 +29,11 @@ LABEL_PROTECTIONS: dict[str, type[LabelProtection]] = {
 }
 
 
+AUTO = "auto"
+
+
 def protection_names() -> list[str]:
-    """Return every value of ``labels.protection``: each row, and what goes with the head's place.
+    """Return every value of ``labels.protection``: ``auto``, each row, and what goes with a head.
 
     Where the head is and what is done to labels or gradients are independent: a protection that
     only places the head combines, as ``A+B``, with one that changes labels or gradients.
@@ -39,7 +42,8 @@ def protection_names() -> list[str]:
     changing = [n for n, p in rows if p.changes_labels() or p.changes_gradients()]
     placing = [n for n, p in rows if p.owner_head and n not in changing]
     movable = [n for n in changing if not LABEL_PROTECTIONS[n].owner_head]
-    return [*LABEL_PROTECTIONS, *(f"{place}+{n}" for place in placing for n in movable)]
+    movable.append(Unprotected.name)  # says that nothing is done beside
+    return [AUTO, *LABEL_PROTECTIONS, *(f"{place}+{n}" for place in placing for n in movable)]
 
 
 def parts_of(protection: str) -> list[type[LabelProtection]]:
@@ -50,7 +54,18 @@ def parts_of(protection: str) -> list[type[LabelProtection]]:
     """
     known = protection_names()
     check(protection in known, "labels.protection", protection, "one of " + ", ".join(known))
-    return [LABEL_PROTECTIONS[name] for name in protection.split("+")]
+    return [LABEL_PROTECTIONS[name] for name in said(protection).split("+")]
+
+
+def said(protection: str) -> str:
+    """Return what a value of ``labels.protection`` stands for: ``auto`` is ``none``."""
+    return Unprotected.name if protection == AUTO else protection
+
+
+def shows_text(config: RunConfig) -> bool:
+    """Return whether gradients spell the owners' text: a language model's, with nothing done."""
+    language = config.strategy == "split-tuning" and config.model.task == "causal-lm"
+    return language and not any(p.changes_gradients() for p in parts_of(config.labels.protection))
 
 
 def head_at_owner(protection: str) -> bool:
