@@ -129,6 +129,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "output.threads": ([-1, 1025], [0, 1024]),
     "output.owner-threads": ([0, 1025], [1, 1024]),
     "output.checkpoint-steps": ([-2], [-1]),
+    "output.record-mb": ([0, (1 << 20) + 1], [1, 1 << 20]),
     "output.metrics-port": ([-1, 65_536], [0, 65_535]),
 }
 # Rows of tables that a later layer holds, names of columns, hosts, paths: any text.
@@ -286,7 +287,11 @@ def test_every_setting_is_documented() -> None:
                 )
 
 
-NOISY_TEXT: dict[str, Scalar] = {"model.task": "causal-lm", "privacy.mechanism": "dchi"}
+NOISY_TEXT: dict[str, Scalar] = {
+    "model.task": "causal-lm",
+    "privacy.mechanism": "dchi",
+    "privacy.eta": 8.0,
+}
 
 
 @pytest.mark.parametrize("protection", ["auto", "client-head"])

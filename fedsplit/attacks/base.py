@@ -278,7 +278,7 @@ class TokenAttack(Attack):
         """Return what the attacker is given, this view's figures included."""
         return self.knowledge
 
-    def guess(self, view: View) -> Sequence[Tensor] | None:
+    def unaided_guess(self, view: View) -> Sequence[Tensor] | None:
         """Return what is guessed without the channel that the attack reads, per sample ``(T_i,)``.
 
         None: the most frequent target stands for it.
@@ -300,5 +300,5 @@ class TokenAttack(Attack):
             special_ids=view.public.special_ids,
             knowledge=self.knowledge_of(view),
             extra={"samples": len(found.ids)},
-            guess=self.guess(view),
+            guess=self.unaided_guess(view),
         )

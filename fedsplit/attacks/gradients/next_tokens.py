@@ -45,7 +45,7 @@ class NextTokenAttack(TokenAttack):
             covers.append(torch.arange(rows) > 0)
         return Inversion(top, time.perf_counter() - start, covers)
 
-    def guess(self, view: View) -> Sequence[Tensor]:
+    def unaided_guess(self, view: View) -> Sequence[Tensor]:
         """Return the model's own top-1 for what the server received; no gradient is read."""
         first = torch.zeros(1, dtype=torch.int64)
         return [torch.cat([first, logits_of(view, s[-1]).argmax(1)]) for s in view.steps]
