@@ -8,7 +8,7 @@ Examples:
     >>> RunConfig.from_flat({"split.K": 2})
     Traceback (most recent call last):
         ...
-    fedsplit.errors.ConfigError: split.K=2: unknown setting; split.* has k, bottom
+    fedsplit.errors.ConfigError: split.K=2: unknown setting; split.* has k, bottom, averaging
 """
 
 from fedsplit.config.groups import (
@@ -24,6 +24,7 @@ from fedsplit.config.groups import (
 from fedsplit.config.labels import DpConfig, LabelsConfig
 from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
+from fedsplit.config.robust import RobustConfig
 from fedsplit.config.run import RunConfig, Scalar
 from fedsplit.config.serving import ServingConfig
 
@@ -37,6 +38,7 @@ __all__ = [
     "OffsiteConfig",
     "OutputConfig",
     "PrivacyConfig",
+    "RobustConfig",
     "RunConfig",
     "Scalar",
     "ServingConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsplit.config.robust import AVERAGINGS
 from fedsplit.errors import check, one_of
 
 TASKS = ("sequence-classification", "causal-lm")
@@ -63,14 +64,17 @@ class SplitConfig:
         k: the bottom is the embeddings and the first ``k`` blocks; 0 = embeddings only.
         bottom: ``frozen`` (each representation crosses once) or ``joint`` (gradients return,
             bottoms are averaged after each round; every step shows one more noisy view).
+        averaging: Flower strategy that averages what owners train: joint bottoms, and heads.
     """
 
     k: int = 0
     bottom: str = "frozen"
+    averaging: str = "fedavg"
 
     def __post_init__(self) -> None:
         check(0 <= self.k <= 10_000, "split.k", self.k, ">= 0 and below the number of blocks")
         one_of("split.bottom", self.bottom, ("frozen", "joint"))
+        one_of("split.averaging", self.averaging, AVERAGINGS)
 
 
 @dataclass(frozen=True)

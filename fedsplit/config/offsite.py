@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsplit.config.robust import AVERAGINGS
 from fedsplit.errors import ConfigError, check, one_of
-
-AVERAGINGS = ("fedavg", "fedadam", "fedmedian", "fedtrimmedavg", "krum")
 
 IMPORTANCE = "importance"
 

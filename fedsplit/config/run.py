@@ -26,6 +26,7 @@ from fedsplit.config.groups import (
 from fedsplit.config.labels import DpConfig, LabelsConfig
 from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
+from fedsplit.config.robust import RobustConfig
 from fedsplit.config.serving import ServingConfig
 from fedsplit.errors import ConfigError, check
 
@@ -50,6 +51,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
+    robust: RobustConfig = field(default_factory=RobustConfig)
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
@@ -106,6 +108,7 @@ _GROUPS: dict[str, type] = {
     "output": OutputConfig,
     "serving": ServingConfig,
     "offsite": OffsiteConfig,
+    "robust": RobustConfig,
 }
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 

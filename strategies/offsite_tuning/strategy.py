@@ -8,6 +8,7 @@ emulator crosses once, by digest, over a session.  The full model never leaves t
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +20,12 @@ from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
 from fedsplit.emulators.lm import mean_loss
-from fedsplit.errors import ConfigError, LineageError, ModelError, RunError
+from fedsplit.errors import ConfigError, LineageError, ModelError, RunError, WireError
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.wire.replies import reply_schema
 
-from ..rounds.averaging import make_averaging, restore, state_of
-from ..rounds.lineage_setup import average_watched, tensors
+from ..rounds.aggregate import tensors
+from ..rounds.averaging import restore, state_of
 from ..rounds.lineage_watch import stop_reason
 from ..rounds.recorder import Recorder
 from ..rounds.replies import Accepted, average, check_weights, collect, read_reply
@@ -60,7 +61,7 @@ class OffsiteTuning(RunStrategy):
     def __init__(
         self, config: RunConfig, parts: OffsiteParts, averaging: Strategy | None = None
     ) -> None:
-        super().__init__(config, parts, averaging or make_averaging(config.offsite))
+        super().__init__(config, parts, averaging)
         self.parts = parts
 
     @classmethod
@@ -127,12 +128,11 @@ class OffsiteTuning(RunStrategy):
         watch, number, report = self.watch, context.number, context.report
         good, metrics = self._read(context, replies)
         benched = self.clients.benched_in(number)
-        self.clients.record_outcomes(number, report.finished, report.cohort.lost)
         lineage = watch.open_round(number)
         before = state_of(self.averaging)
-        names, as_base = self.clients.names, self.parts.tuning.dense
-        arrays = average_watched(watch, lineage, number, good, names, self.averaging, as_base)
-        if arrays is None and not lineage.get("owners"):
+        arrays = self.average(context, lineage, good, self.parts.tuning.dense)
+        self.record_outcomes(context, report.finished, lineage)
+        if not good:
             raise RunError(f"round {number}: no owner's adapters could be used: {report.reasons()}")
         watch.close_round(lineage)
         row: dict[str, Any] = {"round": number, "train": self._row(context, metrics)}
@@ -175,6 +175,7 @@ class OffsiteTuning(RunStrategy):
             if any(n == name and other != node for other, n in names.items()):
                 raise ModelError(f"owner's name {name!r}: another node has it already")
             names[node] = name  # before the weights: whose they are is to be told
+            self._check_counts(metrics, context.mode)
             if context.mode == MessageType.TRAIN:
                 check_weights(reply.content, context.shapes)
             report.finished.append(name)
@@ -183,7 +184,27 @@ class OffsiteTuning(RunStrategy):
         good, rows = collect(replies, context.sent, names, report, accept)
         report.finished.sort(key=natural)
         report.cohort.steps = int(sum(r.get("steps", 0) for r in rows.values()))
-        return good, average(rows)
+        return good, average(rows, self.config.robust.weight_cap)
+
+    def _check_counts(self, metrics: dict[str, float], mode: str) -> None:
+        """Check that an owner's numbers can be of the work that the settings ask for.
+
+        Raises:
+            WireError: more steps or targets than there can be.
+        """
+        train, per_block = self.config.train, self.config.offsite.block - 1
+        blocks, of = metrics["num-examples"], "num-examples"
+        if mode == MessageType.TRAIN:
+            steps = train.epochs * math.ceil(metrics["num-examples"] / train.batch_size)
+            steps = min(steps, train.max_steps or steps)
+            if metrics["steps"] > steps:
+                raise WireError(f"reply's steps={metrics['steps']:g}: must be <= {steps}")
+            blocks, of = metrics["steps"] * train.batch_size, "steps"
+        if metrics["targets"] > blocks * per_block:
+            raise WireError(
+                f"reply's targets={metrics['targets']:g}: must be <= {blocks * per_block:g}, "
+                f"with its {of}={metrics[of]:g}"
+            )
 
     def _row(self, context: RoundContext, metrics: dict[str, Any]) -> dict[str, Any]:
         return {

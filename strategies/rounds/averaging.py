@@ -15,40 +15,55 @@ from flwr.serverapp.strategy import (
     FedAdam,
     FedAvg,
     FedAvgM,
-    FedMedian,
-    FedTrimmedAvg,
-    Krum,
     Strategy,
 )
 from flwr.serverapp.strategy.dp_adaptive_clipping import DifferentialPrivacyAdaptiveBase
+from flwr.serverapp.strategy.dp_fixed_clipping import DifferentialPrivacyFixedClippingBase
 from flwr.serverapp.strategy.fedopt import FedOpt
 
-from fedsplit.config import OffsiteConfig
+from fedsplit.config import RunConfig
 from fedsplit.registry import pick
 from fedsplit.wire.messages import weights_record
+
+from .robust_rules import RULES
 
 NDArray: TypeAlias = np.ndarray[Any, Any]
 WEIGHT = "targets"  # an owner's tokens, so that the average of losses is the loss on all tokens
 EQUAL = "equal-weight"  # put into replies by the server, where owners must weigh the same
 
-AVERAGINGS: dict[str, Callable[[OffsiteConfig], Strategy]] = {
-    "fedadam": lambda o: MeasuredFedAdam(o.server_lr),
-    "fedavg": lambda o: FedAvg(weighted_by_key=WEIGHT),
-    "fedmedian": lambda o: FedMedian(weighted_by_key=WEIGHT),
-    "fedtrimmedavg": lambda o: FedTrimmedAvg(weighted_by_key=WEIGHT, beta=0.2),
-    "krum": lambda o: Krum(weighted_by_key=WEIGHT, num_malicious_nodes=1),
+
+def _robust(name: str) -> Callable[[RunConfig], Strategy]:
+    return lambda c: RULES[name](c.robust.malicious, WEIGHT)
+
+
+AVERAGINGS: dict[str, Callable[[RunConfig], Strategy]] = {
+    "fedadam": lambda c: MeasuredFedAdam(c.offsite.server_lr),
+    "fedavg": lambda c: FedAvg(weighted_by_key=WEIGHT),
+    **{name: _robust(name) for name in RULES},
 }
 
 
-def make_averaging(offsite: OffsiteConfig) -> Strategy:
-    """Return the Flower strategy that averages a run's adapters.
+def make_averaging(config: RunConfig) -> Strategy:
+    """Return the Flower strategy that averages what a run's owners train.
 
     Raises:
         ConfigError: an unknown name.
     """
-    if offsite.central_dp_clip:
-        return CentralDp(offsite)
-    return pick(AVERAGINGS, offsite.averaging, "offsite.averaging")(offsite)
+    if config.strategy != "offsite-tuning":
+        return pick(AVERAGINGS, config.split.averaging, "split.averaging")(config)
+    if config.offsite.central_dp_clip:
+        return CentralDp(config)
+    return pick(AVERAGINGS, config.offsite.averaging, "offsite.averaging")(config)
+
+
+def adds_noise(averaging: Strategy) -> bool:
+    """Return whether noise is put on the sum of changes that are bounded one by one.
+
+    A bound, weight or choice that depends on the other owners' changes would void its guarantee.
+    """
+    kinds = (DifferentialPrivacyFixedClippingBase, DifferentialPrivacyAdaptiveBase)
+    found = [s for s in chain(averaging) if isinstance(s, kinds)]
+    return any(strategy.noise_multiplier > 0 for strategy in found)
 
 
 def chain(averaging: Strategy) -> Iterator[Strategy]:
@@ -197,14 +212,15 @@ class CentralDp(DifferentialPrivacyClientSideFixedClipping):
         ``numpy.random.seed`` elsewhere does not decide it.
 
     Args:
-        offsite: of the run; its bound and noise.
+        config: of the run; bound and noise are those of its group ``offsite``.
     """
 
-    def __init__(self, offsite: OffsiteConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
+        offsite = config.offsite
         inner = (
             FedAvg(weighted_by_key=EQUAL)
             if offsite.central_dp_noise
-            else pick(AVERAGINGS, offsite.averaging, "offsite.averaging")(offsite)
+            else pick(AVERAGINGS, offsite.averaging, "offsite.averaging")(config)
         )
         super().__init__(inner, offsite.central_dp_noise, offsite.central_dp_clip, 1)
         self.current_arrays = ArrayRecord()

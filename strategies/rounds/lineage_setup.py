@@ -1,16 +1,11 @@
-"""Builds a run's :class:`~.lineage_watch.LineageWatch`; uses it on Flower replies."""
+"""Builds a run's :class:`~.lineage_watch.LineageWatch`."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from flwr.app import ArrayRecord, Message
-from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedsplit import storage
@@ -20,7 +15,6 @@ from fedsplit.fingerprints.evidence.chain import Chain
 from fedsplit.fingerprints.evidence.keys import load_key, load_or_create
 from fedsplit.fingerprints.gate.lineage_gate import GateConfig, LineageGate
 from fedsplit.fingerprints.gate.owner_updates import MatrixGate
-from fedsplit.wire.messages import WEIGHTS
 
 from .lineage_watch import LineageWatch
 
@@ -121,69 +115,3 @@ def build_watch(
     returned = None if owners is None else owners_gate(owners, config)
     chain = open_chain(folder, config)
     return LineageWatch(config, gate, owners=returned, chain=chain)
-
-
-def average_watched(
-    watch: LineageWatch,
-    row: dict[str, Any],
-    number: int,
-    replies: Sequence[Message],
-    names: Mapping[int, str],
-    averaging: Strategy,
-    as_base: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
-) -> ArrayRecord | None:
-    """Average the replies' weights, each owner's judged before and their average after.
-
-    Args:
-        watch: the run's.
-        row: the round's, from ``watch.open_round``.
-        number: the round.
-        replies: with checked weights, see :func:`strategies.rounds.replies.check_weights`.
-        names: node -> owner.
-        averaging: Flower strategy whose ``aggregate_train`` averages.
-        as_base: what weights make of the base's own tensors (LoRA's factors, say); the same by
-            default.
-    """
-    replies = with_equal_metrics(replies)
-    if watch.owners is None:
-        return averaging.aggregate_train(number, replies)[0] if replies else None
-    nodes = {names[m.metadata.src_node_id]: m.metadata.src_node_id for m in replies}
-    by_name = {names[m.metadata.src_node_id]: m for m in replies}
-    updates = {
-        name: as_base(tensors(m.content.array_records[WEIGHTS])) for name, m in by_name.items()
-    }
-    kept = watch.screen(row, updates, nodes)
-    if not kept:
-        return None
-    arrays = averaging.aggregate_train(number, [by_name[name] for name in kept])[0]
-    if arrays is not None:
-        weights = {name: _weight(by_name[name]) for name in kept}
-        mine = {name: updates[name] for name in kept}
-        watch.check_average(row, as_base(tensors(arrays)), mine, weights, nodes)
-    return arrays
-
-
-def with_equal_metrics(replies: Sequence[Message]) -> list[Message]:
-    """Return the replies with the numbers that all of them report.
-
-    An owner's policy may keep averages back, and Flower averages nothing where keys differ.
-    """
-    records = [r for reply in replies for r in reply.content.metric_records.values()]
-    common = set.intersection(*(set(record) for record in records)) if records else set()
-    for record in records:
-        for key in set(record) - common:
-            del record[key]
-    return list(replies)
-
-
-def tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """An array record's tensors by name."""
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in record.items()}
-
-
-def _weight(reply: Message) -> float:
-    for record in reply.content.metric_records.values():
-        value = record.get("targets")
-        if isinstance(value, (int, float)) and value > 0:
-            return float(value)
-    return 1.0

@@ -373,7 +373,8 @@ class LineageWatch:
 
     def _record(self, row: dict[str, Any], action: str) -> str:
         assert self.chain is not None
-        kept = ("owners", "average", "leave_one_out", "named", "quarantined", "note", "error")
+        kept = ["owners", "average", "leave_one_out", "named", "quarantined", "note", "error"]
+        kept.append("charged")
         details: dict[str, Any] = {name: row[name] for name in kept if row.get(name)}
         if self._resumed is not None:
             details["resumed"], self._resumed = self._resumed, None

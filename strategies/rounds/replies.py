@@ -14,6 +14,7 @@ from fedsplit.observe import printable
 from fedsplit.wire.messages import WEIGHTS
 from fedsplit.wire.replies import ReplySchema
 
+from .contributions import capped
 from .report import RoundReport, natural
 
 log = logging.getLogger(__name__)
@@ -152,18 +153,23 @@ def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) 
 _WEIGHTS = {"loss": "targets", "accuracy": "targets", "share-touched": "num-examples"}
 
 
-def average(rows: dict[str, dict[str, float]]) -> dict[str, Any]:
+def average(rows: dict[str, dict[str, float]], cap: float = 0.0) -> dict[str, Any]:
     """Return weighted means of what the owners report, sums of counts, and the owners' own rows.
 
     An owner whose policy keeps an average back has no part in that mean.
+
+    Args:
+        rows: the owners' numbers.
+        cap: an owner weighs at most this many times the median; 0 = as it says.
     """
     if not rows:
         return {"num-examples": 0, "owners": {}}
     found: dict[str, Any] = {"num-examples": int(sum(r["num-examples"] for r in rows.values()))}
     for key, weight in _WEIGHTS.items():
-        told = [row for row in rows.values() if key in row]
+        told = {name: row[key] for name, row in rows.items() if key in row}
         if told:
-            whole = sum(row[weight] for row in told)
-            found[key] = sum(row[key] * row[weight] for row in told) / whole
+            weights = capped({name: rows[name][weight] for name in told}, cap)
+            whole = sum(weights.values())
+            found[key] = sum(told[name] * weights[name] for name in told) / whole
     found["owners"] = dict(sorted(rows.items(), key=lambda item: natural(item[0])))
     return found

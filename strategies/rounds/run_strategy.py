@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +15,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from fedsplit.config import RunConfig
 
 from ..sessions.representation_cache import RepresentationCache
 from ..settings import Settings, current_run, run_config
-from .averaging import set_current_arrays
+from .aggregate import average_owners
+from .averaging import make_averaging, set_current_arrays
 from .client_manager import ClientManager
 from .polling_grid import PollingGrid
 from .recorder import Recorder
@@ -34,7 +36,8 @@ class RunStrategy(Strategy):
     Args:
         config: the run's settings.
         parts: what the strategy works with; closed with it.
-        averaging: Flower strategy that averages what owners train (its ``aggregate_train``).
+        averaging: Flower strategy that averages what owners train (its ``aggregate_train``); None:
+            as the settings say.
         cache: representations received, or None.
 
     Attributes:
@@ -50,15 +53,15 @@ class RunStrategy(Strategy):
         self,
         config: RunConfig,
         parts: SavedParts,
-        averaging: Strategy,
+        averaging: Strategy | None = None,
         cache: RepresentationCache | None = None,
     ) -> None:
         self.config = config
-        self.averaging = averaging
+        self.averaging = averaging or make_averaging(config)
         self.recorder = parts.recorder
         self.watch = parts.watch
         self.clients = ClientManager(config, parts.watch)
-        self.checkpoint = RunCheckpoint(config, parts, self.clients, averaging, cache)
+        self.checkpoint = RunCheckpoint(config, parts, self.clients, self.averaging, cache)
         self.round: RoundContext | None = None
         self.rounds_done = 0
 
@@ -192,6 +195,36 @@ class RunStrategy(Strategy):
         return super().start(self.polling(grid), arrays, rounds, seconds, *args, **options)
 
     # ---- Flower's hooks ----------------------------------------------------------------------
+
+    def average(
+        self,
+        context: RoundContext,
+        lineage: dict[str, Any],
+        replies: Sequence[Message],
+        as_base: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> ArrayRecord | None:
+        """Return the average of what a round's owners trained, see :func:`average_owners`.
+
+        Args:
+            context: the round.
+            lineage: its row, from ``watch.open_round``.
+            replies: acceptable ones, with checked weights.
+            as_base: what weights make of the base's own tensors.
+        """
+        names, robust = self.clients.names, self.config.robust
+        start = self.checkpoint.arrays or self.initial_arrays
+        return average_owners(
+            self.watch, lineage, replies, names, self.averaging, start, robust, as_base
+        )
+
+    def record_outcomes(
+        self, context: RoundContext, worked: Iterable[str], lineage: Mapping[str, Any]
+    ) -> None:
+        """Count who failed, or sent what is held against it, and bench who goes on so."""
+        charged: dict[str, str] = lineage.get("charged", {})
+        failed = {**charged, **context.report.cohort.lost}
+        fine = [name for name in worked if name not in charged]
+        self.clients.record_outcomes(context.number, fine, failed)
 
     def report_phase(
         self, context: RoundContext, metrics: dict[str, Any], lineage: dict[str, Any]

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from flwr.app import ArrayRecord, Message, MessageType, Metadata, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError
@@ -27,7 +27,6 @@ from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
 from fedsplit.wire.replies import reply_schema
 
-from ..rounds.lineage_setup import average_watched
 from ..rounds.lineage_watch import stop_reason
 from ..rounds.polling_grid import PollingGrid
 from ..rounds.recorder import Recorder
@@ -69,7 +68,7 @@ class SplitTuning(RunStrategy):
         config: the run's settings.
         parts: top, optimizer, sessions and records.
         averaging: Flower strategy that averages what owners train, joint bottoms and heads; None:
-            FedAvg.
+            as ``split.averaging`` says.
 
     Attributes:
         store: representations received.
@@ -82,7 +81,7 @@ class SplitTuning(RunStrategy):
         self, config: RunConfig, parts: ServerParts, averaging: Strategy | None = None
     ) -> None:
         self.store = RepresentationCache()
-        super().__init__(config, parts, averaging or FedAvg(weighted_by_key="targets"), self.store)
+        super().__init__(config, parts, averaging, self.store)
         self.parts = parts
         self.patience_s = config.session.idle_s
         self._naming = threading.Lock()
@@ -263,9 +262,9 @@ class SplitTuning(RunStrategy):
         arrays = None
         if context.shapes:
             good = [m for m in good if self._weights_ok(m, context)]
-            arrays = average_watched(self.watch, lineage, number, good, names, self.averaging)
+            arrays = self.average(context, lineage, good)
         worked = [names[m.metadata.src_node_id] for m in good]
-        self.clients.record_outcomes(number, worked, report.cohort.lost)
+        self.record_outcomes(context, worked, lineage)
         self._check_lineage(lineage)
         row = {"round": number, "train": self._row(context, metrics), "lineage": lineage}
         self.recorder.round(row)
@@ -309,7 +308,7 @@ class SplitTuning(RunStrategy):
             return (name, metrics) if finished else None
 
         good, rows = collect(replies, asked, names, report, accept)
-        return good, average(rows)
+        return good, average(rows, self.config.robust.weight_cap)
 
     def _row(self, context: RoundContext, metrics: dict[str, Any]) -> dict[str, Any]:
         report, denoise = context.report, self.parts.model.denoise

@@ -10,7 +10,7 @@ import pytest
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit.config import OffsiteConfig
+from fedsplit.config import OffsiteConfig, RunConfig
 from fedsplit.wire.messages import WEIGHTS, weights_record
 from strategies.rounds.averaging import (
     WEIGHT,
@@ -44,8 +44,12 @@ def moved(by: float, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
+def run_of(offsite: OffsiteConfig) -> RunConfig:
+    return RunConfig(strategy="offsite-tuning", offsite=offsite)
+
+
 def averaged(offsite: OffsiteConfig, replies: list[Message], start: Arrays = START) -> Any:
-    strategy = make_averaging(offsite)
+    strategy = make_averaging(run_of(offsite))
     set_current_arrays(strategy, weights_record(dict(start)))
     record: ArrayRecord | None = strategy.aggregate_train(1, replies)[0]
     assert record is not None
@@ -76,7 +80,7 @@ def test_fedadams_first_step_is_as_long_as_was_asked() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 def test_fedadam_goes_down_a_bowl_of_any_scale(scale: float) -> None:
     # Owners go a tenth of the way to the minimum, at zero, each round.
-    strategy = make_averaging(OffsiteConfig(averaging="fedadam"))
+    strategy = make_averaging(run_of(OffsiteConfig(averaging="fedadam")))
     now = {n: (scale * v).astype("float32") for n, v in START.items()}
     zero = {n: np.zeros_like(v) for n, v in START.items()}
     sizes = [size(now, zero)]
@@ -96,7 +100,7 @@ def test_a_round_that_is_undone_leaves_no_trace(offsite: dict[str, float]) -> No
     rounds = [moved(0.1, 1), moved(5.0, 2), moved(0.1, 3)]
 
     def after(kept: tuple[int, ...]) -> dict[str, np.ndarray]:
-        strategy = make_averaging(config)
+        strategy = make_averaging(run_of(config))
         now = dict(START)
         for number, sent in enumerate(rounds):
             set_current_arrays(strategy, weights_record(now))

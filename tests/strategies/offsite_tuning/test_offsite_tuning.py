@@ -177,9 +177,21 @@ def test_a_damaged_emulator_is_fetched_again(
     assert not server["rounds"][1]["train"]["lost"]
 
 
-@pytest.mark.parametrize("averaging", ["fedadam", "fedmedian", "fedtrimmedavg", "krum"])
-def test_any_flower_averaging_works(offsite: Any, tmp_path: Path, averaging: str) -> None:
-    config = offsite(offsite__averaging=averaging, train__rounds=2, data__owners=3)
+@pytest.mark.parametrize(
+    ("averaging", "owners"),
+    [
+        ("fedadam", 3),
+        ("fedmedian", 3),
+        ("fedtrimmedavg", 3),
+        ("krum", 5),
+        ("multikrum", 5),
+        ("bulyan", 7),
+    ],
+)
+def test_any_flower_averaging_works(
+    offsite: Any, tmp_path: Path, averaging: str, owners: int
+) -> None:
+    config = offsite(offsite__averaging=averaging, train__rounds=2, data__owners=owners)
     adapters, server, folder = run(config, tmp_path / "run")
     start = adapter_state(load_emulator(folder / "emulator"))
     assert any(not torch.equal(adapters[n], start[n]) for n in adapters)

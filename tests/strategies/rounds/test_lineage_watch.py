@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsplit.config import LineageConfig
+from fedsplit.config import LineageConfig, RobustConfig
 from fedsplit.errors import LineageError, RunError
 from fedsplit.fingerprints.evasion.transforms import transform
 from fedsplit.fingerprints.evidence import chain as evidence
 from fedsplit.fingerprints.evidence.keys import create_key, public_hex
 from fedsplit.fingerprints.gate.lineage_gate import LineageGate
 from fedsplit.fingerprints.gate.owner_updates import MatrixGate, average, leave_one_out
-from strategies.rounds.lineage_setup import KEY_VARIABLE, average_watched, build_watch, open_chain
+from strategies.rounds.aggregate import average_owners
+from strategies.rounds.lineage_setup import KEY_VARIABLE, build_watch, open_chain
 from strategies.rounds.lineage_watch import LineageWatch, stop_reason
 from tests.strategies.local_grid import LocalGrid
 
@@ -377,5 +380,6 @@ def test_a_frozen_bottoms_rounds_say_what_was_not_checked(
 
 def test_nothing_is_averaged_where_every_owner_is_refused(base: nn.Module) -> None:
     watch = make_watch(base)
-    assert average_watched(watch, watch.open_round(1), 1, [], {}, object()) is None  # type: ignore[arg-type]
+    row = watch.open_round(1)
+    assert average_owners(watch, row, [], {}, FedAvg(), ArrayRecord(), RobustConfig()) is None
     assert build_watch(LineageConfig(gate="off"), None, model=base).gate is None

@@ -1,0 +1,207 @@
+"""What one owner may contribute to an average, at most: a bounded weight, norm and direction.
+
+Nothing here believes an owner's word.  Weights are cut to a multiple of the round's median, changes
+scaled down to a multiple of the round's median norm (as FLAME does, arXiv 2101.02281, algorithm 1),
+and a change that points against the others' is left out.  All three are relative to the owners of
+the same round, so the guarantee needs an honest majority among them:
+
+    with f of n owners lying, the honest ones of equal weight and the plain mean, what liars add is
+    at most ``f cap clip / (n - f + f cap)`` times the largest honest norm, whatever they send.
+
+What breaks it: colluders that are half of the round or more; and changes of honest norm, weight and
+direction, such as a backdoor trained in.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from flwr.app import Message
+
+from fedsplit.config import RobustConfig
+from fedsplit.wire.messages import WEIGHTS, weights_record
+
+NDArray: TypeAlias = np.ndarray[Any, Any]
+Arrays: TypeAlias = Mapping[str, NDArray]
+
+COUNTS = ("targets", "num-examples")  # numbers that weigh an owner in Flower's averages
+FEWEST = 4
+"""Owners of a round at least for any of them to be called an outlier: of three, one liar and one
+honest owner say as much as each other."""
+BLATANT = 10.0
+"""Times the round's median beyond which a norm or a count is held against its owner."""
+OPPOSED = -0.5
+"""Times the median agreement at or below which a change points against the others' ..."""
+DEVIATIONS = 5.0
+"""... and standard deviations below the median at least.  The deviation is the round's own (by the
+median absolute one), or that of a random direction's cosine, 1 / sqrt(weights), if that is more.
+Nobody was that far off in 6,000 honest rounds drawn by a test (4 to 30 owners, pairwise cosines of
+0 to 0.64): at most 5 false alarms in 10,000 rounds with 95 % confidence, under that model."""
+
+
+@dataclass
+class Contribution:
+    """What became of one owner's change.
+
+    Attributes:
+        norm: its L2 norm.
+        times: the norm in units of the round's median.
+        share: what was kept of it: 1 = all, 0 = nothing.
+        weight: its weight as counted.
+        weighed: its weight in the average.
+        agreement: cosine with the sum of the other owners' directions; None for fewer than two.
+        reason: what is held against the owner; empty for what honest owners do.
+    """
+
+    norm: float
+    times: float
+    share: float = 1.0
+    weight: float = 1.0
+    weighed: float = 1.0
+    agreement: float | None = None
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it, JSON-able."""
+        return {name: value for name, value in vars(self).items() if value not in (None, "")}
+
+
+def capped(counts: Mapping[str, float], cap: float) -> dict[str, float]:
+    """Return counts of at most ``cap`` times their (lower) median; 0 = as they are."""
+    if not cap or not counts:
+        return dict(counts)
+    most = cap * statistics.median_low(counts.values())
+    return {name: min(count, most) for name, count in counts.items()}
+
+
+def bound_contributions(
+    replies: Mapping[str, Message], start: Arrays, config: RobustConfig
+) -> dict[str, Contribution]:
+    """Bound every owner's weights, norm and direction in place; return what became of each.
+
+    Replies whose ``share`` is 0 are not to be averaged.  Memory is two copies of the weights,
+    however many owners there are.
+
+    Args:
+        replies: by owner, with checked weights and the same metrics each.
+        start: what owners began the round with.
+        config: the bounds.
+    """
+    weights = _cap_counts(replies, config.weight_cap)
+    norms = {name: _norm(_changes(reply, start)) for name, reply in replies.items()}
+    median = statistics.median(norms.values()) if norms else 0.0
+    agreements = _agreements(replies, start, norms)
+    opposed = find_opposed(agreements, sum(value.size for value in start.values()))
+    found: dict[str, Contribution] = {}
+    for name, reply in replies.items():
+        row = Contribution(norms[name], norms[name] / median if median else float(norms[name] > 0))
+        row.weight, row.weighed = weights[name]
+        row.agreement = agreements.get(name)
+        row.share = _share(row, config.clip, median)
+        row.reason = "; ".join(_charges(row, weights, len(replies)))
+        if config.screen and name in opposed:
+            row.share, row.reason = 0.0, opposed[name]
+        elif row.share < 1.0:
+            _scale(reply, start, row.share)
+        found[name] = row
+    return found
+
+
+def _cap_counts(replies: Mapping[str, Message], cap: float) -> dict[str, tuple[float, float]]:
+    """Cap what weighs replies; return (counted, kept) of the first such number of each."""
+    found = dict.fromkeys(replies, (1.0, 1.0))
+    for key in reversed(COUNTS):
+        counts: dict[str, float] = {}
+        for name, reply in replies.items():
+            for record in reply.content.metric_records.values():
+                if isinstance(value := record.get(key), int | float):
+                    counts[name] = float(value)
+        for name, kept in capped(counts, cap).items():
+            for record in replies[name].content.metric_records.values():
+                if kept < counts[name]:
+                    record[key] = kept
+            found[name] = counts[name], kept
+    return found
+
+
+def _changes(reply: Message, start: Arrays) -> dict[str, NDArray]:
+    sent = reply.content.array_records[WEIGHTS]
+    return {name: sent[name].numpy() - value for name, value in start.items()}
+
+
+def _norm(changes: Arrays) -> float:
+    return float(np.sqrt(sum(float(np.sum(c.astype(np.float64) ** 2)) for c in changes.values())))
+
+
+def _agreements(
+    replies: Mapping[str, Message], start: Arrays, norms: Mapping[str, float]
+) -> dict[str, float]:
+    """Return each change's cosine with the sum of the others' unit vectors."""
+    moved = [name for name, norm in norms.items() if norm > 0]
+    if len(moved) < 2:
+        return {}
+    total = {name: np.zeros(value.shape, np.float64) for name, value in start.items()}
+    for owner in moved:
+        for name, change in _changes(replies[owner], start).items():
+            total[name] += change / norms[owner]
+    square = sum(float(np.sum(t**2)) for t in total.values())
+    found = {}
+    for owner in moved:
+        changes = _changes(replies[owner], start)
+        along = sum(float(np.sum(total[n] * c)) for n, c in changes.items()) / norms[owner]
+        others = max(square - 2 * along + 1.0, 1e-12)  # |sum - own|^2
+        found[owner] = (along - 1.0) / float(np.sqrt(others))
+    return found
+
+
+def _share(row: Contribution, clip: float, median: float) -> float:
+    return min(1.0, clip * median / row.norm) if clip and row.norm > 0 else 1.0
+
+
+def _charges(
+    row: Contribution, weights: Mapping[str, tuple[float, float]], owners: int
+) -> list[str]:
+    """Return what no honest owner's change or count is like; nothing where few can be compared."""
+    if owners < FEWEST:
+        return []
+    told = []
+    if row.times > BLATANT:
+        told.append(f"norm of its change is {row.times:.3g} times the round's median")
+    median = statistics.median_low(counted for counted, _ in weights.values())
+    if row.weight > BLATANT**2 * median:
+        told.append(f"its count of targets is {row.weight / median:.3g} times the round's median")
+    return told
+
+
+def find_opposed(agreements: Mapping[str, float], weights: int) -> dict[str, str]:
+    """Return the owners whose changes point against the others' -> the reason.
+
+    Args:
+        agreements: each owner's cosine with the sum of the other owners' directions.
+        weights: dimensions of a change.
+    """
+    if len(agreements) < FEWEST:
+        return {}
+    median = statistics.median(agreements.values())
+    spread = 1.4826 * statistics.median(abs(a - median) for a in agreements.values())
+    spread = max(spread, 1.0 / math.sqrt(max(1, weights)))
+    bound = min(OPPOSED * median, median - DEVIATIONS * spread)
+    return {
+        owner: f"its change points against the others' (cosine {found:.3f}, the round's median "
+        f"{median:.3f}, must be > {bound:.3f})"
+        for owner, found in agreements.items()
+        if median > 0 and found <= bound
+    }
+
+
+def _scale(reply: Message, start: Arrays, share: float) -> None:
+    kept = {
+        name: (start[name] + share * change.astype(np.float64)).astype(np.float32)
+        for name, change in _changes(reply, start).items()
+    }
+    reply.content[WEIGHTS] = weights_record(kept)
