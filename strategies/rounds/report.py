@@ -27,6 +27,7 @@ class CohortReport:
     waiting_s: float = 0.0
     seconds: float = 0.0
     lost: dict[str, str] = field(default_factory=dict)
+    charged: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

@@ -218,10 +218,12 @@ class RunStrategy(Strategy):
         )
 
     def record_outcomes(
-        self, context: RoundContext, worked: Iterable[str], lineage: Mapping[str, Any]
+        self, context: RoundContext, worked: Iterable[str], lineage: dict[str, Any]
     ) -> None:
         """Count who failed, or sent what is held against it, and bench who goes on so."""
-        charged: dict[str, str] = lineage.get("charged", {})
+        charged = {**lineage.get("charged", {}), **context.report.cohort.charged}
+        if charged:
+            lineage["charged"] = charged
         failed = {**charged, **context.report.cohort.lost}
         fine = [name for name in worked if name not in charged]
         self.clients.record_outcomes(context.number, fine, failed)

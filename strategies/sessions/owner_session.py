@@ -61,6 +61,8 @@ class OwnerSession:
         width: expected d of representations.
         joint: whether representations change with every step (then nothing is kept).
         first: step that this session begins with; those before were taken in an earlier one.
+        batch_size: samples of a batch at most, and what a number of samples makes of steps; 0: no
+            bound.
     """
 
     def __init__(
@@ -73,7 +75,10 @@ class OwnerSession:
         width: int,
         joint: bool,
         first: int = 0,
+        batch_size: int = 0,
     ) -> None:
+        self._batch_size = batch_size
+        self._train = config.train
         self.link = link
         self.hello = hello
         self.steps = 0
@@ -129,8 +134,22 @@ class OwnerSession:
                 f"READY with {self.steps} batches of {self.samples} samples: must be >= 1 each, "
                 f"samples <= {MAX_SLOTS}"
             )
+        if self.steps > (most := self._most_steps()):
+            raise FrameError(
+                f"READY with {self.steps} batches of {self.samples} samples: must be <= {most}, as "
+                "the settings make of them"
+            )
         if self.steps <= self.first:
             raise FrameError(f"READY with {self.steps} batches: {self.first} were taken already")
+
+    def _most_steps(self) -> int:
+        if not self._batch_size:
+            return 1 << 31
+        once = -(-self.samples // self._batch_size)
+        if self.hello.mode != "train":
+            return once
+        steps = self._train.epochs * once
+        return min(steps, self._train.max_steps or steps)
 
     def start(self, window: int) -> None:
         """Give credit for ``window`` batches and say which samples are already here."""
@@ -157,6 +176,8 @@ class OwnerSession:
             raise FrameError(f"BATCH step {frame['step']}: over the window of {self._window}")
         if not slots or len(set(slots)) != len(slots) or max(slots) >= self.samples:
             raise FrameError(f"BATCH slots: must be distinct, >= 1 of them, below {self.samples}")
+        if self._batch_size and len(slots) > self._batch_size:
+            raise FrameError(f"BATCH of {len(slots)} samples: must be <= {self._batch_size}")
         if len(fresh) != len(lengths) or not set(fresh) <= set(slots):
             raise FrameError("BATCH fresh slots: must be among its slots, with one length each")
         if len(set(fresh)) != len(fresh):

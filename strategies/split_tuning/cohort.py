@@ -25,6 +25,7 @@ from ..rounds.report import CohortReport
 from ..rounds.round_context import Position, RoundContext
 from ..sessions.length_buckets import LengthBuckets
 from ..sessions.owner_session import Batch, OwnerSession
+from .gradient_bounds import GradientBounds
 from .model import SplitModel
 from .optimisation import Optimisation
 
@@ -59,6 +60,7 @@ class Cohort:
         self._per_token = tokens  # logits for every token, or for every text
         self._denoise = model.denoise
         self._on_step = on_step
+        self._bounds = GradientBounds(config)
 
     def train(self, sessions: Sequence[OwnerSession], context: RoundContext) -> None:
         """Train with connected owners, all greeted, in their order."""
@@ -121,6 +123,11 @@ class Cohort:
         report.waiting_s += time.perf_counter() - clock
         if not gradients:
             return []
+        gradients, charged = self._bounds(gradients, parts)
+        for session, reason in charged.items():
+            if session.name not in report.charged:
+                log.warning("owner %s: %s", session.name, reason)
+            report.charged[session.name] = reason
 
         clock = time.perf_counter()
         total = sum(weight for _, (_, weight) in gradients)

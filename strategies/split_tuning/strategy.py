@@ -213,6 +213,8 @@ class SplitTuning(RunStrategy):
             width=self.parts.model.top.hidden_size,
             joint=self.config.split.bottom == "joint",
             first=context.first_step(hello.owner),
+            # Owners evaluate in batches of twice the size, since no gradients are kept.
+            batch_size=self.config.train.batch_size * (1 if context.mode == "train" else 2),
         )
 
     # ---- while it runs ----------------------------------------------------------------------

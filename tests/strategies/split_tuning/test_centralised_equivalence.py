@@ -45,6 +45,10 @@ PLAIN_SGD: dict[str, Any] = {
     "data__alpha": 2.0,
     "output__evaluate_every": 0,
     "lineage__gate": "off",
+    # The law is that of the plain mean: owners so different in size would be bounded.
+    "robust__clip": 0.0,
+    "robust__weight_cap": 0.0,
+    "robust__screen": False,
 }
 Skips = Callable[[int, int, int], bool]
 
