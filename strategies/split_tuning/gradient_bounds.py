@@ -110,7 +110,9 @@ class GradientBounds:
         away = torch.cat(
             [
                 self._distance(mine * weight, theirs)
-                for mine, theirs in zip(rows.split(CHUNK), logits.split(CHUNK), strict=True)
+                for mine, theirs in zip(
+                    torch.split(rows, CHUNK), torch.split(logits, CHUNK), strict=True
+                )
             ]
         )  # (R,)
         odd = (away > UNEXPLAINED) & (rows.abs().amax(dim=1) > 0)
@@ -125,6 +127,6 @@ class GradientBounds:
             seen = decode_rows(encode_rows(seen, self._codec), seen.shape, self._codec)
         honest = seen.softmax(dim=1)  # (R, C)
         label = rows.argmin(dim=1, keepdim=True)  # the only negative number of an honest row
-        away = (rows - honest.scatter_add_(1, label, -torch.ones(label.shape))).norm(dim=1)
+        away: Tensor = (rows - honest.scatter_add_(1, label, -torch.ones(label.shape))).norm(dim=1)
         # Owners clip logits that are further from their mean than any honest one.
-        return away.where(seen.amax(dim=1) - seen.mean(dim=1) < CLIPPED, 0.0)
+        return torch.where(seen.amax(dim=1) - seen.mean(dim=1) < CLIPPED, away, 0.0)
