@@ -7,6 +7,7 @@ import typer
 import fedsplit
 from fedsplit.commands import (
     compare,
+    doctor,
     evaluate,
     fingerprint,
     inspect,
@@ -43,6 +44,7 @@ attack.register(app_cli)
 attack_extraction.register(attack.attack_app)
 attack_lineage.register(attack.attack_app)
 compare.register(app_cli)
+doctor.register(app_cli)
 evaluate.register(app_cli)
 fingerprint.register(app_cli)
 lineage.register(app_cli)

@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
+from fedsplit.commands.doctor import table
 from fedsplit.commands.options import write_template
 from fedsplit.errors import RunError
 from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
-    from fedsplit.deploy.checks import Check
+    pass
 
 owner_app = typer.Typer(no_args_is_help=True, help="A data owner's machine.")
 
 Node = Annotated[Path, typer.Option(help="the machine's file")]
 Rules = Annotated[Path, typer.Option("--policy", help="the owner's policy")]
-COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 def register(app: typer.Typer) -> None:
@@ -69,7 +67,7 @@ def check(
     from fedsplit.deploy.node import NodeFile
 
     found = check_machine(NodeFile.load(node), policy, network=not offline)
-    _show(found)
+    console.print(table(found))
     if any(x.state == FAIL for x in found):
         raise typer.Exit(1)
 
@@ -91,15 +89,8 @@ def start(
     if answer is not None and answer.state == FAIL:  # an unreachable server may come; this one not
         bad.append(answer)
     if bad:
-        _show(bad)
+        console.print(table(bad))
         raise RunError(f"{file.owner}: not started: {bad[0].name}: {bad[0].text}")
     if answer is not None:
         console.print(f"{file.owner}: {answer.text}", highlight=False, soft_wrap=True)
     raise typer.Exit(run(file, policy))
-
-
-def _show(found: list[Check]) -> None:
-    table = Table("what", "state", "found")
-    for x in found:
-        table.add_row(x.name, Text(x.state, COLOURS[x.state]), x.text)
-    console.print(table)

@@ -21,7 +21,24 @@ from fedsplit.owners.policy.rules import Policy
 
 MIN_DISK_BYTES = 2 << 30  # bottoms, emulators and the ledger; a full disk stops all that leaves
 CONNECT_S = 5.0
-OK, WARN, FAIL = "ok", "warn", "fail"
+OK, WARN, FAIL, SKIPPED = "ok", "warn", "fail", "-"
+# check -> what to do when it does not hold
+REMEDIES = {
+    "policy": "fedsplit policy init writes one, fedsplit policy check FILE explains it",
+    "app digest": "review the app, then put what fedsplit owner digest APP prints into app.digest",
+    "ca": "get a new ca.pem from the model owner (fedsplit keys renew), and compare fingerprints",
+    "node key": "chmod 600; or fedsplit keys node makes a new one, to be registered anew",
+    "client certificate": "ask the model owner for a new one",
+    "client key": "chmod 600",
+    "disk": "make room, or name another disk as home: a full one stops all that leaves",
+    "home": "chmod go-w",
+    "noise secret": "chmod 600; keep it: another one draws other noise for the same texts",
+    "ledger": "fedsplit ledger verify names the line; do not start before you know why",
+    "data": "correct data-path and its columns in the node file",
+    "owner": "set owner in [node] of the node file",
+    "superlink": "compare address and certificate with the model owner; look at the firewall",
+    "session": "as for the SuperLink: sessions need a port of their own",
+}
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,22 @@ class Check:
 
     Attributes:
         name: what was looked at.
-        state: ``ok``, ``warn`` (works, weaker or not for long), ``fail``.
+        state: ``ok``, ``warn`` (works, weaker or not for long), ``fail``, ``-`` (not looked at).
         text: what was found.
+        todo: what to do about it, where :data:`REMEDIES` does not say so.
     """
 
     name: str
     state: str
     text: str
+    todo: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        if self.state == OK:
+            return "nothing"
+        return self.todo or REMEDIES.get(self.name, "mend what is said on the left")
 
 
 def check_machine(node: NodeFile, policy: Path, *, network: bool = True) -> list[Check]:
