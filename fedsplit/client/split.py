@@ -12,6 +12,7 @@ from fedsplit.owners.split.prepare import build_split_owner
 from fedsplit.owners.split.run_state import RunState
 from fedsplit.owners.split.session import run_session
 from fedsplit.owners.task import OwnerTask
+from fedsplit.privacy.labels.table import keeps_weights
 from fedsplit.wire.messages import FRAMES, pack_frames, unpack_frames
 
 STRATEGY = "split-tuning"
@@ -31,6 +32,9 @@ def session(client: ClientTask) -> RecordDict:
         if owner.optimizer is not None:
             weights = owner.weights()
             state.save_optimizer(owner.optimizer, task.offer.round)
+    if weights and keeps_weights(task.config):
+        state.save_own(weights, task.offer.round)
+        weights = {}
     return reply(task, STRATEGY, averages, weights)
 
 
@@ -55,12 +59,14 @@ def _message_session(task: OwnerTask, state: RunState) -> MessageSession:
 
 
 def _build(task: OwnerTask, state: RunState) -> SplitOwner:
-    """Build the owner; what it trains itself continues from the averaged weights."""
+    """Build the owner; what it trains itself continues from the averaged weights, or its own."""
     offer = task.offer
     owner = build_split_owner(task)
-    averaged = state.averaged()
-    if averaged is not None:
-        owner.load_weights(averaged)
+    started = state.averaged()
+    if keeps_weights(task.config):
+        started = state.own(through=offer.round - (offer.mode == "train"))
+    if started is not None:
+        owner.load_weights(started)
     if offer.round > 1:
         state.load_optimizer(owner.optimizer, offer.round)
     owner.resume_at(offer.first)

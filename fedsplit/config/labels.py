@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from fedsplit.errors import check, one_of
 
+TAIL_WEIGHTS = ("averaged", "own")
+
 
 @dataclass(frozen=True)
 class LabelsConfig:
@@ -15,25 +17,33 @@ class LabelsConfig:
     Attributes:
         protection: ``auto`` (``none``, where that does not undo what noise on representations
             hides), ``none`` (the head is at the server, whose gradient shows every label),
-            ``client-head`` (U-shape), ``randomised-response``, ``marvell``, ``max-norm``, or
-            ``client-head+`` one of the last three: rows of
+            ``client-head`` (U-shape), ``client-tail`` (the last blocks too; no gradient leaves),
+            ``randomised-response``, ``marvell``, ``max-norm``, or ``client-head+`` one of the last
+            three: rows of
             :data:`fedsplit.privacy.labels.table.LABEL_PROTECTIONS`, checked when settings are read
             (:mod:`fedsplit.settings`).
         epsilon: label-DP parameter of randomised response (nats).
         debias: correct the loss for randomised response's known transition matrix.
         noise_power: Marvell's budget s: expected squared noise norm per gradient, as a multiple of
             the squared distance between the two classes' mean gradients.
+        tail_blocks: last blocks that the owner holds under ``client-tail``.
+        tail_weights: ``averaged``: tails are averaged after each round, so their weights leave;
+            ``own``: every owner keeps its own and no weight leaves.
     """
 
     protection: str = "auto"
     epsilon: float = 1.0
     debias: bool = False
     noise_power: float = 4.0
+    tail_blocks: int = 2
+    tail_weights: str = "averaged"
 
     def __post_init__(self) -> None:
         check(0 < self.epsilon <= 100, "labels.epsilon", self.epsilon, "in (0, 100] nats")
         good = self.noise_power > 0 and math.isfinite(self.noise_power)
         check(good, "labels.noise-power", self.noise_power, "> 0 and finite")
+        check(self.tail_blocks >= 1, "labels.tail-blocks", self.tail_blocks, ">= 1")
+        one_of("labels.tail-weights", self.tail_weights, TAIL_WEIGHTS)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedsplit.config import RunConfig
 from fedsplit.errors import check
 from fedsplit.privacy.contributing_tokens import PUBLIC_STATISTICS, STATISTICS
-from fedsplit.privacy.labels.table import check_labels, head_at_owner, shows_text
+from fedsplit.privacy.labels.table import check_labels, owner_trains_head, shows_text
 from fedsplit.privacy.mechanisms.table import mechanism_type
 
 
@@ -45,10 +45,10 @@ def _check_dp(config: RunConfig) -> None:
     """Refuse DP-SGD where owners train nothing themselves."""
     if config.strategy == "offsite-tuning":  # owners train their adapters, whatever the split says
         return
-    trains_head = config.model.task == "sequence-classification" or config.train.method == "all"
-    head = head_at_owner(config.labels.protection) and trains_head
     check(
-        config.dp.noise_multiplier == 0 or head or config.split.bottom == "joint",
+        config.dp.noise_multiplier == 0
+        or owner_trains_head(config)
+        or config.split.bottom == "joint",
         "dp.noise-multiplier",
         config.dp.noise_multiplier,
         "0 where owners train nothing themselves (split.bottom='joint' or a client head)",

@@ -66,7 +66,7 @@ class InferenceServer:
         self.report = ServingReport()
         self._top = top = frozen(model.top)
         self._bundle = model.bundle
-        self._positions = model.positions
+        self._positions, self._tail = model.positions, model.tail
         self._denoise = model.denoise
         self._buckets = LengthBuckets(top)
         self._open: Counter[int] = Counter()
@@ -157,7 +157,7 @@ class InferenceServer:
         """Return what goes down per text (B, C): logits, or what the owner's head reads."""
         hidden, mask = pad_rows(self._denoise.once(rows) if self._denoise is not None else rows)
         if self._positions:
-            states = self._top.hidden_states(hidden, mask)
+            states = self._top.hidden_states(hidden, mask, tail=self._tail)
             return select_positions(states, mask, self._positions).float().cpu()
         logits: Tensor = self._buckets(hidden, mask)
         return logits.float().cpu()

@@ -214,10 +214,17 @@ class OwnerSession:
         }
         self.link.send(Kind.LOGITS, header, encode_rows(logits, self._logits_codec))
 
-    def gradient(self, batch: Batch, shape: Sequence[int]) -> tuple[Tensor, float]:
+    def gradient(
+        self, batch: Batch, shape: Sequence[int], *, withheld: bool = False
+    ) -> tuple[Tensor, float]:
         """Return (gradient of the owner's mean loss by what was sent, targets in that mean).
 
         Batches that the owner sent ahead are read on the way, which uses the waiting time.
+
+        Args:
+            batch: of the step.
+            shape: of what was sent.
+            withheld: whether the owner returns a gradient of no rows.
         """
         while True:
             frame = self.link.recv(self._deadline)
@@ -229,7 +236,8 @@ class OwnerSession:
             weight = frame["weight"]
             if not 0 < weight <= shape[0]:  # one target per row of logits at most
                 raise FrameError(f"GRAD weight {weight}: must be in (0, {shape[0]}]")
-            rows = decode_rows(frame.body, shape, frame["codec"], max_abs=1e3)
+            returned = (0, *shape[1:]) if withheld else shape
+            rows = decode_rows(frame.body, returned, frame["codec"], max_abs=1e3)
             self.targets += weight
             return rows, weight
 

@@ -55,7 +55,7 @@ class Cohort:
         self._optimisation = optimisation
         self._config = config
         self._joint = config.split.bottom == "joint"
-        self._positions = model.positions
+        self._positions, self._tail = model.positions, model.tail
         tokens = self._positions == "all" if self._positions else config.model.task == "causal-lm"
         self._per_token = tokens  # logits for every token, or for every text
         self._denoise = model.denoise
@@ -69,7 +69,7 @@ class Cohort:
         resumed = context.resumed_here()
         count = max(len(groups), resumed.groups if resumed else 0)
         began = time.perf_counter()
-        self._top.train()
+        self._top.train(not self._tail)
         context.waiting = [m.name for m in sessions]
         for index, group in enumerate(groups, start=count - len(groups)):
             context.waiting = context.waiting[len(group) :]
@@ -110,7 +110,8 @@ class Cohort:
         hidden, mask = self._padded(batches)
         if self._joint:
             hidden.requires_grad_()
-        rows = self._rows(hidden, mask)  # (R, C)
+        with torch.set_grad_enabled(not self._tail):  # with a tail nothing here is trained
+            rows = self._rows(hidden, mask)  # (R, C)
         parts = self._parts(batches, rows)
         report.compute_s += time.perf_counter() - clock
 
@@ -118,7 +119,9 @@ class Cohort:
         order = dict(batches)
         sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
         gradients = self._each(
-            [m for m, _ in sent], lambda m: m.gradient(order[m], tuple(parts[m].shape)), report
+            [m for m, _ in sent],
+            lambda m: m.gradient(order[m], tuple(parts[m].shape), withheld=bool(self._tail)),
+            report,
         )
         report.waiting_s += time.perf_counter() - clock
         if not gradients:
@@ -132,16 +135,17 @@ class Cohort:
         clock = time.perf_counter()
         total = sum(weight for _, (_, weight) in gradients)
         received = dict(gradients)
-        pieces = []
-        for session in order:
-            if session in received:
-                gradient, weight = received[session]
-                pieces.append(gradient * (weight / total))
-            else:  # lost since the forward: its rows contribute nothing
-                pieces.append(torch.zeros(parts[session].shape))
-        self._optimisation.zero_grad()
-        torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
-        self._optimisation.step(progress)
+        if not self._tail:
+            pieces = []
+            for session in order:
+                if session in received:
+                    gradient, weight = received[session]
+                    pieces.append(gradient * (weight / total))
+                else:  # lost since the forward: its rows contribute nothing
+                    pieces.append(torch.zeros(parts[session].shape))
+            self._optimisation.zero_grad()
+            torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
+            self._optimisation.step(progress)
         report.steps += 1
         report.compute_s += time.perf_counter() - clock
         kept = [m for m, _ in gradients]
@@ -200,7 +204,7 @@ class Cohort:
     def _rows(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return what goes down as rows: logits (B, C) or (tokens, V), or final hidden states."""
         if self._positions:
-            states = self._top.hidden_states(hidden, mask)
+            states = self._top.hidden_states(hidden, mask, tail=self._tail)
             return select_positions(states, mask, self._positions).float()
         if not self._per_token:
             answers: Tensor = self._buckets(hidden, mask)

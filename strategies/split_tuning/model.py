@@ -20,7 +20,7 @@ from fedsplit.models.placing import place
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from fedsplit.models.splitting.heads import Head, detach_head, head_parameters, positions_read
 from fedsplit.privacy import build_mechanism
-from fedsplit.privacy.labels.table import head_at_owner
+from fedsplit.privacy.labels.table import averages_head, head_at_owner, tail_blocks
 from fedsplit.settings import check_settings
 
 from ..base_model import AUTOCASTS, DTYPES, load_base
@@ -72,6 +72,11 @@ class SplitModel:
         """Which final hidden states the owners' head reads; empty: the head is the top's."""
         return "" if self.head is None else positions_read(self.head)
 
+    @property
+    def tail(self) -> int:
+        """How many last blocks the owners hold."""
+        return 0 if self.head is None else self.head.blocks
+
 
 def load_halves(config: RunConfig) -> Halves:
     """Load the base model and cut it.
@@ -81,7 +86,9 @@ def load_halves(config: RunConfig) -> Halves:
     """
     loaded = load_base(check_settings(config))
     bottom, top = split(loaded.model, config.split.k)
-    head = detach_head(top) if head_at_owner(config.labels.protection) else None
+    head = None
+    if head_at_owner(config.labels.protection):
+        head = detach_head(top, blocks=tail_blocks(config.labels))
     return Halves(loaded.digest, loaded.tokenizer, bottom, top, head)
 
 
@@ -142,8 +149,7 @@ def owners_parameters(
     named: dict[str, nn.Parameter] = {}
     if config.split.bottom == "joint":
         named |= dict(bottom.named_parameters())
-    classify = config.model.task == "sequence-classification"
-    if head is not None and (classify or config.train.method == "all"):
+    if head is not None and averages_head(config):
         named |= {f"head.{name}": p for name, p in head.named_parameters()}
     return {name: p for name, p in named.items() if p.is_floating_point()}
 

@@ -23,9 +23,6 @@ class Optimisation:
         body: parameters trained with ``config.lr``.
         head: parameters trained with ``config.head_lr`` (or ``config.lr`` where that is 0).
         config: the training settings.
-
-    Raises:
-        ModelError: if there is nothing to train.
     """
 
     def __init__(
@@ -33,10 +30,9 @@ class Optimisation:
     ) -> None:
         groups = [(list(body), config.lr), (list(head), config.head_lr or config.lr)]
         self.parameters = [p for group, _ in groups for p in group]
-        if not self.parameters:
-            raise ModelError("top has 0 trainable parameters: must be >= 1")
-        options = [{"params": group, "lr": lr} for group, lr in groups if group]
-        self._peaks = [lr for group, lr in groups if group]
+        filled = [(group, lr) for group, lr in groups if group] or groups[:1]  # torch wants a group
+        options = [{"params": group, "lr": lr} for group, lr in filled]
+        self._peaks = [lr for _, lr in filled]
         decay = config.weight_decay
         if config.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(options, weight_decay=decay)

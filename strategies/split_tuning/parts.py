@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedsplit.config import RunConfig
+from fedsplit.errors import ModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.wire.authentication import SessionAuthenticator
@@ -96,6 +97,8 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerPar
     model = assemble(config, halves)
     fresh = head_parameters(model.top) if config.model.task == "sequence-classification" else set()
     parameters = model.trainable.parameters()
+    if not parameters and not model.tail:
+        raise ModelError("top has 0 trainable parameters: must be >= 1")
     optimisation = Optimisation(
         [p for p in parameters if id(p) not in fresh],
         [p for p in parameters if id(p) in fresh],

@@ -123,8 +123,7 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
             ``tokenizer.json`` form that encodes alike.
     """
     model = bottom.model
-    config = parse_json("config.json", model.config.to_json_string(use_diff=False).encode())
-    config = without_private_keys({k: v for k, v in config.items() if k not in UNSHIPPED})
+    config = shipped_config(model)
     about = {
         "format": FORMAT,
         "k": bottom.k,
@@ -153,6 +152,15 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
     if tokenizer is not None:
         files.update(bundle_tokenizer.pack(tokenizer))
     return Bundle(files)
+
+
+def shipped_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the configuration as owners get it: without code, labels' names and paths."""
+    config = parse_json("config.json", model.config.to_json_string(use_diff=False).encode())
+    shipped: dict[str, Any] = without_private_keys(
+        {k: v for k, v in config.items() if k not in UNSHIPPED}
+    )
+    return shipped
 
 
 def unpack_bottom(source: Bundle | str | Path) -> tuple[Bottom, Tokenizer | None]:

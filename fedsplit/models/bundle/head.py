@@ -19,12 +19,14 @@ from fedsplit.errors import FedsplitError, ModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.bundle.bottom import (
     FORMAT,
+    MAX_LAYERS,
     Bundle,
     _check_about,
     _check_shapes,
     _fill,
     _tensors,
     lay_out_whole,
+    shipped_config,
 )
 from fedsplit.models.bundle.bounded_json import dump_json, parse_json
 from fedsplit.models.modes import evaluating
@@ -60,6 +62,8 @@ def with_head(bundle: Bundle, head: Head) -> Bundle:
         "tuple_length": head.tuple_length,
         "width": head.hidden_size,
     }
+    if head.blocks:
+        about |= {"blocks": head.blocks, "config": shipped_config(head.model)}
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(head.model).items()}
     known = _tensors(_lay_out_head(bundle, about)).keys()
     tensors = {n: t for n, t in tensors.items() if n in known}
@@ -121,9 +125,13 @@ def _lay_out_head(bundle: Bundle, about: Mapping[str, Any]) -> PreTrainedModel:
     _check_about(bottom)
     config = parse_json("config.json", bundle.files["config.json"])
     changes = {} if about.get("labels") is None else {"num_labels": about["labels"]}
+    blocks = about.get("blocks", 0)
+    if blocks:
+        config, bottom = about["config"], bottom | {"k": blocks - 1}
     whole = lay_out_whole(config, bottom, AUTO[about["task"]], **changes)
-    last = probe(whole).blocks[-1]
-    model = cut(whole, [Pass(last, about["tuple_length"])], slice(-1, None))
+    own = list(probe(whole).blocks)
+    inside: list[torch.nn.Module] = own if blocks else [Pass(own[-1], about["tuple_length"])]
+    model = cut(whole, inside, slice(-len(inside), None))
     embedding = probe(model).input_embeddings
     assert isinstance(embedding, torch.nn.Embedding), "verified by probe"
     model.set_input_embeddings(ZeroEmbedding(embedding))
@@ -143,7 +151,7 @@ def _attach(model: PreTrainedModel, about: Mapping[str, Any]) -> Head:
         model.get_submodule(source).register_forward_hook(slot.after)
     head = Head(model, slot)
     head.hidden_size, head.source = about["width"], source
-    head.tuple_length = about["tuple_length"]
+    head.tuple_length, head.blocks = about["tuple_length"], about.get("blocks", 0)
     head.learn_outputs()
     if head.num_labels != about.get("labels") or head.task != about["task"]:
         raise ModelError(f"{head.num_labels} classes: must be the announced {about['labels']}")
@@ -162,6 +170,10 @@ def _check_head(about: Mapping[str, Any]) -> None:
         raise ModelError(f"head.json: task={about.get('task')!r}: must be one of {', '.join(AUTO)}")
     number("tuple_length", 0, 8)
     number("width", 1, MAX_WIDTH)
+    if "blocks" in about:
+        number("blocks", 1, MAX_LAYERS)
+        if not isinstance(about.get("config"), dict):
+            raise ModelError("head.json: config: must be an object where there are blocks")
     if about["task"] == "causal-lm":
         if about.get("labels") is not None:
             raise ModelError("head.json: labels: must be null for a language model")

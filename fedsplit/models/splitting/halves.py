@@ -8,6 +8,7 @@ mode too where dropout is 0: the halves draw their dropout separately).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fedsplit.models.splitting.structure import (
     Slot,
     ZeroEmbedding,
     cut,
+    leave,
     leaves_of,
     mirror,
     strip,
@@ -174,11 +176,18 @@ class Top(Upper):
         super().__init__(model, slot)
         self.k = k
 
-    def hidden_states(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, *, tail: int = 0
+    ) -> Tensor:
         """Return the final hidden states (B, T, d') before the head, in this half's dtype.
 
         Together with :func:`fedsplit.models.splitting.heads.detach_head`:
-        ``head(top.hidden_states(h, mask), mask) == top(h, mask)``.
+        ``head(top.hidden_states(h, mask, tail=head.blocks), mask) == top(h, mask)``.
+
+        Args:
+            hidden: (B, T, d).
+            attention_mask: (B, T), see :meth:`forward`.
+            tail: number of last blocks that are not run; what enters them is returned.
 
         Raises:
             ConfigError: if the shapes are not (B, T, d) and (B, T).
@@ -186,9 +195,21 @@ class Top(Upper):
         mask = self._mask(hidden, attention_mask)
         # The base model alone: whatever follows it (a large vocabulary, say) is not computed.
         with self.slot.holding(hidden), self._products(mask):
-            output = self.model.base_model(input_ids=self._ids(mask), attention_mask=mask)
-        last: Tensor = output.last_hidden_state
+            last = self._last(mask, tail)
         return last if self.autocast is None else last.float()
+
+    def _last(self, mask: Tensor, tail: int) -> Tensor:
+        if not tail:
+            output = self.model.base_model(input_ids=self._ids(mask), attention_mask=mask)
+            return cast(Tensor, output.last_hidden_state)
+        handle = probe(self.model).blocks[-tail].register_forward_pre_hook(leave, with_kwargs=True)
+        try:
+            self.model.base_model(input_ids=self._ids(mask), attention_mask=mask)
+        except Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise UnsupportedModelError(f"the model's forward never ran its last {tail} blocks")
 
 
 def split(

@@ -8,43 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import UnsupportedModelError
+from fedsplit.errors import UnsupportedModelError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.modes import probing
 from fedsplit.models.splitting.equivalence import TOLERANCE, padded_batch, relative_difference
 from fedsplit.models.splitting.halves import Top, Upper
-from fedsplit.models.splitting.structure import Pass, Slot, cut, strip
+from fedsplit.models.splitting.structure import Pass, Slot, cut, mirror, strip
 
 
 class Head(Upper):
     """What a top does after its final hidden state: ``head(hidden (B, T, d'), mask) -> logits``.
 
     For BERT-like classifiers that is pooler and classifier, for decoders the score layer and the
-    pooling of the last token, for language models the vocabulary projection.
+    pooling of the last token, for language models the vocabulary projection.  With ``blocks`` the
+    last blocks go before it (a tail).
 
     Attributes:
+        blocks: number of last blocks that it holds.
         source: name of the module whose output is the final hidden state; None: the last block.
         tuple_length: how many values the family's blocks return; 0: a tensor.
     """
 
+    blocks: int = 0
     source: str | None = None
     tuple_length: int = 0
 
 
-def detach_head(top: Top, *, share: bool = False) -> Head:
-    """Return the head of ``top``.
+def detach_head(top: Top, *, blocks: int = 0, share: bool = False) -> Head:
+    """Return the head of ``top``, with its last blocks if asked for.
 
-    ``head(top.hidden_states(h, mask), mask)`` equals ``top(h, mask)``; checked before returning.
+    ``head(top.hidden_states(h, mask, tail=blocks), mask)`` equals ``top(h, mask)``; checked before
+    returning.
 
     Args:
         top: from :func:`fedsplit.models.splitting.halves.split`, without adapters.
+        blocks: last blocks that the head holds; one block at least stays below them.
         share: hold the top's own parameters instead of copies of them.
 
     Raises:
+        ConfigError: ``blocks`` out of range.
         UnsupportedModelError: if the module that produces the final hidden state cannot be told.
     """
+    most = probe(top.model).num_layers - 1
+    check(0 <= blocks <= most, "blocks", blocks, f"in 0..{most} (one stays below the tail)")
     try:
-        head, _ = _cut_head(top)
+        head = _cut_tail(top, blocks) if blocks else _cut_head(top)[0]
         _check(top, head)
     except UnsupportedModelError:
         raise
@@ -115,6 +123,18 @@ def select_positions(states: Tensor, mask: Tensor, positions: str) -> Tensor:
     if positions == "last":
         return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
     return states[mask.bool()]
+
+
+def _cut_tail(top: Top, blocks: int) -> Head:
+    anatomy = probe(top.model)
+    kept = mirror(nn.ModuleList(list(anatomy.blocks)[-blocks:]))
+    model = cut(top.model, list(kept), slice(-blocks, None))
+    slot = Slot()
+    probe(model).blocks[0].register_forward_pre_hook(slot.before, with_kwargs=True)
+    head = Head(model, slot)
+    head.blocks = blocks
+    strip(model, head.learn_outputs())
+    return head
 
 
 def _cut_head(top: Top) -> tuple[Head, set[int]]:
@@ -188,7 +208,7 @@ def _check(top: Top, head: Head) -> None:
     with probing(top, head), torch.no_grad():
         hidden = _noise(top, mask)
         expected = top(hidden, mask)
-        got = head(top.hidden_states(hidden, mask), mask)
+        got = head(top.hidden_states(hidden, mask, tail=head.blocks), mask)
     same = expected.shape == got.shape
     difference = relative_difference(expected, got) if same else float("inf")
     bound = TOLERANCE.get(parameter.dtype, 3e-2)

@@ -38,7 +38,8 @@ class Answer:
         loss: mean over the step's targets (nats).
         weight: number of targets.
         right: of them, predicted rightly.
-        gradient: of the mean loss with respect to what came down, same shape; empty in evaluation.
+        gradient: of the mean loss with respect to what came down, same shape; empty in evaluation,
+            and of no rows where none leaves.
         head: gradients of the mean loss with respect to the head's trained parameters.
         per_text: (B, 2), each text's own mean loss and share of right predictions; None where no
             noisy report is made of them.
@@ -63,6 +64,7 @@ class LabelSide:
         protection: the label protection in force, by its settings, for the ledger.
         recovery: judges what gradients tell of labels before they leave; None: no rule asks for it.
         per_text: whether answers carry each text's own loss, for a noisy report.
+        withholds: whether no gradient leaves.
 
     Raises:
         ConfigError: gradients are to be shielded, and the head reads several rows per sample.
@@ -77,6 +79,7 @@ class LabelSide:
         protection: Mapping[str, Any] | None = None,
         recovery: LabelRecovery | None = None,
         per_text: bool = False,
+        withholds: bool = False,
     ) -> None:
         self.reader = reader
         self.samples = reader.samples
@@ -85,6 +88,7 @@ class LabelSide:
         self._transition = transition
         self._recovery = recovery
         self._per_text = per_text
+        self.withholds = withholds
         every = reader.head is not None and reader.positions == "all"
         if shield is not None and every and not shield.protection.takes_tokens:
             raise ConfigError(
@@ -117,14 +121,14 @@ class LabelSide:
         each = self._each(scores, targets, slots) if self._per_text else None
         if not train:
             return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each)
-        gradient, *rest = torch.autograd.grad(loss, [values, *parameters], allow_unused=True)
-        if self._shield is not None:
-            gradient = self._shield(gradient, targets, slots, output)
-        if self._recovery is not None:
-            self._recovery.judge(slots, self._evidence(values, gradient, targets, slots))
-        head = [
-            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, rest, strict=True)
-        ]
+        if self.withholds:
+            gradient, head = values.new_empty(0, values.shape[1]), _gradients(loss, parameters)
+        else:
+            gradient, *head = _gradients(loss, [values, *parameters])
+            if self._shield is not None:
+                gradient = self._shield(gradient, targets, slots, output)
+            if self._recovery is not None:
+                self._recovery.judge(slots, self._evidence(values, gradient, targets, slots))
         return Answer(float(loss.detach()), float(len(targets)), right, gradient, head, each)
 
     def _evidence(
@@ -165,10 +169,7 @@ class LabelSide:
         with torch.enable_grad():
             scores, targets = self._scores(own, [slots[at]])
             loss = self._loss(scores, targets, True)
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return [
-            torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)
-        ]
+        return _gradients(loss, parameters)
 
     def targets(self, slot: int) -> int:
         """Return how many targets one sample has."""
@@ -202,6 +203,14 @@ class LabelSide:
             following.append(ids[1 + own])
             at += int(ids.shape[0])
         return torch.cat(keep), torch.cat(following)
+
+
+def _gradients(loss: Tensor, by: Sequence[Tensor]) -> list[Tensor]:
+    """Return the loss's gradients, zeros where it does not depend on a tensor."""
+    if not by:
+        return []
+    found = torch.autograd.grad(loss, list(by), allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(by, found, strict=True)]
 
 
 def bounded_logits(logits: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ class SplitOwner(BatchSession):
             raise ModelError("joint bottom has 0 trainable parameters: must be >= 1")
 
     def _training(self) -> Training | None:
+        if not self.settings.weights_leave:  # the owner's own affair
+            return None
         return self.training.plan(self.batches, len(self.samples))
 
     def resume_at(self, step: int) -> None:
@@ -127,7 +129,7 @@ class SplitOwner(BatchSession):
             header = {
                 "step": step,
                 "codec": self.settings.logits_codec,
-                "shape": list(values.shape),
+                "shape": list(found.gradient.shape),
                 "weight": found.weight,
             }
             shown = Gradients(

@@ -42,9 +42,13 @@ from fedsplit.privacy import (
 )
 from fedsplit.privacy.labels.table import (
     GradientShield,
+    averages_head,
     build_protection,
     draw_labels,
     head_at_owner,
+    owner_trains_head,
+    tail_blocks,
+    withholds_gradients,
 )
 from fedsplit.privacy.mechanisms.calibration import Store
 
@@ -125,6 +129,7 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         weight_decay=config.train.weight_decay,
         clip=config.train.clip,
         views=views,
+        weights_leave=joint or averages_head(config),
     )
     dp = None
     if mode == "train":
@@ -207,7 +212,11 @@ def received_head(config: RunConfig, folder: Path) -> Head | None:
         return None
     head = unpack_head(folder)
     if head is None:
-        raise ModelError("labels.protection=client-head: the server's bundle must bring the head")
+        asked = config.labels.protection
+        raise ModelError(f"labels.protection={asked}: the server's bundle must bring the head")
+    blocks = tail_blocks(config.labels)
+    if head.blocks != blocks:
+        raise ModelError(f"head of {head.blocks} block(s): must be labels.tail-blocks={blocks}")
     return head
 
 
@@ -241,7 +250,8 @@ def _label_side(
         shown = draw_labels(protection, identity.secret, train.texts, train.labels, classes)
         if config.labels.debias:
             transition = protection.transition(classes)
-    if protection.changes_gradients() and mode == "train":
+    withholds = withholds_gradients(config.labels.protection)
+    if protection.changes_gradients() and not withholds and mode == "train":
         share = 0.0 if shown is None else float((shown == 1).double().mean())
         shield = GradientShield(protection, identity.secret, share)
     samples = replace(train, labels=shown) if mode == "train" else chosen
@@ -249,7 +259,7 @@ def _label_side(
         samples,
         classify=samples.labels is not None,
         head=received_head(config, folder),
-        trained=train.labels is not None or config.train.method == "all",
+        trained=owner_trains_head(config),
         classes=classes if train.labels is not None else _bottom(folder)[0].vocab,
     )
     recovery, policy = None, task.check.policy
@@ -264,6 +274,7 @@ def _label_side(
         protection=settings,
         recovery=recovery,
         per_text=report is not None and report.per_text,
+        withholds=withholds,
     )
     return shown, side
 

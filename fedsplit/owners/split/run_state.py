@@ -1,4 +1,4 @@
-"""What an owner keeps of a run between messages: averaged weights, optimizer."""
+"""What an owner keeps of a run between messages: averaged weights, its own, its optimizer."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ class RunState:
     def _averaged(self) -> Path:
         return self.folder / "averaged.safetensors"
 
+    # ---- weights that stay here --------------------------------------------------------------
+
+    def save_own(self, weights: Mapping[str, Tensor], round_: int) -> None:
+        """Keep the weights that were trained in a round and do not leave."""
+        storage.write_tensors(self._job / f"own-{round_}.safetensors", weights, durable=False)
+        self._drop_old("own")
+
+    def own(self, through: int) -> dict[str, Tensor] | None:
+        """Return the weights kept of the last round up to ``through``, None where there are none.
+
+        A round that is asked for twice begins twice with the same weights.
+        """
+        rounds = [number for number in self._rounds("own") if number <= through]
+        return load_file(self._job / f"own-{max(rounds)}.safetensors") if rounds else None
+
     # ---- optimizer of what the owner trains -------------------------------------------------
 
     def save_optimizer(self, optimizer: torch.optim.Optimizer | None, round_: int) -> None:
@@ -64,8 +79,7 @@ class RunState:
                     scalars[f"{index}.{key}"] = float(value)
         path = self._job / f"optimizer-{round_}.safetensors"
         storage.write_tensors(path, tensors, {"scalars": json.dumps(scalars)}, durable=False)
-        for old in sorted(self._optimizer_rounds())[:-ROUNDS_KEPT]:
-            (self._job / f"optimizer-{old}.safetensors").unlink(missing_ok=True)
+        self._drop_old("optimizer")
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer | None, before: int) -> None:
         """Restore the state kept of the last round before ``before``, if there is one.
@@ -73,7 +87,7 @@ class RunState:
         A round that is asked for twice, because the server was killed in it, begins twice with the
         same optimizer.
         """
-        rounds = [number for number in self._optimizer_rounds() if number < before]
+        rounds = [number for number in self._rounds("optimizer") if number < before]
         if optimizer is None or not rounds:
             return
         state: dict[int, dict[str, Any]] = {}
@@ -87,7 +101,11 @@ class RunState:
                 state.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
-    def _optimizer_rounds(self) -> list[int]:
-        """Return the rounds whose optimizer is kept."""
-        names = [p.stem.partition("-")[2] for p in self._job.glob("optimizer-*.safetensors")]
+    def _rounds(self, kind: str) -> list[int]:
+        """Return the rounds of which a file of that kind is kept."""
+        names = [p.stem.partition("-")[2] for p in self._job.glob(f"{kind}-*.safetensors")]
         return [int(name) for name in names if name.isdecimal()]
+
+    def _drop_old(self, kind: str) -> None:
+        for old in sorted(self._rounds(kind))[:-ROUNDS_KEPT]:
+            (self._job / f"{kind}-{old}.safetensors").unlink(missing_ok=True)

@@ -30,6 +30,7 @@ class SplitSettings:
         weight_decay: decoupled weight decay of it.
         clip: bound on the gradient norm of the bottom, and on that of the head, 0 = none.
         views: different noises of one text that the session may send.
+        weights_leave: whether what is trained leaves after the session, to be averaged.
     """
 
     mode: str
@@ -42,6 +43,7 @@ class SplitSettings:
     weight_decay: float = 0.0
     clip: float = 0.0
     views: int = 1
+    weights_leave: bool = True
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ class LabelProtection(ABC):
         name: row of :data:`fedsplit.privacy.labels.table.LABEL_PROTECTIONS`.
         level: the parameter that says how strong it is; None where there is none.
         owner_head: whether the owner must hold the head.
+        withholds: whether no gradient leaves at all; what the server runs then stays frozen.
         tasks: tasks whose labels it protects.
         takes_tokens: whether :meth:`perturb` also works on one row per token, as the gradients of
             a language model are; otherwise it takes one row per sample.
@@ -34,6 +35,7 @@ class LabelProtection(ABC):
     name: ClassVar[str]
     level: ClassVar[Level | None] = None
     owner_head: ClassVar[bool] = False
+    withholds: ClassVar[bool] = False
     tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification"})
     takes_tokens: ClassVar[bool] = False
 

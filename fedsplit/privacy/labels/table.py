@@ -14,6 +14,7 @@ from fedsplit.config import LabelsConfig, RunConfig
 from fedsplit.errors import check
 from fedsplit.privacy.labels.base import LabelProtection, Unprotected
 from fedsplit.privacy.labels.client_head import ClientHead
+from fedsplit.privacy.labels.client_tail import ClientTail
 from fedsplit.privacy.labels.marvell import Marvell
 from fedsplit.privacy.labels.max_norm import MaxNorm
 from fedsplit.privacy.labels.randomised_response import RandomisedResponse
@@ -23,6 +24,7 @@ from fedsplit.privacy.secret import OwnerSecret
 LABEL_PROTECTIONS: dict[str, type[LabelProtection]] = {
     "none": Unprotected,
     "client-head": ClientHead,
+    "client-tail": ClientTail,
     "randomised-response": RandomisedResponse,
     "marvell": Marvell,
     "max-norm": MaxNorm,
@@ -75,6 +77,40 @@ def head_at_owner(protection: str) -> bool:
         ConfigError: as :func:`parts_of`.
     """
     return any(part.owner_head for part in parts_of(protection))
+
+
+def withholds_gradients(protection: str) -> bool:
+    """Return whether no gradient leaves under a value of ``labels.protection``.
+
+    Raises:
+        ConfigError: as :func:`parts_of`.
+    """
+    return any(part.withholds for part in parts_of(protection))
+
+
+def tail_blocks(config: LabelsConfig) -> int:
+    """Return how many last blocks the owner holds beside the head."""
+    return config.tail_blocks if withholds_gradients(config.protection) else 0
+
+
+def owner_trains_head(config: RunConfig) -> bool:
+    """Return whether the owner holds the head and trains it.
+
+    A language model's vocabulary projection alone is trained by the method ``all`` only.
+    """
+    labels = config.labels
+    trained = config.model.task == "sequence-classification" or config.train.method == "all"
+    return head_at_owner(labels.protection) and (trained or tail_blocks(labels) > 0)
+
+
+def keeps_weights(config: RunConfig) -> bool:
+    """Return whether every owner keeps the tail that it trains; else tails are averaged."""
+    return tail_blocks(config.labels) > 0 and config.labels.tail_weights == "own"
+
+
+def averages_head(config: RunConfig) -> bool:
+    """Return whether the weights of the owners' heads leave, to be averaged."""
+    return owner_trains_head(config) and not keeps_weights(config)
 
 
 def build_protection(config: LabelsConfig) -> LabelProtection:

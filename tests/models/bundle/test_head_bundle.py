@@ -49,6 +49,38 @@ def test_the_rebuilt_head_answers_on_the_positions_it_reads(name: str, task: str
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "task"), [case for case in CASES if case[0] in KINDS])
+def test_the_rebuilt_tail_answers_on_the_states_that_enter_it(name: str, task: str) -> None:
+    bottom, top = split(tiny(name, task).float(), 1, verify=False)
+    bare, cut_off = pack_bottom(bottom, None), detach_head(top, blocks=1)
+    if name == "modernbert":  # lays out a first block without the norm that later ones have
+        with pytest.raises(ModelError, match="cannot be rebuilt"):
+            with_head(bare, cut_off)
+        return
+    tail = unpack_head(with_head(bare, cut_off))
+    assert tail is not None
+    assert tail.blocks == 1
+    assert positions_read(tail) == "all"
+    ids, mask = batch()
+    with torch.no_grad():
+        hidden = bottom(ids, mask)
+        expected = top(hidden, mask)
+        got = tail(top.hidden_states(hidden, mask, tail=1), mask)
+    compare = mask.bool() if got.ndim == 3 else slice(None)
+    torch.testing.assert_close(got[compare], expected[compare], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [{"blocks": 0}, {"blocks": 2}, {"blocks": 10**9}, {"config": None}, {"config": {}}],
+)
+def test_a_tail_that_is_not_what_it_says_is_refused(about: dict[str, Any]) -> None:
+    bottom, top = split(tiny("llama", "causal-lm").float(), 1, verify=False)
+    whole = with_head(pack_bottom(bottom, None), detach_head(top, blocks=1))
+    with pytest.raises(ModelError):
+        unpack_head(changed(whole, **about))
+
+
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     bottom, top = split(tiny("bert", "sequence-classification").float(), 1, verify=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.splitting.heads import detach_head, head_parameters
 from tests.models.split_families import CASES, batch, tiny
@@ -26,6 +27,35 @@ def test_head_after_hidden_states_equals_the_top(name: str, task: str) -> None:
     assert not blocks & head_parameters(top)
     assert sum(p.numel() for p in head.parameters()) < sum(p.numel() for p in top.parameters()) / 2
     assert (head.num_labels, head.vocab, head.task) == (top.num_labels, top.vocab, top.task)
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_a_tail_after_the_states_that_enter_it_equals_the_top(name: str, task: str) -> None:
+    bottom, top = split(tiny(name, task), 1, verify=False)
+    ids, mask = batch()
+    hidden = bottom(ids, mask)
+
+    tail = detach_head(top, blocks=1)
+    logits = tail(top.hidden_states(hidden, mask, tail=1), mask)
+
+    compare = mask.bool() if logits.ndim == 3 else slice(None)
+    torch.testing.assert_close(logits[compare], top(hidden, mask)[compare])
+    inside = {id(p) for p in tail.model.get_submodule(_blocks(tail)).parameters()}
+    assert len(inside) == len(list(_last_block(top).parameters()))
+    assert head_parameters(top), "the top keeps its own way to the final state"
+
+
+def test_a_tail_leaves_a_block_to_the_top() -> None:
+    _, top = split(tiny("llama", "causal-lm"), 1)
+    for blocks in (-1, 2):
+        with pytest.raises(ConfigError, match=rf"blocks={blocks}: must be in 0\.\.1"):
+            detach_head(top, blocks=blocks)
+
+
+def _last_block(top: object) -> torch.nn.Module:
+    from fedsplit.models.anatomy import probe
+
+    return probe(top.model).blocks[-1]  # type: ignore[attr-defined]
 
 
 def _blocks(top: object) -> str:
