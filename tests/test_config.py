@@ -311,6 +311,11 @@ def test_noise_that_gradients_undo_is_refused_with_the_reason(protection: str) -
         {"labels.protection": "max-norm", "model.task": "causal-lm"},
         {"labels.protection": "client-head", "train.method": "head"},
         {"labels.protection": "client-head", "labels.debias": True},
+        {"labels.protection": "client-tail"},  # the server has no gradient to train on
+        {"labels.protection": "client-tail", "train.method": "head", "split.bottom": "joint"},
+        {"labels.protection": "client-tail", "labels.tail-weights": "secret"},
+        {"labels.protection": "client-tail", "labels.tail-blocks": 0},
+        {"labels.protection": "row-noise", "labels.noise-ratio": 0.0},
         {"dp.noise-multiplier": 1.0, "labels.protection": "max-norm"},
         {
             "dp.noise-multiplier": 1.0,
@@ -330,6 +335,8 @@ def test_settings_that_exclude_each_other(flat: dict[str, Scalar]) -> None:
     [
         {"labels.protection": "client-head+marvell", "model.labels": 2},
         {"labels.protection": "client-head", "model.task": "causal-lm", "train.method": "lora"},
+        {"labels.protection": "client-tail", "model.task": "causal-lm", "train.method": "head"},
+        {"labels.protection": "client-head+row-noise", "model.task": "causal-lm"},
         {"labels.protection": "randomised-response", "labels.debias": True},
         {"dp.noise-multiplier": 1.0, "labels.protection": "client-head"},
         {"dp.noise-multiplier": 1.0, "split.bottom": "joint"},

@@ -59,6 +59,7 @@ class Cohort:
         tokens = self._positions == "all" if self._positions else config.model.task == "causal-lm"
         self._per_token = tokens  # logits for every token, or for every text
         self._denoise = model.denoise
+        self._denoise_gradients = model.denoise_gradients
         self._on_step = on_step
         self._bounds = GradientBounds(config)
 
@@ -140,6 +141,8 @@ class Cohort:
             for session in order:
                 if session in received:
                     gradient, weight = received[session]
+                    if self._denoise_gradients is not None:
+                        gradient = self._denoise_gradients(parts[session], gradient, weight)
                     pieces.append(gradient * (weight / total))
                 else:  # lost since the forward: its rows contribute nothing
                     pieces.append(torch.zeros(parts[session].shape))

@@ -25,6 +25,7 @@ from fedsplit.settings import check_settings
 
 from ..base_model import AUTOCASTS, DTYPES, load_base
 from .denoising import CohortDenoiser, build_denoiser
+from .gradient_denoising import GradientDenoiser, build_gradient_denoiser
 from .trained_weights import OWNERS, Trained
 
 
@@ -57,6 +58,7 @@ class SplitModel:
         trainable: its trained part.
         bundle: the bottom's files (with the owners' head, if they hold it) and their digest.
         denoise: the server's estimate of what the owners' noise hides, or None.
+        denoise_gradients: the same of the noise on their gradients, or None.
         head: the owners' head as it starts, or None.
     """
 
@@ -65,6 +67,7 @@ class SplitModel:
     trainable: Trainable
     bundle: Bundle
     denoise: CohortDenoiser | None
+    denoise_gradients: GradientDenoiser | None
     head: Head | None
 
     @property
@@ -118,6 +121,7 @@ def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) 
         frozen=config.split.bottom == "frozen",
     )
     denoise = build_denoiser(config, bottom, halves.tokenizer, mechanism)
+    denoise_gradients = build_gradient_denoiser(config, head)
     trainable = make_trainable(top, config.train.method)
     if head is not None:
         trainable = trained_without_head(trainable)
@@ -125,7 +129,7 @@ def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) 
         trainable.load(trained.top)
     place(top, config.model.device, DTYPES[config.model.dtype])
     top.autocast = AUTOCASTS[config.model.autocast]
-    return SplitModel(halves.digest, top, trainable, bundle, denoise, head)
+    return SplitModel(halves.digest, top, trainable, bundle, denoise, denoise_gradients, head)
 
 
 def trained_without_head(trainable: Trainable) -> Trainable:

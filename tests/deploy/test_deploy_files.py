@@ -95,6 +95,7 @@ STRICTER = {
     "labels.max_epsilon",
     "labels.max_recovery",
     "labels.min_noise_power",
+    "labels.min_noise_ratio",
     "offsite.max_epsilon",
     "offsite.max_rounds",
     "offsite.max_rounds_per_day",

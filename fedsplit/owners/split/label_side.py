@@ -126,10 +126,22 @@ class LabelSide:
         else:
             gradient, *head = _gradients(loss, [values, *parameters])
             if self._shield is not None:
-                gradient = self._shield(gradient, targets, slots, output)
+                gradient = self._shielded(gradient, targets, slots, output)
             if self._recovery is not None:
                 self._recovery.judge(slots, self._evidence(values, gradient, targets, slots))
         return Answer(float(loss.detach()), float(len(targets)), right, gradient, head, each)
+
+    def _shielded(
+        self, gradient: Tensor, targets: Tensor, slots: Sequence[int], output: Tensor
+    ) -> Tensor:
+        """Return what may leave instead of the gradient of a step."""
+        assert self._shield is not None
+        if self.samples.labels is not None:
+            return self._shield(gradient, targets, slots, output)
+        keep, _ = self._next_tokens(slots)
+        sent = torch.zeros_like(gradient)  # a text's last row predicts nothing
+        sent[keep] = self._shield(gradient[keep], targets, slots, output)
+        return sent
 
     def _evidence(
         self, values: Tensor, sent: Tensor, targets: Tensor, slots: Sequence[int]

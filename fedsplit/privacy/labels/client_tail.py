@@ -51,11 +51,6 @@ class ClientTail(LabelProtection):
         return cls(config.tail_blocks)
 
     @classmethod
-    def label(cls, config: LabelsConfig) -> str:
-        """See :meth:`LabelProtection.label`."""
-        return f"tail-blocks={config.tail_blocks},tail-weights={config.tail_weights}"
-
-    @classmethod
     def check_settings(cls, config: RunConfig) -> None:
         """See :meth:`LabelProtection.check_settings`; nothing may wait for a gradient."""
         super().check_settings(config)

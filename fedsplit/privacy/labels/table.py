@@ -18,6 +18,7 @@ from fedsplit.privacy.labels.client_tail import ClientTail
 from fedsplit.privacy.labels.marvell import Marvell
 from fedsplit.privacy.labels.max_norm import MaxNorm
 from fedsplit.privacy.labels.randomised_response import RandomisedResponse
+from fedsplit.privacy.labels.row_noise import RowNoise
 from fedsplit.privacy.levels import PolicyBound
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -28,6 +29,7 @@ LABEL_PROTECTIONS: dict[str, type[LabelProtection]] = {
     "randomised-response": RandomisedResponse,
     "marvell": Marvell,
     "max-norm": MaxNorm,
+    "row-noise": RowNoise,
 }
 
 

@@ -1,0 +1,92 @@
+"""The server's estimate of what the owners' noise on gradient rows hides.
+
+A noisy row of a language model's gradient is evidence about its target y.  With the model's own
+prediction p as prior, the posterior q(v) over the vocabulary is known in closed form
+(:mod:`fedsplit.attacks.gradients.token_recovery`), and the row is replaced by its mean under q:
+
+    E[dL/dh | row] = W^T (p - q) / N,
+
+which is the gradient of the marginal likelihood -log sum_v p(v) density(row | v).  That is
+post-processing: it costs no privacy, and an attacker computes the same q.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.attacks.gradients.token_recovery import GradientNoise, log_posterior
+from fedsplit.config import RunConfig
+from fedsplit.models.anatomy import probe
+from fedsplit.models.splitting.heads import Head
+from fedsplit.privacy.labels.row_noise import RowNoise
+from fedsplit.privacy.labels.table import build_protection
+
+log = logging.getLogger(__name__)
+
+
+class GradientDenoiser:
+    """Replaces noisy gradient rows by their posterior means.
+
+    Args:
+        noise: the announced protection.
+        projection: (V, d), of the owners' head; None: rows are gradients of logits.
+    """
+
+    def __init__(self, noise: RowNoise, projection: Tensor | None) -> None:
+        self._noise = noise
+        self._projection = None if projection is None else projection.detach().float().cpu()
+
+    def __call__(self, sent: Tensor, rows: Tensor, targets: float) -> Tensor:
+        """Return the estimate of one owner's gradient rows, (R, d).
+
+        Args:
+            sent: what the server sent, (R, d) hidden states or (R, V) logits.
+            rows: what came back; rows of zeros predict nothing and stay.
+            targets: N of the owner's mean loss.
+        """
+        predicts = rows.abs().amax(dim=1) > 0  # (R,)
+        head, found = self._projection, torch.zeros_like(rows)
+        states = sent[predicts].float().cpu()
+        logits = states if head is None else states @ head.T
+        law = GradientNoise(
+            "gaussian",
+            self._noise.sigma(rows.shape[1]) / targets,
+            self._noise.gradient_clip / targets,
+        )
+        blocks = log_posterior(rows[predicts].cpu(), logits, law, head=head, targets=targets)
+        q = torch.cat([block.softmax(1) for block in blocks])  # (R', V)
+        means = logits.softmax(1) - q
+        means = (means if head is None else means @ head) / targets
+        found[predicts] = means.to(found)
+        return found
+
+
+def build_gradient_denoiser(config: RunConfig, head: Head | None) -> GradientDenoiser | None:
+    """Return what the settings allow: an estimate needs a known law, and a linear head if any."""
+    protection = build_protection(config.labels)
+    if not isinstance(protection, RowNoise) or config.model.task != "causal-lm":
+        return None
+    if head is None:
+        return GradientDenoiser(protection, None)
+    projection = linear_projection(head)
+    if projection is None:
+        log.warning("the head is no plain projection: noisy gradients are used as they come")
+        return None
+    return GradientDenoiser(protection, projection)
+
+
+@torch.no_grad()
+def linear_projection(head: Head) -> Tensor | None:
+    """Return the (V, d) matrix that ``head`` multiplies by, None if it does anything else."""
+    linear = probe(head.model).output_embeddings
+    weight = getattr(linear, "weight", None)
+    if not isinstance(linear, nn.Linear) or not isinstance(weight, Tensor):
+        return None
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(1, 4, head.hidden_size, generator=generator).to(weight)
+    logits = head(hidden, torch.ones(1, 4, dtype=torch.int64))
+    plain = torch.nn.functional.linear(hidden, weight)
+    return weight if torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-3) else None
