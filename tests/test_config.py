@@ -85,6 +85,10 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     ),
     "labels.epsilon": ([0.0, -1.0, 101.0], [1e-3, 100.0]),
     "labels.noise-power": ([0.0, float("inf")], [1e-3]),
+    "labels.noise-ratio": ([0.0, float("inf")], [1e-3]),
+    "labels.gradient-clip": ([0.0, float("inf")], [1e-3]),
+    "labels.tail-blocks": ([0, -1], [1, 24]),
+    "labels.tail-weights": (["secret", ""], ["averaged", "own"]),
     "dp.noise-multiplier": ([-1.0, 1.0], [0.0]),  # owners of the defaults train nothing themselves
     "serving.minutes": ([-1.0, float("inf")], [0.0, 0.5]),
     "serving.tokens": ([0, 1025], [1, 1024]),
