@@ -127,11 +127,12 @@ class Cohort:
         report.waiting_s += time.perf_counter() - clock
         if not gradients:
             return []
-        gradients, charged = self._bounds(gradients, parts)
-        for session, reason in charged.items():
-            if session.name not in report.charged:
-                log.warning("owner %s: %s", session.name, reason)
-            report.charged[session.name] = reason
+        if not self._tail:
+            gradients, charged = self._bounds(gradients, parts)
+            for session, reason in charged.items():
+                if session.name not in report.charged:
+                    log.warning("owner %s: %s", session.name, reason)
+                report.charged[session.name] = reason
 
         clock = time.perf_counter()
         total = sum(weight for _, (_, weight) in gradients)
