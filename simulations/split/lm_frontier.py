@@ -55,8 +55,8 @@ OPTIONS: dict[str, Any] = {
     "seeds": 3,
     "data": ["shakespeare=../shared/data/shakespeare/input.txt"],
     "settings": SETTINGS,
-    "tokens": 40960,
-    "held-out": 8192,
+    "tokens": 20480,
+    "held-out": 6144,
     "lr": 1e-3,
     "lr-tail": 2e-3,
 }

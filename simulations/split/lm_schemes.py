@@ -180,7 +180,7 @@ def returned_gradients(
     ratio: float = 0.0,
     *,
     posterior: bool = True,
-    attacked: int = 6,
+    attacked: int = 4,
 ) -> Tuned:
     """Tune all of the server's blocks by the gradients that owners return; the head stays frozen.
 
