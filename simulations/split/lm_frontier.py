@@ -26,10 +26,10 @@ from simulations.core.plots import draw_if_possible, picture
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options, resolved
 from simulations.core.tables import grouped, make_table, mean
+from simulations.split.lm_material import LanguageModelSplit, Tuned
 from simulations.split.lm_schemes import (
-    LanguageModelSplit,
-    Tuned,
     client_tail,
+    noisy_tail,
     offsite,
     returned_gradients,
 )
@@ -89,6 +89,7 @@ PROTECTIONS: dict[str, Protection] = {
     "own-tail": Protection(
         lambda w, level, o: client_tail(w, o["lr-tail"], int(level), average=False)
     ),
+    "noisy-tail": Protection(lambda w, level, o: noisy_tail(w, o["lr-tail"], 3, level)),
     "offsite": Protection(lambda w, level, o: offsite(w, o["lr"], 4, int(level)), rows=False),
 }
 
@@ -157,6 +158,9 @@ def cell(
     way = PROTECTIONS[protection]
     tuned = way.tune(work, level, options)
     found = tuned.reading.shares()
+    joint = tuned.joint
+    if joint is None:
+        joint = READABLE if way.rows else found["token_recovery"]
     return [
         {
             "model": Path(config.model.name).name,
@@ -170,7 +174,7 @@ def cell(
             "loss": tuned.loss,
             "gain": before - tuned.loss,
             **found,
-            "joint_recovery": READABLE if way.rows else found["token_recovery"],
+            "joint_recovery": joint,
             "seconds": time.perf_counter() - began,
         }
     ]

@@ -8,167 +8,42 @@ it take the same steps).  Every scheme passes once over the same texts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsplit.attacks import Truth, View, make_attack
+from fedsplit.attacks.files import public_knowledge
+from fedsplit.attacks.gradients.known_head import LinearHead
 from fedsplit.attacks.gradients.token_recovery import GradientNoise, recover_tokens
-from fedsplit.config import RunConfig
 from fedsplit.emulators import make_compressor
 from fedsplit.emulators.build import adapter_state, plug_in
 from fedsplit.emulators.compressors.base import Material
 from fedsplit.emulators.planning.plan import outer_blocks
 from fedsplit.models.anatomy import probe
-from fedsplit.models.splitting.halves import Bottom, Top, split
-from fedsplit.models.splitting.heads import Head, detach_head
+from fedsplit.models.splitting.halves import Top
+from fedsplit.models.splitting.heads import Head
+from fedsplit.privacy import SamplePerturber, build_mechanism
 from fedsplit.privacy.labels.row_noise import RowNoise
 from fedsplit.privacy.secret import OwnerSecret
-from fedsplit.seeding import numpy_generator
-from simulations.core.owner_samples import OwnerSamples, owner_samples
-from strategies.base_model import AUTOCASTS, load_base
-from strategies.split_tuning.gradient_denoising import GradientDenoiser, linear_projection
+from simulations.split.lm_material import (
+    Batch,
+    Below,
+    LanguageModelSplit,
+    Reading,
+    Tuned,
+    chunks,
+    forward,
+    padded,
+)
+from strategies.split_tuning.denoising import build_denoiser
+from strategies.split_tuning.gradient_denoising import GradientDenoiser
 
-Batch = list[Tensor]
 CLIP = 1.0
 """Bound on the norm of every step's gradient."""
-
-
-@dataclass
-class Reading:
-    """What an attacker read of owners' tokens, and what it would have guessed.
-
-    Attributes:
-        read: tokens that are right, tokens, texts that are right as a whole, texts.
-        guess: the same of the guess.
-    """
-
-    read: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
-    guess: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
-
-    def add(self, texts: Batch, read: Tensor | None, guess: Tensor | None) -> None:
-        """Add predictions of every token but a text's first, text after text."""
-        lengths = [len(t) - 1 for t in texts]
-        for found, into in ((read, self.read), (guess, self.guess)):
-            if found is None:
-                continue
-            parts = torch.tensor_split(found, torch.tensor(lengths).cumsum(0)[:-1])
-            for text, own in zip(texts, parts, strict=True):
-                hit = own == text[1:]
-                into += torch.tensor([int(hit.sum()), len(hit), int(hit.all()), 1])
-
-    def shares(self) -> dict[str, float]:
-        """Return the shares as columns of a row."""
-        read, guess = self.read.tolist(), self.guess.tolist()
-        return {
-            "token_recovery": read[0] / max(1, read[1]),
-            "guess": guess[0] / max(1, guess[1]),
-            "text_recovery": read[2] / max(1, read[3]),
-            "text_guess": guess[2] / max(1, guess[3]),
-            "tokens": read[1],
-            "texts": read[3],
-        }
-
-
-@dataclass
-class Tuned:
-    """What a scheme reached: held-out loss in nats, and what was read on the way."""
-
-    loss: float
-    reading: Reading = field(default_factory=Reading)
-
-
-class LanguageModelSplit:
-    """A base cut at ``split.k`` and three owners' texts, the same for every scheme of a seed.
-
-    Args:
-        config: the run's settings.
-        seed: of owners' shares and batches.
-        targets: per step, over all owners.
-        steps: at most; one pass at most.
-        held_out: tokens of held-out text at most.
-    """
-
-    def __init__(
-        self, config: RunConfig, seed: int, targets: int, steps: int, held_out: int
-    ) -> None:
-        self.config, self.seed = config, seed
-        self._loaded = load_base(config)
-        owners = owner_samples(config, self._loaded.tokenizer)
-        self.owners = [_batches(o, targets // len(owners), seed) for o in owners]
-        self.steps = min(steps, *(len(b) for b in self.owners))
-        self.held_out: Batch = []
-        for text in (x for owner in owners for x in owner.test.ids if len(x) > 1):
-            if sum(map(len, self.held_out)) < held_out:
-                self.held_out.append(text)
-
-    @property
-    def autocast(self) -> bool:
-        """Whether products are in bfloat16."""
-        return self.config.model.autocast == "bfloat16"
-
-    def shown(self, first: int, last: int) -> Batch:
-        """Return all owners' texts of the steps ``first`` to ``last``, the latter left out."""
-        return [t for owner in self.owners for batch in owner[first:last] for t in batch]
-
-    def cut(self, blocks: int = 0, model: Any = None) -> tuple[Bottom, Top, Head]:
-        """Return fresh parts of the base (or of ``model``), nothing of them trained.
-
-        Args:
-            blocks: last blocks that go with the head.
-            model: cut as it is, instead of a copy of the base.
-        """
-        whole = copy.deepcopy(self._loaded.model) if model is None else model
-        bottom, top = split(whole, self.config.split.k, verify=False)
-        head = detach_head(top, blocks=blocks)
-        top.autocast = AUTOCASTS[self.config.model.autocast]
-        head.autocast = top.autocast if blocks else None
-        for part in (bottom, top, head):
-            part.eval().requires_grad_(False)
-        return bottom, top, head
-
-    @property
-    def whole(self) -> Any:
-        """The base model."""
-        return self._loaded.model
-
-    def rate(self, step: int, peak: float) -> float:
-        """Return the learning rate: a short warm-up, then linearly to zero."""
-        return peak * min(1.0, (step + 1) / 5) * (1 - step / self.steps)
-
-    @torch.no_grad()
-    def loss(self, bottom: Bottom, top: Top, head: Head) -> float:
-        """Return the mean held-out loss in nats."""
-        total = count = 0.0
-        for batch in _chunks(self.held_out, 32):
-            logits, targets = forward(bottom, top, head, batch)[1:]
-            total += float(functional.cross_entropy(logits, targets, reduction="sum"))
-            count += len(targets)
-        return total / count
-
-
-def forward(bottom: Bottom, top: Top, head: Head, texts: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return states that enter the head (R, d), logits (R, V) and targets (R,) of predicting rows.
-
-    A tail sees whole texts, so its states are not cut to the predicting rows.
-    """
-    ids, mask = padded(texts)
-    predicts = mask[:, 1:].bool()
-    with torch.no_grad():
-        hidden = bottom(ids, mask)
-    states = top.hidden_states(hidden, mask, tail=head.blocks).float()
-    targets = ids[:, 1:][predicts]
-    if head.blocks:
-        logits = head(states, mask)[:, :-1][predicts]
-        return states, logits.float(), targets
-    rows = states[:, :-1][predicts]
-    project = probe(head.model).output_embeddings
-    assert project is not None, "a language model"
-    with torch.autocast("cpu", torch.bfloat16, enabled=top.autocast is not None):
-        return rows, project(rows).float(), targets
 
 
 # ---- gradients return to the server -------------------------------------------------------------
@@ -192,10 +67,10 @@ def returned_gradients(
         attacked: steps whose rows are read, evenly spread.
     """
     bottom, top, head = work.cut()
-    matrix = linear_projection(head)
-    assert matrix is not None, "language models of this experiment have a plain projection"
+    known = LinearHead.of(head)
+    matrix = known.weight
     noise = RowNoise(ratio, median_length(matrix)) if ratio else None
-    denoise = GradientDenoiser(noise, matrix) if noise is not None and posterior else None
+    denoise = GradientDenoiser(noise, known) if noise is not None and posterior else None
     secret = OwnerSecret.for_simulation(work.seed, "lm-frontier")
     frozen = {id(p) for p in probe(top.model).output_embeddings.parameters()}  # type: ignore[union-attr]
     trained = [p for p in top.parameters() if id(p) not in frozen and p.is_floating_point()]
@@ -231,18 +106,89 @@ def median_length(matrix: Tensor) -> float:
     return float((matrix - matrix.mean(0)).norm(dim=1).median())
 
 
+# ---- noise on representations -------------------------------------------------------------------
+
+
+class NoisyBottom:
+    """A bottom behind d_chi noise and the server's posterior mean; each text is drawn once.
+
+    Args:
+        work: base and texts.
+        ratio: mean length of the noise over the median representation.
+    """
+
+    def __init__(self, work: LanguageModelSplit, ratio: float) -> None:
+        privacy = replace(
+            work.config.privacy, mechanism="dchi", noise_ratio=ratio, denoise="unigram"
+        )
+        self.config = replace(work.config, privacy=privacy)
+        self._bottom = work.cut()[0]
+        mechanism = build_mechanism(privacy, self._bottom, self._bottom.vocab, work.tokenizer)
+        secret = OwnerSecret.for_simulation(work.seed, "lm-frontier")
+        self._perturber = SamplePerturber(mechanism, secret, "lm-frontier:0")
+        self._denoise = build_denoiser(self.config, self._bottom, work.tokenizer, mechanism)
+        self._held: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def rows(self, text: Tensor) -> Tensor:
+        """Return what leaves for a text, (T, d)."""
+        clean = self._bottom(text[None], torch.ones(1, len(text), dtype=torch.int64))[0]
+        return self._perturber.perturb(clean, text)
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return what the server computes with, (N, T, d)."""
+        texts = [row[: int(kept)] for row, kept in zip(ids, mask.sum(1), strict=True)]
+        fresh = [t for t in texts if tuple(t.tolist()) not in self._held]
+        assert self._denoise is not None
+        for text, row in zip(fresh, self._denoise.once([self.rows(t) for t in fresh]), strict=True):
+            self._held[tuple(text.tolist())] = row
+        found = [self._held[tuple(t.tolist())] for t in texts]
+        return nn.utils.rnn.pad_sequence(found, batch_first=True)
+
+    def read(self, texts: Batch) -> float:
+        """Return the share of tokens that the strongest reader of representations has right."""
+        view = View(public=public_knowledge(self.config), rows=[self.rows(t) for t in texts])
+        truth = Truth(ids=texts)
+        return max(make_attack(name).run(view, truth).success for name in ("map", "contextual"))
+
+
+def noisy_tail(work: LanguageModelSplit, lr: float, blocks: int, ratio: float) -> Tuned:
+    """Tune tails of one's own above noisy representations: no gradient and no weight leaves.
+
+    Nothing beside the representations tells of the text, so the joint reader reads these.
+    """
+    below = NoisyBottom(work, ratio)
+    tuned = client_tail(work, lr, blocks, average=False, sent=below)
+    return replace(tuned, joint=below.read(work.shown(0, 2)[:60]))
+
+
 # ---- nothing returns to the server --------------------------------------------------------------
 
 
 def client_tail(
-    work: LanguageModelSplit, lr: float, blocks: int, *, average: bool, rounds: int = 6
+    work: LanguageModelSplit,
+    lr: float,
+    blocks: int,
+    *,
+    average: bool,
+    rounds: int = 6,
+    sent: Below | None = None,
 ) -> Tuned:
     """Tune a tail at every owner; average the tails after each round, or never.
 
     The attacker has what left: the weights that each owner returned (or the base's, if none did).
     It predicts every token with them; the guess is what the same weights predict of other text.
+
+    Args:
+        work: base and texts.
+        lr: peak rate of AdamW.
+        blocks: of a tail.
+        average: whether tails are averaged.
+        rounds: after which they are.
+        sent: (ids, mask) -> what the server computes with; None: the bottom's output.
     """
-    bottom, top, start = work.cut(blocks)
+    clean, top, start = work.cut(blocks)
+    bottom: Below = sent or clean
     tails = [copy.deepcopy(start) for _ in work.owners]
     optimizers = [
         torch.optim.AdamW(t.requires_grad_(True).parameters(), lr, weight_decay=0.0) for t in tails
@@ -294,13 +240,6 @@ def offsite(work: LanguageModelSplit, lr: float, adapters: int, keep: int) -> Tu
     return Tuned(work.loss(*parts), reading)
 
 
-def padded(texts: Batch) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, (N, T) each."""
-    ids = nn.utils.rnn.pad_sequence(texts, batch_first=True)
-    lengths = torch.tensor([len(t) for t in texts])
-    return ids, (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-
-
 def _step(
     optimizer: torch.optim.Optimizer,
     rate: float,
@@ -328,32 +267,12 @@ def _average(tails: Sequence[Head]) -> None:
 
 @torch.no_grad()
 def _predict(
-    work: LanguageModelSplit, reading: Reading, model: tuple[Bottom, Top, Head], texts: Batch
+    work: LanguageModelSplit, reading: Reading, model: tuple[Below, Top, Head], texts: Batch
 ) -> None:
     """Read ``texts`` with a model's own predictions; guess with those of held-out text."""
     for batch, read in ((texts, True), (work.held_out[: len(texts)], False)):
-        for chunk in _chunks(batch, 32):
+        for chunk in chunks(batch, 32):
             _, logits, _ = forward(*model, chunk)
             reading.add(
                 chunk, logits.argmax(1) if read else None, None if read else logits.argmax(1)
             )
-
-
-def _chunks(texts: Batch, size: int) -> Iterator[Batch]:
-    for at in range(0, len(texts), size):
-        yield texts[at : at + size]
-
-
-def _batches(owner: OwnerSamples, targets: int, seed: int) -> list[Batch]:
-    """Return one pass over an owner's texts, each batch of at least ``targets`` targets."""
-    texts = [ids for ids in owner.train.ids if len(ids) > 1]
-    order = numpy_generator(seed, "lm-frontier", owner.name).permutation(len(texts))
-    found: list[Batch] = [[]]
-    count = 0
-    for at in order:
-        if count >= targets:
-            found.append([])
-            count = 0
-        found[-1].append(texts[at])
-        count += len(texts[at]) - 1
-    return found if count >= targets or len(found) == 1 else found[:-1]

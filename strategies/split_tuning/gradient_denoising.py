@@ -15,11 +15,12 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedsplit.attacks.gradients.known_head import LinearHead
 from fedsplit.attacks.gradients.token_recovery import GradientNoise, log_posterior
 from fedsplit.config import RunConfig
-from fedsplit.models.anatomy import probe
+from fedsplit.errors import AttackError
 from fedsplit.models.splitting.heads import Head
 from fedsplit.privacy.labels.row_noise import RowNoise
 from fedsplit.privacy.labels.table import build_protection
@@ -32,12 +33,12 @@ class GradientDenoiser:
 
     Args:
         noise: the announced protection.
-        projection: (V, d), of the owners' head; None: rows are gradients of logits.
+        head: the owners'; None: rows are gradients of logits.
     """
 
-    def __init__(self, noise: RowNoise, projection: Tensor | None) -> None:
+    def __init__(self, noise: RowNoise, head: LinearHead | None) -> None:
         self._noise = noise
-        self._projection = None if projection is None else projection.detach().float().cpu()
+        self._head = head
 
     def __call__(self, sent: Tensor, rows: Tensor, targets: float) -> Tensor:
         """Return the estimate of one owner's gradient rows, (R, d).
@@ -48,18 +49,18 @@ class GradientDenoiser:
             targets: N of the owner's mean loss.
         """
         predicts = rows.abs().amax(dim=1) > 0  # (R,)
-        head, found = self._projection, torch.zeros_like(rows)
-        states = sent[predicts].float().cpu()
-        logits = states if head is None else states @ head.T
+        states, found = sent[predicts].float().cpu(), torch.zeros_like(rows)
+        logits = states if self._head is None else self._head.logits(states)
+        weight = None if self._head is None else self._head.weight  # (V, d)
         law = GradientNoise(
             "gaussian",
             self._noise.sigma(rows.shape[1]) / targets,
             self._noise.gradient_clip / targets,
         )
-        blocks = log_posterior(rows[predicts].cpu(), logits, law, head=head, targets=targets)
+        blocks = log_posterior(rows[predicts].cpu(), logits, law, head=weight, targets=targets)
         q = torch.cat([block.softmax(1) for block in blocks])  # (R', V)
         means = logits.softmax(1) - q
-        means = (means if head is None else means @ head) / targets
+        means = (means if weight is None else means @ weight) / targets
         found[predicts] = means.to(found)
         return found
 
@@ -71,22 +72,8 @@ def build_gradient_denoiser(config: RunConfig, head: Head | None) -> GradientDen
         return None
     if head is None:
         return GradientDenoiser(protection, None)
-    projection = linear_projection(head)
-    if projection is None:
-        log.warning("the head is no plain projection: noisy gradients are used as they come")
+    try:
+        return GradientDenoiser(protection, LinearHead.of(head))
+    except AttackError as error:
+        log.warning("noisy gradients are used as they come: %s", error)
         return None
-    return GradientDenoiser(protection, projection)
-
-
-@torch.no_grad()
-def linear_projection(head: Head) -> Tensor | None:
-    """Return the (V, d) matrix that ``head`` multiplies by, None if it does anything else."""
-    linear = probe(head.model).output_embeddings
-    weight = getattr(linear, "weight", None)
-    if not isinstance(linear, nn.Linear) or not isinstance(weight, Tensor):
-        return None
-    generator = torch.Generator().manual_seed(5)
-    hidden = torch.randn(1, 4, head.hidden_size, generator=generator).to(weight)
-    logits = head(hidden, torch.ones(1, 4, dtype=torch.int64))
-    plain = torch.nn.functional.linear(hidden, weight)
-    return weight if torch.allclose(logits.float(), plain.float(), rtol=1e-3, atol=1e-3) else None
