@@ -207,6 +207,7 @@ class Attack(ABC):
         name: its row in :data:`fedsplit.attacks.ATTACKS`.
         reads: what it learns: tokens, labels, an attribute, membership, the emulator's gap.
         needs: fields of :class:`View` that it cannot do without.
+        uses: further fields that it reads where they are there.
         knows: what it is given, for tables.
         budget: its own fields that are what it may spend.
         keys: short names for its budget: key -> (field, factor).
@@ -217,6 +218,7 @@ class Attack(ABC):
     name: ClassVar[str]
     reads: ClassVar[str] = "tokens"
     needs: ClassVar[tuple[str, ...]] = ("rows",)
+    uses: ClassVar[tuple[str, ...]] = ()
     knows: ClassVar[str] = ""
     budget: ClassVar[tuple[str, ...]] = ()
     keys: ClassVar[Mapping[str, tuple[str, int]]] = {}

@@ -10,6 +10,7 @@ from fedsplit.attacks.base import Attack, View
 from fedsplit.attacks.extraction.attack import Extraction
 from fedsplit.attacks.gradients.closed_form import ClosedForm
 from fedsplit.attacks.gradients.gradient_map import GradientMap
+from fedsplit.attacks.gradients.joint_decoding import JointDecoding
 from fedsplit.attacks.gradients.logit_gradients import LogitGradients
 from fedsplit.attacks.gradients.update_inversion import GradientInversion
 from fedsplit.attacks.gradients.update_sets import BiasGradient, EmbeddingUpdate
@@ -39,6 +40,7 @@ ATTACKS: dict[str, type[Attack]] = {
         LogitGradients,
         ClosedForm,
         GradientMap,
+        JointDecoding,
         EmbeddingUpdate,
         GradientInversion,
         BiasGradient,

@@ -39,7 +39,9 @@ def write_truth_file(folder: Path, owners: Sequence[OwnerSamples]) -> Path:
     return folder / TRUTH
 
 
-FORWARD = frozenset(r.result_key or r.name for r in ATTACKS.values() if "steps" not in r.needs)
+FORWARD = frozenset(
+    row.result_key or row.name for row in ATTACKS.values() if "steps" not in (*row.needs, *row.uses)
+)
 """Attackers that read nothing but representations."""
 
 

@@ -49,7 +49,8 @@ def gradient_evidence(view: View, sample: int) -> Tensor:
         rows, logits = step.gradient[:-1], logits_of(view, step)
         noise = view.public.gradient_noise
         found = log_likelihood(rows, logits, noise, head=weight, targets=1)
-        total = total + torch.cat(list(found))
+        seen = rows.abs().sum(1, keepdim=True) > 0  # else the position is no target
+        total = total + torch.where(seen, torch.cat(list(found)), 0.0)
     return total
 
 
