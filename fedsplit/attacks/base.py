@@ -96,7 +96,8 @@ class Public:
         """Return the candidate set for ``rows``, each ``(T_i, d)``."""
         if self.candidate_set is not None:
             return self.candidate_set
-        return candidates_of(self.bottom, self.vocab, max(len(x) for x in rows))
+        clip = 0.0 if self.mechanism is None else self.mechanism.sent_norm
+        return candidates_of(self.bottom, self.vocab, max(len(x) for x in rows), clip=clip)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedsplit.errors import check, one_of
 
-DENOISE = ("off", "ends", "uniform", "unigram", "contextual", "learned")
+DENOISE = ("off", "ends", "uniform", "unigram", "contextual", "linear", "learned")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class PrivacyConfig:
             each owner's ``own``, which then only that owner knows (nobody can denoise).
         subsamples: of ``pac``: parts of those vectors; along each direction the largest variance
             of any part counts.
+        spare: of ``shaped``: standard deviation along the spared directions over that along all
+            others, in (0, 1]; ``noise_ratio`` is that of noise as strong as the spared everywhere.
+        task_words: of ``shaped``: groups of public words with ``|`` between groups, such as
+            ``good fine | bad awful``; what tells the groups apart is spared.
         cti: whose noise is reduced: ``off``, ``tfidf``, ``purity`` (these two read
             the private labels), ``public-idf`` or ``frequent`` (these two do not): rows of
             :mod:`fedsplit.privacy.contributing_tokens`.
@@ -44,8 +48,9 @@ class PrivacyConfig:
         denoise: what the server does with received vectors before its top reads them: ``off``;
             ``ends`` (clean vectors for the special tokens that every text has); ``uniform``,
             ``unigram`` or ``contextual`` (the same, and posterior means over the public vocabulary
-            with that prior), all for embeddings-only frozen bottoms; or ``learned`` (a small
-            network taught on public text; any frozen bottom).  Post-processing: costs no privacy.
+            with that prior), all for embeddings-only frozen bottoms; ``linear`` (the best affine
+            map) or ``learned`` (a small network), both taught on public text, for any frozen
+            bottom.  Post-processing: costs no privacy.
         public_text: the server's own public text for priors and teaching: files with one text per
             line, or folders of such ``.txt`` files, separated as in PATH; empty: the interpreter's
             docstrings.  Owners never read it.
@@ -61,6 +66,8 @@ class PrivacyConfig:
     budget: float = 0.0
     covariance: str = "public"
     subsamples: int = 8
+    spare: float = 0.3
+    task_words: str = ""
     cti: str = "off"
     cti_per_class: int = 16
     cti_max_share: float = 0.01
@@ -93,6 +100,7 @@ class PrivacyConfig:
         )
         one_of("privacy.covariance", self.covariance, ("public", "own"))
         check(1 <= self.subsamples <= 64, "privacy.subsamples", self.subsamples, "in [1, 64]")
+        check(0 < self.spare <= 1, "privacy.spare", self.spare, "in (0, 1]")
         check(self.cti_per_class >= 1, "privacy.cti-per-class", self.cti_per_class, ">= 1")
         check(0 < self.cti_max_share <= 1, "privacy.cti-max-share", self.cti_max_share, "in (0, 1]")
         check(0 <= self.cti_rho <= 1, "privacy.cti-rho", self.cti_rho, "in [0, 1]")

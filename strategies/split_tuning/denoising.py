@@ -3,8 +3,8 @@
 Free under post-processing: the owners' guarantee and what an attacker may do are unchanged, since
 the server could always compute this.  ``uniform``, ``unigram`` and ``contextual`` are posterior
 means over the finite set of noiseless vectors of an embeddings-only bottom (k = 0), ``ends`` puts
-right only the special tokens that every text has, as these three do too; ``learned`` is a small
-network taught on public text, for any frozen bottom.
+right only the special tokens that every text has, as these three do too; ``linear`` is the best
+affine map and ``learned`` a small network, both taught on public text, for any frozen bottom.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from fedsplit.data import docstrings_are_public
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.privacy import Mechanism, mechanism_type
+from fedsplit.privacy.denoising.candidates import Candidates
 from fedsplit.privacy.denoising.contextual import ContextualDenoiser
 from fedsplit.privacy.denoising.learned import LearnedDenoiser, Recipe, TrainingPairs, cached
+from fedsplit.privacy.denoising.linear import fit_linear
 from fedsplit.privacy.denoising.ngram import BigramChain
 from fedsplit.privacy.denoising.position_candidates import candidates_of
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched, unigram_log_prior
@@ -112,6 +114,11 @@ class Material:
             return None
         return Touched(c.cti_max_share, c.cti_rho)
 
+    def candidates(self) -> Candidates:
+        """Return the vectors that received rows may have come from, clipped as those were."""
+        longest, clip = self.config.model.max_tokens, self.mechanism.sent_norm
+        return candidates_of(self.bottom, self.bottom.vocab, longest, clip=clip)
+
     def texts(self) -> list[str]:
         """Return public text; docstrings are none where they are the owners' data."""
         c = self.config
@@ -144,12 +151,12 @@ def _ends(of: Material) -> tuple[Rows, dict[str, Any]]:
 
 
 def _uniform(of: Material) -> tuple[Rows, dict[str, Any]]:
-    candidates = candidates_of(of.bottom, of.bottom.vocab, of.config.model.max_tokens)
+    candidates = of.candidates()
     return _with_ends(of, Denoiser(candidates, of.mechanism, None, of.touched)), {}
 
 
 def _unigram(of: Material) -> tuple[Rows, dict[str, Any]]:
-    candidates = candidates_of(of.bottom, of.bottom.vocab, of.config.model.max_tokens)
+    candidates = of.candidates()
     ids = of.ids()
     prior = unigram_log_prior(ids, of.bottom.vocab)
     facts = {"public_tokens": sum(map(len, ids))}
@@ -157,12 +164,20 @@ def _unigram(of: Material) -> tuple[Rows, dict[str, Any]]:
 
 
 def _contextual(of: Material) -> tuple[Rows, dict[str, Any]]:
-    candidates = candidates_of(of.bottom, of.bottom.vocab, of.config.model.max_tokens)
+    candidates = of.candidates()
     ids = of.ids()
     chain = BigramChain(ids, of.bottom.vocab)
     facts = {"public_tokens": sum(map(len, ids)), "public_bigrams": int(chain.counts.nnz)}
     denoiser = ContextualDenoiser(candidates, of.mechanism, chain, of.touched)
     return _with_ends(of, denoiser), facts
+
+
+def _linear(of: Material) -> tuple[Rows, dict[str, Any]]:
+    recipe = Recipe(max_tokens=of.config.model.max_tokens, seed=of.config.seed)
+    pairs = TrainingPairs(of.bottom, of.mechanism, of.ids(), of.touched, recipe)
+    found = fit_linear(pairs)
+    facts = {"unexplained": found.unexplained}
+    return (found if of.config.split.k else _with_ends(of, found)), facts
 
 
 def _learned(of: Material) -> tuple[Rows, dict[str, Any]]:
@@ -189,6 +204,7 @@ DENOISERS: dict[str, Callable[[Material], tuple[Rows, dict[str, Any]]]] = {
     "contextual": _contextual,
     "ends": _ends,
     "learned": _learned,
+    "linear": _linear,
     "uniform": _uniform,
     "unigram": _unigram,
 }
@@ -237,10 +253,10 @@ def build_denoiser(
             f"privacy.denoise={name!r}: needs a frozen bottom (is {config.split.bottom}): what "
             "clean vectors look like would change in every round"
         )
-    if config.split.k != 0 and name != "learned":
+    if config.split.k != 0 and name not in ("learned", "linear"):
         raise ConfigError(
             f"privacy.denoise={name!r}: needs split.k = 0 (is {config.split.k}), else there is no "
-            "candidate set; use 'learned'"
+            "candidate set; use 'learned' or 'linear'"
         )
     began = time.perf_counter()
     rows, facts = build(Material(config, bottom, tokenizer, mechanism))

@@ -24,6 +24,13 @@ PARAMS: dict[str, dict[str, Any]] = {
         "candidates": MatrixCandidates(torch.randn(50, 16, generator=torch.Generator())),
     },
     "pac": {"budget": 3.0, "covariance": torch.eye(16)},
+    "shaped": {
+        "epsilon": 2.0,
+        "delta": 1e-5,
+        "clip": 3.0,
+        "spare": 0.5,
+        "directions": torch.eye(16)[:, :2],
+    },
 }
 """Parameters of rows that have no defaults for all of theirs."""
 

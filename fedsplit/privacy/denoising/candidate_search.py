@@ -116,8 +116,8 @@ class Products:
         first: id of the first candidate.
         scores: ``x . e - ||e||^2 / 2``, ``(n, v)``; overwritten by the next block.
         table: ``(v, d)``; the candidates themselves where ``gains`` is None.
-        gains: ``(n, v)``, see
-        :class:`fedsplit.privacy.denoising.position_candidates.AdditiveCandidates`.
+        gains, shrinks: ``(n, v)``, see
+            :class:`fedsplit.privacy.denoising.position_candidates.AdditiveCandidates`.
     """
 
     here: slice
@@ -125,13 +125,14 @@ class Products:
     scores: Tensor
     table: Tensor
     gains: Tensor | None = None
+    shrinks: Tensor | None = None
 
 
 def products(rows: Rows, candidates: Candidates) -> Iterator[Products]:
     """Yield every row against every candidate of its position, in blocks that stay in cache."""
     if isinstance(candidates, AdditiveCandidates):
-        for here, first, scores, table, gains in candidates.products(rows, PART):
-            yield Products(here, first, scores, table, gains)
+        for part in candidates.products(rows, PART):
+            yield Products(*part)
         return
     for first, block in candidates.blocks():  # block (P, v, d)
         for p, (start, stop) in enumerate(rows.bounds):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import PrivacyError, check
+from fedsplit.privacy.mechanisms.base import clip_rows
 
 Bottom = Callable[[Tensor, Tensor], Tensor]
 """``bottom(input_ids (B, T), attention_mask (B, T)) -> (B, T, d)``, in evaluation mode."""
@@ -101,9 +102,15 @@ class BottomCandidates(Candidates):
     """Candidates computed through a bottom as they are needed; see :func:`candidates_through`."""
 
     def __init__(
-        self, bottom: Bottom, vocab_size: int, positions: int, device: torch.device, block: int
+        self,
+        bottom: Bottom,
+        vocab_size: int,
+        positions: int,
+        device: torch.device,
+        block: int,
+        clip: float = 0.0,
     ) -> None:
-        self._bottom, self._block = bottom, block
+        self._bottom, self._block, self._clip = bottom, block, clip
         self.device = device
         self.vocab_size, self.positions = vocab_size, positions
         self.dim = self._forward(torch.zeros(1, dtype=torch.int64)).shape[2]
@@ -113,7 +120,8 @@ class BottomCandidates(Candidates):
         """Run sequences that hold one token everywhere: ``(v,) -> (P, v, d)``."""
         batch = ids.to(self.device).unsqueeze(1).expand(-1, self.positions).contiguous()
         hidden = self._bottom(batch, torch.ones_like(batch))  # (v, P, d)
-        return hidden.detach().float().transpose(0, 1)
+        rows = hidden.detach().float().transpose(0, 1)
+        return clip_rows(rows, self._clip)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         for start in range(0, self.vocab_size, self._block):
@@ -128,6 +136,7 @@ def candidates_through(
     *,
     device: torch.device | str = "cpu",
     memory_bytes: int = 32 * 2**20,
+    clip: float = 0.0,
 ) -> Candidates:
     """Build the candidates through ``bottom``: position and type embeddings, LayerNorm included.
 
@@ -137,6 +146,7 @@ def candidates_through(
         positions: P, the longest sequence to be searched.
         device: where ``bottom`` runs.
         memory_bytes: bound on one block of candidates (what fits a CPU's cache is fastest).
+        clip: L2 norm that the rows were clipped to before noise (length units); 0 = they were not.
 
     Returns:
         One matrix in memory where positions do not matter (LLaMA), else blocks on demand.
@@ -166,9 +176,9 @@ def candidates_through(
             )
     if float((alone - alone[:1]).abs().max()) <= tolerance:
         lazy.positions = 1
-        lazy._block = max(1, memory_bytes // (4 * lazy.dim))
+        lazy._block, lazy._clip = max(1, memory_bytes // (4 * lazy.dim)), clip
         return lazy.materialise()
-    lazy._block = max(1, memory_bytes // (4 * lazy.dim * positions))
+    lazy._block, lazy._clip = max(1, memory_bytes // (4 * lazy.dim * positions)), clip
     return lazy
 
 

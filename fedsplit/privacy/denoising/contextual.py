@@ -163,11 +163,14 @@ def smooth(likelihood: Array, by_time: list[Ints], chain: BigramChain) -> Array:
 def weighted_means(weights: Tensor, rows: Rows, candidates: Candidates) -> Tensor:
     """Return ``sum_v w_v e_v`` for each row, ``(N, V) -> (N, d)``; weights sum to 1."""
     n, d = rows.rows.shape
-    mean, gain = torch.zeros(n, d), torch.zeros(n)
+    mean, gain, shrink = torch.zeros(n, d), torch.zeros(n), torch.ones(n)
     if isinstance(candidates, AdditiveCandidates):
         position = rows.positions()
         for first, stop, table in candidates.tables():
-            part = weights[:, first:stop] * candidates.scales(first, stop)[0][position]
+            scales, here = candidates.scales(first, stop), weights[:, first:stop]
+            if scales.shrinks is not None:
+                shrink -= (here * (1 - scales.shrinks[position])).sum(1)
+            part = here * scales.gains[position]
             gain += part.sum(1)
             mean.addmm_(part, table)
     else:
@@ -176,4 +179,4 @@ def weighted_means(weights: Tensor, rows: Rows, candidates: Candidates) -> Tenso
                 if start < stop:
                     part = weights[start:stop, first : first + block.shape[1]]
                     mean[start:stop].addmm_(part, block[p])
-    return finished(mean, gain, torch.ones(n), rows, candidates)
+    return finished(mean, gain, shrink, torch.ones(n), rows, candidates)

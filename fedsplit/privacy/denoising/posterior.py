@@ -172,12 +172,14 @@ class RunningMeans:
         self._peak = torch.full((n,), -torch.inf, device=device)  # largest log-weight so far
         self._mass = torch.zeros(n, device=device)  # sum of exp(log-weight - peak)
         self._gain = torch.zeros(n, device=device)  # the same, times gains
+        self._shrink = torch.zeros(n, device=device)  # the same, times shrinks
         self._mean = torch.zeros(n, d, device=device)  # the same, times the table's rows
 
     def add(self, part: Products) -> None:
         """Add one block whose scores are log-weights by now."""
         here, log_weight = part.here, part.scores
-        peak, mass, gain, mean = (x[here] for x in (self._peak, self._mass, self._gain, self._mean))
+        sums = (self._peak, self._mass, self._gain, self._shrink, self._mean)
+        peak, mass, gain, shrunk, mean = (x[here] for x in sums)
         top = log_weight.amax(1)  # (n,)
         use = (top > peak - NEGLIGIBLE).nonzero().squeeze(1)
         if not len(use):
@@ -185,7 +187,11 @@ class RunningMeans:
         old, new = peak[use], torch.maximum(peak[use], top[use])
         weight = (log_weight[use] - new.unsqueeze(1)).exp_()  # (n', v)
         shrink = (old - new).exp()
-        mass[use] = mass[use] * shrink + weight.sum(1)
+        more = weight.sum(1)
+        mass[use] = mass[use] * shrink + more
+        if part.shrinks is not None:
+            more = (weight * part.shrinks[use]).sum(1)
+        shrunk[use] = shrunk[use] * shrink + more
         if part.gains is not None:
             weight *= part.gains[use]
             gain[use] = gain[use] * shrink + weight.sum(1)
@@ -194,15 +200,16 @@ class RunningMeans:
 
     def means(self) -> Tensor:
         """Return the means, ``(N, d)``; to be called once."""
-        return finished(self._mean, self._gain, self._mass, self._rows, self._candidates)
+        sums = (self._mean, self._gain, self._shrink, self._mass)
+        return finished(*sums, self._rows, self._candidates)
 
 
 def finished(
-    mean: Tensor, gain: Tensor, mass: Tensor, rows: Rows, candidates: Candidates
+    mean: Tensor, gain: Tensor, shrink: Tensor, mass: Tensor, rows: Rows, candidates: Candidates
 ) -> Tensor:
     """Return means from sums over the tables of :class:`.candidate_search.Products`."""
     if isinstance(candidates, AdditiveCandidates):
-        return candidates.finish(mean, gain, mass, rows)
+        return candidates.finish(mean, gain, shrink, mass, rows)
     return mean.div_(mass.unsqueeze(1))
 
 

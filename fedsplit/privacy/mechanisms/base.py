@@ -191,6 +191,14 @@ class Mechanism(ABC):
         """
         return self.privatise(self.covered(hidden, token_ids), stream, scale)
 
+    @property
+    def sent_norm(self) -> float:
+        """Return the L2 norm that rows are clipped to before noise; 0 = they are not.
+
+        What a received row is compared with (denoisers, attacks) has to be clipped to it as well.
+        """
+        return self.row_clip
+
     # ---- what it promises, and how it is measured -------------------------------------------
 
     @abstractmethod
@@ -275,7 +283,7 @@ class Mechanism(ABC):
 
 
 def clip_rows(rows: Tensor, bound: float) -> Tensor:
-    """Return ``rows`` (T, d), each shortened to the L2 norm ``bound`` if it is longer.
+    """Return ``rows`` (..., T, d), each shortened to the L2 norm ``bound`` if it is longer.
 
     Rows within the bound keep their bits.  The others have it up to the rounding of their dtype.
 
@@ -283,9 +291,9 @@ def clip_rows(rows: Tensor, bound: float) -> Tensor:
         rows: floating point.
         bound: C; 0 = leave all as they are.
     """
-    if not bound or rows.dim() != 2:
+    if not bound or rows.dim() < 2:
         return rows
-    norms = rows.double().norm(dim=1, keepdim=True)  # (T, 1)
+    norms = rows.double().norm(dim=-1, keepdim=True)  # (..., T, 1)
     shorter = (rows.double() * (bound / norms)).to(rows.dtype)
     return torch.where(norms > bound, shorter, rows)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,6 +181,7 @@ class CalibrationInputs:
         specials: ids of the tokenizer's special tokens.
         own: the owner's token ids, ``(T_i,)`` each; None at the server.
         store: the owner's calibrations on disk; None at the server.
+        tokenizer: of the bottom; None where none is needed.
     """
 
     config: PrivacyConfig
@@ -188,6 +190,7 @@ class CalibrationInputs:
     specials: frozenset[int] = frozenset()
     own: Sequence[Tensor] | None = None
     store: Store | None = None
+    tokenizer: Any = None
 
     @cached_property
     def norms(self) -> Norms:

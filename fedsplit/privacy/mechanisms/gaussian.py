@@ -154,12 +154,12 @@ class Gaussian(Mechanism):
     @classmethod
     def level_at(cls, ratio: float, inputs: CalibrationInputs) -> float:
         norms, c = inputs.norms, inputs.config
-        return epsilon_from_ratio(ratio, norms.dim, norms.length, _clip(inputs), c.delta)
+        return epsilon_from_ratio(ratio, norms.dim, norms.length, gaussian_clip(inputs), c.delta)
 
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> Gaussian:
         """See :meth:`Mechanism.from_settings`; ``clip`` 0 is the largest norm of public inputs."""
-        return cls(epsilon=cls.level_from(inputs), delta=inputs.config.delta, clip=_clip(inputs))
+        return cls(epsilon=cls.level_from(inputs), delta=inputs.config.delta, clip=gaussian_clip(inputs))
 
     @classmethod
     def public_settings(cls, config: PrivacyConfig) -> dict[str, float]:
@@ -191,8 +191,12 @@ class Gaussian(Mechanism):
         norms = super().covered_norms(bottom, vocabulary)
         return replace(norms, median=min(norms.median, self.clip))
 
+    @property
+    def sent_norm(self) -> float:
+        """See :meth:`Mechanism.sent_norm`; ``clip`` is a clip of its own."""
+        return min(self.clip, self.row_clip) if self.row_clip else self.clip
+
     def log_likelihood(self, squared: Tensor) -> Tensor:
-        """See :meth:`Mechanism.log_likelihood`; for candidates within ``clip``."""
         return squared.mul_(-0.5 / self.sigma**2)
 
     def guarantee(self, views: int = 1) -> str:
@@ -214,7 +218,7 @@ class Gaussian(Mechanism):
         return gaussian_epsilon(self.sigma / (distance * math.sqrt(views)), self.delta)
 
 
-def _clip(inputs: CalibrationInputs) -> float:
+def gaussian_clip(inputs: CalibrationInputs) -> float:
     """Return the bound that the noise is calibrated to: no more than C where rows are clipped."""
     norms = inputs.norms
     asked = inputs.config.clip or norms.clip or norms.largest

@@ -141,6 +141,11 @@ class NearestToken(Mechanism):
         )
         return ids[0][:, 0]
 
+    @property
+    def sent_norm(self) -> float:
+        """See :meth:`Mechanism.sent_norm`; words are clipped, what leaves is a text's own rows."""
+        return 0.0
+
     def covered(self, hidden: Tensor, token_ids: Tensor) -> Tensor:
         """See :meth:`Mechanism.covered`: word embeddings, where there is a bottom.
 

@@ -23,6 +23,7 @@ from fedsplit.privacy.mechanisms.gaussian import Gaussian
 from fedsplit.privacy.mechanisms.nearest_token import NearestToken
 from fedsplit.privacy.mechanisms.none import NoNoise
 from fedsplit.privacy.mechanisms.pac import Pac
+from fedsplit.privacy.mechanisms.shaped import Shaped
 from fedsplit.registry import pick
 
 MECHANISMS: dict[str, type[Mechanism]] = {
@@ -31,6 +32,7 @@ MECHANISMS: dict[str, type[Mechanism]] = {
     "gaussian": Gaussian,
     "nearest-token": NearestToken,
     "pac": Pac,
+    "shaped": Shaped,
 }
 
 
@@ -83,7 +85,7 @@ def build_mechanism(
         config: the settings.
         bottom: the bottom, in evaluation mode.
         vocabulary: number of its token ids.
-        tokenizer: for its special tokens (a mechanism that replaces tokens keeps them).
+        tokenizer: for its special tokens (a mechanism that replaces tokens keeps them) and words.
         own: an owner's token ids, for ``covariance = "own"``; where there is no owner (a server,
             which may not denoise then), the public covariance is the best guess.
         store: where an owner keeps what must never be computed twice.
@@ -101,7 +103,7 @@ def build_mechanism(
             f"privacy.mechanism={config.mechanism!r}: must be another where split.bottom is 'joint'"
         )
     specials = frozenset(int(i) for i in tokenizer.all_special_ids) if tokenizer else frozenset()
-    inputs = CalibrationInputs(config, bottom, vocabulary, specials, own, store)
+    inputs = CalibrationInputs(config, bottom, vocabulary, specials, own, store, tokenizer)
     made = mechanism.from_settings(inputs)
     if config.row_clip == "off" or not mechanism.protects():
         return made

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsplit.attacks import Public
 from fedsplit.errors import PrivacyError
 from fedsplit.models.loading import load
 from fedsplit.models.splitting.halves import split
-from fedsplit.privacy import DChi, Mechanism, OwnerSecret, Pac
+from fedsplit.privacy import DChi, Gaussian, Mechanism, OwnerSecret, Pac
 from fedsplit.privacy.denoising.candidate_search import products, search
 from fedsplit.privacy.denoising.candidates import (
     BottomCandidates,
@@ -17,8 +18,11 @@ from fedsplit.privacy.denoising.candidates import (
     candidates_through,
     rows_by_position,
 )
+from fedsplit.privacy.denoising.contextual import ContextualDenoiser
+from fedsplit.privacy.denoising.ngram import BigramChain
 from fedsplit.privacy.denoising.position_candidates import AdditiveCandidates, candidates_of
 from fedsplit.privacy.denoising.posterior import Denoiser, Touched
+from fedsplit.privacy.mechanisms.base import clip_rows
 
 V, D, P = 600, 12, 5
 
@@ -54,25 +58,38 @@ def received(bottom: Sum, mechanism: Mechanism) -> list[Tensor]:
 FORMS = {"normalised": lambda: Sum(nn.LayerNorm(D)), "plain": Sum}
 
 
+@pytest.mark.parametrize("clip", [0.0, 3.0])
 @pytest.mark.parametrize("form", FORMS)
-def test_closed_form_is_what_the_bottom_computes(form: str):
+def test_closed_form_is_what_the_bottom_computes(form: str, clip: float):
     bottom = FORMS[form]().eval()
 
-    found = candidates_of(bottom, V, P)
+    found = candidates_of(bottom, V, P, clip=clip)
 
     assert isinstance(found, AdditiveCandidates)
-    assert torch.allclose(
-        found.materialise().matrix, candidates_through(bottom, V, P).materialise().matrix, atol=1e-5
-    )
+    table = candidates_through(bottom, V, P).materialise().matrix
+    assert float(table.norm(dim=2).median()) > 3.0  # clipping is no formality
+    assert torch.allclose(found.materialise().matrix, clip_rows(table, clip), atol=1e-5)
+    through = candidates_through(bottom, V, P, clip=clip).materialise().matrix
+    assert torch.allclose(through, clip_rows(table, clip), atol=1e-5)
+
+
+SHAPE = torch.diag(torch.linspace(0.2, 3, D))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    "mechanism", [DChi(eta=2.0), Pac(budget=15.0, covariance=torch.diag(torch.linspace(0.2, 3, D)))]
+    "mechanism",
+    [
+        DChi(eta=2.0),
+        DChi(eta=2.0, row_clip=3.0),
+        Pac(budget=15.0, covariance=SHAPE),
+        Pac(budget=15.0, covariance=SHAPE, row_clip=3.0),
+    ],
 )
 def test_posterior_and_search_agree_with_the_whole_table(form: str, mechanism: Mechanism):
-    bottom = FORMS[form]().eval()
-    short, whole = candidates_of(bottom, V, P), candidates_through(bottom, V, P).materialise()
+    bottom, clip = FORMS[form]().eval(), mechanism.sent_norm
+    short = candidates_of(bottom, V, P, clip=clip)
+    whole = MatrixCandidates(clip_rows(candidates_through(bottom, V, P).materialise().matrix, clip))
     prior = torch.log_softmax(torch.randn(V, generator=torch.Generator().manual_seed(2)), 0)
     x = received(bottom, mechanism)
 
@@ -82,6 +99,35 @@ def test_posterior_and_search_agree_with_the_whole_table(form: str, mechanism: M
         assert all(torch.equal(a, b) for a, b in zip(*best, strict=True))
 
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*means, strict=True))
+    chain = BigramChain([list(range(0, V, 7)), list(range(5, V, 11))], V)
+    means = [ContextualDenoiser(c, mechanism, chain)(x) for c in (short, whole)]
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*means, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_clipped_rows_are_read_against_clipped_candidates(form: str):
+    """Without noise every clipped row is its own token's; against unclipped ones, not every one."""
+    bottom = FORMS[form]().eval()
+    ids = torch.arange(V - V % P).view(-1, P)
+    with torch.no_grad():
+        rows = list(clip_rows(bottom(ids, torch.ones_like(ids)), 1.5))
+
+    read = [search(rows, candidates_of(bottom, V, P, clip=clip))[0] for clip in (1.5, 0.0)]
+
+    right = [(torch.stack(x)[..., 0] == ids).float().mean() for x in read]
+    assert right[0] == 1.0
+    assert right[1] < 0.99
+
+
+def test_an_attacker_compares_with_rows_as_they_were_clipped():
+    bottom = Sum(nn.LayerNorm(D)).eval()
+    bottom.vocab = V  # type: ignore[assignment]
+    rows = [torch.zeros(P, D)]
+
+    for mechanism in (DChi(eta=1.0, row_clip=2.0), Gaussian(2.0, 1e-5, 2.0), DChi(eta=1.0)):
+        public = Public(bottom=bottom, mechanism=mechanism)
+        longest = float(public.candidates(rows).materialise().matrix.norm(dim=2).max())
+        assert (longest <= 2.0 * (1 + 1e-5)) == (mechanism.sent_norm == 2.0)
 
 
 def test_other_forms_are_computed_through_the_bottom():

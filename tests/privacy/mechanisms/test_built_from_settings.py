@@ -23,11 +23,12 @@ from fedsplit.privacy import (
 )
 from fedsplit.privacy.mechanisms.calibration import Store, covariance_over, public_vectors
 from fedsplit.privacy.mechanisms.pac import Pac
-from tests.tiny_models import save_tiny_bert
+from tests.tiny_models import WORDS, save_tiny_bert
 
 G = torch.Generator().manual_seed(0)
 IDS = [torch.tensor([2, *torch.randint(4, 94, (n,), generator=G).tolist(), 3]) for n in (9, 5, 12)]
-NOISY = ("dchi", "gaussian", "nearest-token", "pac")
+NOISY = ("dchi", "gaussian", "nearest-token", "pac", "shaped")
+TASK = f"{WORDS[0]} {WORDS[1]} | {WORDS[2]} {WORDS[3]}"
 
 
 class Shipped:
@@ -49,12 +50,13 @@ def shipped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def made(shipped: Shipped, **options: Any) -> Any:
     bottom = shipped.bottom
-    return build_mechanism(PrivacyConfig(**options), bottom, bottom.vocab, shipped.tokenizer)
+    config = PrivacyConfig(**{"task_words": TASK, **options})
+    return build_mechanism(config, bottom, bottom.vocab, shipped.tokenizer)
 
 
 @pytest.mark.parametrize("name", NOISY)
 def test_the_noise_ratio_means_the_same_for_every_mechanism(shipped: Shipped, name: str):
-    mechanism = made(shipped, mechanism=name, noise_ratio=1.5)
+    mechanism = made(shipped, mechanism=name, noise_ratio=1.5, spare=1.0)
     secret = OwnerSecret.for_simulation(0, "ratio")
 
     if name == "nearest-token":
@@ -71,7 +73,7 @@ def test_the_noise_ratio_means_the_same_for_every_mechanism(shipped: Shipped, na
 
 @pytest.mark.parametrize("name", NOISY)
 def test_both_sides_and_every_process_build_the_same(shipped: Shipped, name: str, tmp_path: Path):
-    config = PrivacyConfig(mechanism=name, noise_ratio=3.0)
+    config = PrivacyConfig(mechanism=name, noise_ratio=3.0, task_words=TASK)
     bottom = shipped.bottom
 
     owner = [
