@@ -124,9 +124,11 @@ class Material:
         c = self.config
         return public_texts(c.privacy.public_text, docstrings=docstrings_are_public(c.data.kind))
 
-    def ids(self) -> list[list[int]]:
-        """Return public text as token ids."""
-        return public_ids(self.tokenizer, self.texts(), self.config.model.max_tokens)
+    def ids(self, most: int = 0) -> list[list[int]]:
+        """Return public text as token ids, of at most ``most`` texts spread over all; 0 = all."""
+        texts = self.texts()
+        step = max(1, len(texts) // most) if most else 1
+        return public_ids(self.tokenizer, texts[::step], self.config.model.max_tokens)
 
 
 def public_log_prior(tokenizer: Any, vocabulary: int, max_tokens: int) -> Tensor:
@@ -174,7 +176,7 @@ def _contextual(of: Material) -> tuple[Rows, dict[str, Any]]:
 
 def _linear(of: Material) -> tuple[Rows, dict[str, Any]]:
     recipe = Recipe(max_tokens=of.config.model.max_tokens, seed=of.config.seed)
-    pairs = TrainingPairs(of.bottom, of.mechanism, of.ids(), of.touched, recipe)
+    pairs = TrainingPairs(of.bottom, of.mechanism, of.ids(most=4096), of.touched, recipe)
     found = fit_linear(pairs)
     facts = {"unexplained": found.unexplained}
     return (found if of.config.split.k else _with_ends(of, found)), facts

@@ -21,6 +21,7 @@ NOISE: dict[str, dict[str, Any]] = {
     "nearest-token": {"privacy__noise_ratio": 2.0},
     "pac": {"privacy__budget": 20.0},
     "pac of its own": {"privacy__budget": 20.0, "privacy__covariance": "own"},
+    "shaped": {"privacy__epsilon": 20.0, "privacy__task_words": "w1 w2 w3 | w40 w41 w42"},
 }
 
 
@@ -96,7 +97,7 @@ def test_denoisers_run_and_say_what_they_cost(few: Any, run_locally: Any, denois
     assert 0 < cost[0]["tokens"] < cost[1]["tokens"]  # what is held out comes later
 
 
-@pytest.mark.parametrize("name", ["gaussian", "pac"])
+@pytest.mark.parametrize("name", ["gaussian", "pac", "shaped"])
 def test_posteriors_know_every_law(few: Any, run_locally: Any, name: str) -> None:
     config = few(privacy__denoise="unigram", privacy__cti="purity", **options(name))
 
