@@ -76,8 +76,12 @@ class Shaped(Gaussian):
 
     @classmethod
     def check_settings(cls, config: PrivacyConfig) -> None:
-        """See :meth:`Mechanism.check_settings`; at least two groups of words must be named."""
+        """See :meth:`Mechanism.check_settings`; rows are clipped, and groups of words are named."""
         super().check_settings(config)
+        if config.row_clip == "off":
+            raise ConfigError(
+                "privacy.row-clip='off': must be auto or a number with privacy.mechanism='shaped'"
+            )
         word_groups(config.task_words)
 
     @classmethod

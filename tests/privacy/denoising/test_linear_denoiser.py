@@ -55,7 +55,7 @@ def test_spared_directions_are_kept_and_the_others_taken_out():
     left = (torch.stack(found(rows)) - clean).flatten(0, 1).square().mean(0)
     left = left / clean.flatten(0, 1).var(0)
     assert left[3] < 0.6
-    assert (torch.cat([left[:3], left[4:]]) > 0.9).all()
+    assert (torch.cat([left[:3], left[4:]]) > 0.8).all()
 
 
 def test_what_was_received_keeps_its_type():

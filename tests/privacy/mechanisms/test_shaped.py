@@ -137,6 +137,11 @@ def test_groups_are_asked_for(words: str) -> None:
         made(noise_ratio=1.0, task_words=words)
 
 
+def test_rows_must_be_clipped() -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.row-clip='off'"):
+        made(noise_ratio=1.0, row_clip="off")
+
+
 def test_words_that_cannot_be_told_apart_are_refused() -> None:
     with pytest.raises(PrivacyError, match="must differ"):
         made(noise_ratio=1.0, task_words="5 6 | 5 6")

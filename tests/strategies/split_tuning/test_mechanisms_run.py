@@ -21,7 +21,11 @@ NOISE: dict[str, dict[str, Any]] = {
     "nearest-token": {"privacy__noise_ratio": 2.0},
     "pac": {"privacy__budget": 20.0},
     "pac of its own": {"privacy__budget": 20.0, "privacy__covariance": "own"},
-    "shaped": {"privacy__epsilon": 20.0, "privacy__task_words": "w1 w2 w3 | w40 w41 w42"},
+    "shaped": {
+        "privacy__epsilon": 20.0,
+        "privacy__row_clip": "auto",
+        "privacy__task_words": "w1 w2 w3 | w40 w41 w42",
+    },
 }
 
 
