@@ -7,11 +7,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedsplit.config import RunConfig
+from fedsplit.models.splitting.halves import split
+from fedsplit.owners.policy.description import TEMPLATE
+from fedsplit.owners.policy.rules import Policy
+from fedsplit.privacy import build_mechanism
 from simulations.core.owner_samples import owner_samples
 from simulations.runtime.local_run import run_in_process
 from simulations.split.transcript_attacks import attack_transcript, strongest
 from simulations.sweep.plan import Cell
 from strategies.base_model import load_base
+
+FLOOR = "measure.min_empirical_privacy"
 
 
 def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
@@ -29,6 +36,7 @@ def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
             owners = owner_samples(config, load_base(config).tokenizer)
             transcript = folder / "server" / "transcript.safetensors"
             row |= privacy(attack_transcript(config, transcript, owners, samples=attack_samples))
+            row["template"] = template(config, row.get("empirical_privacy_map"))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     row["seconds"] = time.perf_counter() - began
@@ -62,3 +70,26 @@ def privacy(attacks: dict[str, dict[str, Any]]) -> dict[str, Any]:
             row[column] = attacks[name]["empirical_privacy"]
             row[f"{column}_low"], row[f"{column}_high"] = 1.0 - high, 1.0 - low
     return row
+
+
+def template_floor() -> float:
+    """Return the empirical privacy that the policy of ``fedsplit policy init`` demands."""
+    return float(Policy.parse(TEMPLATE.read_bytes()).rules.get(FLOOR, 0.0))
+
+
+def template(config: RunConfig, empirical_privacy: float | None) -> str:
+    """Return how the policy that ``fedsplit policy init`` writes takes this mechanism.
+
+    Returns:
+        ``yes``: its rules of noise and its floor of empirical privacy are kept; ``floor``: the
+        floor alone; ``no``: neither, or what was measured is below the floor.
+    """
+    if empirical_privacy is None or empirical_privacy < template_floor():
+        return "no"
+    policy = Policy.parse(TEMPLATE.read_bytes())
+    loaded = load_base(config)
+    bottom = split(loaded.model, config.split.k, verify=False)[0].eval()
+    mechanism = build_mechanism(config.privacy, bottom, bottom.vocab, loaded.tokenizer)
+    ratio = mechanism.noise_ratio(bottom, bottom.vocab)
+    breaches = policy.mechanism_breaches(mechanism.name, mechanism.describe(), ratio)
+    return "floor" if breaches else "yes"

@@ -13,8 +13,11 @@ from rich.table import Table
 from simulations.core.plots import picture
 from simulations.core.tables import grouped, make_table
 
-SETTINGS = ("variant", "mechanism", "eta", "noise_ratio", "k", "cti", "rho", "denoise")
+SETTINGS = (
+    "variant", "mechanism", "eta", "noise_ratio", "clip", "spare", "k", "cti", "rho", "denoise",
+)  # fmt: skip
 GROUP = (*SETTINGS, "label_protection")
+TEMPLATE = ("-", "no", "floor", "yes")
 MEASURED = ("accuracy", "loss", "empirical_privacy", "empirical_privacy_map", "touched_share")
 
 
@@ -29,6 +32,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key, cells in grouped((row for row in rows if not row.get("error")), *GROUP).items():
         summary: dict[str, Any] = dict(zip(GROUP, key, strict=True))
         summary["seeds"] = len(cells)
+        # What not every seed keeps is not kept.
+        summary["template"] = min((str(m.get("template", "-")) for m in cells), key=TEMPLATE.index)
         for name in MEASURED:
             values = [float(m[name]) for m in cells if m.get(name) is not None]
             if not values:
@@ -45,21 +50,43 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def frontier_table(summary: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table that a sweep ends with."""
-    measured = ("accuracy", "empirical_privacy", "empirical_privacy_map", "touched_share")
+    measured = ("accuracy", "empirical_privacy", "empirical_privacy_map")
     return make_table(
-        ("variant", "eta", "k", "seeds", "accuracy", "EP, nearest", "EP, strongest", "touched"),
+        (
+            "variant",
+            "level",
+            "clip",
+            "k",
+            "seeds",
+            "accuracy",
+            "EP, nearest",
+            "EP, strongest",
+            "template",
+            "touched",
+        ),
         (
             (
                 row["variant"],
-                f"{row['eta']:g}",
+                level(row),
+                row["clip"],
                 row["k"],
                 row["seeds"],
-                *(_percent(row, name, 2 if name == "touched_share" else 1) for name in measured),
+                *(_percent(row, name, 1) for name in measured),
+                row["template"],
+                _percent(row, "touched_share", 2),
             )
             for row in summary
         ),
         title="mean over seeds, +- the 95 % interval of the mean",
     )
+
+
+def level(row: Mapping[str, Any]) -> str:
+    """Return a cell's noise in a few characters: eta, or its ratio and what is spared."""
+    if not row["noise_ratio"]:
+        return "no noise" if math.isinf(row["eta"]) else f"{row['eta']:g}"
+    spared = "" if row["spare"] == 1 else f" / {row['spare']:g}"
+    return f"r {row['noise_ratio']:g}{spared}"
 
 
 def _percent(row: Mapping[str, Any], name: str, digits: int) -> str:
@@ -70,7 +97,7 @@ def _percent(row: Mapping[str, Any], name: str, digits: int) -> str:
     return text if half is None else f"{text} +- {100 * half:.{digits}f}"
 
 
-def plot_frontier(path: Path, summary: Sequence[Mapping[str, Any]]) -> None:
+def plot_frontier(path: Path, summary: Sequence[Mapping[str, Any]], floor: float = 0.0) -> None:
     """Draw accuracy against empirical privacy, a line per variant; nothing where no cell has both.
 
     Left: against the nearest neighbour, the paper's attacker.  Right: against the strongest.
@@ -98,14 +125,16 @@ def plot_frontier(path: Path, summary: Sequence[Mapping[str, Any]]) -> None:
                     label=variant, color=f"C{index % 10}", marker="o", capsize=3, linewidth=1.6,
                 )  # fmt: skip
                 for p in points:
-                    label = "no noise" if math.isinf(p["eta"]) else f"{p['eta']:g}"
                     axis.annotate(
-                        label, (100 * p[column], 100 * p["accuracy"]), textcoords="offset points",
-                        xytext=(5, 5), fontsize=7, color=f"C{index % 10}",
+                        level(p), (100 * p[column], 100 * p["accuracy"]), xytext=(5, 5),
+                        textcoords="offset points", fontsize=7, color=f"C{index % 10}",
                     )  # fmt: skip
+            if column == "empirical_privacy_map" and floor:
+                axis.axvline(100 * floor, color="0.4", linestyle="--", linewidth=1)
+                axis.text(100 * floor, axis.get_ylim()[0], " template's floor", fontsize=7)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("tokens not recovered (empirical privacy), %")
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("held-out accuracy, %")
         axes[0].legend(fontsize=8)  # wherever it hides least
-        figure.suptitle("Privacy and utility; labels are eta, bars 95 % intervals over seeds")
+        figure.suptitle("Privacy and utility; labels are eta or ratio, bars 95 % intervals")

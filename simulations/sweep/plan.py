@@ -67,6 +67,8 @@ class Cell:
             "mechanism": c.privacy.mechanism,
             "eta": c.privacy.eta if c.privacy.eta else float("inf"),
             "noise_ratio": c.privacy.noise_ratio,
+            "clip": c.privacy.row_clip,
+            "spare": mechanism_type(c.privacy).public_settings(c.privacy).get("spare", 1.0),
             "k": c.split.k,
             "cti": c.privacy.cti,
             "rho": c.privacy.cti_rho if touched else 1.0,

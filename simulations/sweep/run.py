@@ -31,8 +31,8 @@ from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.runtime.environment import ray_credentials
-from simulations.sweep.cell import run_cell
-from simulations.sweep.frontier import frontier_table, plot_frontier, summarise
+from simulations.sweep.cell import run_cell, template, template_floor
+from simulations.sweep.frontier import frontier_table, level, plot_frontier, summarise
 from simulations.sweep.plan import Cell, cells_of, with_public_text
 
 OPTIONS: dict[str, Any] = {
@@ -75,7 +75,7 @@ def run(
     earlier = earlier_rows(folder.path / "cells", options["known"])
     store = CellStore(folder.path / FILE, {}, earlier)
     rows = {
-        cell.key: {**found[0], **cell.columns(), "key": cell.key}  # Parquet holds no infinity
+        cell.key: known_row(cell, found[0])
         for cell in cells
         if (found := store.find({"cell": cell.key}))
     }
@@ -103,9 +103,19 @@ def run(
     if len(broken) == len(done):
         raise RunError(f"all {len(done)} cells failed; the first: {broken[0]['error']}")
     console.print(frontier_table(summary))
-    draw_if_possible(console, folder.path / "frontier.png", plot_frontier, summary)
+    draw_if_possible(
+        console, folder.path / "frontier.png", plot_frontier, summary, template_floor()
+    )
     for row in broken[:5]:
         console.print(Text("broken", "yellow"), _told(row))
+
+
+def known_row(cell: Cell, found: Row) -> Row:
+    """Return a finished cell's row; Parquet holds no infinity, and earlier rows no ``template``."""
+    row: Row = {**found, **cell.columns(), "key": cell.key}
+    if "template" not in row and "empirical_privacy_map" in row:
+        row["template"] = template(cell.config, row["empirical_privacy_map"])
+    return row
 
 
 def earlier_rows(folder: Path, known: str) -> Iterator[tuple[dict[str, str], list[Row]]]:
@@ -215,7 +225,7 @@ def _ordered(cells: Sequence[Cell], rows: Mapping[str, dict[str, Any]]) -> list[
 
 
 def _told(row: Mapping[str, Any]) -> str:
-    name = f"{row['variant']}, eta {row['eta']:g}, k {row['k']}, seed {row['seed']}"
+    name = f"{row['variant']}, {level(row)}, k {row['k']}, seed {row['seed']}"
     if row.get("error"):
         return f"{name}: {row['error']}"
     accuracy = row.get("accuracy")

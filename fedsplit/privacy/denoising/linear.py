@@ -3,8 +3,8 @@
     E~[e | x] = m_e + (x - m_x) W,    W = (S_xx + ridge)^-1 S_xe,
 
 with the moments of pairs that anyone makes from public text and the announced mechanism (Wiener,
-1949).  It knows no words, so it is far from the posterior where the noise is isotropic; it costs one
-``d x d`` product per token, needs no candidates, and where a mechanism spares directions
+1949).  It knows no words, so it is far from the posterior where the noise is isotropic; it costs
+one ``d x d`` product per token, needs no candidates, and where a mechanism spares directions
 (:mod:`fedsplit.privacy.mechanisms.shaped`) it keeps these and takes all others out.
 """
 

@@ -159,7 +159,9 @@ class Gaussian(Mechanism):
     @classmethod
     def from_settings(cls, inputs: CalibrationInputs) -> Gaussian:
         """See :meth:`Mechanism.from_settings`; ``clip`` 0 is the largest norm of public inputs."""
-        return cls(epsilon=cls.level_from(inputs), delta=inputs.config.delta, clip=gaussian_clip(inputs))
+        return cls(
+            epsilon=cls.level_from(inputs), delta=inputs.config.delta, clip=gaussian_clip(inputs)
+        )
 
     @classmethod
     def public_settings(cls, config: PrivacyConfig) -> dict[str, float]:

@@ -18,7 +18,8 @@ from fedsplit.errors import ConfigError, RunError
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment, load_experiment
 from simulations.sweep import run as sweep
-from simulations.sweep.frontier import summarise
+from simulations.sweep.cell import template, template_floor
+from simulations.sweep.frontier import level, summarise
 from simulations.sweep.plan import Cell, as_sweep, cells_of, parse_axis, with_public_text
 
 DCHI = {"privacy.mechanism": "dchi"}
@@ -133,6 +134,35 @@ def test_a_sweep_of_which_nothing_came_is_a_failure(tmp_path: Path) -> None:
     ):
         sweep.run(experiment, folder, Console(file=io.StringIO()), fake([], {8.0, 12.0}))
     assert read_results(tmp_path)["status"] == "failed"
+
+
+def test_the_template_is_kept_by_its_rules_and_by_what_was_measured(make_config: Any) -> None:
+    """A cell below the floor breaks it whatever its settings; above, its rules are asked too."""
+    keeps = {"privacy__mechanism": "dchi", "privacy__noise_ratio": 20.0}
+    cases = [
+        ({**keeps, "privacy__row_clip": "auto"}, 1.0, "yes"),
+        (keeps, 1.0, "floor"),  # not clipped
+        ({**keeps, "privacy__mechanism": "gaussian", "privacy__row_clip": "auto"}, 1.0, "floor"),
+        ({**keeps, "privacy__row_clip": "auto"}, None, "no"),
+    ]
+    if template_floor():
+        cases.append(({**keeps, "privacy__row_clip": "auto"}, template_floor() - 0.01, "no"))
+
+    for options, measured, told in cases:
+        assert template(make_config(**options), measured) == told
+
+    base = {**cells_of({}, [{}], 1)[0].columns(), "accuracy": 0.5}
+    rows = [{**base, "seed": i, "template": x} for i, x in enumerate(("yes", "floor", "yes"))]
+    assert summarise(rows)[0]["template"] == "floor"
+    assert summarise([base])[0]["template"] == "-"
+
+
+def test_levels_are_told_in_the_unit_that_was_set() -> None:
+    def told(**more: Any) -> str:
+        return level({"eta": math.inf, "noise_ratio": 0.0, "spare": 1.0, **more})
+
+    assert (told(), told(eta=8.0), told(noise_ratio=6.0)) == ("no noise", "8", "r 6")
+    assert told(noise_ratio=0.5, spare=0.1) == "r 0.5 / 0.1"
 
 
 def test_intervals_are_those_of_the_mean() -> None:
