@@ -78,10 +78,12 @@ class Embedding(nn.Module):
 
 def mechanisms(width: int) -> list[Mechanism]:
     covariance = torch.diag(torch.linspace(0.1, 2.0, width, dtype=torch.float64))
+    axis = torch.eye(width)[:, :1]
     return [
         build("dchi", eta=6.0),
         build("gaussian", epsilon=5.0, delta=1e-5, clip=3.0),
         build("pac", budget=4.0, covariance=covariance),
+        build("shaped", epsilon=5.0, delta=1e-5, clip=3.0, spare=1.0, directions=axis),
         build("none"),
     ]
 
