@@ -105,7 +105,7 @@ def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:
 
 def _page_of(path: Path) -> str:
     """Return where the run's page is; the run's own error is what must be seen, if it has one."""
-    from simulations.core.report import write_report
+    from simulations.report.page import write_report
 
     try:
         return f", and as a page: {write_report(path)}"
@@ -116,9 +116,20 @@ def _page_of(path: Path) -> str:
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
     """Write a run's page again: results, settings and pictures in one HTML file."""
-    from simulations.core.report import write_report
+    from simulations.report.page import write_report
 
     console.print(f"page: {write_report(folder)}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="the folders of two or more runs")],
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("compare.html"),
+) -> None:
+    """Compare runs on one page: figures, curves, privacy, and the settings that differ."""
+    from simulations.report.comparison import write_comparison
+
+    console.print(f"page: {write_comparison(folders, out)}")
 
 
 @app.command()

@@ -82,7 +82,7 @@ ONLY_IN = {
     "prometheus_client": ("strategies.telemetry",),
     "tensorboard": ("strategies.telemetry",),
     "tomli_w": ("simulations",),
-    "jinja2": ("fedsplit.evaluation", "fedsplit.models.chat_rendering", "simulations.core.report"),
+    "jinja2": ("fedsplit.evaluation", "fedsplit.models.chat_rendering", "simulations.report"),
 }
 # What turns foreign bytes into code, or unpacks foreign paths: neither called nor even named.
 UNSAFE_MODULES = {

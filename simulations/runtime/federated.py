@@ -13,6 +13,7 @@ from fedsplit.errors import RunError, check
 from simulations.runtime.certificates import make_certificates
 from simulations.runtime.deployment import Deployment
 from simulations.runtime.federation import Federation, OnLine
+from simulations.runtime.ledgers import sent_by_owners
 from simulations.runtime.simulation import Simulation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,8 @@ def simulate(
         on_line: see :meth:`Federation.run`.
 
     Returns:
-        The settings as they were run, and the content of ``server.json``.
+        The settings as they were run, and the content of ``server.json``; with ``sent``, see
+        :func:`simulations.runtime.ledgers.sent_by_owners`.
 
     Raises:
         RunError: the run failed; names the component and its log.
@@ -93,11 +95,14 @@ def _shared(config: RunConfig, folder: Path) -> dict[str, Any]:
 def _run(
     federation: Federation, config: RunConfig, folder: Path, on_line: OnLine | None
 ) -> dict[str, Any]:
-    shutil.rmtree(folder / "server", ignore_errors=True)
+    for old in ("server", "homes"):
+        shutil.rmtree(folder / old, ignore_errors=True)
     with federation:
         federation.run(ROOT, config.to_flat(), timeout_s=TIMEOUT_S, on_line=on_line)
+    content = read_server(folder / "server")
+    content["sent"] = sent_by_owners(folder / "homes")
     shutil.rmtree(folder / "homes", ignore_errors=True)  # bottoms and simulated state
-    return read_server(folder / "server")
+    return content
 
 
 def read_server(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, RunError
 from fedsplit.privacy.labels.table import shows_text
 from simulations.core.owner_samples import OwnerSamples, data_digest, label_names, owner_samples
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.runtime.federated import simulate
+from simulations.runtime.ledgers import sent_by_owners
 from simulations.split.centralised import CentralisedTwin, TwinReport
 from simulations.split.results_table import print_table
 from simulations.split.transcript_attacks import attack_transcript, summary_of, write_truth_file
@@ -40,6 +41,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             about=experiment.about,
             seed=config.seed,
             owners=_owners(owners),
+            classes=list(label_names(config)),
             data_digest=data_digest(config),
         )
         stages["prepare"] = time.perf_counter() - began
@@ -47,9 +49,13 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         progress.stage(f"federated run, {config.data.owners} owners")
         began = time.perf_counter()
         cpus = options["cpus-per-owner"]
-        config, server = simulate(
-            config, folder.path, cpus_per_owner=cpus, on_line=progress.on_line
-        )
+        try:
+            config, server = simulate(
+                config, folder.path, cpus_per_owner=cpus, on_line=progress.on_line
+            )
+        except RunError:  # what left by then is told all the same
+            folder.record(sent=sent_by_owners(folder.path / "homes"))
+            raise
         stages["federated"] = time.perf_counter() - began
         folder.record(**_federated_results(config, server))
 
@@ -114,6 +120,7 @@ def _federated_results(config: RunConfig, server: dict[str, Any]) -> dict[str, A
             "tokens_sent": tokens,
             "bottom_bytes": server["bottom_bytes"],
         },
+        "sent": server["sent"],
         "privacy": _privacy(config, server, {}),
         "speed": {"steps": steps, "session_s": train_s, "steps_per_s": steps / max(train_s, 1e-9)},
         "rounds": server["rounds"],

@@ -1,0 +1,159 @@
+"""A run in one paragraph, and its figures as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedsplit.errors import FedsplitError
+from fedsplit.privacy import MECHANISMS
+from fedsplit.registry import pick
+from simulations.report.facts import Facts
+
+ENDED = {
+    "interrupted": "It was interrupted after {}; what stands here is what was recorded by then.",
+    "failed": "It failed after {}; what stands here is what was recorded by then.",
+    "running": "It goes on, or was killed; {} in, this was recorded.",
+}
+
+
+def summary(facts: Facts) -> str:
+    """Return what was done and what came of it, in a few sentences."""
+    told = [_who(facts), _utility(facts), _privacy(facts), _traffic(facts), _lineage(facts)]
+    if not facts.owners:
+        about = str(facts.results.get("about") or "").rstrip(".")
+        rows = facts.results.get("rows") or []
+        told = [f"{about}." if about else ""]
+        told.append(f"The table below has {_count(len(rows), 'row')}." if rows else "")
+    status = str(facts.results["status"])
+    told.append(ENDED.get(status, "").format(duration(facts.results["time_s"])))
+    return " ".join(f"{text[0].upper()}{text[1:]}" for text in told if text)
+
+
+def measured_at(facts: Facts) -> str:
+    """Return when, where and at which commit the figures were measured."""
+    results = facts.results
+    versions, machine = results["versions"], results["machine"]
+    commit = versions.get("commit")
+    at = "outside a checkout"
+    if commit:
+        changed = commit.endswith("+")
+        at = f"at commit {commit.rstrip('+')[:12]}" + (" with changes" if changed else "")
+    memory = float(machine.get("memory_bytes") or 0) / 2**30
+    gpus = ", ".join(machine.get("gpus") or [])
+    return (
+        f"Measured {at}, fedsplit {versions.get('fedsplit') or '?'}, on {machine.get('cpu')}, "
+        f"{machine.get('cores')} cores, {memory:.0f} GiB{f', {gpus}' if gpus else ''}; "
+        f"{str(results['started']).replace('T', ' ')}, {duration(results['time_s'])}."
+    )
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a share as text."""
+    return "not measured" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as text."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def figure(metric: str, value: float | None) -> str:
+    """Return a figure of utility in its own unit."""
+    if value is None:
+        return "not measured"
+    return percent(value) if metric == "accuracy" else f"{value:.2f}"
+
+
+def noise(facts: Facts) -> str:
+    """Return what protected the representations."""
+    privacy = facts.get("privacy")
+    if not privacy.get("mechanism"):
+        return ""
+    try:
+        return pick(MECHANISMS, privacy["mechanism"], "mechanism").label(privacy)
+    except (FedsplitError, KeyError, TypeError):
+        return str(privacy["mechanism"])
+
+
+def _who(facts: Facts) -> str:
+    owners = facts.owners
+    if not owners:
+        return ""
+    texts = sum(owner.get("train", 0) for owner in owners)
+    model = str(facts.config.get("model.name", "a model")).rsplit("/", 1)[-1]
+    rounds = sum(1 for row in facts.rounds if (row.get("train") or {}).get("steps"))
+    tuned = "tuned" if facts.results["status"] == "completed" else "began to tune"
+    return (
+        f"{_count(len(owners), 'owner')} with {texts:,} training texts {tuned} "
+        f"{model.removeprefix('package:')} together"
+        + (f", in {_count(rounds, 'round')}." if rounds else ".")
+    )
+
+
+def _count(number: int, what: str) -> str:
+    small = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    told = small[number] if number < len(small) else f"{number:,}"
+    return f"{told} {what}{'' if number == 1 else 's'}"
+
+
+def _utility(facts: Facts) -> str:
+    found = facts.get("utility")
+    if found.get("federated") is None:
+        return ""
+    metric = found["metric"]
+    text = f"Held-out {metric} is {figure(metric, found['federated'])}"
+    beside = []
+    if found.get("centralised") is not None:
+        beside.append(f"{figure(metric, found['centralised'])} when trained in one place")
+    if found.get("baseline") is not None:
+        what = found.get("baseline_is") or "nothing learned"
+        beside.append(f"{figure(metric, found['baseline'])} for the {what}")
+    return f"{text}; {' and '.join(beside)}." if beside else f"{text}."
+
+
+def _privacy(facts: Facts) -> str:
+    if not facts.attackers:
+        return ""
+    worst = facts.attackers[-1]
+    how = noise(facts)
+    low, high = (percent(1 - end) for end in reversed(worst.interval))
+    return (
+        f"Texts left as vectors{f' ({how})' if how else ''}; the strongest of "
+        f"{len(facts.attackers)} attackers, {worst.name}, recovers {percent(1 - worst.hidden)} of "
+        f"the tokens ({low} to {high})."
+    )
+
+
+def _traffic(facts: Facts) -> str:
+    found: Mapping[str, Any] = facts.get("traffic")
+    if not found:
+        return ""
+    return (
+        f"The owners sent {size(found.get('bytes_up', 0))} and got "
+        f"{size(found.get('bytes_down', 0))}."
+    )
+
+
+def _lineage(facts: Facts) -> str:
+    rows = facts.lineage
+    if not rows:
+        return ""
+    last = str(rows[-1].get("verdict", "")).replace("_", " ")
+    good = sum(row.get("verdict") == "in_lineage" for row in rows)
+    if good == len(rows):
+        after = "its round" if len(rows) == 1 else f"each of {_count(len(rows), 'round')}"
+        return f"The tuned model was of its base's line after {after}."
+    return f"The lineage gate passed {good} of {len(rows)} rounds; the last verdict is {last}."
