@@ -14,11 +14,13 @@ from fedsplit.errors import SessionError
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.ledger.check import DisclosureCheck, SessionFacts
+from fedsplit.owners.ledger.check import DisclosureCheck
 from fedsplit.owners.ledger.disclosure import Averages, Weights, Words
+from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.naming import owner_name
 from fedsplit.owners.own_log import own_log
 from fedsplit.owners.task import OwnerTask
+from fedsplit.privacy.empirical import Exposed, Reading
 from fedsplit.settings import read_settings
 from fedsplit.wire.logs import join_flower_log
 from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, SessionOffer, weights_record
@@ -98,6 +100,7 @@ class ClientTask:
             self.ledger,
             files=files,
             in_app=True,
+            measure=run_attackers,
             warn=offer.round == 1 if warn is None else warn,
         )
 
@@ -134,6 +137,16 @@ class ClientTask:
     def close(self) -> None:
         """Let the ledger's files go."""
         self.ledger.close()
+
+
+def run_attackers(exposed: Exposed) -> list[Reading]:
+    """Run the project's attackers on what this owner would send.
+
+    Loaded only where a policy asks for a measurement that was not made before.
+    """
+    from fedsplit.attacks.measuring import measure
+
+    return measure(exposed)
 
 
 def averaged_weights(message: Message) -> dict[str, Tensor]:

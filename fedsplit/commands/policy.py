@@ -9,11 +9,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from fedsplit.commands.options import write_template
+from fedsplit.commands.options import Home, JsonFile, owner_home, write_json, write_template
 from fedsplit.errors import ConfigError
 from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
+    from fedsplit.owners.measuring import Figures
     from fedsplit.owners.policy.rules import Policy
 
 policy_app = typer.Typer(no_args_is_help=True, help="The owner's rules: what they let out.")
@@ -68,6 +69,85 @@ def init(
     console.print(f"wrote {path}; what it means: fedsplit policy check {path}", highlight=False)
 
 
+@policy_app.command()
+def measure(
+    path: Annotated[Path, typer.Argument(help="the policy, such as owner.toml")],
+    model: Annotated[str, typer.Option(help="folder, hub name or package:NAME of the model")],
+    data: Annotated[Path, typer.Option(help="your texts: .csv, .jsonl, ... or a folder")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="a run's settings: a TOML file, or KEY=VALUE; repeatable"),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="of the texts")] = "text",
+    label_column: Annotated[str, typer.Option(help="of the labels, if there are any")] = "",
+    home: Home = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Run the attackers on your own texts, as on a run's first contact, and print what they read.
+
+    Settings that are not given are the weakest that the policy allows: its first mechanism at its
+    noise.min_ratio, clipped rows, its least k.
+    """
+    from fedsplit.attacks.measuring import measure as attackers
+    from fedsplit.data import load_splits
+    from fedsplit.models import load
+    from fedsplit.owners.home import OwnerHome
+    from fedsplit.owners.policy.rules import Policy
+    from fedsplit.owners.split.by_hand import measure_by_hand
+    from fedsplit.settings import read_settings
+
+    policy = Policy.load(path)
+    task = "sequence-classification" if label_column else "causal-lm"
+    weakest = {"model.name": model, "model.task": task, **_weakest(policy)}
+    texts, _ = load_splits(
+        "file", path=str(data), text_column=text_column, label_column=label_column
+    )
+    if texts.labels is not None:
+        weakest["model.labels"] = max(2, *(int(label) + 1 for label in texts.labels))
+    config = read_settings({**weakest, **_given(setting or [])})
+    classes = None if config.model.task == "causal-lm" else config.model.labels
+    loaded = load(model, config.model.task, num_labels=classes)
+    secret = OwnerHome(owner_home(home)).secret(config.seed, "owner")
+    found = measure_by_hand(
+        policy, config, loaded.model, loaded.tokenizer, texts, secret, attackers
+    )
+    breaches = []
+    for figures in found:
+        console.print(_readings(figures))
+        console.print(str(figures), highlight=False)
+        if (breach := figures.breach(policy)) is not None:
+            breaches.append(breach)
+            console.print(Text("refused", "red"), str(breach), highlight=False)
+    write_json(json_path, [figures.to_json() for figures in found])
+    if breaches:
+        raise typer.Exit(1)
+
+
+def _weakest(policy: Policy) -> dict[str, Any]:
+    """Return the settings that hide least of what a policy allows, as far as it bounds them."""
+    mechanism = policy.rules.get("noise.mechanisms", ("none",))[0]
+    found: dict[str, Any] = {"privacy.mechanism": mechanism}
+    found["split.k"] = int(policy.rules.get("model.min_k", 0))
+    if mechanism != "none":
+        found["privacy.noise-ratio"] = float(policy.rules.get("noise.min_ratio", 1.0))
+        found["privacy.row-clip"] = "auto"
+    allowed = policy.rules.get("labels.protection", ("none",))
+    found["labels.protection"] = allowed[0]
+    if "labels.max_epsilon" in policy:
+        found["labels.epsilon"] = float(policy["labels.max_epsilon"])
+    return found
+
+
+def _readings(figures: Figures) -> Table:
+    what = "tokens" if figures.rule.endswith("privacy") else "labels"
+    table = Table("attacker", "read", "95 % interval", what, "seconds", title=f"{what} read")
+    for reading in figures.readings:
+        interval = f"{100 * reading.low:.1f} to {100 * reading.high:.1f} %"
+        share, count = f"{100 * reading.read:.1f} %", f"{reading.targets:,}"
+        table.add_row(reading.attack, share, interval, count, f"{reading.seconds:.1f}")
+    return table
+
+
 def _explain(policy: Policy, path: Path) -> None:
     from fedsplit.owners.policy.description import ALWAYS, openings, restrictions
 
@@ -92,9 +172,14 @@ def _explain(policy: Policy, path: Path) -> None:
 
 def _settings(given: list[str]) -> dict[str, Any]:
     """Return a run's flat settings, checked, from files and KEY=VALUE."""
-    import tomllib
-
     from fedsplit.settings import read_settings
+
+    return dict(read_settings(_given(given)).to_flat())
+
+
+def _given(given: list[str]) -> dict[str, Any]:
+    """Return the settings that files and KEY=VALUE name."""
+    import tomllib
 
     flat: dict[str, Any] = {}
     for item in given:
@@ -106,10 +191,10 @@ def _settings(given: list[str]) -> dict[str, Any]:
         try:
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"--against {item}: must be KEY=VALUE or TOML: {error}") from None
+            raise ConfigError(f"{item}: must be KEY=VALUE or TOML: {error}") from None
         # An experiment of the simulations keeps its settings in a table of their own.
         flat |= _flattened(content["run"] if isinstance(content.get("run"), dict) else content)
-    return dict(read_settings(flat).to_flat())
+    return flat
 
 
 def _value(text: str) -> Any:

@@ -48,6 +48,7 @@ def predict(
 
     The bottom and the noise are here, the top at the model owner; your policy and ledger apply.
     """
+    from fedsplit.attacks.measuring import measure
     from fedsplit.owners.serving.generation import sampler
     from fedsplit.owners.serving.inference import classify, generate
     from fedsplit.owners.serving.offers import serving_config
@@ -73,13 +74,14 @@ def predict(
             on_text=show,
             chat=chat,
             system=system,
+            measure=measure,
         )
         console.print()
     else:
         if chat:
             raise ConfigError(f"--chat: must be left out, {task} answers with classes")
         texts = _texts(text, file, column)
-        probabilities, answered = classify(root, texts)
+        probabilities, answered = classify(root, texts, measure)
         names = [n.strip() for n in classes.split(",")] if classes else []
         if names and len(names) != probabilities.shape[1]:
             count = probabilities.shape[1]

@@ -10,8 +10,10 @@ from fedsplit.owners.app_digest import digest_of_app, running_app
 from fedsplit.owners.handshake import open_stream
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.ledger.check import DisclosureCheck, SessionFacts
+from fedsplit.owners.ledger.check import DisclosureCheck
+from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.policy.rules import Asked, Policy, refuse
+from fedsplit.privacy.empirical import Measure
 from fedsplit.wire.link import Link
 from fedsplit.wire.messages import SessionOffer
 
@@ -43,6 +45,7 @@ class OwnerTask:
         files: str = "bottom",
         in_app: bool = False,
         warn: bool = False,
+        measure: Measure | None = None,
     ) -> OwnerTask:
         """Return the task, once the owner's policy allows its settings and its offer.
 
@@ -54,6 +57,7 @@ class OwnerTask:
             files: what the server hands out, ``bottom`` or ``emulator``.
             in_app: whether the code of a server's app runs in this process.
             warn: whether to log that there is no policy.
+            measure: the owner's attackers on itself, see :mod:`fedsplit.owners.measuring`.
 
         Raises:
             PolicyError: names every broken rule; nothing has left.
@@ -78,7 +82,8 @@ class OwnerTask:
             files,
             config.strategy,
         )
-        return cls(config, offer, identity, DisclosureCheck(ledger, facts, policy, identity.secret))
+        check = DisclosureCheck(ledger, facts, policy, identity.secret, measure)
+        return cls(config, offer, identity, check)
 
     def connect(self) -> Link:
         """Connect to the announced session server.

@@ -153,6 +153,22 @@ class SamplePerturber:
         self._views.setdefault(text[:8], set()).add(noise[:8])
         return View(rows, noise)
 
+    def trial(self, hidden: Tensor, token_ids: Tensor, text: bytes, number: int) -> Tensor:
+        """Return what might leave for one sample, in noise that nothing which leaves has.
+
+        The noise belongs to the secret, the text and ``number`` alone: a measurement that is made
+        again with other rows is not another draw of luck.  What is returned must not leave.
+
+        Args:
+            hidden: ``(T, d)``.
+            token_ids: ``(T,)``.
+            text: identifies the raw text.
+            number: of the trial.
+        """
+        stream = self._secret.stream("fedsplit.privacy.trial.v1", text, number)
+        scale = self._multipliers(token_ids)
+        return self.mechanism.privatise_sample(hidden, token_ids, stream, scale)
+
     def _multipliers(self, token_ids: Tensor) -> Tensor | None:
         """Return ``(T,)`` multipliers, or None where every token keeps its full noise."""
         if self.cti is None or self.rho == 1.0:

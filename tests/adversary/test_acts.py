@@ -12,8 +12,9 @@ from torch import Tensor
 from fedsplit.errors import PolicyError
 from fedsplit.models.bundle.bottom import Bundle
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.ledger.check import ACTS, DisclosureCheck, SessionFacts
+from fedsplit.owners.ledger.check import ACTS, DisclosureCheck
 from fedsplit.owners.ledger.disclosure import Averages, Training, Weights
+from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.privacy.dp.accounting import NoisySteps, composed_epsilon
 from fedsplit.privacy.secret import OwnerSecret

@@ -52,10 +52,7 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }
 # case -> what the owner's code lacks, and which of its variants still read too much
-OPEN: dict[str, tuple[str, set[str]]] = {
-    "bounds": ("a ratio of lengths says nothing of wide vectors", {"wide vectors"}),
-    "template": ("the template's noise is not measured", set(VARIANTS["template"])),
-}
+OPEN: dict[str, tuple[str, set[str]]] = {}
 
 
 @lru_cache

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from fedsplit.errors import PolicyError
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.ledger.check import DisclosureCheck, SessionFacts
+from fedsplit.owners.ledger.check import DisclosureCheck
 from fedsplit.owners.ledger.disclosure import Outgoing, Representations, Source
+from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.policy.rules import Asked, Policy
 from fedsplit.owners.samples import text_identity
 from fedsplit.privacy import OwnerSecret, SamplePerturber, build

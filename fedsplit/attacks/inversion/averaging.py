@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +21,54 @@ from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError
 from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.candidates import Candidates
+from fedsplit.privacy.mechanisms.base import Mechanism
+from fedsplit.privacy.mechanisms.calibration import CalibrationInputs
+from fedsplit.privacy.secret import SecretStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanOfViews(Mechanism):
+    """The law of the mean of several independent draws, as an attacker uses it.
+
+    The likelihood is that of one draw shortened by sqrt(views): exact for Gaussian noise, and for
+    d_chi noise in many dimensions, where both are a sphere of nearly one radius.
+
+    Args:
+        of: one draw's mechanism.
+        views: number of draws.
+    """
+
+    name: ClassVar[str] = "mean of views"
+    of: Mechanism
+    views: int
+
+    @classmethod
+    def from_settings(cls, inputs: CalibrationInputs) -> Self:
+        """Raise: nobody sends means."""
+        raise AttackError("mean of views: no setting asks for it")
+
+    def privatise(
+        self, hidden: Tensor, stream: SecretStream, scale: Tensor | None = None
+    ) -> Tensor:
+        """Return the mean of ``views`` draws, one after the other from ``stream``."""
+        drawn = [self.of.privatise(hidden, stream, scale).double() for _ in range(self.views)]
+        return torch.stack(drawn).mean(0).to(hidden.dtype)
+
+    def log_likelihood(self, squared: Tensor) -> Tensor:
+        """See :meth:`Mechanism.log_likelihood`."""
+        return self.of.log_likelihood(squared * self.views)
+
+    def whitener(self) -> Tensor | None:
+        """See :meth:`Mechanism.whitener`."""
+        return self.of.whitener()
+
+    def guarantee(self, views: int = 1) -> str:
+        """See :meth:`Mechanism.guarantee`."""
+        return self.of.guarantee(views * self.views)
+
+    def per_token_epsilon(self, distance: float, views: int = 1) -> float:
+        """See :meth:`Mechanism.per_token_epsilon`."""
+        return self.of.per_token_epsilon(distance, views * self.views)
 
 
 def average_views(views: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], float]:

@@ -99,6 +99,7 @@ class LearnedInversion(TokenAttack):
         negatives: tokens drawn by frequency that each batch is told apart from, beside its own.
         ridge: of the regression, relative to the received vectors' mean square.
         public_samples: public texts that it is trained on at most.
+        seconds: of training the encoder at most; 0 = no bound.
         seed: of initialisation, batches and simulated noise.
         top_k: guesses ranked per token.
     """
@@ -120,13 +121,14 @@ class LearnedInversion(TokenAttack):
     negatives: int = 2048
     ridge: float = 1e-4
     public_samples: int = 3000
+    seconds: float = 0.0
     seed: int = 0
     top_k: int = 10
 
     def __post_init__(self) -> None:
         for name in ("batch", "negatives", "public_samples", "top_k"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("steps", "layers"):
+        for name in ("steps", "layers", "seconds"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         check(self.width >= 4 and self.width % 4 == 0, "width", self.width, "a multiple of 4")
         for name in ("lr", "ridge"):
@@ -264,8 +266,13 @@ class LearnedInversion(TokenAttack):
         draw = log_prior.double().exp().sqrt().numpy()  # flatter than the frequencies
         draw /= draw.sum()
         model.train()
+        begin = time.perf_counter()
         for step in range(self.steps):
-            rate = min((step + 1) / warmup, (self.steps - step) / max(1, self.steps - warmup))
+            gone = (time.perf_counter() - begin) / self.seconds if self.seconds else 0.0
+            if gone >= 1:
+                break
+            ahead = min((self.steps - step) / max(1, self.steps - warmup), 1 - gone)
+            rate = min((step + 1) / warmup, ahead)
             for group in optimiser.param_groups:
                 group["lr"] = self.lr * rate
             chosen = rng.choice(len(public), size=min(self.batch, len(public)), replace=False)

@@ -12,8 +12,6 @@ import hashlib
 import hmac
 import logging
 import math
-from dataclasses import dataclass
-from typing import Any
 
 from fedsplit.errors import LedgerError, PolicyError
 from fedsplit.owners.ledger.chain import Entry, Ledger, now
@@ -32,7 +30,9 @@ from fedsplit.owners.ledger.disclosure import (
     json_bytes,
 )
 from fedsplit.owners.ledger.exposure import RAW_TEXT
+from fedsplit.owners.ledger.figures import OwnFigures, draw_name
 from fedsplit.owners.ledger.reports import report_breaches
+from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.ledger.spending import DELTA
 from fedsplit.owners.ledger.totals import Totals
 from fedsplit.owners.ledger.training import training_breaches
@@ -40,6 +40,7 @@ from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.owners.policy.rules import Breach, Policy, refuse
 from fedsplit.privacy.dp.accounting import NoisySteps
+from fedsplit.privacy.empirical import Measure
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.wire.frames import PREFIX_BYTES
 from fedsplit.wire.link import Link
@@ -58,36 +59,6 @@ ACTS: dict[tuple[str, str], frozenset[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class SessionFacts:
-    """What a ledger line says of the session it belongs to.
-
-    Attributes:
-        run: Flower's run id.
-        owner: public name.
-        round: server round.
-        mode: ``train``, ``evaluate`` or ``predict``; empty: no session was accepted.
-        digest: of the files that the server handed out.
-        files: what they are, ``bottom`` or ``emulator``.
-        strategy: of the run; empty: no session was accepted.
-    """
-
-    run: int
-    owner: str
-    round: int = 0
-    mode: str = ""
-    digest: str = ""
-    files: str = "bottom"
-    strategy: str = ""
-
-    def line(self) -> Entry:
-        """Return the facts as a ledger line carries them."""
-        found: Entry = {"run": str(self.run), "owner": self.owner}
-        if self.mode:
-            found |= {"round": self.round, "mode": self.mode, self.files: self.digest}
-        return found
-
-
 class DisclosureCheck:
     """The one way out of an owner.
 
@@ -96,6 +67,7 @@ class DisclosureCheck:
         session: what the lines belong to.
         policy: the owner's; None: it has not been read, and only words may leave.
         secret: keys the digests by which the ledger knows texts.
+        measure: runs attackers on what would leave; None: a policy that asks for it refuses.
     """
 
     def __init__(
@@ -104,6 +76,7 @@ class DisclosureCheck:
         session: SessionFacts,
         policy: Policy | None = None,
         secret: OwnerSecret | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.session = session
         self._ledger = ledger
@@ -112,6 +85,7 @@ class DisclosureCheck:
         self._key = b""
         if secret is not None:
             self._key = secret.stream("fedsplit.ledger.samples.v1").uniform(8).tobytes()
+        self._figures = OwnFigures(ledger, self._policy, secret, measure)
         self._judged: set[Source] = set()
 
     # ---- what leaves ------------------------------------------------------------------------
@@ -222,6 +196,7 @@ class DisclosureCheck:
         if isinstance(k, int):
             found += self._below("model.min_k", k)
         refuse(found)
+        refuse(self._figures.breaches(source, self.session, self._append))
         self._judged.add(source)
 
     def _judge_rows(self, shown: Representations) -> None:
@@ -245,7 +220,7 @@ class DisclosureCheck:
         entry: Entry = {"kind": disclosure.kind, **facts, **disclosure.line()}
         if isinstance(disclosure, Representations) and disclosure.texts:
             entry["version"] = RAW_TEXT
-            entry["draw"] = self._draw(disclosure)
+            entry["draw"] = draw_name(disclosure.source.perturber)
             entry["samples"] = [self._name(text) for text in disclosure.texts]
             entry["views"] = [noise[:8].hex() for noise in disclosure.noises]
         entry |= self.session.line()
@@ -262,18 +237,6 @@ class DisclosureCheck:
             return entry
 
         self._ledger.append(make)
-
-    def _draw(self, shown: Representations) -> str:
-        """Return the name of the way in which texts become noisy vectors."""
-        perturber = shown.source.perturber
-        chosen = "" if perturber.cti is None else sorted(perturber.cti.token_ids)
-        identity: list[Any] = [
-            perturber.mechanism.describe(),
-            perturber.representation_id,
-            perturber.rho,
-            chosen,
-        ]
-        return hashlib.sha256(json_bytes(identity)).hexdigest()[:16]
 
     def _name(self, text: bytes) -> str:
         """Return the keyed digest of a text: it tells nothing without the noise secret."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsplit.owners.measuring import Figures, OwnTexts
 from fedsplit.privacy.dp.accounting import NoisySteps
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.wire.codecs import encode_rows
@@ -34,6 +35,7 @@ class Source:
         longest: tokens of the longest text.
         tokens: tokens of all texts of the split.
         moves: whether the bottom learns.
+        own: what the owner measures its own protection on; None: it cannot.
     """
 
     bottom: nn.Module
@@ -41,6 +43,7 @@ class Source:
     longest: int
     tokens: int
     moves: bool = False
+    own: OwnTexts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,24 @@ class Disclosure:
 @dataclass(frozen=True, kw_only=True)
 class Notice(Disclosure):
     """A frame of the protocol that tells nothing of texts: ``hello``, ``need``, ``done``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Disclosure):
+    """Figures of the owner's measurement of itself; nothing leaves.
+
+    Attributes:
+        key: names what they are of.
+        figures: what the attackers read.
+    """
+
+    kind: str = "measured"
+    key: str
+    figures: Figures
+
+    def line(self) -> dict[str, Any]:
+        """Return the figures, under their key."""
+        return {"key": self.key, "measured": self.figures.to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)

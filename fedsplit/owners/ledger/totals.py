@@ -46,6 +46,7 @@ class Totals:
     training: TrainingTotals = field(default_factory=TrainingTotals)
     reports: ReportTotals = field(default_factory=ReportTotals)
     exposure: Exposure = field(default_factory=Exposure)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)  # key -> figures
 
     def run(self, run: str) -> RunTotals:
         """Return the totals of one run."""
@@ -67,6 +68,8 @@ class Totals:
             run.sessions += 1
             day = str(entry["time"])[:10]
             self.days[day] = self.days.get(day, 0) + 1
+        if kind == "measured":
+            self.measured[str(entry["key"])] = dict(entry["measured"])
         if kind == "metrics":
             self.reports.apply(entry)
         if "training" in entry:

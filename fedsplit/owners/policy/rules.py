@@ -99,6 +99,10 @@ class Policy:
         begin, end = self.rules.get("valid.not_before"), self.rules.get("valid.not_after")
         if begin and end:
             check(begin < end, "valid.not_after", str(end), f"after valid.not_before ({begin})")
+        floor = "measure.min_empirical_privacy"
+        if self.rules.get(floor):  # noises without end average away
+            bound = "with budget.views_total, which bounds the noises that can be averaged"
+            check("budget.views_total" in self.rules, floor, self.rules[floor], bound)
 
     def __contains__(self, rule: str) -> bool:
         return rule in self.rules

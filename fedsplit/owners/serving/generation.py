@@ -22,6 +22,7 @@ from fedsplit.owners.ledger.disclosure import (
     Source,
     notice,
 )
+from fedsplit.owners.measuring import OwnTexts
 from fedsplit.owners.samples import piece_identity
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.wire.codecs import decode_rows
@@ -43,6 +44,7 @@ class GeneratingOwner:
         stop: ids that end the text.
         most: tokens generated at most.
         on_token: called with every token as it is chosen.
+        own: what the owner measures its own protection on.
 
     Raises:
         ConfigError: no prompt, or no token to generate.
@@ -60,11 +62,12 @@ class GeneratingOwner:
         stop: frozenset[int],
         most: int,
         on_token: Callable[[int], None] = lambda token: None,
+        own: OwnTexts | None = None,
     ) -> None:
         check(prompt.ndim == 1 and len(prompt) >= 1, "prompt tokens", len(prompt), ">= 1")
         check(most >= 1, "new tokens", most, ">= 1")
         self.perturber = perturber
-        self.source = Source(bottom.eval(), perturber, len(prompt), len(prompt))
+        self.source = Source(bottom.eval(), perturber, len(prompt), len(prompt), own=own)
         self.done = False
         self.text: list[int] = prompt.tolist()
         self.generated: list[int] = []

@@ -30,6 +30,7 @@ from fedsplit.owners.split.prepare import inference_parts, received_head
 from fedsplit.owners.split.schedule import evaluation_steps
 from fedsplit.owners.split.session import FrameAnswerer, run_session
 from fedsplit.owners.task import OwnerTask
+from fedsplit.privacy.empirical import Measure
 from fedsplit.privacy.perturb import SamplePerturber
 
 MOST_TEXTS = 1 << 20
@@ -61,12 +62,16 @@ class Answered:
     tokens: int
 
 
-def classify(root: Path, texts: Sequence[str]) -> tuple[Tensor, Answered]:
+def classify(
+    root: Path, texts: Sequence[str], measure: Measure | None = None
+) -> tuple[Tensor, Answered]:
     """Ask which class each text is of.
 
     Args:
         root: the owner's home.
         texts: at least one.
+        measure: the owner's attackers on itself; without them a policy that asks for a
+            measurement refuses.
 
     Returns:
         Probabilities (texts, classes), and what the session cost.
@@ -101,9 +106,10 @@ def classify(root: Path, texts: Sequence[str]) -> tuple[Tensor, Answered]:
             parts.perturber,
             classes=model.labels,
             codec=task.config.session.codec,
+            own=parts.own,
         )
 
-    owner, answered = _run(root, offer, build)
+    owner, answered = _run(root, offer, build, measure)
     return owner.probabilities(), answered
 
 
@@ -116,6 +122,7 @@ def generate(
     on_text: Callable[[str], None] = lambda piece: None,
     chat: bool = False,
     system: str = "",
+    measure: Measure | None = None,
 ) -> tuple[str, Answered]:
     """Let the model continue ``prompt``, token by token, with a cache on each side.
 
@@ -127,6 +134,7 @@ def generate(
         on_text: called with each piece of text as it is known.
         chat: whether ``prompt`` is a user's message, to be laid out by the tokenizer's template.
         system: with ``chat``: the system's message before it; empty: the template's own, if any.
+        measure: see :func:`classify`.
 
     Returns:
         The continuation, and what the session cost.
@@ -180,17 +188,23 @@ def generate(
             stop=frozenset({tokenizer.eos_token_id} - {None}),
             most=most,
             on_token=on_token,
+            own=parts.own,
         )
 
-    _, answered = _run(root, offer, build)
+    _, answered = _run(root, offer, build, measure)
     return decoded, answered
 
 
-def _run(root: Path, offer: TakenOffer, build: Callable[[OwnerTask], A]) -> tuple[A, Answered]:
+def _run(
+    root: Path,
+    offer: TakenOffer,
+    build: Callable[[OwnerTask], A],
+    measure: Measure | None,
+) -> tuple[A, Answered]:
     """Open the stream, stay to the end, and return what it came to."""
     identity = OwnerIdentity.from_node(offer.config, offer.node_config, OwnerHome(root))
     with Ledger(root) as ledger:
-        task = OwnerTask.accept(offer.config, offer.session, identity, ledger)
+        task = OwnerTask.accept(offer.config, offer.session, identity, ledger, measure=measure)
         link = task.connect()
         owner = run_session(link, task, lambda: build(task))
     report = owner.perturber.report()

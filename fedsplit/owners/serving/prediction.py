@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedsplit.errors import FrameError
 from fedsplit.owners.ledger.disclosure import Outgoing
+from fedsplit.owners.measuring import OwnTexts
 from fedsplit.owners.split.batches import BatchSession
 from fedsplit.owners.split.output import OutputReader
 from fedsplit.privacy.perturb import SamplePerturber
@@ -25,6 +26,7 @@ class PredictionOwner(BatchSession):
         perturber: the privacy mechanism with the owner's secret.
         classes: number of classes the parties agreed on.
         codec: wire form of representations.
+        own: what the owner measures its own protection on.
     """
 
     def __init__(
@@ -36,8 +38,9 @@ class PredictionOwner(BatchSession):
         *,
         classes: int,
         codec: str,
+        own: OwnTexts | None = None,
     ) -> None:
-        super().__init__(bottom, reader, batches, perturber, mode="predict", codec=codec)
+        super().__init__(bottom, reader, batches, perturber, mode="predict", codec=codec, own=own)
         self._classes = classes
         self._logits: dict[int, Tensor] = {}
 

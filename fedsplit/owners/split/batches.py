@@ -19,6 +19,7 @@ from fedsplit.owners.ledger.disclosure import (
     Training,
     notice,
 )
+from fedsplit.owners.measuring import OwnTexts
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.output import OutputReader
 from fedsplit.privacy.perturb import SamplePerturber, View
@@ -42,6 +43,7 @@ class BatchSession(ABC):
         codec: wire form of representations.
         joint: whether the bottom changes between steps; then every batch is sent anew.
         views: different noises of one text that the session may send.
+        own: what the owner measures its own protection on.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class BatchSession(ABC):
         codec: str,
         joint: bool = False,
         views: int = 1,
+        own: OwnTexts | None = None,
     ) -> None:
         self.bottom = bottom.eval()
         self.reader = reader
@@ -62,7 +65,7 @@ class BatchSession(ABC):
         self.batches = [[int(slot) for slot in batch] for batch in batches]
         self.perturber = perturber
         lengths = self.samples.lengths
-        self.source = Source(bottom, perturber, max(lengths), sum(lengths), joint)
+        self.source = Source(bottom, perturber, max(lengths), sum(lengths), joint, own)
         self.held: set[int] = set()  # slots whose representations the server has
         self.sent = 0  # batches sent
         self.answered = 0  # outputs answered

@@ -143,6 +143,26 @@ class LabelSide:
         sent[keep] = self._shield(gradient[keep], targets, slots, output)
         return sent
 
+    def told(self, values: Tensor, slots: Sequence[int]) -> Tensor | None:
+        """Return what the gradients would tell of the labels if the server sent ``values``.
+
+        Nothing is recorded and nothing is made of it: for the owner's own measurement.
+
+        Returns:
+            (readers, B, C), see :func:`~fedsplit.privacy.labels.readers.label_evidence`; None:
+            every label.
+        """
+        output = values
+        values = bounded_logits(values) if self.reader.head is None else bounded_hidden(values)
+        values = values.detach().requires_grad_(True)
+        with torch.enable_grad():
+            scores, targets = self._scores(values, slots)
+            loss = self._loss(scores, targets, True)
+        (gradient,) = torch.autograd.grad(loss, [values])
+        if self._shield is not None:
+            gradient = self._shielded(gradient, targets, slots, output)
+        return self._evidence(values, gradient, targets, slots)
+
     def _evidence(
         self, values: Tensor, sent: Tensor, targets: Tensor, slots: Sequence[int]
     ) -> Tensor | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedsplit.errors import FrameError, ModelError, SessionError
 from fedsplit.models.splitting.representations import represent
 from fedsplit.owners.ledger.disclosure import Averages, Gradients, Outgoing, Training
+from fedsplit.owners.measuring import OwnTexts
 from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.batches import BatchSession, slots_held
@@ -46,6 +47,7 @@ class SplitOwner(BatchSession):
         side: the labels' side of a step; None: the head is at the server, nothing is protected.
         dp: DP-SGD for what the owner trains; None: plain steps.
         report: averages as they may leave; None: exact ones.
+        own: what the owner measures its own protection on.
 
     Raises:
         ModelError: the bottom is to learn and has nothing to train.
@@ -61,6 +63,7 @@ class SplitOwner(BatchSession):
         side: LabelSide | None = None,
         dp: DpSettings | None = None,
         report: SessionReport | None = None,
+        own: OwnTexts | None = None,
     ) -> None:
         self.report = report
         self.side = side or LabelSide(OutputReader(samples, classify=samples.labels is not None))
@@ -73,6 +76,7 @@ class SplitOwner(BatchSession):
             codec=settings.codec,
             joint=settings.joint,
             views=settings.views,
+            own=own,
         )
         self.settings = settings
         self.loss_sum = 0.0

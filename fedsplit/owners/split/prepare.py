@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from fedsplit.config import RunConfig
 from fedsplit.config.schedule import rate_factor
-from fedsplit.data import TextDataset
+from fedsplit.data import TextDataset, docstrings_are_public
 from fedsplit.errors import ModelError, SessionError
 from fedsplit.models.bundle.bottom import Bundle, unpack_bottom
 from fedsplit.models.bundle.head import HEAD_FILES, unpack_head, without_head
@@ -26,11 +26,12 @@ from fedsplit.owners.label_draws import fix_draw
 from fedsplit.owners.label_recovery import FILE as EVIDENCE
 from fedsplit.owners.label_recovery import RULE as RECOVERY
 from fedsplit.owners.label_recovery import LabelRecovery
+from fedsplit.owners.measuring import OwnTexts
 from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.samples import Samples, tokenise_set
 from fedsplit.owners.split.label_side import LabelSide
-from fedsplit.owners.split.output import OutputReader
 from fedsplit.owners.split.owner import SplitOwner
+from fedsplit.owners.split.protected_labels import label_channel, protected_labels
 from fedsplit.owners.split.schedule import evaluation_steps, slot_order, train_steps
 from fedsplit.owners.split.settings import DpSettings, SplitSettings
 from fedsplit.owners.task import OwnerTask
@@ -41,10 +42,8 @@ from fedsplit.privacy import (
     mechanism_type,
 )
 from fedsplit.privacy.labels.table import (
-    GradientShield,
     averages_head,
     build_protection,
-    draw_labels,
     head_at_owner,
     owner_trains_head,
     tail_blocks,
@@ -136,7 +135,16 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         secret = identity.secret
         dp = DpSettings.of_round(config, secret, len(train), round_, len(batches))
     samples = side.reader.samples
-    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp, report)
+    labels = label_channel(side, train) if mode == "train" else None
+    public = docstrings_are_public(_data_kind(task))
+    own = OwnTexts(tokenizer, lambda: train, labels, config.model.max_tokens, public)
+    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp, report, own)
+
+
+def _data_kind(task: OwnerTask) -> str:
+    if in_simulation():
+        return task.config.data.kind
+    return str(task.identity.node_config.get("data-kind", "file"))
 
 
 def _perturber(
@@ -175,6 +183,7 @@ class InferenceParts:
     bottom: Bottom
     tokenizer: Any
     perturber: SamplePerturber
+    own: OwnTexts
 
 
 def inference_parts(task: OwnerTask) -> InferenceParts:
@@ -199,7 +208,25 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
         train = _tokenised(config, identity, tokenizer, folder, "train", texts)
         shown, _ = _label_side(task, train, train, "evaluate")
     perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
-    return InferenceParts(bottom, tokenizer, perturber)
+    samples = None
+    if in_simulation() or identity.node_config.get("data-path"):
+
+        def samples() -> Samples:
+            texts, _ = own_data(
+                config.data, config.seed, False, identity.node_config, identity.secret
+            )
+            return tokenise_set(
+                tokenizer,
+                texts,
+                labelled=False,
+                max_tokens=config.model.max_tokens,
+                classes=config.model.labels,
+                order=slot_order(identity.secret, "train", len(texts)),
+            )
+
+    public = docstrings_are_public(_data_kind(task))
+    own = OwnTexts(tokenizer, samples, None, config.model.max_tokens, public)
+    return InferenceParts(bottom, tokenizer, perturber, own)
 
 
 def received_head(config: RunConfig, folder: Path) -> Head | None:
@@ -233,50 +260,30 @@ def _label_side(
 ) -> tuple[torch.Tensor | None, LabelSide]:
     """Return (training labels that anything may be derived from, the session's label side).
 
-    With drawn labels, nothing but the draw ever sees the true ones of the training split: the
-    choice of contributing tokens and the averages of a round would tell them too.
-
     Raises:
         ModelError: the head is to be the owner's, and the server sent none.
         PolicyError: labels were drawn before, with something else.
     """
     config, identity, folder = task.config, task.identity, task.bottom_folder
     protection = build_protection(config.labels)
-    classes = config.model.labels
-    shown, transition, shield = train.labels, None, None
-    if train.labels is not None:
-        if protection.changes_labels() and not in_simulation():
-            fix_draw(identity.home.root, identity.node_config, protection, classes)
-        shown = draw_labels(protection, identity.secret, train.texts, train.labels, classes)
-        if config.labels.debias:
-            transition = protection.transition(classes)
-    withholds = withholds_gradients(config.labels.protection)
-    if protection.changes_gradients() and not withholds and mode == "train":
-        share = 0.0 if shown is None else float((shown == 1).double().mean())
-        shield = GradientShield(protection, identity.secret, share)
-    samples = replace(train, labels=shown) if mode == "train" else chosen
-    reader = OutputReader(
-        samples,
-        classify=samples.labels is not None,
-        head=received_head(config, folder),
-        trained=owner_trains_head(config),
-        classes=classes if train.labels is not None else _bottom(folder)[0].vocab,
-    )
+    if train.labels is not None and protection.changes_labels() and not in_simulation():
+        root = identity.home.root
+        fix_draw(root, identity.node_config, protection, config.model.labels)
     recovery, policy = None, task.check.policy
     if RECOVERY in policy and mode == "train":
         path = identity.home.root / EVIDENCE
         recovery = LabelRecovery(policy[RECOVERY], train.labels, train.texts, identity.secret, path)
-    settings = {k: v for k, v in config.to_flat().items() if k.startswith("labels.")}
-    side = LabelSide(
-        reader,
-        shield=shield,
-        transition=transition,
-        protection=settings,
+    return protected_labels(
+        config,
+        identity.secret,
+        train,
+        chosen,
+        _bottom(folder)[0].vocab,
+        mode=mode,
+        head=received_head(config, folder),
+        report=report,
         recovery=recovery,
-        per_text=report is not None and report.per_text,
-        withholds=withholds,
     )
-    return shown, side
 
 
 def _head_rates(config: RunConfig, round_: int, steps: int) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedsplit.errors import PolicyError
 from fedsplit.owners.ledger.chain import Ledger, read_ledger
-from fedsplit.owners.ledger.check import DisclosureCheck, SessionFacts
+from fedsplit.owners.ledger.check import DisclosureCheck
 from fedsplit.owners.ledger.disclosure import (
     Announcement,
     Averages,
@@ -23,6 +23,7 @@ from fedsplit.owners.ledger.disclosure import (
     Source,
     Words,
 )
+from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.owners.samples import piece_identity, text_identity

@@ -86,13 +86,13 @@ def test_init_and_check(tmp_path: Path) -> None:
     told = run.invoke(app_cli, ["policy", "check", path])
     assert told.exit_code == 0
     assert "not restricted" in told.stdout
-    settings = '[privacy]\nmechanism = "dchi"\nnoise-ratio = 2.0\nrow-clip = "auto"\n'
+    settings = '[privacy]\nmechanism = "dchi"\nnoise-ratio = 6.0\nrow-clip = "auto"\n'
     (tmp_path / "run.toml").write_text(settings)
     asked = ["policy", "check", path, "--against", str(tmp_path / "run.toml")]
     refused = run.invoke(app_cli, asked)
     assert refused.exit_code == 1
     assert "labels.protection: asked 'none'" in refused.stdout
-    accepted = run.invoke(app_cli, [*asked, "--against", "labels.protection=client-head"])
+    accepted = run.invoke(app_cli, [*asked, "--against", "labels.protection=randomised-response"])
     assert accepted.exit_code == 0
     assert "accepted" in accepted.stdout
-    assert math.isclose(policy(TEMPLATE)["noise.min_ratio"], 2.0)
+    assert math.isclose(policy(TEMPLATE)["noise.min_ratio"], 6.0)
