@@ -62,6 +62,7 @@ def measure_by_hand(
     public = docstrings_are_public(config.data.kind)
     own = OwnTexts(tokenizer, lambda: train, None, config.model.max_tokens, public)
     found = [measured_tokens(measure, policy, bottom, perturber, own)]
-    if train.labels is not None or config.model.task == "causal-lm":
-        found.append(measured_labels(policy, label_channel(side, train), secret))
+    labels = label_channel(side, train)
+    if labels is not None:
+        found.append(measured_labels(policy, labels, secret))
     return found

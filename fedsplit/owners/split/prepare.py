@@ -45,9 +45,7 @@ from fedsplit.privacy.labels.table import (
     averages_head,
     build_protection,
     head_at_owner,
-    owner_trains_head,
     tail_blocks,
-    withholds_gradients,
 )
 from fedsplit.privacy.mechanisms.calibration import Store
 
