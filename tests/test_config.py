@@ -134,6 +134,8 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "lineage.gate": (["ignore", ""], ["off", "warn", "reject", "stop"]),
     "lineage.in-lineage": ([0.1, 1.01], [0.5, 1.0]),
     "lineage.block": ([0.0, 1.01], [0.5, 1.0]),
+    "lineage.scale": ([-1.0, float("inf")], [0.0, 1.0]),
+    "lineage.quality": ([-1.0, float("inf")], [0.0, 0.1]),
     "output.evaluate-every": ([-1], [0]),
     "output.threads": ([-1, 1025], [0, 1024]),
     "output.owner-threads": ([0, 1025], [1, 1024]),

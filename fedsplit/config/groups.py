@@ -258,12 +258,17 @@ class LineageConfig:
             keep the last good model) or ``stop``.
         in_lineage: least mean score over blocks (aligned products' cosine).
         block: least score of every single block.
+        scale: the bounds on every tensor's norm and change are multiplied by this; 0 = no bounds.
+        quality: largest increase of the loss on the server's public text in a round, in units of
+            the base's (offsite tuning); 0 = not checked.
         evidence: write a signed, chained record per round to ``lineage.jsonl`` in ``output.dir``.
     """
 
     gate: str = "warn"
     in_lineage: float = 0.8
     block: float = 0.7
+    scale: float = 1.0
+    quality: float = 0.1
     evidence: bool = True
 
     def __post_init__(self) -> None:
@@ -275,6 +280,8 @@ class LineageConfig:
             "in (0.1, 1] (cosine; strangers reach 0.1)",
         )
         check(0 < self.block <= 1, "lineage.block", self.block, "in (0, 1] (cosine)")
+        check(0 <= self.scale <= 1e6, "lineage.scale", self.scale, "in [0, 1e6]; 0 = no bounds")
+        check(0 <= self.quality <= 1e6, "lineage.quality", self.quality, "in [0, 1e6]; 0 = off")
 
 
 @dataclass(frozen=True)

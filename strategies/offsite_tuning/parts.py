@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from fedsplit.emulators.build import tune_in_full
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.settings import check_offsite, method_settings
+from fedsplit.errors import ModelError
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
 from fedsplit.models.loading import LoadedModel
 from fedsplit.wire.messages import weights_record
 
 from ..base_model import load_base
+from ..rounds.aggregate import tensors
 from ..rounds.lineage_setup import build_watch
 from ..rounds.lineage_watch import LineageWatch
 from ..rounds.recorder import Recorder
@@ -73,6 +76,20 @@ class OffsiteParts:
         """Return the adapters as they are plugged in."""
         state = self.tuning.state()
         return weights_record({n: np.asarray(t.float().numpy()) for n, t in state.items()})
+
+    def public_loss(self, adapters: ArrayRecord) -> float:
+        """Return the loss (nats) on public text with these adapters; infinite if they do not fit.
+
+        What is plugged in stays as it is.
+        """
+        before = self.tuning.state()
+        try:
+            self.tuning.load(tensors(adapters))
+            return mean_loss(self.model, self.public)
+        except ModelError:
+            return math.inf
+        finally:
+            self.tuning.load(before)
 
     def plug_in(self, number: int, adapters: dict[str, Tensor]) -> None:
         """Put a round's averaged adapters into the full model, and write them.
@@ -143,6 +160,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder, folder: Path
     watch = build_watch(config.lineage, folder, owners=loaded.model)  # before modules are added
     settings = method_settings(config.offsite, config.seed)
     tuning = tune_in_full(loaded.model, emulator.plan, settings)
+    watch.expect({name: t.float() for name, t in tuning.state().items()})
     facts["trained_parameters"] = tuning.count()
     facts["trained_share"] = tuning.count() / facts["full_parameters"]
     recorder.write(emulator=facts)

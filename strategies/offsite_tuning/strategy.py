@@ -19,7 +19,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
-from fedsplit.emulators.lm import mean_loss
 from fedsplit.errors import ConfigError, LineageError, ModelError, RunError, WireError
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.wire.replies import reply_schema
@@ -35,6 +34,7 @@ from ..rounds.run_strategy import RunStrategy
 from ..sessions.offers import Offers
 from .export import export
 from .parts import OffsiteParts, build_parts
+from .quality import QualityCheck
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class OffsiteTuning(RunStrategy):
     ) -> None:
         super().__init__(config, parts, averaging)
         self.parts = parts
+        base = float(parts.recorder.content["full_zero_shot_loss"])
+        self.quality = QualityCheck(config.lineage, base, parts.public_loss)
 
     @classmethod
     def build(
@@ -131,9 +133,14 @@ class OffsiteTuning(RunStrategy):
         lineage = watch.open_round(number)
         before = state_of(self.averaging)
         arrays = self.average(context, lineage, good, self.parts.tuning.dense)
-        self.record_outcomes(context, report.finished, lineage)
         if not good:
             raise RunError(f"round {number}: no owner's adapters could be used: {report.reasons()}")
+        loss = None
+        if arrays is not None:
+            nodes = {self.clients.names[n]: n for n in (m.metadata.src_node_id for m in good)}
+            sent = dict(zip(nodes, good, strict=True))
+            loss = self.quality.check(watch, lineage, arrays, self._public_loss(), sent, nodes)
+        self.record_outcomes(context, report.finished, lineage)
         watch.close_round(lineage)
         row: dict[str, Any] = {"round": number, "train": self._row(context, metrics)}
         row["train"] |= {"partial": bool(report.cohort.lost or benched), "benched": benched}
@@ -144,7 +151,7 @@ class OffsiteTuning(RunStrategy):
             restore(self.averaging, before)
         else:
             self.parts.plug_in(number, tensors(arrays))
-            row["plug_in_loss"] = mean_loss(self.parts.model, self.parts.public)
+            row["plug_in_loss"] = loss
         self.recorder.round(row)
         record = self.report_phase(context, metrics, lineage)
         if reason := stop_reason(lineage):
@@ -185,6 +192,12 @@ class OffsiteTuning(RunStrategy):
         report.finished.sort(key=natural)
         report.cohort.steps = int(sum(r.get("steps", 0) for r in rows.values()))
         return good, average(rows, self.config.robust.weight_cap)
+
+    def _public_loss(self) -> float:
+        """Return the public loss of the last accepted round, or of the base."""
+        content = self.recorder.content
+        found = [row["plug_in_loss"] for row in content["rounds"] if "plug_in_loss" in row]
+        return float(found[-1] if found else content["full_zero_shot_loss"])
 
     def _check_counts(self, metrics: dict[str, float], mode: str) -> None:
         """Check that an owner's numbers can be of the work that the settings ask for.

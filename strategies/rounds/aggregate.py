@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
@@ -49,12 +50,17 @@ def average_owners(
     replies = with_equal_metrics(replies)
     nodes = {names[m.metadata.src_node_id]: m.metadata.src_node_id for m in replies}
     by_name = {names[m.metadata.src_node_id]: m for m in replies}
-    judged = watch.owners is not None
+    judged = watch.judges_owners
+
+    def judgeable(record: ArrayRecord) -> dict[str, Tensor]:
+        """Return what a gate sees: the base's own tensors as they become, and those added."""
+        found = tensors(record)
+        return {**found, **as_base(found)}
 
     def as_updates(owners: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         if not judged:
             return {}
-        return {o: as_base(tensors(by_name[o].content.array_records[WEIGHTS])) for o in owners}
+        return {o: judgeable(by_name[o].content.array_records[WEIGHTS]) for o in owners}
 
     kept = watch.screen(row, as_updates(list(by_name)), nodes) if judged else list(by_name)
     if not adds_noise(averaging):
@@ -64,13 +70,14 @@ def average_owners(
     mine = as_updates(kept)
     weights = {name: _weight(by_name[name]) for name in kept}
     try:
-        arrays = averaging.aggregate_train(row["round"], [by_name[name] for name in kept])[0]
+        copies = [_copied(by_name[name]) for name in kept]  # Flower's rules take them apart
+        arrays = averaging.aggregate_train(row["round"], copies)[0]
     except ModelError as error:  # fewer owners than the rule needs
         log.warning("round %d: nothing averaged: %s", row["round"], error)
         row["note"] = str(error)
         return None
     if arrays is not None and judged:
-        watch.check_average(row, as_base(tensors(arrays)), mine, weights, nodes)
+        watch.check_average(row, judgeable(arrays), mine, weights, nodes)
     return arrays
 
 
@@ -85,6 +92,15 @@ def _bound(
     for name, reason in row["charged"].items():
         log.warning("round %d: %s: %s", row["round"], name, reason)
     return [name for name, part in found.items() if part.share > 0]
+
+
+def _copied(reply: Message) -> Message:
+    """Return a reply whose records are its own, of the same arrays."""
+    made = copy.copy(reply)
+    arrays = {key: ArrayRecord(dict(r)) for key, r in reply.content.array_records.items()}
+    metrics = {key: MetricRecord(dict(r)) for key, r in reply.content.metric_records.items()}
+    made.content = RecordDict({**arrays, **metrics})
+    return made
 
 
 def with_equal_metrics(replies: Sequence[Message]) -> list[Message]:

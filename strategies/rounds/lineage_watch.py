@@ -31,12 +31,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsplit.config import LineageConfig
-from fedsplit.errors import LineageError, ModelError
+from fedsplit.errors import LineageError
 from fedsplit.fingerprints.evidence.chain import Chain, StateDigest
 from fedsplit.fingerprints.gate.lineage_gate import LineageGate, LineageReport
 from fedsplit.fingerprints.gate.owner_updates import MatrixGate, Update, base_state, leave_one_out
-from fedsplit.fingerprints.portraits.round_portrait import RoundPortrait, pack_vector
-from fedsplit.fingerprints.view import WeightView
+from fedsplit.fingerprints.gate.scale import ScaleGate
+from fedsplit.fingerprints.portraits.round_portrait import PortraitDrawer
+
+from .lineage_checks import (
+    check_sizes,
+    check_state,
+    record_verdict,
+    report_fields,
+    scales_of_top,
+    trained_tensors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,24 +93,60 @@ class LineageWatch:
         if owners is not None:
             owners.check(self._state)  # later checks recompute only what an owner returned
         self._before: dict[str, Tensor] | None = None
+        self._scales_before: dict[str, Tensor] | None = None
         self._digest = StateDigest()
         self._report: LineageReport | None = None
         self._portraits: dict[str, Any] = {}
-        self._base_portrait = ""
         self._resumed: dict[str, int] | None = None
-        self._drawer = self._make_drawer() if chain is not None else None
+        judge = gate if gate is not None else owners
+        drawn = chain is not None and isinstance(judge, LineageGate)
+        self._drawer = PortraitDrawer.of(judge.base) if drawn else None  # type: ignore[union-attr]
+        self._base_portrait = self._drawer.base if self._drawer is not None else ""
+        self._scales: ScaleGate | None = None
+        self._top_scales: ScaleGate | None = None
+        if chain is not None:  # of an earlier run into the same folder
+            self.quarantined |= chain.quarantined
+
+    def expect(
+        self,
+        owners: Mapping[str, Tensor],
+        top: Mapping[str, Tensor] | None = None,
+        fresh: frozenset[str] = frozenset(),
+    ) -> None:
+        """Take note of everything that training can change, as it begins.
+
+        Norms and scales of all of it are checked from now on.
+
+        Args:
+            owners: what owners train and return.
+            top: what the server trains.
+            fresh: names in ``top`` that the base has not (a new head).
+        """
+        slack = self.config.scale
+        if self.config.gate == "off" or not slack:
+            return
+        added = frozenset(owners.keys() - self._state.keys())
+        if owners:
+            self._scales = ScaleGate({**self._state, **{n: owners[n] for n in added}}, added, slack)
+        if self.gate is not None and top:
+            self._top_scales = scales_of_top(self.gate, top, fresh, slack)
 
     # ---- a round ----------------------------------------------------------------------------
 
     def open_round(self, number: int) -> dict[str, Any]:
         """Return a new row for the round's report."""
-        self._report, self._portraits, self._before = None, {}, None
-        if self.gate is None and self.owners is None:
+        self._report, self._portraits, self._before, self._scales_before = None, {}, None, None
+        if self.gate is None and self.owners is None and self._scales is None:
             return {"round": number, "verdict": "off"}
         row: dict[str, Any] = {"round": number, "verdict": "in_lineage", "seconds": 0.0}
-        if self.owners is None:
+        if not self.judges_owners:
             row["note"] = NO_WEIGHTS
         return row
+
+    @property
+    def judges_owners(self) -> bool:
+        """Whether owners return weights that are judged."""
+        return self.owners is not None or self._scales is not None
 
     def screen(
         self,
@@ -113,15 +158,16 @@ class LineageWatch:
 
         Args:
             row: from :meth:`open_round`; gets ``owners`` and ``quarantined``.
-            updates: owner -> the tensors it returned, under the base's names.
+            updates: owner -> the tensors it returned, under the base's names; those that the base
+                has not, under their own.
             nodes: owner -> node id, so that a new name does not end a quarantine.
         """
-        if self.owners is None or not self.check_owners:
+        if not self.judges_owners or not self.check_owners:
             return list(updates)
         began = time.perf_counter()
         rows: dict[str, dict[str, Any]] = {}
         for owner, update in updates.items():
-            rows[owner] = self._judge_owner(owner, self._covered(update))
+            rows[owner] = self._judge_owner(owner, update)
             action, reason = rows[owner]["action"], rows[owner].get("reason")
             if action == QUARANTINE:
                 told = f"round {row['round']}: {reason}"
@@ -154,15 +200,20 @@ class LineageWatch:
             weights: each owner's weight in it.
             nodes: owner -> node id.
         """
-        if self.owners is None:
-            return True
         began = time.perf_counter()
-        mean = self._covered(mean)
-        state = {**self._state, **{name: t.detach().clone() for name, t in mean.items()}}
-        found, error = self._check(self.owners, state, list(mean), commit=False)
-        passed = found is not None and found.verdict == "in_lineage"
-        figures = _report_fields(found, error)
-        self._record_verdict(row, found, error)
+        whole = {name: t.detach().clone() for name, t in mean.items()}
+        sized = check_sizes(self._scales, row, whole, "average: ")
+        if self.owners is None:
+            if self._scales is not None and (sized or self.config.gate == "warn"):
+                self._scales_before = self._scales.accept(whole)
+            row["seconds"] += time.perf_counter() - began
+            return sized
+        mean = self._covered(whole)
+        state = {**self._state, **mean}
+        found, error = check_state(self.owners, state, list(mean), commit=False)
+        passed = sized and found is not None and found.verdict == "in_lineage"
+        figures = report_fields(found, error)
+        record_verdict(row, found, error)
         if self.gate is None:  # nothing but owners' weights is trained: this is the round's figure
             self._report = found
             row |= {name: value for name, value in figures.items() if name != "verdict"}
@@ -184,6 +235,8 @@ class LineageWatch:
         if passed or self.config.gate == "warn":
             self._before = self._state
             self._accept_state(state, list(mean))
+            if self._scales is not None:
+                self._scales_before = self._scales.accept(whole)
         row["seconds"] += time.perf_counter() - began
         return passed
 
@@ -199,12 +252,16 @@ class LineageWatch:
             return
         began = time.perf_counter()
         names = list(changed)
-        found, error = self._check(self.gate, model, names, commit=True)
+        found, error = check_state(self.gate, model, names, commit=True)
         self._report = found
         verdict = row["verdict"]
-        row |= _report_fields(found, error)
+        row |= report_fields(found, error)
         row["verdict"] = verdict
-        self._record_verdict(row, found, error)
+        record_verdict(row, found, error)
+        if self._top_scales is not None:
+            check_sizes(
+                self._top_scales, row, trained_tensors(model, names), "the server's model: "
+            )
         if self.chain is not None:
             row["weights"] = self._digest.update(model.named_parameters(), names)
             if found is not None:
@@ -218,13 +275,15 @@ class LineageWatch:
         began = time.perf_counter()
         action = "stop" if row.pop("stopped", False) else ACCEPT
         if row["verdict"] != "in_lineage":
-            log.warning("round %d: lineage %s (%s)", row["round"], row["verdict"], row.get("score"))
             row.setdefault("reason", f"lineage {row['verdict']}, score {row.get('score')}")
+            log.warning("round %d: %s", row["round"], row["reason"])
             action = self.config.gate
         if action == "reject":
             row["rejected"] = True
             if self._before is not None:  # what owners trained goes back with the rest
                 self._accept_state(self._before, list(self._before))
+            if self._scales is not None and self._scales_before is not None:
+                self._scales.accept(self._scales_before)
         row["action"] = action
         if self.quarantined:
             row["quarantined"] = dict(self.quarantined)
@@ -286,6 +345,8 @@ class LineageWatch:
             self._resumed = {"known": known["count"], "repeated": again}
             if known["count"]:
                 self._base_portrait = ""  # it is in the first record already
+        if self._scales is not None and owners:
+            self._scales.accept(owners)
         covered = self._covered(owners)
         if self.owners is not None and covered:
             self._accept_state({**self._state, **covered}, list(covered))
@@ -300,71 +361,37 @@ class LineageWatch:
         """Take a state as the last good one."""
         assert self.owners is not None
         self._state = state
-        self._check(self.owners, state, changed, commit=True)
+        check_state(self.owners, state, changed, commit=True)
 
     def _judge_owner(self, owner: str, update: Update) -> dict[str, Any]:
-        assert self.owners is not None
-        state = {**self._state, **update}
-        found, error = self._check(self.owners, state, list(update), commit=False)
-        row = _report_fields(found, error) | {"action": ACCEPT}
-        row.pop("per_layer", None)
+        row: dict[str, Any] = {"verdict": "in_lineage", "action": ACCEPT}
+        found, error, state = None, None, {**self._state, **self._covered(update)}
+        if self.owners is not None:
+            names = list(self._covered(update))
+            found, error = check_state(self.owners, state, names, commit=False)
+            row |= report_fields(found, error)
+            row.pop("per_layer", None)
         careful = self.config.gate in ("reject", "stop")
-        if found is None or found.verdict != "in_lineage":
+        if row["verdict"] != "in_lineage":
             where = f", blocks {list(found.diverged)}" if found and found.diverged else ""
             told = error if found is None else f"{found.verdict}, score {found.score:.3f}{where}"
             row["reason"] = f"update is not in lineage: {told}"
-            row["action"] = QUARANTINE if careful else WARN
+            row |= {"action": QUARANTINE if careful else WARN, "tests": ["score"]}
             if found is not None and self.gate is None:
                 self._draw(owner, state)
-        elif found.moved:
+        elif found is not None and found.moved:
             row["reason"] = (
                 f"blocks {list(found.moved)} keep the base's products in another basis: in "
                 f"lineage, but an average with the others would wreck them"
             )
             row["action"] = ASIDE if careful else WARN
+        elif not check_sizes(self._scales, row, update):
+            row["action"] = QUARANTINE if careful else WARN
         return row
 
-    def _check(
-        self, gate: LineageGate | MatrixGate, state: Any, changed: list[str], *, commit: bool
-    ) -> tuple[LineageReport | None, str | None]:
-        try:
-            return gate.check(state, changed, commit=commit), None
-        except (LineageError, ModelError) as error:  # NaN weights, for one
-            return None, f"{type(error).__name__}: {error}"
-
-    def _record_verdict(
-        self, row: dict[str, Any], found: LineageReport | None, error: str | None
-    ) -> None:
-        if found is None:
-            row["verdict"], row["error"] = "not_shown", error
-        elif found.verdict != "in_lineage":
-            row["verdict"] = found.verdict
-
-    def _make_drawer(self) -> RoundPortrait | None:
-        gate = self.gate if self.gate is not None else self.owners
-        if not isinstance(gate, LineageGate):
-            return None
-        try:
-            drawer = RoundPortrait(gate.base)
-        except LineageError as error:  # too narrow, or no embedding rows: no picture, no harm
-            log.info("no portraits: %s", error)
-            return None
-        self._base_portrait = pack_vector(drawer.vector(gate.base))
-        return drawer
-
     def _draw(self, name: str, state: Any) -> None:
-        gate = self.gate if self.gate is not None else self.owners
-        if self._drawer is None or not isinstance(gate, LineageGate):
-            return
-        view = (
-            WeightView.of_module(state)
-            if isinstance(state, nn.Module)
-            else WeightView.of_tensors(state, gate.base.layout)
-        )
-        try:
-            drawn = pack_vector(self._drawer.vector(view))
-        except (LineageError, ModelError) as error:
-            log.info("no portrait of %s: %s", name, error)
+        drawn = self._drawer.draw(state) if self._drawer is not None else None
+        if drawn is None:
             return
         if name == "aggregate":
             self._portraits[name] = drawn
@@ -374,7 +401,7 @@ class LineageWatch:
     def _record(self, row: dict[str, Any], action: str) -> str:
         assert self.chain is not None
         kept = ["owners", "average", "leave_one_out", "named", "quarantined", "note", "error"]
-        kept.append("charged")
+        kept += ["charged", "tests", "scale", "scale of the model", "reason"]
         details: dict[str, Any] = {name: row[name] for name in kept if row.get(name)}
         if self._resumed is not None:
             details["resumed"], self._resumed = self._resumed, None
@@ -389,16 +416,3 @@ class LineageWatch:
             action=action,
             details=details,
         )
-
-
-def _report_fields(found: LineageReport | None, error: str | None) -> dict[str, Any]:
-    if found is None:
-        return {"verdict": "not_shown", "error": error}
-    return {
-        "verdict": found.verdict,
-        "score": found.score,
-        "pcs": found.pcs,
-        "ics": found.ics,
-        "worst": min(found.per_layer),
-        "per_layer": list(found.per_layer),
-    }

@@ -106,6 +106,10 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerPar
     )
     owners = owners_parameters(config, halves.bottom, halves.head)
     initial = weights_record({n: p.detach().float().numpy() for n, p in owners.items()})
+    top = model.trainable.state()
+    new = {n for n, p in model.trainable.named_parameters() if id(p) in fresh}
+    begun = {n: p.detach().float().cpu().clone() for n, p in owners.items()}
+    watch.expect(begun, top, frozenset(new))
     authenticator, stream = SessionAuthenticator(run_id), None
     if config.session.transport == "stream":
         stream = open_transport(

@@ -90,6 +90,9 @@ class Chain:
         path: the file; what it holds already is verified first and must be this key's.
         key: signs every record.
 
+    Attributes:
+        quarantined: owner -> reason, as the last record of an earlier run says.
+
     Raises:
         LineageError: naming the first line of an existing file that is broken or another signer's.
     """
@@ -99,9 +102,11 @@ class Chain:
         self.signer = key.public_key().public_bytes_raw().hex()
         self._key = key
         self.head, self.count = START, 0
+        self.quarantined: dict[str, str] = {}
         if self.path.exists():
             for record in read(self.path, signer=self.signer):
                 self.head, self.count = record.hash, record.line
+                self.quarantined = dict(record.body["details"].get("quarantined", {}))
 
     def append(
         self,

@@ -2,28 +2,31 @@
 
 The picture reads U^T Y V, the public fingerprint's sketch of the last two blocks' products
 (:mod:`fedsplit.fingerprints.evidence.public_file`), with Y = Xo P Xo^T and Xo the orthonormalised
-rows of
-the base's embedding.  The rows do not change while a top is trained, so (U^T Xo) and (Xo^T V),
-32 x d each, are made once, and a round costs two thin products per block.
+rows of the base's embedding.  The rows do not change while a top is trained, so (U^T Xo) and
+(Xo^T V), 32 x d each, are made once, and a round costs two thin products per block.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import logging
+from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsplit.errors import LineageError
+from fedsplit.errors import LineageError, ModelError
 from fedsplit.fingerprints.methods.aligned_products import KINDS, centred_stream, product_factors
 from fedsplit.fingerprints.methods.whitened import orthonormal_rows
 from fedsplit.fingerprints.portraits.encoder import SIDE, Encoder, load, zscore
 from fedsplit.fingerprints.view import WeightView, choose_tokens
 from fedsplit.seeding import torch_generator
+
+log = logging.getLogger(__name__)
 
 
 class RoundPortrait:
@@ -66,6 +69,47 @@ class RoundPortrait:
                 b = b - b.mean(1, keepdim=True)
             out.append((self._left @ a.T) @ (b @ self._right))
         return torch.stack(out)
+
+
+class PortraitDrawer:
+    """Draws the states that a gate judges, as text for a record.
+
+    Args:
+        base: the gate's base.
+
+    Attributes:
+        base: the base's own portrait.
+
+    Raises:
+        LineageError: see :class:`RoundPortrait`.
+    """
+
+    def __init__(self, base: WeightView) -> None:
+        self._layout = base.layout
+        self._reader = RoundPortrait(base)
+        self.base = pack_vector(self._reader.vector(base))
+
+    @classmethod
+    def of(cls, base: WeightView) -> PortraitDrawer | None:
+        """Return the drawer, or None for a base that has no portrait: no picture, no harm."""
+        try:
+            return cls(base)
+        except LineageError as error:  # too narrow, or no embedding rows
+            log.info("no portraits: %s", error)
+            return None
+
+    def draw(self, state: nn.Module | Mapping[str, Tensor]) -> str | None:
+        """Return the portrait of a module or of named tensors; None where there is none."""
+        try:
+            view = (
+                WeightView.of_module(state)
+                if isinstance(state, nn.Module)
+                else WeightView.of_tensors(state, self._layout)
+            )
+            return pack_vector(self._reader.vector(view))
+        except (LineageError, ModelError) as error:
+            log.info("no portrait: %s", error)
+            return None
 
 
 def pack_vector(vector: NDArray[np.float64]) -> str:
