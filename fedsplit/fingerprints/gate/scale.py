@@ -28,8 +28,8 @@ from torch import Tensor
 from fedsplit.errors import ModelError
 
 FLOOR = 0.1
-"""rho of a tensor of the base, in units of the median root mean square of its matrices; of a tensor
-that the base has not, and that may begin at zero, ten times that."""
+"""rho of a matrix of the base, in units of the median root mean square of its matrices; of vectors,
+and of tensors that the base has not, which may begin at zero, ten times that."""
 BOUNDS: Mapping[str, Mapping[str, float]] = {
     "base": {"growth": 1.0, "change": 1.5},
     "last": {"growth": 0.5, "change": 1.0},
@@ -83,7 +83,8 @@ class ScaleGate:
             if t.dim() >= 2 and name not in added
         ]
         usual = float(torch.tensor(sizes).median()) if sizes else 0.02  # an initialisation's
-        self._floors = {n: usual * FLOOR * (10.0 if n in added else 1.0) for n in base}
+        small = {n for n, t in base.items() if n in added or t.dim() < 2}
+        self._floors = {n: usual * FLOOR * (10.0 if n in small else 1.0) for n in base}
         self._last: dict[str, Tensor] = {}
 
     def check(self, update: Mapping[str, Tensor]) -> ScaleReport:
