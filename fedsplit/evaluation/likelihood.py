@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fedsplit.errors import DataError, check
-from fedsplit.evaluation.perplexity import LOGITS, Model, forward, longest, vocabulary
+from fedsplit.evaluation.perplexity import LOGITS, Model, forward, vocabulary
 from fedsplit.models.modes import evaluating
+from fedsplit.models.positions import longest
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedsplit.errors import DataError, check
 from fedsplit.models.modes import evaluating
+from fedsplit.models.positions import longest
 
 Model: TypeAlias = Any  # a Hugging Face causal language model
 Floats = npt.NDArray[np.float64]
@@ -168,16 +169,6 @@ def forward(model: Model, ids: Tensor, **settings: Any) -> Any:
     settings.setdefault("use_cache", False)
     settings.setdefault("attention_mask", torch.ones_like(ids))
     return model(input_ids=ids, **settings)
-
-
-def longest(model: Model) -> int:
-    """Return how many positions the model has (2048 where its configuration does not say)."""
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 1:
-            return value
-    return 2048
 
 
 def vocabulary(model: Model) -> int:

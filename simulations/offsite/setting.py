@@ -35,6 +35,7 @@ from fedsplit.emulators.planning.trial import TrialRow, Tuning, fully_tuned, tun
 from fedsplit.emulators.planning.trial import trial as run_trial
 from fedsplit.errors import ConfigError, FedsplitError
 from fedsplit.models.loading import LoadedModel, load
+from fedsplit.models.positions import check_length
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.offsite.owner import blocks_of
 from fedsplit.privacy.public_text import public_texts
@@ -72,7 +73,7 @@ class OffsiteSetting(ExperimentSetting):
         """The base model and its tokenizer."""
         m = self.config.model
         # Eager attention: for blocks this short it trains 2-3 times faster under autocast.
-        return load(
+        loaded = load(
             m.name,
             "causal-lm",
             dtype=DTYPES[m.dtype],
@@ -80,6 +81,8 @@ class OffsiteSetting(ExperimentSetting):
             attn="eager",
             expected_sha256=m.sha256 or None,
         )
+        check_length(loaded.model, self.config.offsite.block, "offsite.block")
+        return loaded
 
     @cached_property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
