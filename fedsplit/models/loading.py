@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from fedsplit.models.places import place_of
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
 
+log = logging.getLogger(__name__)
+
 TASKS: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
@@ -58,8 +60,15 @@ class LoadedModel:
 
 
 def local_tokenizer(folder: str | Path) -> Any:
-    """Return the tokenizer of a model folder; nothing is fetched."""
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    """Return the tokenizer of a model folder; nothing is fetched.
+
+    Raises:
+        ModelError: the folder has none that can be read.
+    """
+    with _naming(folder), _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    _check_vocabulary(tokenizer, str(folder))
+    return tokenizer
 
 
 def load(
@@ -96,8 +105,9 @@ def load(
     Raises:
         ConfigError: if the task or a value is not a known one.
         UnsupportedModelError: if a causal language model is asked of an encoder-only family.
-        ModelError: if there is no such model, it has no safetensors, a file is damaged, weights
-            are missing, or the digest differs; names the place.
+        ModelError: if there is no such model, it has no safetensors or no tokenizer, a file is
+            damaged, weights are missing or of another shape, or the digest differs; names the
+            place.
     """
     auto = pick(TASKS, task, "task")
     check(dropout is None or 0.0 <= dropout < 1.0, "dropout", dropout, "None or in [0, 1)")
@@ -109,6 +119,7 @@ def load(
         if task == "causal-lm":
             _check_causal(config, str(name_or_path))
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        _check_vocabulary(tokenizer, str(name_or_path))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "models.loading", "head"))
             model, info = auto.from_pretrained(
@@ -117,11 +128,13 @@ def load(
                 dtype=dtype,
                 attn_implementation=attn,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, with the shapes
                 **labels,
                 **options,
             )
     new = {str(key) for key in info["missing_keys"]}
     _check_complete(model, task, new, str(name_or_path))
+    new |= _new_head(model, info["mismatched_keys"], str(name_or_path))
     _give_pad_token(model, tokenizer, str(name_or_path))
     if dropout is not None:
         set_dropout(model, dropout)
@@ -225,6 +238,44 @@ def _check_complete(model: PreTrainedModel, task: str, new: set[str], source: st
         raise ModelError(f"{source}: {len(bad)} weights are missing from the checkpoint: {shown}")
 
 
+def _new_head(model: PreTrainedModel, mismatched: Iterable[Any], source: str) -> set[str]:
+    """Return the head's weights that were made anew, as the checkpoint's are of another size.
+
+    Raises:
+        ModelError: a weight outside the head of a classifier is; names it with both shapes.
+    """
+    base = model.base_model
+    prefix = next((f"{name}." for name, m in model.named_modules() if m is base and name), "")
+    found = {}
+    for key, there, wanted in mismatched:
+        shapes = f"{key}: shape {tuple(there)} in the checkpoint: must be {tuple(wanted)}"
+        if not prefix or str(key).startswith(prefix) or not hasattr(model, "num_labels"):
+            raise ModelError(f"{source}: {shapes}")
+        found[str(key)] = shapes
+    if found:
+        log.warning(
+            "%s: the checkpoint's head is for another number of classes than %d, so a new one is "
+            "made (%s)",
+            source,
+            model.num_labels,
+            "; ".join(found.values()),
+        )
+    return set(found)
+
+
+def _check_vocabulary(tokenizer: Any, source: str) -> None:
+    """Refuse a tokenizer that transformers invents for a model whose tokenizer files are missing.
+
+    It has special tokens alone, so every word would be unknown, and training go on regardless.
+    """
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if not set(tokenizer.get_vocab()) - special:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(special)} special tokens and no other: the model "
+            "must come with its tokenizer's files (tokenizer.json and tokenizer_config.json)"
+        )
+
+
 def _give_pad_token(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -246,10 +297,8 @@ def _naming(source: str | Path) -> Iterator[None]:
     except (ModelError, ConfigError, UnsupportedModelError):
         raise
     except Exception as error:
-        text = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{source}: cannot be loaded ({type(error).__name__}): {text[0]}") from (
-            error
-        )
+        text = " ".join(str(error).split())[:500]
+        raise ModelError(f"{source}: cannot be loaded ({type(error).__name__}): {text}") from error
 
 
 @contextmanager

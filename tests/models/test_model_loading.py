@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
 from fedsplit.models.bundle.bottom import pack_bottom, unpack_bottom
-from fedsplit.models.loading import load
+from fedsplit.models.loading import load, local_tokenizer
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.splitting.heads import detach_head
 from tests.models.split_families import tiny
@@ -169,6 +170,51 @@ def test_missing_weights_are_not_made_up(tmp_path: Path, task: str) -> None:
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights are missing.*layers\.1\.mlp\.up_proj"):
         load(folder, task)
+
+
+def test_a_head_of_another_size_is_made_anew_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _save(tmp_path, "llama", "sequence-classification")  # of 2 classes or more
+    first = load(folder, "sequence-classification")
+    count = first.model.num_labels + 2
+    logger = logging.getLogger("fedsplit")
+    logger.addHandler(caplog.handler)
+    try:
+        loaded = load(folder, "sequence-classification", num_labels=count, seed=1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert loaded.model.score.weight.shape[0] == loaded.model.num_labels == count
+    assert loaded.digest == first.digest
+    assert "a new one is made (score.weight: shape" in caplog.text
+    again = load(folder, "sequence-classification", num_labels=count, seed=1)
+    assert torch.equal(loaded.model.score.weight, again.model.score.weight)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_other_weights_of_another_size_are_named(tmp_path: Path, task: str) -> None:
+    import safetensors.torch
+
+    folder = _save(tmp_path, "llama", "causal-lm")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name] = weights[name][:-1].contiguous()
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{name}: shape \(.*\) in the checkpoint: must be \("):
+        load(folder, task)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta", "opt"])
+def test_a_tokenizer_is_never_invented(tmp_path: Path, family: str) -> None:
+    task = "sequence-classification"
+    folder = _save(tmp_path, family, task)
+    assert load(folder, task).tokenizer("w4 w5")["input_ids"] == [4, 5]
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        load(folder, task)
+    with pytest.raises(ModelError, match="tokenizer"):
+        local_tokenizer(folder)
 
 
 def test_remote_code_is_not_run(tmp_path: Path) -> None:
