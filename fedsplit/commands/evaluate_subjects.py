@@ -98,11 +98,11 @@ def _model(name: str, adapter: str, label: str = "") -> Subject:
 
 def _emulator(folder: Path, adapter: str, label: str = "") -> Subject:
     from fedsplit.emulators.build import tune_inside
-    from fedsplit.emulators.files import load_emulator
-    from fedsplit.models.loading import local_tokenizer
+    from fedsplit.emulators.files import load_emulator, load_tokenizer
 
     emulator = load_emulator(folder)
-    if not (folder / "tokenizer.json").is_file():
+    tokenizer = load_tokenizer(folder)  # as owners do: transformers would choose by the family
+    if tokenizer is None:
         raise ModelError(f"{folder}: must hold a tokenizer")
     count = emulator.parameter_count()
     if adapter:
@@ -112,7 +112,7 @@ def _emulator(folder: Path, adapter: str, label: str = "") -> Subject:
         label or ("emulator + adapter" if adapter else "emulator"),
         f"{folder} + {adapter}" if adapter else str(folder),
         emulator.model.eval(),
-        local_tokenizer(folder),
+        tokenizer,
         count,
     )
 

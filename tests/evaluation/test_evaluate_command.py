@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
@@ -19,12 +21,13 @@ from fedsplit.commands.evaluate_subjects import subjects
 from fedsplit.emulators import Emulator, EmulatorPlan, adapter_state, make_compressor, plug_in
 from fedsplit.emulators.build import tune_in_full
 from fedsplit.emulators.compressors.base import Material
-from fedsplit.emulators.files import save_emulator
+from fedsplit.emulators.files import load_tokenizer, save_emulator
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.evaluation.perplexity import text_ids, text_loss
 from fedsplit.models import load
 from fedsplit.models.adapters.files import save_adapter
 from fedsplit.models.adapters.methods import MethodSettings
+from tests.models.split_families import tiny
 from tests.tiny_models import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +77,22 @@ def test_a_run_gives_the_papers_four_columns(run: tuple[Path, Emulator], llama: 
     assert nats(plugged) == pytest.approx(found["plug-in"][0], abs=1e-6)
     assert nats(bare) == found["emulator, zero-shot"][0]
     assert nats(tuned) == found["emulator, tuned"][0]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_an_emulator_is_evaluated_with_its_owners_tokens(tmp_path: Path, family: str) -> None:
+    """By the folder's model type transformers would choose another tokenizer's rules."""
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ab": 2, "cd": 3}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    emulator = make_compressor("layerdrop", adapters=(0,), keep=0).build(
+        tiny(family, "causal-lm").float(), Material()
+    )
+    save_emulator(emulator, tmp_path / "emulator", tokenizer=tokenizer)
+    owners = load_tokenizer(tmp_path / "emulator")
+    (subject,) = subjects(str(tmp_path / "emulator"))
+    text = "ab cd cd ab xy"
+    assert subject.tokenizer(text)["input_ids"] == owners(text)["input_ids"] == [2, 3, 3, 2, 0]
 
 
 def test_a_peft_folder_counts_as_peft_itself_has_it(llama: Path, tmp_path: Path) -> None:
