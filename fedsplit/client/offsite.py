@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsplit.client.task import ClientTask, averaged_weights, reply
 from fedsplit.emulators.files import folder_digest, load_emulator, load_tokenizer, receive
 from fedsplit.errors import ConfigError
+from fedsplit.models.positions import check_length
 from fedsplit.owners.data_source import own_data
 from fedsplit.owners.handshake import greet, request_files
 from fedsplit.owners.ledger.disclosure import Averages
@@ -33,7 +34,8 @@ def session(client: ClientTask) -> RecordDict:
     folder = _emulator(task)
     identity.home.evict("emulators", folder.name, identity.node_config)
     emulator = load_emulator(folder)  # its digest was verified on the way
-    train, test = own_data(config.data, config.seed, False, identity.node_config, identity.secret)
+    check_length(emulator.model, config.offsite.block, "offsite.block")
+    train, test = own_data(config, identity.node_config, identity.secret)
     blocks = blocks_of_sets(_tokenizer(folder), train, test, config.offsite.block)
     report = SessionReport(task.check.policy, identity.secret)
     owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret, report)

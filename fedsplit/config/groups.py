@@ -20,6 +20,8 @@ class ModelConfig:
         sha256: expected digest of the package's model.safetensors; empty = not checked.
         task: ``sequence-classification`` or ``causal-lm``.
         labels: number of classes (classification only); the parties agree on it beforehand.
+        label_names: the classes' names in order, separated by commas (or a JSON list), the same for
+            all owners; empty: a label is an integer below ``labels`` and means itself.
         max_tokens: longer texts are cut to this many tokens.
         dropout: probability put into every dropout layer; -1 leaves the model's own.
         dtype: ``float32`` or ``bfloat16`` for the top's weights.
@@ -32,6 +34,7 @@ class ModelConfig:
     sha256: str = ""
     task: str = "sequence-classification"
     labels: int = 8
+    label_names: str = ""
     max_tokens: int = 64
     dropout: float = -1.0
     dtype: str = "float32"
@@ -221,8 +224,14 @@ class DataConfig:
     Attributes:
         kind: a row of ``fedsplit.data.DATASETS``.
         path: file, folder or hub name the kind reads.
-        text_column: column with the text.
+        text_column: column with the text, or several with commas: a text then has as many parts.
         label_column: column with the label.
+        train_split: split to train on.
+        test_split: split to test on; empty: the first with labels of test, dev, valid, ...
+        test_path: file, folder or hub name to test on; empty: ``path`` has it, or ``test_share``.
+        delimiter: of CSV files, one character or ``tab``; empty: the one that gives the columns.
+        header: whether CSV files begin with their columns' names; else these are 1, 2, ...
+        quotes: whether their fields may be quoted.
         owners: number of simulated owners.
         partition: a row of ``fedsplit.data.partition.PARTITIONS``.
         alpha: Dirichlet concentration (smaller = less alike).
@@ -235,6 +244,12 @@ class DataConfig:
     path: str = ""
     text_column: str = "text"
     label_column: str = "label"
+    train_split: str = "train"
+    test_split: str = ""
+    test_path: str = ""
+    delimiter: str = ""
+    header: bool = True
+    quotes: bool = True
     owners: int = 4
     partition: str = "column"
     alpha: float = 0.5

@@ -12,20 +12,38 @@ Examples:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedsplit.data import conversations, docstrings, files, hub
 from fedsplit.data.batches import epoch_batches
-from fedsplit.data.dataset import TextDataset, build, label_names
-from fedsplit.data.partition import PARTITIONS, balanced_groups, partition, train_test_split
-from fedsplit.data.table import Request, Source, Table, Value
+from fedsplit.data.dataset import TextDataset, build
+from fedsplit.data.labels import (
+    agreed_first,
+    is_labelled,
+    names_digest,
+    numerals,
+    parse_class_names,
+)
+from fedsplit.data.partition import (
+    MIN_ROWS,
+    PARTITIONS,
+    balanced_groups,
+    partition,
+    train_test_split,
+)
+from fedsplit.data.split_files import canonical
+from fedsplit.data.table import SEPARATOR, MissingColumn, Request, Source, Table, Value
 from fedsplit.errors import DataError, check
 from fedsplit.registry import pick
 from fedsplit.seeding import numpy_generator
 
 __all__ = [
     "DATASETS",
+    "MIN_ROWS",
     "PARTITIONS",
+    "SEPARATOR",
     "Request",
     "Source",
     "Table",
@@ -36,7 +54,11 @@ __all__ = [
     "epoch_batches",
     "load_dataset",
     "load_splits",
+    "names_digest",
+    "numerals",
+    "parse_class_names",
     "partition",
+    "read_rows",
     "train_test_split",
 ]
 
@@ -48,7 +70,9 @@ DATASETS: dict[str, Source] = {
 }
 """kind -> its source; a new kind is a file and a row here."""
 
-HELD_OUT = ("test", "dev", "valid", "validation", "val")
+HELD_OUT = ("test", "dev", "valid", "validation", "val", "eval")
+
+log = logging.getLogger(__name__)
 
 
 def docstrings_are_public(kind: str) -> bool:
@@ -67,30 +91,47 @@ def load_dataset(
     limit: int | None = None,
     seed: int = 0,
     passage_words: int = 128,
+    label_names: Sequence[str] = (),
+    classes: int = 0,
+    delimiter: str = "",
+    header: bool = True,
+    quotes: bool = True,
 ) -> TextDataset:
     """Load one split of a data set.
 
-    Labels of any type become indices into their sorted names (sorted as numbers when all of them
-    are integers); names are taken from all splits, so that a label has the same index in each.
+    Labels of any type become indices into ``label_names``, by value (:mod:`fedsplit.data.labels`).
+    Where none are given, names are taken from all splits, so that a label has the same index in
+    each; they differ from those of another party's data set, so parties must agree on a list.
 
     Args:
         kind: a name in :data:`DATASETS`.
         path: see :func:`fedsplit.data.files.read` and :func:`fedsplit.data.hub.read`; empty for
             ``docstrings``.
-        text_column: column with the texts.
+        text_column: column with the texts, or several with commas
+            (:func:`fedsplit.data.table.join_parts`).
         label_column: column with the labels; empty for language modelling (no labels).
         split: name of the split.
         columns: further columns to keep, for partitions or attacks on private attributes.
         limit: keep at most this many rows, drawn without replacement, in their order; none: all.
         seed: decides which rows ``limit`` keeps; nothing else.
         passage_words: words in a passage, for plain text only.
+        label_names: the agreed classes, in order; a label of no such name gets one after them,
+            which :meth:`TextDataset.within` refuses.
+        classes: number of classes where nobody named them: labels that are all integers below it
+            are then their own indices.
+        delimiter, header, quotes: see :func:`fedsplit.data.delimited.read_delimited`.
 
     Raises:
         ConfigError: if the kind is unknown or a number out of its range.
         DataError: if something is missing or malformed.
     """
-    request = Request(path, text_column, label_column, tuple(columns), passage_words)
-    return _load(pick(DATASETS, kind, "dataset"), request, (split,), limit, seed)[0]
+    source = pick(DATASETS, kind, "dataset")
+    request = Request(
+        path, text_column, label_column, tuple(columns), passage_words, delimiter, header, quotes
+    )
+    tables = [_read(source, request, split)]
+    names = _names(source, request, tables, {split}, tuple(label_names), classes)
+    return _limited(build(tables[0], names), limit, seed)
 
 
 def load_splits(
@@ -101,15 +142,22 @@ def load_splits(
     label_column: str = "label",
     split: str = "train",
     test_split: str = "",
+    test_path: str = "",
     columns: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
     passage_words: int = 128,
+    label_names: Sequence[str] = (),
+    classes: int = 0,
+    delimiter: str = "",
+    header: bool = True,
+    quotes: bool = True,
 ) -> tuple[TextDataset, TextDataset | None]:
     """Load the split to train on and the one to test on; arguments as in :func:`load_dataset`.
 
-    ``limit`` bounds the rows of each split; ``test_split`` is the name of the one to test on, and
-    the first of :data:`HELD_OUT` that there is where it is empty.
+    ``limit`` bounds the rows of each split.  The rows to test on are those of ``test_path``, of
+    ``test_split``, of both; with neither, of the first of :data:`HELD_OUT` whose labels are there
+    (a split whose labels are kept back, or missing, is left out with a warning).
 
     Returns:
         Both splits with the same label names; none for the second where there is none: hold out a
@@ -120,33 +168,97 @@ def load_splits(
         DataError: if something is missing or malformed.
     """
     source = pick(DATASETS, kind, "dataset")
-    request = Request(path, text_column, label_column, tuple(columns), passage_words)
-    if not test_split:
-        there = source.splits(request)
-        test_split = next((name for name in HELD_OUT if name in there and name != split), "")
-    wanted = (split, test_split) if test_split else (split,)
-    train, *test = _load(source, request, wanted, limit, seed)
+    request = Request(
+        path, text_column, label_column, tuple(columns), passage_words, delimiter, header, quotes
+    )
+    names = tuple(label_names)
+    tables, read = [_read(source, request, split)], {split}
+    if test_path:
+        own = replace(request, path=test_path)
+        tables.append(_read(source, own, test_split or _only_split(source, own)))
+    elif test_split:
+        tables.append(_read(source, request, test_split))
+        read.add(test_split)
+    else:
+        for name in HELD_OUT:
+            if name == split or name not in source.splits(request):
+                continue
+            read.add(name)
+            table = _labelled(source, request, name, names)
+            if table is not None:
+                tables.append(table)
+                break
+            log.warning("%s: split %r has no labels: it is not tested on", path, name)
+    names = _names(source, request, tables, read, names, classes)
+    train, *test = [_limited(build(table, names), limit, seed) for table in tables]
     return train, test[0] if test else None
 
 
-def _load(
-    source: Source, request: Request, wanted: tuple[str, ...], limit: int | None, seed: int
-) -> list[TextDataset]:
-    """Load the wanted splits with label names from all splits."""
-    check(limit is None or limit >= 1, "limit", limit, ">= 1 (rows) or none")
+def read_rows(path: str, text_column: str = "text") -> Table:
+    """Read a file's texts for inference: every row, blank ones too, each line of plain text.
+
+    Training leaves blank rows out and joins lines to passages; whoever asks for answers wants one
+    for each row.
+
+    Raises:
+        DataError: ``path`` is a folder of splits, or something is missing or malformed.
+    """
+    request = Request(path, text_column, "", passage_words=0)
+    source = DATASETS["file"]
+    splits = source.splits(request)
+    if splits != ("train",):
+        raise DataError(f"{path}: must be one file, not a folder with splits {', '.join(splits)}")
+    return source.read(request, "train")
+
+
+def _read(source: Source, request: Request, split: str) -> Table:
     there = source.splits(request)
-    for split in wanted:
-        if split not in there:
-            name = request.path or "this data set"
-            raise DataError(f"split={split!r}: must be one of {', '.join(there)} in {name}")
-    tables = {split: source.read(request, split) for split in wanted}
-    needs_names = request.label_column and not tables[wanted[0]].label_names
-    others = [split for split in there if split not in tables] if needs_names else []
-    names = label_names([*tables.values(), *(source.read(request, split) for split in others)])
-    return [_limited(build(tables[split], names), limit, seed) for split in wanted]
+    wanted = split if split in there else canonical(split)
+    if wanted not in there:
+        name = request.path or "this data set"
+        raise DataError(f"split={split!r}: must be one of {', '.join(there)} in {name}")
+    return source.read(request, wanted)
+
+
+def _only_split(source: Source, request: Request) -> str:
+    """Return the split of a path that was named to be tested on."""
+    there = source.splits(request)
+    found = [name for name in HELD_OUT if name in there] or there
+    if len(there) > 1 and found == there:
+        raise DataError(f"{request.path}: must name one of the splits {', '.join(there)}")
+    return found[0]
+
+
+def _names(
+    source: Source,
+    request: Request,
+    tables: list[Table],
+    read: set[str],
+    agreed: tuple[str, ...],
+    classes: int,
+) -> tuple[str, ...]:
+    """Return the names of all classes: of all splits, where nothing fixes them."""
+    if not request.label_column:
+        return ()
+    others: list[Table] = []
+    if not (agreed or tables[0].label_names):
+        rest = [name for name in source.splits(request) if name not in read]
+        others = [t for name in rest if (t := _labelled(source, request, name, ())) is not None]
+    return agreed_first([*tables, *others], agreed, classes)
+
+
+def _labelled(source: Source, request: Request, split: str, known: Sequence[str]) -> Table | None:
+    """Return a split that nobody asked for by name; none where it has no labels."""
+    try:
+        table = source.read(request, split)
+    except MissingColumn:
+        source.read(replace(request, label_column=""), split)  # it is the labels' column
+        return None
+    return table if not request.label_column or is_labelled(table, known) else None
 
 
 def _limited(dataset: TextDataset, limit: int | None, seed: int) -> TextDataset:
+    check(limit is None or limit >= 1, "limit", limit, ">= 1 (rows) or none")
     if limit is None or limit >= len(dataset):
         return dataset
     rows = numpy_generator(seed, "limit").permutation(len(dataset))[:limit]

@@ -155,16 +155,18 @@ def read(request: Request, split: str) -> Table:
         )
     rows = files.rows if files.is_there(request) else hub.rows
     texts: list[str] = []
+    places: list[str] = []
     columns: dict[str, list[Value]] = {column: [] for column in request.columns}
     for where, row in rows(request, split):
         for messages in conversations_of(where, row):
             texts.append(to_text(messages))
+            places.append(where)
             for column in request.columns:
                 columns[column].append(files.value_of(where, row, column))
     if not texts:
         raise DataError(f"{request.path}: rows=0: must be >= 1")
     kept = {column: tuple(values) for column, values in columns.items()}
-    return Table(tuple(texts), (), kept, request.path, chat=True)
+    return Table(tuple(texts), (), kept, request.path, chat=True, places=tuple(places))
 
 
 SOURCE = Source(splits, read)

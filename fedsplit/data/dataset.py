@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fedsplit.data.labels import class_indices, unknown_class
 from fedsplit.data.table import Table, Value
 from fedsplit.errors import DataError
 
@@ -30,6 +31,7 @@ class TextDataset:
         columns: further columns of n values each (author, age ...), which never leave the owner.
         name: where the data came from, for messages; not part of the content.
         chat: whether the texts are conversations (:mod:`fedsplit.data.conversations`).
+        places: where each row is ("file:line"), for messages; not part of the content.
 
     Raises:
         DataError: on a blank text, a text that UTF-8 cannot carry, a missing label or one out of
@@ -42,13 +44,14 @@ class TextDataset:
     columns: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     name: str = "dataset"
     chat: bool = False
+    places: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Validate every row."""
         if not self.texts:
             raise DataError(f"{self.name}: rows=0: must be >= 1")
         for row, text in enumerate(self.texts):
-            _check_text(self.name, row, text)
+            _check_text(self.place(row), text)
         if bool(self.labels) != bool(self.label_names):
             raise DataError(
                 f"{self.name}: {len(self.labels)} labels and {len(self.label_names)} label names: "
@@ -64,7 +67,7 @@ class TextDataset:
         for row, label in enumerate(self.labels):
             if type(label) is not int or not 0 <= label < len(self.label_names):
                 raise DataError(
-                    f"{self.name}: row {row}: label={label!r}: must be an integer from 0 to "
+                    f"{self.place(row)}: label={label!r}: must be an integer from 0 to "
                     f"{len(self.label_names) - 1}"
                 )
         for column, values in self.columns.items():
@@ -73,6 +76,10 @@ class TextDataset:
                     f"{self.name}: column {column!r}: {len(values)} values: must be one for each "
                     f"of {len(self.texts)} rows"
                 )
+
+    def place(self, row: int) -> str:
+        """Return where a row is, in the coordinates of whoever holds the file."""
+        return self.places[row] if self.places else f"{self.name}: row {row}"
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -118,33 +125,28 @@ class TextDataset:
             columns={c: tuple(v[row] for row in rows) for c, v in self.columns.items()},
             name=self.name,
             chat=self.chat,
+            places=tuple(self.places[row] for row in rows) if self.places else (),
         )
+
+    def within(self, names: Sequence[str]) -> TextDataset:
+        """Return the rows with ``names``, the agreed classes, as their only label names.
+
+        Args:
+            names: the first of :attr:`label_names`, by value and in order.
+
+        Raises:
+            DataError: a row is of another class; names the row.
+        """
+        for row, label in enumerate(self.labels):
+            if label >= len(names):
+                raise unknown_class(self.place(row), self.label_names[label], names)
+        return replace(self, label_names=tuple(names) if self.labels else ())
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """Return how many rows each label has, shape (number of label names,)."""
         return np.bincount(
             np.asarray(self.labels, dtype=np.int64), minlength=len(self.label_names)
         ).astype(np.int64)
-
-
-def label_names(tables: Sequence[Table]) -> tuple[str, ...]:
-    """Return the names of all labels in the tables, sorted; as numbers when all are integers.
-
-    Raises:
-        DataError: if a label is not a string, an integer or a boolean.
-    """
-    for table in tables:
-        if table.label_names:
-            return table.label_names
-    names = {
-        _label_text(table.name, row, label)
-        for table in tables
-        for row, label in enumerate(table.labels)
-    }
-    try:
-        return tuple(sorted(names, key=int))
-    except ValueError:
-        return tuple(sorted(names))
 
 
 def build(table: Table, names: tuple[str, ...]) -> TextDataset:
@@ -164,40 +166,21 @@ def build(table: Table, names: tuple[str, ...]) -> TextDataset:
             columns=columns,
             name=table.name,
             chat=table.chat,
+            places=tuple(table.place(row) for row in keep),
         )
-    labels: list[int] = []
-    index = {name: position for position, name in enumerate(names)}
-    for row, label in enumerate(table.labels):
-        if table.label_names:  # the source's own indices, checked by TextDataset
-            labels.append(label)  # type: ignore[arg-type]
-            continue
-        text = _label_text(table.name, row, label)
-        if text not in index:
-            raise DataError(
-                f"{table.name}: row {row}: label={text!r}: must be one of {', '.join(names)}"
-            )
-        labels.append(index[text])
-    return TextDataset(table.texts, tuple(labels), names, dict(table.columns), table.name)
+    labels = class_indices(table, names)
+    return TextDataset(
+        table.texts, labels, names, dict(table.columns), table.name, places=table.places
+    )
 
 
-def _label_text(name: str, row: int, label: Value) -> str:
-    """Return the label as its name: ``1``, ``1.0`` and ``"1"`` are the same label."""
-    if isinstance(label, bool):
-        return str(label).lower()
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    if isinstance(label, (str, int)) and str(label).strip():
-        return str(label)
-    raise DataError(f"{name}: row {row}: label={label!r}: must be a name or an integer")
-
-
-def _check_text(name: str, row: int, text: object) -> None:
+def _check_text(place: str, text: object) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{name}: row {row}: text={text!r}: must be a text that is not blank")
+        raise DataError(f"{place}: text={text!r}: must be a text that is not blank")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{name}: row {row}: text has the lone surrogate {text[error.start]!a} at character "
+            f"{place}: text has the lone surrogate {text[error.start]!a} at character "
             f"{error.start}: must be valid Unicode"
         ) from None

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedsplit.data.table import EVERY, Request, Source, Table, Value
+from fedsplit.data.delimited import read_delimited
+from fedsplit.data.split_files import data_files, is_unsplit
+from fedsplit.data.table import (
+    EVERY,
+    SOURCE_COLUMN,
+    Request,
+    Source,
+    Table,
+    Value,
+    join_parts,
+    missing_column,
+)
 from fedsplit.errors import DataError
 
 MAX_LINE = 1 << 20  # bytes of one line; a field of a CSV file is bounded by csv's own 131,072
-SPLITS = ("train", "dev", "valid", "validation", "val", "test")
-_SPLIT_FILE = re.compile(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?")
-
 Row = tuple[str, Mapping[str, Any]]  # (where it is: "file:line", the values by column)
 
 
@@ -32,11 +38,10 @@ def splits(request: Request) -> tuple[str, ...]:
 def read(request: Request, split: str) -> Table:
     """Read one split.
 
-    ``request.path`` is one file, which is the split ``train`` whatever its name, or a folder.  In
-    a folder, files named after splits are these splits (``train.jsonl``, ``dev.csv``,
-    ``test-00000-of-00002.parquet``).  A folder without such names is one split ``train`` of all its
-    data files, with a column ``source`` that holds each row's file name, so that one file can be
-    one natural owner.
+    ``request.path`` is a file or a folder, whose splits are those of
+    :func:`fedsplit.data.split_files.data_files`.  A folder without splits has a column ``source``
+    that holds each row's file name, so that one file can be one natural owner.  Delimited text is
+    read as :func:`fedsplit.data.delimited.read_delimited` says.
 
     Plain text has no labels and no columns: it is cut at line ends into passages of at least
     ``passage_words`` words (the last may be shorter), a longer line at words.
@@ -53,22 +58,27 @@ def read(request: Request, split: str) -> Table:
     files = found[split]
     texts: list[str] = []
     labels: list[Value] = []
-    columns: dict[str, list[Value]] = {column: [] for column in request.columns}
-    sources: list[Value] = []
+    by_file = is_unsplit(Path(request.path), READERS)
+    names = [*request.columns, *([SOURCE_COLUMN] if by_file else [])]
+    columns: dict[str, list[Value]] = {column: [] for column in names}
+    places: list[str] = []
     for file in files:
         for where, row in READERS[file.suffix.lower()](file, request):
-            texts.append(_text(where, row, request.text_column))
+            texts.append(_text(where, row, request.text_columns))
             if request.label_column:
-                labels.append(_label(where, row, request.label_column))
-            for column in request.columns:
-                columns[column].append(value_of(where, row, column))
-            sources.append(file.stem)
+                labels.append(value_of(where, row, request.label_column))
+            for column, values in columns.items():
+                own = by_file and column == SOURCE_COLUMN and column not in row
+                values.append(file.stem if own else value_of(where, row, column))
+            places.append(where)
     if not texts:
         raise DataError(f"{', '.join(str(file) for file in files)}: rows=0: must be >= 1")
-    if "source" not in columns and _is_unsplit_folder(request, files):
-        columns["source"] = sources
     return Table(
-        tuple(texts), tuple(labels), {c: tuple(v) for c, v in columns.items()}, request.path
+        tuple(texts),
+        tuple(labels),
+        {c: tuple(v) for c, v in columns.items()},
+        request.path,
+        places=tuple(places),
     )
 
 
@@ -125,32 +135,7 @@ def _files(request: Request) -> dict[str, list[Path]]:
     """Return the data files of each split."""
     if not request.path:
         raise DataError("path='': must be a data file or a folder")
-    path = Path(request.path)
-    if path.is_file():
-        if path.suffix.lower() not in READERS:
-            raise DataError(f"{path}: suffix={path.suffix!r}: must be one of {', '.join(READERS)}")
-        return {"train": [path]}
-    if not path.is_dir():
-        raise DataError(f"path={request.path!r}: must be a file or a folder that is there")
-    data = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
-    if not data:
-        names = ", ".join(sorted(file.name for file in path.iterdir())[:20]) or "nothing"
-        raise DataError(f"{path}: must hold files with {', '.join(READERS)}; found: {names}")
-    by_split: dict[str, list[Path]] = {}
-    for file in data:
-        match = _SPLIT_FILE.fullmatch(file.stem)
-        if match:
-            by_split.setdefault(match[1], []).append(file)
-    for split, files in by_split.items():
-        if len({file.suffix for file in files}) > 1:
-            names = ", ".join(file.name for file in files)
-            raise DataError(f"{path}: split {split!r} in several formats: {names}")
-    ordered = {split: by_split[split] for split in SPLITS if split in by_split}
-    return ordered or {"train": data}
-
-
-def _is_unsplit_folder(request: Request, files: list[Path]) -> bool:
-    return Path(request.path).is_dir() and not any(_SPLIT_FILE.fullmatch(f.stem) for f in files)
+    return data_files(Path(request.path), READERS)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -189,26 +174,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _read_csv(path: Path, request: Request) -> Iterator[Row]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    try:
-        for fields in reader:
-            where = f"{path}:{reader.line_num}"
-            if not fields:
-                continue
-            if header is None:
-                header = fields
-                if len(set(header)) != len(header):
-                    raise DataError(f"{where}: header={header}: names must be distinct")
-                continue
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{where}: fields={len(fields)}: must be {len(header)}, as in the header"
-                )
-            yield where, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}") from None
+    return read_delimited(path, lambda: (line for _, line in _lines(path)), request)
 
 
 def _read_parquet(path: Path, request: Request) -> Iterator[Row]:
@@ -217,16 +183,17 @@ def _read_parquet(path: Path, request: Request) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError as error:
         raise DataError(f"pyarrow: {error}: pip install 'fedsplit[data]'") from None
-    wanted = [request.text_column, *filter(None, [request.label_column]), *request.columns]
+    wanted = list(request.wanted)
     every = request.text_column == EVERY
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            for column in names if every else wanted:
-                if column not in names:
-                    raise _missing(str(path), column, names)
+            for column in wanted:
+                if column not in names and column != SOURCE_COLUMN:
+                    raise missing_column(str(path), column, names)
+            there = [column for column in wanted if column in names]
             number = 0
-            for batch in file.iter_batches(batch_size=4096, columns=None if every else wanted):
+            for batch in file.iter_batches(batch_size=4096, columns=None if every else there):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:row {number}", row
@@ -241,6 +208,10 @@ def _read_text(path: Path, request: Request) -> Iterator[Row]:
             f"{path}: columns={list(filter(None, asked))}: plain text has none; "
             "set label_column='' for language modelling"
         )
+    if not request.passage_words:
+        for number, line in _lines(path):
+            yield f"{path}:{number}", {request.text_column: line.rstrip("\r\n")}
+        return
     texts = passages((line for _, line in _lines(path)), request.passage_words)
     for number, text in enumerate(texts, start=1):
         yield f"{path}:passage {number}", {request.text_column: text}
@@ -256,31 +227,23 @@ READERS: dict[str, Callable[[Path, Request], Iterator[Row]]] = {
 }
 
 
-def _missing(where: str, column: str, found: Iterable[str]) -> DataError:
-    return DataError(f"{where}: column={column!r}: is missing; found: {', '.join(found)}")
-
-
 def _get(where: str, row: Mapping[str, Any], column: str) -> Any:
     try:
         return row[column]
     except KeyError:
-        raise _missing(where, column, row) from None
+        raise missing_column(where, column, row) from None
 
 
-def _text(where: str, row: Mapping[str, Any], column: str) -> str:
-    value = _get(where, row, column)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column}={value!r:.80}: must be a text")
-    if not value.strip():
-        return ""  # dropped without labels, refused with them: see dataset.build
-    return value
-
-
-def _label(where: str, row: Mapping[str, Any], column: str) -> Value:
-    value = value_of(where, row, column)
-    if value is None or value == "":
-        raise DataError(f"{where}: {column}={value!r}: must be a label")
-    return value
+def _text(where: str, row: Mapping[str, Any], columns: tuple[str, ...]) -> str:
+    parts = []
+    for column in columns:
+        value = value_of(where, row, column)
+        if value is None:
+            return ""  # dropped without labels, refused with them: see dataset.build
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {column}={value!r:.80}: must be a text")
+        parts.append(value)
+    return join_parts(where, parts)
 
 
 def value_of(where: str, row: Mapping[str, Any], column: str) -> Value:
@@ -290,6 +253,8 @@ def value_of(where: str, row: Mapping[str, Any], column: str) -> Value:
         DataError: there is no such column, or its value is a list or an object.
     """
     value = _get(where, row, column)
+    if isinstance(value, str) and not value.strip():
+        return None  # CSV has no other way to leave a cell empty
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise DataError(f"{where}: {column}={value!r:.80}: must be a string, a number or a boolean")

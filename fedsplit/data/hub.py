@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedsplit.data.table import Request, Source, Table, Value
+from fedsplit.data.table import Request, Source, Table, Value, join_parts, missing_column
 from fedsplit.errors import DataError
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
@@ -42,25 +42,18 @@ def read(request: Request, split: str) -> Table:
     path, revision, config = _locate(request.path)
     with _quiet(request.path) as datasets:
         rows = datasets.load_dataset(path, name=config, revision=revision, split=split)
-    wanted = [request.text_column, *filter(None, [request.label_column]), *request.columns]
-    for column in wanted:
+    for column in request.wanted:
         if column not in rows.column_names:
-            raise DataError(
-                f"{request.path}: column={column!r}: is missing; found: "
-                f"{', '.join(rows.column_names)}"
-            )
+            raise missing_column(request.path, column, rows.column_names)
     names: tuple[str, ...] = ()
     labels: tuple[Value, ...] = ()
     if request.label_column:
         labels = _values(request, rows, request.label_column)
         names = tuple(getattr(rows.features[request.label_column], "names", None) or ())
-        if names and -1 in labels:
-            raise DataError(
-                f"{request.path}: split {split!r}: row {labels.index(-1)}: label=-1: the labels of "
-                "this split are not public, name another one"
-            )
+        if names:  # -1 stays: the labels of that row are kept back
+            labels = tuple(names[x] if type(x) is int and x >= 0 else x for x in labels)
     return Table(
-        texts=tuple(rows[request.text_column]),
+        texts=_texts(request, rows),
         labels=labels,
         columns={column: _values(request, rows, column) for column in request.columns},
         name=request.path,
@@ -79,6 +72,16 @@ def rows(request: Request, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
         found = datasets.load_dataset(path, name=config, revision=revision, split=split)
     for number, row in enumerate(found):
         yield f"{request.path}:row {number}", row
+
+
+def _texts(request: Request, rows: Any) -> tuple[str, ...]:
+    parts = [rows[column] for column in request.text_columns]
+    if len(parts) == 1:
+        return tuple(parts[0])
+    return tuple(
+        join_parts(f"{request.path}: row {row}", together)
+        for row, together in enumerate(zip(*parts, strict=True))
+    )
 
 
 def _values(request: Request, rows: Any, column: str) -> tuple[Value, ...]:

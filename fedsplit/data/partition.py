@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsplit.data.dataset import TextDataset
+from fedsplit.data.labels import class_name
 from fedsplit.data.table import Value
 from fedsplit.errors import DataError, check
 from fedsplit.registry import pick
@@ -19,6 +20,7 @@ from fedsplit.seeding import derive_seed, numpy_generator
 
 Indices = npt.NDArray[np.int64]
 
+MIN_ROWS = 2  # of an owner that has to hold some out
 MIN_ALPHA = 1e-6  # a Dirichlet draw stays finite between these
 MAX_ALPHA = 1e6
 
@@ -84,8 +86,8 @@ def train_test_split(
     """Hold out a share of one owner's rows, each label in proportion.
 
     Of each label's rows ``floor(share * count)`` are held out, then one more of the labels with the
-    largest remainders until ``round(share * m)`` rows are.  A label with a single row keeps it for
-    training unless nothing else is left to hold out.
+    largest remainders until ``round(share * m)`` rows are, at least one and never all.  A label
+    with a single row keeps it for training unless nothing else is left to hold out.
 
     Args:
         indices: (m,) row numbers of the owner.
@@ -98,7 +100,8 @@ def train_test_split(
 
     Raises:
         ConfigError: if the share is out of its range.
-        DataError: if either part would be empty, or a row number occurs twice or has no label.
+        DataError: if there are fewer than :data:`MIN_ROWS` rows, or a row number occurs twice or
+            has no label.
     """
     check(0.0 < share < 1.0, "share", share, "> 0 and < 1")
     rows = np.unique(np.asarray(indices, dtype=np.int64))
@@ -108,12 +111,9 @@ def train_test_split(
         raise DataError(
             f"indices={rows[0]}..{rows[-1]}: must be from 0 to {len(labels) - 1}, the labelled rows"
         )
-    wanted = round(share * len(rows))
-    if not 0 < wanted < len(rows):
-        raise DataError(
-            f"share={share}: {wanted} of {len(rows)} rows to test on: must leave at least one row "
-            "on each side"
-        )
+    if len(rows) < MIN_ROWS:
+        raise DataError(f"rows={len(rows)}: must be >= {MIN_ROWS} to hold some out")
+    wanted = min(max(round(share * len(rows)), 1), len(rows) - 1)
     order = numpy_generator(seed, "train_test_split").permutation(rows)
     own = np.asarray(labels, dtype=np.int64)[order] if len(labels) else np.zeros_like(order)
     names, counts = np.unique(own, return_counts=True)
@@ -132,7 +132,8 @@ def train_test_split(
 def balanced_groups(values: Sequence[Value], owners: int, seed: int) -> Indices:
     """Assign whole groups of equal values to owners, largest group first to the smallest owner.
 
-    An owner's size exceeds the mean by less than the largest group (Graham 1969, list scheduling).
+    Values are equal as labels are: ``1``, ``1.0`` and ``"1"`` are one group.  An owner's size
+    exceeds the mean by less than the largest group (Graham 1969, list scheduling).
 
     Args:
         values: (n,) the group of each row.
@@ -145,23 +146,24 @@ def balanced_groups(values: Sequence[Value], owners: int, seed: int) -> Indices:
     Raises:
         DataError: if a value is missing, or there are fewer groups than owners.
     """
-    sizes: dict[Value, int] = {}
-    for row, value in enumerate(values):
-        if value is None or value != value:
+    names = [class_name(value) for value in values]
+    sizes: dict[str, int] = {}
+    for row, (name, value) in enumerate(zip(names, values, strict=True)):
+        if name in ("", "nan"):
             raise DataError(f"row {row}: group={value!r}: must be a value")
-        sizes[value] = sizes.get(value, 0) + 1
+        sizes[name] = sizes.get(name, 0) + 1
     if len(sizes) < owners:
         found = ", ".join(f"{value!r}: {size}" for value, size in list(sizes.items())[:20])
         raise DataError(f"owners={owners}: must be <= {len(sizes)}, the number of groups ({found})")
-    groups = sorted(sizes, key=lambda value: (type(value).__name__, str(value)))
+    groups = sorted(sizes)
     order = numpy_generator(seed, "balanced_groups").permutation(len(groups))
     loads = [0] * owners
-    owner_of: dict[Value, int] = {}
+    owner_of: dict[str, int] = {}
     for position in sorted(order, key=lambda position: -sizes[groups[position]]):
         owner = loads.index(min(loads))
         owner_of[groups[position]] = owner
         loads[owner] += sizes[groups[position]]
-    return np.asarray([owner_of[value] for value in values], dtype=np.int64)
+    return np.asarray([owner_of[name] for name in names], dtype=np.int64)
 
 
 def _iid(

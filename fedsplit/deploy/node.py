@@ -27,7 +27,7 @@ _PATHS = ("ca", "key", "home", "client-certificate", "client-key")
 _NEEDED = ("superlink", "ca", "key", "home", "node")
 # Set from the file's own keys; in [node] they could only contradict them.
 _OURS = {"state-dir": "home", "policy": "--policy", "session-ca": "ca"}
-_NODE_PATHS = ("data-path",)
+_NODE_PATHS = ("data-path", "test-path")
 
 
 def split_address(address: str, name: str) -> tuple[str, int]:

@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
-from fedsplit.config import DataConfig
-from fedsplit.data import TextDataset, load_splits, partition, train_test_split
+from fedsplit.config import DataConfig, RunConfig
+from fedsplit.data import MIN_ROWS, TextDataset, load_splits, partition, train_test_split
 from fedsplit.errors import ConfigError, DataError, check
+from fedsplit.owners.class_names import agreed_classes, keep_first
 from fedsplit.owners.home import in_simulation
 from fedsplit.owners.naming import owner_name
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import derive_seed
 
-__all__ = ["held_out", "own_data", "owner_name", "simulated_shares"]
+__all__ = ["held_out", "own_data", "owner_name", "read_own", "simulated_data", "simulated_shares"]
 
+# Settings of the group data that say how a source is read, at a simulated owner and at a real one.
+_READING = (
+    "text_column",
+    "label_column",
+    "train_split",
+    "test_split",
+    "test_path",
+    "delimiter",
+    "header",
+    "quotes",
+)
 TEST_SHARE = 0.2  # of an owner that names none in its node config
 
 
 @lru_cache(maxsize=2)
 def simulated_shares(
-    config: DataConfig, seed: int, labelled: bool
+    config: DataConfig, seed: int, labelled: bool, names: tuple[str, ...] = (), classes: int = 0
 ) -> tuple[tuple[TextDataset, TextDataset], ...]:
     """Return (train, test) of every simulated owner.
 
     A source with its own test split is shared out to the owners too, so that the sum of the owners'
     results is the result on that split.
 
+    Args:
+        config: which data, and how it is shared out.
+        seed: of the run.
+        labelled: whether labels are read.
+        names: the classes that the run announces; labels of others come after them, for each
+            owner to refuse its own (:meth:`~fedsplit.data.TextDataset.within`).
+        classes: number of classes.
+
     Raises:
         DataError: unknown source or column, an owner without samples, and see ``load_splits``.
     """
+    kind, asked = _reading(asdict(config), labelled)
     train, test = load_splits(
-        config.kind,
-        path=config.path,
-        text_column=config.text_column,
-        label_column=config.label_column if labelled else "",
+        kind,
+        **asked,
         columns=(config.column,) if config.partition == "column" and config.column else (),
         limit=config.limit or None,
         seed=derive_seed(seed, "limit"),
+        label_names=names,
+        classes=classes,
     )
     parts = partition(
         train,
@@ -46,7 +70,7 @@ def simulated_shares(
         seed=derive_seed(seed, "partition"),
         alpha=config.alpha,
         column=config.column,
-        min_size=2,
+        min_size=MIN_ROWS if test is None else 1,
     )
     shares = []
     if test is None:
@@ -61,49 +85,112 @@ def simulated_shares(
     return tuple(shares)
 
 
+def simulated_data(config: RunConfig, owner: int) -> tuple[TextDataset, TextDataset]:
+    """Return one simulated owner's (train, test).
+
+    Raises:
+        DataError: a label is of none of the classes that the run announces; names the owner and
+            the row; and as :func:`simulated_shares`.
+    """
+    model = config.model
+    labelled = model.task != "causal-lm"
+    names = agreed_classes(config, {}) if labelled and model.label_names else ()
+    classes = model.labels if labelled else 0
+    train, test = simulated_shares(config.data, config.seed, labelled, names, classes)[owner]
+    if not names:
+        return train, test
+    try:
+        return train.within(names), test.within(names)
+    except DataError as error:
+        raise DataError(f"owner-{owner}: {error}") from None
+
+
 def own_data(
-    config: DataConfig,
-    seed: int,
-    labelled: bool,
+    config: RunConfig,
     node_config: Mapping[str, object],
     secret: OwnerSecret,
+    home: Path | None = None,
 ) -> tuple[TextDataset, TextDataset]:
     """Return this owner's (train, test).
 
     Only in a simulation does the run config say which data, and which of it is held out; anywhere
-    else it is the owner's node config (keys ``data-kind``, ``data-path``, ``text-column``,
-    ``label-column``, ``test-share``): a server must not be able to name a file on the owner's disk,
-    nor to move texts between training and evaluation, which different rules bound.
+    else it is the owner's node config (keys ``data-kind``, ``data-path``, ``test-share``, and those
+    of the group ``data`` from ``text-column`` to ``quotes``): a server must not be able to name a
+    file on the owner's disk, nor to move texts between training and evaluation, which different
+    rules bound.
 
     Args:
-        config: of the run; used in a simulation alone.
-        seed: of the run; used in a simulation alone.
-        labelled: whether labels are read.
+        config: of the run; its data and seed are used in a simulation alone.
         node_config: the owner's own, from its SuperNode.
         secret: decides which texts are held out, see :func:`held_out`.
+        home: the owner's folder, which keeps the first list of classes; none: nothing is kept.
 
     Raises:
-        ConfigError: no data named in the node config, or ``test-share`` out of range.
-        DataError: as :func:`simulated_shares`.
+        ConfigError: no data named in the node config, ``test-share`` out of range, or classes that
+            are not the agreed ones.
+        DataError: a label outside them, and as :func:`simulated_shares`.
     """
     if in_simulation():
         index = node_config.get("partition-id")
-        if not isinstance(index, int) or not 0 <= index < config.owners:
-            raise ConfigError(f"partition-id={index!r}: must be in [0, {config.owners})")
-        return simulated_shares(config, seed, labelled)[index]
-    path = str(node_config.get("data-path", ""))
-    if not path:
+        owners = config.data.owners
+        if not isinstance(index, int) or not 0 <= index < owners:
+            raise ConfigError(f"partition-id={index!r}: must be in [0, {owners})")
+        return simulated_data(config, index)
+    if not node_config.get("data-path"):
         raise ConfigError("node config data-path: must name this owner's own data")
-    train, test = load_splits(
-        str(node_config.get("data-kind", "file")),
-        path=path,
-        text_column=str(node_config.get("text-column", "text")),
-        label_column=str(node_config.get("label-column", "label")) if labelled else "",
-    )
+    names = agreed_classes(config, node_config)
+    if home is not None:
+        keep_first(home, node_config, names)
+    train, test = read_own(node_config, names, labelled=bool(names))
+    train = train.within(names)
     if test is not None:
-        return train, test
+        return train, test.within(names)
     keep, out = held_out(train.texts, _test_share(node_config), secret)
     return train.select(keep), train.select(out)
+
+
+def read_own(
+    node_config: Mapping[str, object], names: Sequence[str], *, labelled: bool
+) -> tuple[TextDataset, TextDataset | None]:
+    """Read what the node config names as this owner's data: (train, test), none without a test set.
+
+    Args:
+        node_config: the owner's own.
+        names: the agreed classes; labels of others come after them.
+        labelled: whether labels are read.
+
+    Raises:
+        ConfigError: a value of another type.
+        DataError: see :func:`fedsplit.data.load_splits`.
+    """
+    kind, asked = _reading(_own_reading(node_config), labelled)
+    return load_splits(kind, **asked, label_names=names)
+
+
+def _own_reading(node_config: Mapping[str, object]) -> dict[str, Any]:
+    """Return what the node config says of the owner's data, by the names of the group ``data``.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    found: dict[str, Any] = {"kind": "file"}
+    defaults = asdict(DataConfig())
+    for name in ("kind", "path", *_READING):
+        key = f"data-{name}" if name in ("kind", "path") else name.replace("_", "-")
+        value = node_config.get(key, found.get(name, defaults[name]))
+        kind = type(defaults[name])
+        check(type(value) is kind, f"node config {key}", value, f"of type {kind.__name__}")
+        found[name] = value
+    return found
+
+
+def _reading(settings: Mapping[str, Any], labelled: bool) -> tuple[str, dict[str, Any]]:
+    """Return (kind, arguments of ``load_splits``) of settings of the group ``data``."""
+    asked = {name: settings[name] for name in ("path", *_READING)}
+    asked["split"] = asked.pop("train_split")
+    if not labelled:
+        asked["label_column"] = ""
+    return settings["kind"], asked
 
 
 def held_out(
@@ -123,8 +210,8 @@ def held_out(
         DataError: fewer than two different texts.
     """
     mark = {t: float(secret.stream("fedsplit.data.split.v1", t).uniform(1)[0]) for t in texts}
-    if len(mark) < 2:
-        raise DataError(f"{len(mark)} different texts: must be >= 2 to hold some out")
+    if len(mark) < MIN_ROWS:
+        raise DataError(f"{len(mark)} different texts: must be >= {MIN_ROWS} to hold some out")
     # At least one text on each side, whatever the draws are.
     ordered = sorted(mark, key=lambda text: (mark[text], text))
     count = min(max(sum(m < share for m in mark.values()), 1), len(ordered) - 1)

@@ -61,7 +61,7 @@ def _client_certificate(node_config: Mapping[str, object]) -> tuple[bytes | None
     return certificate, key
 
 
-def hello(offer: SessionOffer, owner: str) -> dict[str, object]:
+def hello(offer: SessionOffer, owner: str, classes: str = "") -> dict[str, object]:
     """Return the header of a session's first frame."""
     return {
         "protocol": PROTOCOL,
@@ -73,6 +73,7 @@ def hello(offer: SessionOffer, owner: str) -> dict[str, object]:
         "mode": offer.mode,
         "owner": owner,
         "digest": offer.digest,
+        "classes": classes,
     }
 
 
@@ -83,10 +84,11 @@ def greet(link: Link, offer: SessionOffer, check: DisclosureCheck, deadline_s: f
         SessionError: the server hands out other files than it offered.
         PolicyError, LedgerError: HELLO may not leave.
     """
-    check.send(link, notice(Kind.HELLO, hello(offer, check.session.owner)))
+    session = check.session
+    check.send(link, notice(Kind.HELLO, hello(offer, session.owner, session.classes)))
     found = link.expect(Kind.WELCOME, deadline_s)["digest"]
     if found != offer.digest:
-        files = check.session.files
+        files = session.files
         raise SessionError(f"server's {files} {found}: must be the announced {offer.digest}")
 
 

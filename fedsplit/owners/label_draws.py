@@ -20,6 +20,12 @@ from fedsplit.privacy.labels.base import LabelProtection
 FILE = "labels.drawn.json"
 
 
+def data_key(node_config: Mapping[str, object]) -> str:
+    """Return what names an owner's data and its labels' column in files of the owner's home."""
+    source = "\0".join(str(node_config.get(k, "")) for k in ("data-path", "label-column"))
+    return hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16]
+
+
 def fix_draw(
     home: Path, node_config: Mapping[str, object], protection: LabelProtection, classes: int
 ) -> None:
@@ -37,8 +43,7 @@ def fix_draw(
         PolicyError: labels were drawn before with another epsilon or number of classes.
         LedgerError: the file cannot be read or written; nothing may leave.
     """
-    source = "\0".join(str(node_config.get(k, "")) for k in ("data-path", "label-column"))
-    key = hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16]
+    key = data_key(node_config)
     asked: dict[str, Any] = {**protection.describe(), "classes": classes}
     path = home / FILE
     try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.data import TextDataset
+from fedsplit.data import SEPARATOR, TextDataset
 from fedsplit.data.conversations import from_text
 from fedsplit.errors import DataError
 from fedsplit.models.chat_template import encode
@@ -83,37 +83,53 @@ def tokenise(
     classes: int,
     order: np.ndarray | None = None,
     shortest: int = 0,
+    places: Sequence[str] = (),
 ) -> Samples:
     """Tokenise texts into slots.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        texts: the owner's texts.
+        texts: the owner's texts; those of two parts (:func:`fedsplit.data.table.join_parts`) are
+            pairs where the tokenizer knows pairs, else the parts are lines of one text.
         labels: class per text, or None for causal language modelling.
         max_tokens: longer texts are cut.
         classes: number of classes the parties agreed on.
         order: permutation of the texts; slot i holds text ``order[i]``.  A source sorted by label
             would otherwise tell labels by slot.
         shortest: fewest tokens of a text; 0 = 1 with labels, 2 without, since a language-modelling
-            sample needs a next token.
+            sample needs a next token.  A shorter text is filled up with the tokenizer's end (or
+            pad) token: leaving it out would tell a server that made the tokenizer which text it is.
+        places: where each text is ("file:line"), for messages to its owner.
 
     Raises:
-        DataError: no text, a text without tokens, or a label outside [0, classes).
+        DataError: no text, a label outside [0, classes), or a short text and no token to fill it
+            up with.
     """
     if not texts:
         raise DataError("owner's split has 0 texts: must be >= 1")
+    where = list(places) or [f"text {number}" for number in range(len(texts))]
     if order is not None:
         texts = [texts[i] for i in order]
         labels = None if labels is None else [labels[i] for i in order]
+        where = [where[i] for i in order]
     if labels is not None:
-        for slot, label in enumerate(labels):
+        for place, label in zip(where, labels, strict=True):
             if not 0 <= int(label) < classes:
-                raise DataError(f"label={label} (slot {slot}): must be in [0, {classes})")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+                raise DataError(f"{place}: label={label}: must be in [0, {classes})")
+    encoded = _encode(tokenizer, texts, max_tokens)
     shortest = shortest or (1 if labels is not None else 2)
-    for slot, ids in enumerate(encoded):
-        if len(ids) < shortest:
-            raise DataError(f"text in slot {slot} has {len(ids)} tokens: must be >= {shortest}")
+    fill = [getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")]
+    for place, ids in zip(where, encoded, strict=True):
+        missing = shortest - len(ids)
+        if missing <= 0:
+            continue
+        token = next((token for token in fill if token is not None), None)
+        if token is None:
+            raise DataError(
+                f"{place}: {len(ids)} tokens: must be >= {shortest}, as the tokenizer has no end "
+                "token to fill it up with"
+            )
+        ids += [token] * missing
     return Samples(
         tuple(torch.tensor(ids, dtype=torch.int64) for ids in encoded),
         None if labels is None else torch.tensor([int(x) for x in labels], dtype=torch.int64),
@@ -180,5 +196,38 @@ def tokenise_set(
         return tokenise_chat(tokenizer, data.texts, max_tokens=max_tokens, order=order)
     labels = data.labels if labelled else None
     return tokenise(
-        tokenizer, data.texts, labels, max_tokens=max_tokens, classes=classes, order=order
+        tokenizer,
+        data.texts,
+        labels,
+        max_tokens=max_tokens,
+        classes=classes,
+        order=order,
+        places=data.places,
     )
+
+
+def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Return how many tokens each text has before anything is cut, special ones included."""
+    return [len(ids) for ids in _encode(tokenizer, texts, None)]
+
+
+def lines_of(text: str) -> str:
+    """Return a text for a tokenizer without pairs: its parts as lines."""
+    return text.replace(SEPARATOR, "\n")
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[list[int]]:
+    cut = {} if most is None else {"truncation": True, "max_length": most}
+    parts = [text.split(SEPARATOR) for text in texts]
+    if all(len(part) == 2 for part in parts) and _knows_pairs(tokenizer):
+        first, second = ([part[side] for part in parts] for side in (0, 1))
+        found = tokenizer(first, second, **cut)["input_ids"]
+    else:
+        found = tokenizer([lines_of(text) for text in texts], **cut)["input_ids"]
+    return [list(ids) for ids in found]
+
+
+def _knows_pairs(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts a token of its own between two texts."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", lambda pair: 0)
+    return bool(count(pair=True) > count(pair=False))

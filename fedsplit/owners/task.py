@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.config import RunConfig
+from fedsplit.data import names_digest
 from fedsplit.owners.app_digest import digest_of_app, running_app
+from fedsplit.owners.class_names import agreed_classes
 from fedsplit.owners.handshake import open_stream
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
@@ -61,6 +63,7 @@ class OwnerTask:
 
         Raises:
             PolicyError: names every broken rule; nothing has left.
+            ConfigError: the run's classes are not those of the owner's node config.
         """
         node_config = identity.node_config
         policy = identity.home.policy(node_config, warn=warn)
@@ -81,6 +84,7 @@ class OwnerTask:
             offer.digest,
             files,
             config.strategy,
+            names_digest(names) if (names := agreed_classes(config, node_config)) else "",
         )
         check = DisclosureCheck(ledger, facts, policy, identity.secret, measure)
         return cls(config, offer, identity, check)

@@ -12,7 +12,7 @@ from fedsplit.wire.tokens import MODES, TokenBook
 
 @dataclass(frozen=True)
 class Hello:
-    """Who opened a session, after its token was accepted."""
+    """Who opened a session, after its token was accepted; ``classes``: digest of its classes."""
 
     run: int
     node: int
@@ -20,6 +20,7 @@ class Hello:
     mode: str
     owner: str
     digest: str
+    classes: str = ""
 
 
 class SessionAuthenticator:
@@ -60,4 +61,5 @@ class SessionAuthenticator:
             raise TokenError("session token: must be one issued for this run, node, round and mode")
         node, round_, mode = frame["node"], frame["round"], frame["mode"]
         self.tokens.redeem(frame["token"], self.run, node, round_, mode)
-        return Hello(self.run, node, round_, mode, frame["owner"], frame["digest"])
+        owner, digest, classes = frame["owner"], frame["digest"], frame["classes"]
+        return Hello(self.run, node, round_, mode, owner, digest, classes)

@@ -29,7 +29,7 @@ KIND_AT = len(MAGIC)
 MAX_HEADER_BYTES = 1 << 20  # of a kind with lists; others have at most _SHORT_HEADER_BYTES
 _SHORT_HEADER_BYTES = 1 << 16  # a few strings, each character at most 12 bytes when escaped
 MAX_INTS = 1 << 17
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Kind(IntEnum):
@@ -62,6 +62,7 @@ SCHEMA: dict[Kind, dict[str, str]] = {
         "mode": "str",
         "owner": "str",
         "digest": "str",
+        "classes": "str",
     },
     Kind.WELCOME: {"version": "str", "digest": "str", "codec": "str", "logits_codec": "str"},
     Kind.NEED: {"digest": "str"},

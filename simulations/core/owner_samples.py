@@ -12,7 +12,7 @@ from typing import Any
 
 from fedsplit.config import RunConfig
 from fedsplit.data import TextDataset
-from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.data_source import simulated_data
 from fedsplit.owners.samples import Samples, tokenise_set
 from fedsplit.owners.split.schedule import slot_order
 from fedsplit.privacy.secret import OwnerSecret
@@ -35,7 +35,7 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
     """Return every simulated owner's samples exactly as the owner itself prepares them.
 
     Raises:
-        DataError: see :func:`fedsplit.owners.data_source.simulated_shares`.
+        DataError: see :func:`fedsplit.owners.data_source.simulated_data`.
     """
     owners = []
     for index, (train, test) in enumerate(_shares(config)):
@@ -68,5 +68,4 @@ def data_digest(config: RunConfig) -> str:
 
 
 def _shares(config: RunConfig) -> Sequence[tuple[TextDataset, TextDataset]]:
-    labelled = config.model.task == "sequence-classification"
-    return simulated_shares(config.data, config.seed, labelled)
+    return [simulated_data(config, owner) for owner in range(config.data.owners)]

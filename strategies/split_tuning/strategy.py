@@ -22,6 +22,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
+from fedsplit.data import names_digest, parse_class_names
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
@@ -85,6 +86,9 @@ class SplitTuning(RunStrategy):
         self.parts = parts
         self.patience_s = config.session.idle_s
         self._naming = threading.Lock()
+        names = parse_class_names(config.model.label_names, "model.label-names")
+        # (digest, whose); without an announced list the first owner's is everyone's
+        self._classes = (names_digest(names), "the announced ones") if names else None
         self._sessions: SessionRound | None = None
         self._cohort = Cohort(parts.model, parts.optimisation, config, self._on_step)
 
@@ -203,6 +207,7 @@ class SplitTuning(RunStrategy):
             others = {names.get(n) for n in context.nodes if n != hello.node}
             if hello.owner in others:  # two owners of one name would share what is kept by name
                 raise SessionError(f"owner's name {hello.owner!r}: another node has it already")
+            self._check_classes(hello)
             names[hello.node] = hello.owner
         self.recorder.session_opened(hello.owner, hello.node, link)
         return OwnerSession(
@@ -216,6 +221,18 @@ class SplitTuning(RunStrategy):
             # Owners evaluate in batches of twice the size, since no gradients are kept.
             batch_size=self.config.train.batch_size * (1 if context.mode == "train" else 2),
         )
+
+    def _check_classes(self, hello: Hello) -> None:
+        """Refuse an owner whose classes are not those of the others: an index would mean two."""
+        if not hello.classes:
+            return
+        if self._classes is None:
+            self._classes = hello.classes, f"those of {hello.owner}"
+        digest, whose = self._classes
+        if hello.classes != digest:
+            raise SessionError(
+                f"classes of owner {hello.owner!r}: must be {whose}; announce model.label-names"
+            )
 
     # ---- while it runs ----------------------------------------------------------------------
 

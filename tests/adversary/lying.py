@@ -147,6 +147,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "session.reconnect-s": 0.0,
         "model.name": "tiny",
         "model.labels": 2,
+        "model.max-tokens": 40,  # the tiny model's positions
         "train.rounds": 1,
         "train.batch-size": 8,
     }

@@ -31,7 +31,7 @@ DRAWN = settings(
     suppress_health_check=list(HealthCheck),
 )
 MORE: dict[str, st.SearchStrategy[Any]] = {
-    "model.max-tokens": st.integers(3, 128),
+    "model.max-tokens": st.integers(3, 40),
     "model.labels": st.integers(2, 5),
     "train.batch-size": st.sampled_from([1, 3, 8, 64]),
     "train.max-steps": st.integers(0, 3),
@@ -92,7 +92,7 @@ def test_no_sequence_of_lies_reads_tokens(drawn: list[Lie]) -> None:
 @DRAWN
 @given(lies(loud=True))
 def test_no_sequence_with_loud_words_reads_tokens(drawn: list[Lie]) -> None:
-    row = play([Lie(loud=True, more=(("model.max-tokens", 128),)), *drawn])["tokens"]
+    row = play([Lie(loud=True, more=(("model.max-tokens", 40),)), *drawn])["tokens"]
     assert row.ok, f"{row.read:.3f} of {row.targets} tokens, allowed {row.allowance:.3f}"
 
 

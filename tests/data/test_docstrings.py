@@ -11,8 +11,9 @@ import pytest
 
 from fedsplit.data import Table, TextDataset, docstrings, load_dataset, load_splits, partition
 from fedsplit.data.areas import AREAS
-from fedsplit.data.dataset import build, label_names
+from fedsplit.data.dataset import build
 from fedsplit.data.docstrings import MAX_WORDS, _collect, clean
+from fedsplit.data.labels import agreed_first
 from fedsplit.errors import DataError
 
 
@@ -88,7 +89,7 @@ def test_another_process_reads_the_same_and_imports_nothing(
     monkeypatch.setattr(docstrings, "AREAS", areas)
     texts, labels, groups, kinds = _collect.__wrapped__(sysconfig.get_path("stdlib"))
     table = Table(texts, labels, {"group": groups, "kind": kinds})
-    assert done.stdout.strip() == build(table, label_names([table])).digest
+    assert done.stdout.strip() == build(table, agreed_first([table])).digest
 
 
 def test_parts_that_a_distribution_lacks_are_not_missed(tmp_path: Path) -> None:

@@ -37,9 +37,7 @@ def write_csv(path: Path, delimiter: str = ",") -> Path:
 
 
 def test_formats_agree(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    arrow = pytest.importorskip("pyarrow")
-    parquet.write_table(arrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", ROWS)
     paths = [
         write_json_lines(tmp_path / "a.jsonl", ROWS),
         write_csv(tmp_path / "a.csv"),
@@ -52,7 +50,7 @@ def test_formats_agree(tmp_path: Path) -> None:
     assert loaded[0].label_names == ("bad", "good")
     assert loaded[0].labels == (1, 0, 1)
     ages = [load_dataset("file", path=str(path), columns=["age"]).columns["age"] for path in paths]
-    assert ages == [(30, None, 41), ("30", "", "41"), ("30", "", "41"), (30, None, 41)]
+    assert ages == [(30, None, 41), ("30", None, "41"), ("30", None, "41"), (30, None, 41)]
 
 
 def test_folder_of_splits_shares_label_names(tmp_path: Path) -> None:
@@ -119,6 +117,39 @@ def test_language_modelling_drops_blank_rows(tmp_path: Path) -> None:
     assert dataset.labels == ()
 
 
+def write_parquet(path: Path, rows: list[dict[str, object]]) -> Path:
+    arrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_file_is_an_owner_where_it_is_asked_for_by_name(tmp_path: Path, suffix: str) -> None:
+    for name in ("bronte", "darwin"):
+        path = tmp_path / f"{name}.{suffix}"
+        if suffix == "csv":
+            write_csv(path)
+        else:
+            {"jsonl": write_json_lines, "parquet": write_parquet}[suffix](path, ROWS)
+    dataset = load_dataset("file", path=str(tmp_path), columns=("source",))
+    assert dataset.columns["source"] == ("bronte",) * 3 + ("darwin",) * 3
+
+
+def test_an_empty_cell_is_the_same_in_every_format(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "x", "who": "a"}, {"text": None, "who": None}]
+    (tmp_path / "a.csv").write_text('text,who\nx,a\n" ",\n')
+    paths = [
+        write_json_lines(tmp_path / "a.jsonl", rows),
+        write_parquet(tmp_path / "a.parquet", rows),
+        tmp_path / "a.csv",
+    ]
+    for path in paths:
+        data = load_dataset("file", path=str(path), label_column="", columns=["who"])
+        assert (data.texts, data.columns["who"]) == (("x",), ("a",))  # a blank row is no text
+        with pytest.raises(DataError, match=r":(row )?[23]: label=None: .*cell is empty"):
+            load_dataset("file", path=str(path), label_column="who")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -128,10 +159,14 @@ def test_language_modelling_drops_blank_rows(tmp_path: Path) -> None:
         ("a.jsonl", b"[" * 200_000, r"a.jsonl:1: must be one JSON object"),
         ("a.jsonl", b'{"text": "x"}', r"a.jsonl:1: column='label': is missing; found: text"),
         ("a.jsonl", b'{"text": 3, "label": 1}', r"a.jsonl:1: text=3: must be a text"),
-        ("a.jsonl", b'{"text": "x", "label": null}', r"a.jsonl:1: label=None: must be a label"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "label": null}',
+            r"a.jsonl:1: label=None: .* cell is empty",
+        ),
         ("a.jsonl", b'{"text": "x", "label": [1]}', r"a.jsonl:1: label=\[1\]: must be a string"),
-        ("a.jsonl", b'{"text": "", "label": 1}', r"row 0: text=''"),
-        ("a.jsonl", b'{"text": "\\ud800", "label": 1}', r"row 0: text has the lone surrogate"),
+        ("a.jsonl", b'{"text": "", "label": 1}', r"a.jsonl:1: text=''"),
+        ("a.jsonl", b'{"text": "\\ud800", "label": 1}', r"a.jsonl:1: text has the lone surrogate"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', r"a.jsonl:1: column='label'"),
         ("a.jsonl", b'{"text": "\xff", "label": 1}', r"a.jsonl:1: byte 10: must be UTF-8"),
         ("a.jsonl", b'"' + b"x" * (1 << 20), r"a.jsonl:1: line longer than 1048576 bytes"),
@@ -140,7 +175,7 @@ def test_language_modelling_drops_blank_rows(tmp_path: Path) -> None:
         ("a.csv", b"text,text\nx,1\n", r"a.csv:1: header=.*must be distinct"),
         ("a.csv", b'text,label\n"x,1\n', r"a.csv:2: unexpected end of data"),
         ("a.csv", b'text,label\n"x"y,1\n', r"a.csv:2: "),
-        ("a.csv", b"text,label\nx,\n", r"a.csv:2: label='': must be a label"),
+        ("a.csv", b"text,label\nx,\n", r"a.csv:2: label=None: .* cell is empty"),
         ("a.csv", b"text,label\n" + b"x" * 140_000 + b",1\n", r"a.csv:2: field larger than"),
         ("a.csv", b"words,label\nx,1\n", r"column='text': is missing; found: words, label"),
         ("a.parquet", b"PAR1 no", r"a.parquet: must be a Parquet file"),
@@ -187,7 +222,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         ({"text_column": ""}, "text_column=''"),
         ({"columns": ("text",)}, "columns="),
         ({"columns": ("",)}, "columns="),
-        ({"passage_words": 0}, "passage_words=0"),
+        ({"passage_words": -1}, "passage_words=-1"),
     ],
 )
 def test_settings_out_of_range(tmp_path: Path, arguments: dict[str, object], message: str) -> None:

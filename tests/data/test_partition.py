@@ -162,11 +162,7 @@ def test_no_labels_no_dirichlet_but_iid() -> None:
 )
 def test_split_is_stratified_and_covers(labels: list[int], share: float, seed: int) -> None:
     indices = np.arange(len(labels))[::-1]
-    wanted = round(share * len(labels))
-    if not 0 < wanted < len(labels):
-        with pytest.raises(DataError, match="at least one row on each side"):
-            train_test_split(indices, labels, share, seed)
-        return
+    wanted = min(max(round(share * len(labels)), 1), len(labels) - 1)
     train, test = train_test_split(indices, labels, share, seed)
     assert sorted([*train.tolist(), *test.tolist()]) == list(range(len(labels)))
     assert len(test) == wanted
@@ -189,7 +185,8 @@ def test_split_of_one_owners_rows_of_a_larger_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("indices", "message"), [([1, 1, 2], "1 of 3 occur twice"), ([1, 9], "from 0 to 3")]
+    ("indices", "message"),
+    [([1, 1, 2], "1 of 3 occur twice"), ([1, 9], "from 0 to 3"), ([1], "rows=1: must be >= 2")],
 )
 def test_split_of_wrong_rows(indices: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit.config import DataConfig, RunConfig
+from fedsplit.config.groups import ModelConfig
 from fedsplit.errors import (
     ConfigError,
     DataError,
@@ -124,28 +125,42 @@ def test_run_folders_are_apart_and_private(tmp_path: Path) -> None:
 def test_outside_a_simulation_the_run_config_names_no_data(real: Path, texts: Path) -> None:
     asked = DataConfig(kind="file", path=str(texts), owners=1, partition="iid")
     with pytest.raises(ConfigError, match="data-path: must name this owner's own data"):
-        own_data(asked, 0, True, {"partition-id": 0}, SECRET)
+        own_data(RunConfig(data=asked), {"partition-id": 0}, SECRET)
     own = texts.parent / "own.jsonl"
     own.write_text('{"words": "mine", "class": "yes"}\n{"words": "mine too", "class": "no"}\n' * 4)
     node = {"data-path": str(own), "text-column": "words", "label-column": "class"}
+    model = ModelConfig(labels=2, label_names="no, yes")
     shares = []
     for path, column in ((str(texts), "text"), ("/etc/passwd", "label"), ("", "words")):
         asked = replace(asked, path=path, text_column=column, kind="docstrings", limit=1)
-        shares.append(own_data(asked, 0, True, node, SECRET))
+        shares.append(own_data(RunConfig(data=asked, model=model), node, SECRET))
     for train, test in shares:
         assert {*train.texts, *test.texts} == {"mine", "mine too"}
         assert len(train) + len(test) == 8
+        assert {*zip(train.texts, train.labels, strict=True)} <= {("mine", 1), ("mine too", 0)}
         assert [*train.texts] == [*shares[0][0].texts]
 
 
 def test_in_a_simulation_it_is_the_partition_that_counts(simulated: Path, texts: Path) -> None:
     asked = DataConfig(kind="file", path=str(texts), owners=3, partition="iid")
     nodes = [{"partition-id": i, "data-path": "/x"} for i in range(3)]
-    parts = [own_data(asked, 0, True, node, SECRET) for node in nodes]
+    run = RunConfig(data=asked, model=ModelConfig(labels=3))
+    parts = [own_data(run, node, SECRET) for node in nodes]
     assert sum(len(train) + len(test) for train, test in parts) == 120
     for bad in (3, -1, None, "0", 1.0):
         with pytest.raises(ConfigError, match=r"partition-id=.*must be in"):
-            own_data(asked, 0, True, {"partition-id": bad}, SECRET)
+            own_data(run, {"partition-id": bad}, SECRET)
+
+
+def test_owners_of_two_rows_have_one_on_each_side(simulated: Path, texts: Path) -> None:
+    asked = DataConfig(
+        kind="file", path=str(texts), owners=3, partition="iid", limit=6, test_share=0.1
+    )
+    run = RunConfig(data=asked, model=ModelConfig(labels=3))
+    parts = [own_data(run, {"partition-id": i}, SECRET) for i in range(3)]
+    assert [(len(train), len(test)) for train, test in parts] == [(1, 1)] * 3
+    with pytest.raises(DataError, match=r"owners=3: must be <= 2.*every owner must have 2"):
+        own_data(RunConfig(data=replace(asked, limit=5)), {"partition-id": 0}, SECRET)
 
 
 @pytest.mark.parametrize(

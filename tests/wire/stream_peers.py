@@ -72,6 +72,7 @@ class Echo:
 def hello(token: str, /, **changes: object) -> dict[str, object]:
     header = {
         "protocol": PROTOCOL,
+        "classes": "",
         "version": fedsplit.__version__,
         "token": token,
         "run": RUN,

@@ -22,6 +22,7 @@ WHO = (7, 2**64 - 1, 3, "train")
 def hello(token: str, **changes: object) -> Frame:
     header = {
         "protocol": PROTOCOL,
+        "classes": "",
         "version": fedsplit.__version__,
         "token": token,
         "run": WHO[0],

@@ -19,6 +19,7 @@ class SessionFacts:
         digest: of the files that the server handed out.
         files: what they are, ``bottom`` or ``emulator``.
         strategy: of the run; empty: no session was accepted.
+        classes: digest of the agreed classes, for HELLO; empty without labels.
     """
 
     run: int
@@ -28,6 +29,7 @@ class SessionFacts:
     digest: str = ""
     files: str = "bottom"
     strategy: str = ""
+    classes: str = ""
 
     def line(self) -> Entry:
         """Return the facts as a ledger line carries them."""

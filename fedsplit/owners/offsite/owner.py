@@ -25,7 +25,7 @@ from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.ledger.disclosure import Training
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
 from fedsplit.owners.reports import SessionReport
-from fedsplit.owners.samples import tokenise_chat
+from fedsplit.owners.samples import lines_of, tokenise_chat
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.owners.split.settings import DpSettings
 from fedsplit.privacy.secret import OwnerSecret
@@ -59,7 +59,7 @@ def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length:
     for name, texts in (("train", train), ("test", test)):
         ids: list[int] = []
         for text in texts:
-            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += tokenizer(lines_of(text), add_special_tokens=False)["input_ids"]
             if end is not None:
                 ids.append(int(end))
         if len(ids) < length:

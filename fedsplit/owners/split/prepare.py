@@ -16,6 +16,7 @@ from fedsplit.data import TextDataset, docstrings_are_public
 from fedsplit.errors import ModelError, SessionError
 from fedsplit.models.bundle.bottom import Bundle, unpack_bottom
 from fedsplit.models.bundle.head import HEAD_FILES, unpack_head, without_head
+from fedsplit.models.positions import check_length
 from fedsplit.models.splitting.halves import Bottom
 from fedsplit.models.splitting.heads import Head
 from fedsplit.models.splitting.representations import check_alone
@@ -95,8 +96,9 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         raise SessionError(f"session mode {mode!r}: must be train or evaluate in split tuning")
     identity.home.evict("bottoms", folder.name, identity.node_config)
     bottom, tokenizer = _bottom(folder)
+    check_length(bottom.model, config.model.max_tokens, "model.max-tokens")
     train_set, test_set = own_data(
-        config.data, config.seed, _labelled(config), identity.node_config, identity.secret
+        config, identity.node_config, identity.secret, identity.home.root
     )
     train = _tokenised(config, identity, tokenizer, folder, "train", train_set)
     chosen = train
@@ -196,13 +198,12 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
     config, identity, folder = task.config, task.identity, task.bottom_folder
     identity.home.evict("bottoms", folder.name, identity.node_config)
     bottom, tokenizer = _bottom(folder)
+    check_length(bottom.model, config.model.max_tokens, "model.max-tokens")
     train, shown = None, None
     p = config.privacy
     mechanism = mechanism_type(p)
     if mechanism.protects() and (p.cti != "off" or mechanism.needs_own_text(p)):
-        texts, _ = own_data(
-            config.data, config.seed, _labelled(config), identity.node_config, identity.secret
-        )
+        texts, _ = own_data(config, identity.node_config, identity.secret, identity.home.root)
         train = _tokenised(config, identity, tokenizer, folder, "train", texts)
         shown, _ = _label_side(task, train, train, "evaluate")
     perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,8 +133,16 @@ def test_long_texts_are_cut(tokenizer: object) -> None:
 
 @pytest.mark.parametrize("label", [-1, 3, 99])
 def test_labels_outside_the_agreed_classes(tokenizer: object, label: int) -> None:
-    with pytest.raises(DataError, match=rf"label={label} \(slot 1\): must be in \[0, 3\)"):
-        tokenise(tokenizer, ["w1", "w2"], [0, label], max_tokens=16, classes=3)
+    with pytest.raises(DataError, match=rf"a.csv:3: label={label}: must be in \[0, 3\)"):
+        tokenise(
+            tokenizer,
+            ["w1", "w2"],
+            [0, label],
+            max_tokens=16,
+            classes=3,
+            order=np.array([1, 0]),
+            places=["a.csv:2", "a.csv:3"],
+        )
 
 
 def test_no_texts(tokenizer: object) -> None:
@@ -141,15 +150,42 @@ def test_no_texts(tokenizer: object) -> None:
         tokenise(tokenizer, [], [], max_tokens=16, classes=3)
 
 
-def test_texts_without_tokens(tokenizer: object) -> None:
-    class Bare:
-        def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[7] * len(text.split()) for text in texts]}
+class Bare:
+    """A tokenizer of one token per word, and no special ones."""
 
-    with pytest.raises(DataError, match="slot 1 has 0 tokens: must be >= 1"):
-        tokenise(Bare(), ["a", ""], [0, 0], max_tokens=16, classes=3)
-    with pytest.raises(DataError, match="slot 0 has 1 tokens: must be >= 2"):
-        tokenise(Bare(), ["a", "a b"], None, max_tokens=16, classes=3)
+    def __init__(self, end: int | None) -> None:
+        self.eos_token_id = end
+
+    def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[7] * len(text.split()) for text in texts]}
+
+
+def test_a_short_text_is_filled_up_and_loses_nobody() -> None:
+    """As many samples as texts, whatever a server's tokenizer makes of one of them."""
+    samples = tokenise(Bare(9), ["a", "a b", "\u200b "], None, max_tokens=16, classes=3)
+    assert [ids.tolist() for ids in samples.ids] == [[7, 9], [7, 7], [7, 9]]
+    samples = tokenise(Bare(9), ["a", ""], [0, 0], max_tokens=16, classes=3)
+    assert [ids.tolist() for ids in samples.ids] == [[7], [9]]
+
+
+def test_a_short_text_is_named_where_its_owner_finds_it() -> None:
+    options: Any = {"max_tokens": 16, "classes": 3, "order": np.array([1, 0])}
+    places = ["notes.csv:2", "notes.csv:3"]
+    with pytest.raises(DataError, match=r"notes.csv:3: 0 tokens: must be >= 1"):
+        tokenise(Bare(None), ["a", ""], [0, 0], places=places, **options)
+    with pytest.raises(DataError, match=r"notes.csv:2: 1 tokens: must be >= 2"):
+        tokenise(Bare(None), ["a", "a b"], None, places=places, **options)
+
+
+def test_a_text_of_two_parts_is_a_pair(tokenizer: object) -> None:
+    samples = tokenise(tokenizer, ["w1 w2\x1fw3", "w1\x1fw1"], [0, 0], max_tokens=16, classes=2)
+    # [CLS] w1 w2 [SEP] w3 [SEP]
+    assert [ids.tolist() for ids in samples.ids] == [[2, 5, 6, 3, 7, 3], [2, 5, 3, 5, 3]]
+    assert samples.texts[0] == text_identity("w1 w2\x1fw3")
+    whole = tokenise(tokenizer, ["w1 " * 9 + "\x1fw3"], [0], max_tokens=8, classes=2)
+    assert whole.ids[0].tolist()[-3:] == [3, 7, 3]  # the longer part is cut
+    lines = tokenise(Bare(9), ["a b\x1fc"], None, max_tokens=16, classes=2)
+    assert lines.ids[0].tolist() == [7, 7, 7]
 
 
 def test_a_language_models_samples_have_no_labels(tokenizer: object) -> None:

@@ -56,7 +56,7 @@ def _texts(n: int) -> list[dict[str, Any]]:
 
 
 BAD_DATA: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
-    "a label outside the range": ([*_texts(30), {"text": "w1", "label": 3}], {}, "label=3"),
+    "a label outside the range": ([*_texts(30), {"text": "w1", "label": 3}], {}, "label='3'"),
     "a missing column": ([{"words": "w1 w2", "label": 0}] * 30, {}, "text"),
     "another column's name": (_texts(30), {"label-column": "class"}, "class"),
     "no rows": ([], {}, "own-1.jsonl"),

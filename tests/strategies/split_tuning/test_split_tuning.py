@@ -9,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedsplit.data import names_digest
+from fedsplit.errors import SessionError
+from fedsplit.wire.authentication import Hello
+
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
@@ -130,3 +134,16 @@ def test_sampling_by_name_is_reproducible(make_config: Any, run_locally: Any) ->
     for a, b in zip(first, again, strict=True):
         assert len(a["train"]["finished"]) == 2
         assert a["train"]["finished"] == b["train"]["finished"]
+
+
+def test_one_list_of_classes_for_all_owners(make_config: Any, run_locally: Any) -> None:
+    def hello(owner: str, *names: str) -> Hello:
+        return Hello(7, 1, 1, "train", owner, "", names_digest(names) if names else "")
+
+    strategy = run_locally(make_config(train__rounds=1, train__max_steps=1)).strategy
+    strategy._classes = None
+    for owner in (hello("a", "no", "yes"), hello("b", "no", "yes"), hello("c")):
+        strategy._check_classes(owner)
+    for other in (("yes", "no"), ("no", "yes", "?"), ("0", "1")):
+        with pytest.raises(SessionError, match="classes of owner 'd': must be those of a"):
+            strategy._check_classes(hello("d", *other))
