@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from fedsplit import storage
 from fedsplit.commands.options import Home, owner_home
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.errors import ConfigError
 from fedsplit.observe import printable
 from fedsplit.observe.console import console
 
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
 def predict(
     text: Annotated[str, typer.Argument(help="one text; leave out with --file")] = "",
     file: Annotated[
-        Path | None, typer.Option(help="texts: CSV, JSON lines, Parquet, or plain text")
+        Path | None, typer.Option(help="texts: CSV, JSON lines, Parquet, or lines of plain text")
     ] = None,
     column: Annotated[str, typer.Option(help="column with the text")] = "text",
     out: Annotated[
@@ -49,13 +50,14 @@ def predict(
     The bottom and the noise are here, the top at the model owner; your policy and ledger apply.
     """
     from fedsplit.attacks.measuring import measure
+    from fedsplit.data import parse_class_names
     from fedsplit.owners.serving.generation import sampler
     from fedsplit.owners.serving.inference import classify, generate
     from fedsplit.owners.serving.offers import serving_config
 
     root = owner_home(home)
-    task = serving_config(root).model.task
-    if task == "causal-lm":
+    model = serving_config(root).model
+    if model.task == "causal-lm":
         if file is not None or not text:
             raise ConfigError("predict with a generating model: must be given one text, no --file")
         choose = sampler(temperature, top_p, None if seed < 0 else seed)
@@ -79,19 +81,31 @@ def predict(
         console.print()
     else:
         if chat:
-            raise ConfigError(f"--chat: must be left out, {task} answers with classes")
-        texts = _texts(text, file, column)
-        probabilities, answered = classify(root, texts, measure)
-        names = [n.strip() for n in classes.split(",")] if classes else []
+            raise ConfigError(f"--chat: must be left out, {model.task} answers with classes")
+        places, texts = _texts(text, file, column)
+        asked = [number for number, one in enumerate(texts) if one.strip()]
+        probabilities, answered = classify(root, [texts[number] for number in asked], measure)
+        names = parse_class_names(classes or model.label_names, "--classes")
         if names and len(names) != probabilities.shape[1]:
             count = probabilities.shape[1]
             raise ConfigError(f"--classes: must be {count} names, not {len(names)}")
-        rows = _rows(texts, probabilities, names)
+        rows = [_row(*row) for row in zip(places, texts, strict=True)]
+        for number, probability in zip(asked, probabilities.tolist(), strict=True):
+            rows[number] |= _answer(probability, names)
+        for cut in answered.cut:
+            rows[asked[cut]]["cut"] = True
         if out is not None:
             _write(out, rows)
             console.print(f"{len(rows)} answers: {out}")
         else:
             console.print(_table(rows))
+        if len(asked) < len(rows):
+            console.print(f"{len(rows) - len(asked)} of {len(rows)} rows are blank: no answer")
+        if answered.cut:
+            console.print(
+                f"{len(answered.cut)} texts are longer than the run's model.max-tokens="
+                f"{model.max_tokens}: their ends were not read (column cut)"
+            )
     console.print(
         f"sent {answered.tokens} tokens as {answered.bytes_up / 1e3:.1f} kB of representations; "
         f"{answered.mechanism}",
@@ -100,39 +114,40 @@ def predict(
     )
 
 
-def _texts(text: str, file: Path | None, column: str) -> list[str]:
+def _texts(text: str, file: Path | None, column: str) -> tuple[list[str], list[str]]:
+    """Return (where each text is, texts), a blank one for each blank row."""
     if bool(text) == (file is not None):
         raise ConfigError("predict: must be given either one text or --file")
     if file is None:
-        return [text]
-    from fedsplit.data import load_splits
+        return ["text"], [text]
+    from fedsplit.data import read_rows
 
-    loaded, test = load_splits("file", path=str(file), text_column=column, label_column="")
-    if test is not None:
-        raise DataError(f"{file}: must be one file, not a folder with a test split")
-    return list(loaded.texts)
+    table = read_rows(str(file), column)
+    return [place.removeprefix(f"{file}:") for place in table.places], list(table.texts)
 
 
-def _rows(texts: list[str], probabilities: Any, names: list[str]) -> list[dict[str, Any]]:
-    rows = []
-    for text, row in zip(texts, probabilities.tolist(), strict=True):
-        best = max(range(len(row)), key=row.__getitem__)
-        rows.append(
-            {
-                "text": text,
-                "class": names[best] if names else best,
-                "probability": row[best],
-                "probabilities": row,
-            }
-        )
-    return rows
+def _row(place: str, text: str) -> dict[str, Any]:
+    return {"row": place, "text": text, "class": None, "probability": None, "cut": False}
+
+
+def _answer(probabilities: list[float], names: Sequence[str]) -> dict[str, Any]:
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    return {
+        "class": names[best] if names else best,
+        "probability": probabilities[best],
+        "probabilities": probabilities,
+    }
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("text", "class", "probability")
+    table = Table("row", "text", "class", "probability")
     for row in rows[:200]:
         short = row["text"] if len(row["text"]) <= 80 else row["text"][:77] + "..."
-        table.add_row(short, str(row["class"]), f"{row['probability']:.3f}")
+        if row["class"] is None:
+            table.add_row(row["row"], "", "", "")
+            continue
+        cells = (row["row"], short, str(row["class"]))
+        table.add_row(*cells, f"{row['probability']:.3f}")
     if len(rows) > 200:
         table.caption = f"the first 200 of {len(rows)}; --out writes all"
     return table
@@ -148,8 +163,11 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             elif path.suffix == ".csv":
                 writer = csv.writer(file)
-                writer.writerow(["text", "class", "probability"])
-                writer.writerows([r["text"], r["class"], f"{r['probability']:.6f}"] for r in rows)
+                writer.writerow(["row", "text", "class", "probability", "cut"])
+                for r in rows:
+                    known = r["class"] is not None
+                    answer = [r["class"], f"{r['probability']:.6f}"] if known else ["", ""]
+                    writer.writerow([r["row"], r["text"], *answer, int(r["cut"])])
             else:
                 raise ConfigError(f"--out {path}: must end with .csv or .jsonl")
     except OSError as error:

@@ -8,7 +8,7 @@ ledger.  What comes back (logits, or hidden states for the owner's own head) is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from fedsplit.data.conversations import to_text
 from fedsplit.errors import ConfigError, DataError, PrivacyError, check
 from fedsplit.models.chat_template import encode_prompt
+from fedsplit.models.positions import check_length
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.samples import text_identity, tokenise
+from fedsplit.owners.samples import lines_of, text_identity, token_counts, tokenise
 from fedsplit.owners.serving.generation import Choose, GeneratingOwner
 from fedsplit.owners.serving.offers import TakenOffer, take_offer
 from fedsplit.owners.serving.prediction import PredictionOwner
@@ -53,6 +54,7 @@ class Answered:
         bytes_up: bytes that left.
         bytes_down: bytes that came.
         tokens: tokens that crossed.
+        cut: numbers of the texts that were longer than the run's ``model.max-tokens``.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Answered:
     bytes_up: int
     bytes_down: int
     tokens: int
+    cut: tuple[int, ...] = ()
 
 
 def classify(
@@ -87,9 +90,12 @@ def classify(
     model = offer.config.model
     if model.task != "sequence-classification":
         raise ConfigError(f"model.task={model.task!r}: must be sequence-classification")
+    cut: list[int] = []
 
     def build(task: OwnerTask) -> PredictionOwner:
         parts = inference_parts(task)
+        lengths = token_counts(parts.tokenizer, texts)
+        cut.extend(n for n, length in enumerate(lengths) if length > model.max_tokens)
         samples = tokenise(
             parts.tokenizer,
             texts,
@@ -110,7 +116,7 @@ def classify(
         )
 
     owner, answered = _run(root, offer, build, measure)
-    return owner.probabilities(), answered
+    return owner.probabilities(), replace(answered, cut=tuple(cut))
 
 
 def generate(
@@ -160,15 +166,18 @@ def generate(
         if not mechanism.token_by_token:
             raise PrivacyError(f"mechanism {mechanism.name}: must work token by token to generate")
         tokenizer = parts.tokenizer
-        longest = config.model.max_tokens
         if chat:
             ids = encode_prompt(tokenizer, messages)
-            if len(ids) > longest:  # a cut would take away the template's marks
-                raise DataError(f"prompt has {len(ids)} tokens: must be <= {longest}")
         else:
-            ids = tokenizer(prompt, truncation=True, max_length=longest)["input_ids"]
+            ids = tokenizer(lines_of(prompt))["input_ids"]
         if not ids:
             raise DataError("prompt has 0 tokens: must be >= 1")
+        if len(ids) > config.model.max_tokens:  # its end is what is to be continued
+            raise DataError(
+                f"prompt has {len(ids)} tokens: must be <= {config.model.max_tokens}, the run's "
+                "model.max-tokens"
+            )
+        check_length(parts.bottom.model, len(ids) + most, "prompt's and new tokens")
 
         def on_token(token: int) -> None:
             nonlocal shown, decoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import threading
@@ -13,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fedsplit.cli import app_cli
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, ModelError, PolicyError, SessionError
 from fedsplit.models import split
@@ -182,6 +185,49 @@ def test_a_question_is_laid_out_by_the_template(
             generate(home, "w1 " * 41, **options)
     assert text == load_base(config).tokenizer.decode(expected, skip_special_tokens=True)
     assert answered.tokens == len(ids) + len(expected) - 1
+
+
+def test_a_prompt_is_continued_from_its_end_or_not_at_all(
+    make_config: Any, tiny_llama: Path
+) -> None:
+    config = make_config(
+        model__name=str(tiny_llama), model__task="causal-lm", data__owners=1, model__max_tokens=8
+    )
+    choose = sampler(0.0, 1.0, None)
+    with served(config) as (server, home, _):
+        with pytest.raises(DataError, match=r"prompt has \d+ tokens: must be <= 8"):
+            generate(home, "w1 " * 20, choose=choose, most=4)
+        assert server.report.tokens == 0
+        text, _ = generate(home, "w1 w2", choose=choose, most=4)
+        assert text
+
+
+def test_every_row_of_a_file_is_answered(make_config: Any, tmp_path: Path) -> None:
+    config = make_config(data__owners=1, model__max_tokens=5, model__label_names="no,perhaps,yes")
+    (tmp_path / "a.csv").write_text('text\nw1 w2\n""\n"w3\nw4"\n" "\nw5 w6 w7 w8 w9\n')
+    (tmp_path / "a.txt").write_text("w1 w2\n\nw3\n")
+    found = {}
+    with served(config) as (_, home, _):
+        for name in ("a.csv", "a.txt"):
+            out = tmp_path / f"{name}.out.csv"
+            arguments = ["predict", "--file", str(tmp_path / name), "--out", str(out)]
+            told = CliRunner().invoke(app_cli, [*arguments, "--home", str(home)])
+            assert told.exit_code == 0, told.output
+            with out.open(newline="") as file:
+                found[name] = list(csv.DictReader(file))
+            if name == "a.csv":
+                assert "2 of 5 rows are blank" in told.output
+                assert "1 texts are longer" in told.output
+        alone = [float(classify(home, [text])[0].max()) for text in ("w1 w2", "w3")]
+    rows = found["a.csv"]
+    assert [row["row"] for row in rows] == ["2", "3", "5", "6", "7"]
+    assert [row["text"] for row in rows] == ["w1 w2", "", "w3\nw4", "", "w5 w6 w7 w8 w9"]
+    assert [row["class"] in ("no", "perhaps", "yes") for row in rows] == [True, False] * 2 + [True]
+    assert [row["cut"] for row in rows] == ["0", "0", "0", "0", "1"]
+    lines = found["a.txt"]
+    assert [row["row"] for row in lines] == ["1", "2", "3"]
+    assert [float(lines[i]["probability"]) for i in (0, 2)] == pytest.approx(alone, abs=1e-5)
+    assert lines[1]["class"] == lines[1]["probability"] == ""
 
 
 def test_rules_and_tokens_hold(
