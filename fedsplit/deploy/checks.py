@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.deploy.certificates import load_private_key
+from fedsplit.deploy.data_check import look_at_data
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.guard import check_flower
 from fedsplit.deploy.keys import WARN_DAYS, days_left, mode_fault
@@ -72,7 +73,7 @@ def check_machine(node: NodeFile, policy: Path, *, network: bool = True) -> list
         lambda: _authority(node.ca),
         lambda: _node_key(node.key),
         lambda: _home(node.home),
-        lambda: _data(node),
+        lambda: _data(node, network),
         _flower,
     ]
     if node.client is not None:
@@ -176,17 +177,12 @@ def _ledger(home: Path) -> Check:
     return Check("ledger", OK, f"{home / 'ledger.jsonl'}: {count} lines, the chain holds")
 
 
-def _data(node: NodeFile) -> Iterator[Check]:
-    kind = str(node.node.get("data-kind", "file"))
-    given = str(node.node.get("data-path", ""))
-    if not given:
-        yield Check("data", FAIL, "node.data-path: must name this owner's data")
-    elif kind != "file":
-        yield Check("data", OK, f"{kind}: {given}")
-    elif not Path(given).exists():
-        yield Check("data", FAIL, f"{given}: is not there")
-    else:
-        yield Check("data", OK, given)
+def _data(node: NodeFile, network: bool) -> Iterator[Check]:
+    try:
+        for name, state, text in look_at_data(node, network=network):
+            yield Check(name, state, text)
+    except FedsplitError as error:
+        yield Check("data", FAIL, str(error))
     if "owner" not in node.node:
         yield Check("owner", WARN, f"node.owner is not set; the public name is {node.owner}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -24,8 +25,10 @@ from fedsplit.deploy.node import NodeFile, node_config_text
 from fedsplit.deploy.review import bundle_of, facts_of
 from fedsplit.deploy.start import pinned_digest, sole, start
 from fedsplit.errors import ConfigError
+from fedsplit.models import load, pack_bottom, split
 from fedsplit.owners.app_digest import digest_of_bundle
 from tests.deploy.runbook import ROOT
+from tests.tiny_models import save_tiny_bert
 
 FILE = """
 superlink = "localhost:{port}"
@@ -36,6 +39,7 @@ home = "home"
 owner = "bank"
 data-path = "data.jsonl"
 """
+ROWS = "".join(f'{{"text": "note {i}", "label": {i % 2}}}\n' for i in range(6))
 POLICY = '[app]\ndigest = "' + "a" * 64 + '"\n[noise]\nmin_ratio = 2.0\n'
 
 
@@ -45,7 +49,7 @@ def etc(tmp_path: Path) -> Path:
     (tmp_path / "node.toml").write_text(FILE.format(port=1))
     (tmp_path / "owner.toml").write_text(POLICY)
     (tmp_path / "owner.toml").chmod(0o600)
-    (tmp_path / "data.jsonl").write_text('{"text": "a", "label": 0}\n')
+    (tmp_path / "data.jsonl").write_text(ROWS)
     return tmp_path
 
 
@@ -111,6 +115,57 @@ def test_a_certificate_for_another_name_fails(etc: Path, server: int) -> None:
     assert "verified" not in checks["superlink"].text
 
 
+@pytest.mark.parametrize(
+    ("content", "node", "name", "state", "text"),
+    [
+        (ROWS, "", "data", OK, "6 texts to train on, a share of them is held out"),
+        (ROWS, "", "labels", OK, "2 classes in 'label': 0 3, 1 3"),
+        (ROWS, "", "lengths", OK, "6 characters in the middle, 6 at most ("),
+        (ROWS * 2, "", "data", OK, "; 6 are repeated"),
+        (ROWS, 'text-column = "body"', "data", FAIL, "data.jsonl:1: column='body': is missing"),
+        (ROWS, 'label-column = "topic"', "labels", OK, "no column 'topic': texts alone"),
+        (ROWS, 'label-names = "1, 2"', "labels", FAIL, "label='0': must be one of the agreed"),
+        (ROWS, 'label-names = "no, no"', "data", FAIL, "must be names that differ"),
+        (ROWS, "header = 1", "data", FAIL, "node config header=1: must be of type bool"),
+        (ROWS[:30], "", "data", FAIL, "1 different texts: must be >= 2"),
+        (ROWS.replace(": 0", ': "no"'), "", "labels", WARN, "their order is not agreed"),
+        (ROWS.replace(": 0", ": null"), "", "labels", FAIL, "data.jsonl:1: label=None"),
+        (
+            ROWS.replace("note 3", "no\xe9"),
+            "",
+            "data",
+            FAIL,
+            "data.jsonl:4: byte 12: must be UTF-8",
+        ),
+    ],
+)
+def test_data_is_read_as_a_run_would(
+    etc: Path, content: str, node: str, name: str, state: str, text: str
+) -> None:
+    (etc / "data.jsonl").write_bytes(content.encode("latin-1"))
+    with (etc / "node.toml").open("a") as file:
+        file.write(node + "\n")
+    check = found(etc)[name]
+    assert (check.state, text in check.text) == (state, True), check
+
+
+def test_lengths_are_those_of_the_last_model(etc: Path, tmp_path: Path) -> None:
+    loaded = load(save_tiny_bert(tmp_path / "bert"), "sequence-classification", num_labels=2)
+    bottom, _ = split(loaded.model, 0)
+    bundle = pack_bottom(bottom, loaded.tokenizer)
+    folder = etc / "home" / "bottoms" / bundle.digest
+    folder.parent.mkdir(mode=0o700, parents=True)
+    (etc / "home").chmod(0o700)
+    bundle.save(folder)
+    most = loaded.model.config.max_position_embeddings
+    rows = [{"text": "w1 w2", "label": 0}, {"text": "w1 " * most, "label": 1}]
+    (etc / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    check = found(etc)["lengths"]
+    assert check.state == WARN
+    assert f"{most + 2} at most ({etc / 'data.jsonl'}:2)" in check.text
+    assert f"1 are longer than its {most} positions: cut" in check.text
+
+
 def test_each_fault_is_found(etc: Path) -> None:
     assert failed(etc) == []
     key = etc / "keys/owners/bank/node.key"
@@ -120,6 +175,8 @@ def test_each_fault_is_found(etc: Path) -> None:
     (etc / "data.jsonl").unlink()
     assert failed(etc) == ["data"]
     (etc / "data.jsonl").write_text("")
+    assert failed(etc) == ["data"]
+    (etc / "data.jsonl").write_text(ROWS)
     (etc / "owner.toml").write_text("[noise]\nmin_ratio = 2.0\n")
     assert failed(etc) == ["app digest"]
     (etc / "owner.toml").chmod(0o666)

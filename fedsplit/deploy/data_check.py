@@ -1,0 +1,109 @@
+"""What an owner's data is, read as a run would read it, before any server asks for it."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsplit.data import MIN_ROWS, TextDataset
+from fedsplit.data.table import MissingColumn
+from fedsplit.deploy.node import NodeFile
+from fedsplit.errors import DataError, FedsplitError
+from fedsplit.owners.class_names import own_classes
+from fedsplit.owners.data_source import read_own
+
+MOST_CLASSES = 12  # listed with their counts
+Finding = tuple[str, str, str]  # (what was looked at, "ok", "warn" or "fail", what was found)
+
+
+def look_at_data(node: NodeFile, *, network: bool = True) -> Iterator[Finding]:
+    """Yield what a run would find: texts and their lengths, labels, the split to test on.
+
+    Args:
+        node: the machine's file.
+        network: whether data of a hub may be fetched.
+
+    Raises:
+        FedsplitError: the data cannot be read; names file and line.
+    """
+    config = node.node
+    kind, given = str(config.get("data-kind", "file")), str(config.get("data-path", ""))
+    if not given:
+        yield "data", "fail", "node.data-path: must name this owner's data"
+        return
+    if kind == "hub" and not network:
+        yield "data", "ok", f"{kind}: {given}: not fetched"
+        return
+    train, test = read_own(config, (), labelled=False)
+    yield "data", "ok", _texts(given, train, test)
+    if test is None and len(set(train.texts)) < MIN_ROWS:
+        text = f"{len(set(train.texts))} different texts: must be >= {MIN_ROWS} to hold some out"
+        yield "data", "fail", text
+    yield _lengths(node.home, train)
+    if not train.chat:
+        yield _labels(node)
+
+
+def _texts(given: str, train: TextDataset, test: TextDataset | None) -> str:
+    more = "a share of them is held out" if test is None else f"{len(test)} to test on"
+    repeated = len(train) - len(set(train.texts))
+    found = f"{given}: {len(train)} texts to train on, {more}"
+    return f"{found}; {repeated} are repeated" if repeated else found
+
+
+def _lengths(home: Path, train: TextDataset) -> Finding:
+    """Say how long texts are: in tokens of the bottom that came last, else in characters."""
+    bottom = _last_bottom(home)
+    if bottom is None or train.chat:
+        lengths, unit, bound = [len(text) for text in train.texts], "characters", None
+    else:
+        from fedsplit.models.bundle.bottom import unpack_bottom
+        from fedsplit.models.positions import learned_positions
+        from fedsplit.owners.samples import token_counts
+
+        model, tokenizer = unpack_bottom(bottom)
+        lengths, unit = token_counts(tokenizer, train.texts), "tokens of the last model"
+        bound = learned_positions(model.model)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    text = (
+        f"{statistics.median(lengths):.0f} {unit} in the middle, {lengths[longest]} at most "
+        f"({train.place(longest)})"
+    )
+    above = 0 if bound is None else sum(length > bound for length in lengths)
+    if above:
+        return "lengths", "warn", f"{text}; {above} are longer than its {bound} positions: cut"
+    return "lengths", "ok", text
+
+
+def _last_bottom(home: Path) -> Path | None:
+    found = [p for p in (home / "bottoms").glob("*") if (p / "tokenizer.json").is_file()]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _labels(node: NodeFile) -> Finding:
+    names = own_classes(node.home, node.node)
+    column = str(node.node.get("label-column", "label"))
+    try:
+        train, test = read_own(node.node, names, labelled=True)
+    except MissingColumn:
+        return "labels", "ok", f"no column {column!r}: texts alone, for a language model"
+    except DataError as error:
+        if "plain text has none" in str(error):
+            return "labels", "ok", "plain text has none: for a language model"
+        return "labels", "fail", str(error)
+    parts = [train] if test is None else [train, test]
+    if names:
+        try:
+            parts = [part.within(names) for part in parts]
+        except FedsplitError as error:
+            return "labels", "fail", str(error)
+    counts = Counter(parts[0].label_names[label] for part in parts for label in part.labels)
+    listed = ", ".join(f"{name} {n}" for name, n in counts.most_common(MOST_CLASSES))
+    text = f"{len(counts)} classes in {column!r}: {listed}"
+    if len(counts) > MOST_CLASSES:
+        text += f" and {len(counts) - MOST_CLASSES} more"
+    if names or all(name.isdigit() for name in counts):
+        return "labels", "ok", text
+    return "labels", "warn", f"{text}; their order is not agreed: label-names, or the run's list"
