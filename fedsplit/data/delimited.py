@@ -75,7 +75,7 @@ def _delimiter(path: Path, lines: Callable[[], Iterator[str]], request: Request)
             header = next(csv.reader([first], delimiter=delimiter))
         except csv.Error:
             continue
-        if set(request.wanted) <= set(header):
+        if set(request.wanted) <= {*header, SOURCE_COLUMN}:
             return delimiter
     return usual
 

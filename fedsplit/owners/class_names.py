@@ -21,6 +21,7 @@ from fedsplit.config import RunConfig
 from fedsplit.data import names_digest, numerals, parse_class_names
 from fedsplit.errors import ConfigError, LedgerError
 from fedsplit.owners.label_draws import data_key
+from fedsplit.owners.policy.rules import Breach, refuse
 
 FILE = "labels.names.json"
 OWN = "label-names"
@@ -75,7 +76,7 @@ def keep_first(home: Path, node_config: Mapping[str, object], names: tuple[str, 
         names: as :func:`agreed_classes` returned them.
 
     Raises:
-        ConfigError: another list was announced before.
+        PolicyError: another list was announced before.
         LedgerError: the file cannot be read or written.
     """
     if not names or str(node_config.get(OWN, "")).strip():
@@ -92,10 +93,11 @@ def keep_first(home: Path, node_config: Mapping[str, object], names: tuple[str, 
         raise LedgerError(f"{path}: must be writable: {error}") from None
     first = known[key]
     if names_digest(first) != names_digest(names):
-        raise ConfigError(
-            f"classes {', '.join(names)}: must be {', '.join(first)}, the first list that was "
-            f"announced for this data ({FILE}); to agree to another, set {OWN} in the node config"
+        bound = (
+            f"{', '.join(first)}, the first that were announced for this data ({FILE}); to agree "
+            f"to others, set {OWN} in the node config"
         )
+        refuse([Breach("labels.classes", ", ".join(names), bound)])
 
 
 def _known(home: Path) -> dict[str, tuple[str, ...]]:

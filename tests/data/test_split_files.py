@@ -159,6 +159,14 @@ def test_the_delimiter_is_the_one_that_gives_the_columns(
     assert load_dataset("file", path=str(path), delimiter=named).texts == data.texts
 
 
+def test_owners_files_of_another_delimiter(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.csv").write_text(f"text;label\n{name} one;0\n{name} two;1\n")
+    data = load_dataset("file", path=str(tmp_path), columns=("source",))
+    assert data.texts == ("a one", "a two", "b one", "b two")
+    assert data.columns["source"] == ("a", "a", "b", "b")
+
+
 def test_a_file_without_a_header_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("A plane.,An air plane.,5.0\nA man.,A dog.,0\n")

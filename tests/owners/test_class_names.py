@@ -10,7 +10,7 @@ import pytest
 
 from fedsplit.config import RunConfig
 from fedsplit.data import names_digest
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.errors import ConfigError, DataError, PolicyError
 from fedsplit.owners.class_names import agreed_classes, keep_first
 from fedsplit.owners.data_source import own_data, simulated_data
 from fedsplit.owners.policy.refusals import tellable
@@ -95,7 +95,7 @@ def test_lists_that_a_server_makes_up_answer_no_question(real: None, tmp_path: P
         with pytest.raises(DataError):  # the one answer that a server gets, once
             own_data(_config("x, y", 2), node, SECRET, home)
         for names in ("flu, hiv+", "flu, cold"):
-            with pytest.raises(ConfigError, match="first list that was announced") as caught:
+            with pytest.raises(PolicyError, match="first that were announced") as caught:
                 own_data(_config(names, 2), node, SECRET, home)
             told.append(str(tellable(caught.value)))
         assert _pairs(_config("flu, hiv+", 2), node | {"label-names": "flu,hiv+"}, home)
@@ -107,7 +107,7 @@ def test_the_first_list_is_kept_by_value_and_for_its_own_data(tmp_path: Path) ->
     keep_first(tmp_path, node, ("true", "false"))
     keep_first(tmp_path, node, ("1", "0"))
     keep_first(tmp_path, {"data-path": "b"}, ("x", "y"))
-    with pytest.raises(ConfigError, match="must be true, false"):
+    with pytest.raises(PolicyError, match="must be true, false"):
         keep_first(tmp_path, node, ("0", "1"))
 
 
