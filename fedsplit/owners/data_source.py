@@ -110,6 +110,8 @@ def own_data(
     node_config: Mapping[str, object],
     secret: OwnerSecret,
     home: Path | None = None,
+    *,
+    labelled: bool = True,
 ) -> tuple[TextDataset, TextDataset]:
     """Return this owner's (train, test).
 
@@ -124,6 +126,7 @@ def own_data(
         node_config: the owner's own, from its SuperNode.
         secret: decides which texts are held out, see :func:`held_out`.
         home: the owner's folder, which keeps the first list of classes; none: nothing is kept.
+        labelled: whether labels are read, where the task has any.
 
     Raises:
         ConfigError: no data named in the node config, ``test-share`` out of range, or classes that
@@ -135,10 +138,12 @@ def own_data(
         owners = config.data.owners
         if not isinstance(index, int) or not 0 <= index < owners:
             raise ConfigError(f"partition-id={index!r}: must be in [0, {owners})")
+        if not labelled:
+            return simulated_shares(config.data, config.seed, False)[index]
         return simulated_data(config, index)
     if not node_config.get("data-path"):
         raise ConfigError("node config data-path: must name this owner's own data")
-    names = agreed_classes(config, node_config)
+    names = agreed_classes(config, node_config) if labelled else ()
     if home is not None:
         keep_first(home, node_config, names)
     train, test = read_own(node_config, names, labelled=bool(names))

@@ -211,9 +211,7 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
     if in_simulation() or identity.node_config.get("data-path"):
 
         def samples() -> Samples:
-            texts, _ = own_data(
-                config.data, config.seed, False, identity.node_config, identity.secret
-            )
+            texts, _ = own_data(config, identity.node_config, identity.secret, labelled=False)
             return tokenise_set(
                 tokenizer,
                 texts,
