@@ -9,6 +9,7 @@ from fedsplit.commands import (
     compare,
     doctor,
     evaluate,
+    export,
     fingerprint,
     inspect,
     keys,
@@ -46,6 +47,7 @@ attack_lineage.register(attack.attack_app)
 compare.register(app_cli)
 doctor.register(app_cli)
 evaluate.register(app_cli)
+export.register(app_cli)
 fingerprint.register(app_cli)
 lineage.register(app_cli)
 

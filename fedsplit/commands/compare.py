@@ -148,13 +148,18 @@ def _of_running(fingerprint: Fingerprint, base: Source, suspect: Source, run: bo
         if size > RUN_BYTES:
             raise LineageError(f"not run: {size / 2**30:.1f} GiB of weights (--run loads them)")
     try:
-        ours, theirs = (WeightView.of_module(load_running(str(s.folder))) for s in (base, suspect))
+        ours, theirs = (
+            WeightView.of_module(load_running(str(s.folder)) if s.model is None else s.model)
+            for s in (base, suspect)
+        )
     except FedsplitError as error:
         raise LineageError(f"not run: {error}") from error
     return fingerprint.compare(ours, theirs).value
 
 
 def _bytes(source: Source) -> int:
+    if source.model is not None:
+        return sum(p.numel() * p.element_size() for p in source.model.parameters())
     assert source.folder is not None
     return sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ConfigError, ModelError
+from fedsplit.models.trained import is_split_run
 
 EMULATOR = "emulator.json"
 ADAPTERS = "adapters.safetensors"
@@ -37,8 +38,9 @@ def subjects(model: str, adapter: str = "", base: str = "") -> Iterator[Subject]
     """Yield what is to be evaluated, one after another, so that one model is in memory at a time.
 
     Args:
-        model: a model folder (``package:`` or hub name), an emulator's folder, or an offsite
-            tuning run's folder; the latter gives every column that it has.
+        model: a model folder (``package:`` or hub name), an emulator's folder, or a run's folder:
+            one of offsite tuning gives every column that it has, one of split tuning the whole
+            model that it trained.
         adapter: for a model or an emulator: a run's ``adapters.safetensors`` (or the folder with
             it), or for a model a PEFT folder.
         base: the run's base, for the column "full, zero-shot" and, where the run exported no
@@ -53,6 +55,11 @@ def subjects(model: str, adapter: str = "", base: str = "") -> Iterator[Subject]
         if adapter:
             raise ConfigError("--adapter: must not be given with a run's folder, which has its own")
         yield from _run_columns(folder, base)
+        return
+    if is_split_run(folder):
+        if adapter:
+            raise ConfigError("--adapter: must not be given with a run's folder, which has its own")
+        yield from _split_columns(folder, base)
         return
     if base:
         raise ConfigError(f"--base: must not be given with {model}, which is no run's folder")
@@ -77,6 +84,19 @@ def _run_columns(folder: Path, base: str) -> Iterator[Subject]:
         yield _model(str(folder / "model"), "", "plug-in")
     elif base and (folder / ADAPTERS).is_file():
         yield _model(base, str(folder), "plug-in")
+
+
+def _split_columns(folder: Path, base: str) -> Iterator[Subject]:
+    from fedsplit.models.trained.whole import whole_of_run
+
+    whole = whole_of_run(folder, base)
+    if whole.top.task != "causal-lm":
+        raise ModelError(f"{folder}: trained a {whole.top.task}: must be a causal-lm")
+    count = sum(p.numel() for p in whole.loaded.model.parameters())
+    if base:
+        yield _model(base, "", "full, zero-shot")
+    tokenizer = whole.loaded.tokenizer
+    yield Subject("tuned by split", str(folder), whole.loaded.model, tokenizer, count)
 
 
 def _model(name: str, adapter: str, label: str = "") -> Subject:

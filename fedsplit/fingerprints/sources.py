@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedsplit.errors import ModelError
 from fedsplit.fingerprints.evidence.public_file import PublicFingerprint, read
@@ -16,6 +17,7 @@ from fedsplit.fingerprints.weights_file import TensorFiles, open_view
 from fedsplit.models.gguf import SUFFIX as GGUF
 from fedsplit.models.layout.projections import layout_of, read_config
 from fedsplit.models.places import place_of
+from fedsplit.models.trained import is_split_run
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json"]
@@ -30,12 +32,14 @@ class Source:
         folder: where its files lie; None for a fingerprint.
         view: its weights; None for a fingerprint.
         public: a published fingerprint; None for weights.
+        model: the model itself where no folder holds it: one that a split run trained.
     """
 
     name: str
     folder: Path | None = None
     view: WeightView | None = None
     public: PublicFingerprint | None = None
+    model: Any = None
 
     @property
     def width(self) -> int:
@@ -59,8 +63,8 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
 
     Args:
         text: a folder with config.json and safetensors, one ``.safetensors`` file beside its
-            config.json, a ``.gguf`` file, ``package:NAME``, a hub name ``owner/name``, or a public
-            fingerprint (``.json``).
+            config.json, a ``.gguf`` file, ``package:NAME``, a hub name ``owner/name``, a run's
+            folder, or a public fingerprint (``.json``).
         signer: hexadecimal public key that a fingerprint must be signed by.
 
     Raises:
@@ -80,6 +84,11 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
         files = TensorFiles([path])
         view = WeightView(layout, files.shapes, files.get, get_rows=files.rows)
         return Source(path.stem, path.parent, view)
+    if is_split_run(path):
+        from fedsplit.models.trained.whole import whole_of_run
+
+        model = whole_of_run(path).loaded.model
+        return Source(path.resolve().name, view=WeightView.of_module(model), model=model)
     folder = model_folder(text)
     return Source(_short(text), folder, open_view(folder))
 
@@ -93,6 +102,8 @@ def model_folder(text: str) -> Path:
         ModelError: if there is no such folder, package or hub model.
     """
     path = Path(text).expanduser()
+    if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
+        return path / "model"  # what an offsite run, or an export, left there
     if path.is_dir():  # weights alone may do: what is missing is told by who reads it
         return path
     place = place_of(text)

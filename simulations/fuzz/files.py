@@ -24,6 +24,7 @@ from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
 from fedsplit.models.bundle.head import unpack_head, with_head
 from fedsplit.models.loading import load
 from fedsplit.models.splitting.heads import detach_head
+from fedsplit.models.trained.weights import load_trained, save_trained
 from fedsplit.observe.console import PlainConsole
 from simulations.core import watch
 from simulations.fuzz.cases import (
@@ -39,7 +40,6 @@ from simulations.fuzz.cases import (
 )
 from simulations.fuzz.damage import damaged_json, damaged_safetensors, flipped
 from strategies.rounds.state_folder import StateFolder
-from strategies.split_tuning.trained_weights import load_trained, save_trained
 
 
 def bottoms(scratch: Path) -> Cases:
@@ -86,7 +86,7 @@ def emulators(scratch: Path) -> Cases:
 def checkpoints(scratch: Path) -> Cases:
     """Fuzz the weights that training left, as serving reads them."""
     path = scratch / "top.safetensors"
-    save_trained(path, {"a": torch.ones(3, 2), "b": torch.ones(1)}, None, {"base": "x"})
+    save_trained(path, {"a": torch.ones(3, 2), "b": torch.ones(1)}, {}, {"base": "x"})
     return tensor_file_cases(path, lambda path: load_trained(path, {"base": "x"}))
 
 

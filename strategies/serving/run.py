@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.cached_decoding import check_cached_decoding
+from fedsplit.models.trained.weights import identity, load_trained
 from fedsplit.wire.message_types import SERVE_TYPE
 from fedsplit.wire.messages import WHO, SessionOffer
 from fedsplit.wire.serving import MODE, ServingOffer
@@ -22,7 +23,6 @@ from ..rounds.recorder import Recorder
 from ..sessions.setup import open_transport
 from ..sessions.transports import StreamTransport
 from ..split_tuning.model import assemble, load_halves
-from ..split_tuning.trained_weights import identity, load_trained
 from .inference_server import InferenceServer
 
 log = logging.getLogger(__name__)

@@ -5,20 +5,19 @@ Training and serving put it together here, so that what was trained is what is s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import ModelError
-from fedsplit.models.adapters.trainable import Trainable, make_trainable
+from fedsplit.models.adapters.trainable import Trainable, make_trainable, trained_without_head
 from fedsplit.models.bundle.bottom import Bundle, pack_bottom
 from fedsplit.models.bundle.head import with_head
 from fedsplit.models.placing import place
 from fedsplit.models.splitting.halves import Bottom, Top, split
-from fedsplit.models.splitting.heads import Head, detach_head, head_parameters, positions_read
+from fedsplit.models.splitting.heads import Head, detach_head, positions_read
+from fedsplit.models.trained.weights import Trained, load_owners
 from fedsplit.privacy import build_mechanism
 from fedsplit.privacy.labels.table import averages_head, head_at_owner, tail_blocks
 from fedsplit.settings import check_settings
@@ -26,7 +25,6 @@ from fedsplit.settings import check_settings
 from ..base_model import AUTOCASTS, DTYPES, load_base
 from .denoising import CohortDenoiser, build_denoiser
 from .gradient_denoising import GradientDenoiser, build_gradient_denoiser
-from .trained_weights import OWNERS, Trained
 
 
 @dataclass
@@ -132,14 +130,6 @@ def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) 
     return SplitModel(halves.digest, top, trainable, bundle, denoise, denoise_gradients, head)
 
 
-def trained_without_head(trainable: Trainable) -> Trainable:
-    """Return what the server trains where the head is the owners'."""
-    head = head_parameters(trainable.top)
-    for parameter in trainable.parameters():
-        parameter.requires_grad_(id(parameter) not in head)
-    return Trainable(trainable.top, trainable.method)
-
-
 def owners_parameters(
     config: RunConfig, bottom: Bottom, head: Head | None = None
 ) -> dict[str, nn.Parameter]:
@@ -156,18 +146,3 @@ def owners_parameters(
     if head is not None and averages_head(config):
         named |= {f"head.{name}": p for name, p in head.named_parameters()}
     return {name: p for name, p in named.items() if p.is_floating_point()}
-
-
-def load_owners(weights: Mapping[str, Tensor], bottom: Bottom, head: Head | None) -> None:
-    """Put the averaged weights of what owners trained into the halves that are shipped.
-
-    Raises:
-        ModelError: no parameter of that name and shape.
-    """
-    known = dict(bottom.named_parameters())
-    if head is not None:
-        known |= {f"head.{name}": p for name, p in head.named_parameters()}
-    for name, value in weights.items():
-        if name not in known or known[name].shape != value.shape:
-            raise ModelError(f"checkpoint {OWNERS}{name}: no parameter of that name and shape")
-        known[name].data.copy_(value)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from flwr.app import ArrayRecord, Message, MessageType, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -24,6 +25,8 @@ from flwr.serverapp.strategy import Strategy
 from fedsplit.config import RunConfig
 from fedsplit.data import names_digest, parse_class_names
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError
+from fedsplit.models.trained import FILE
+from fedsplit.models.trained.weights import identity, save_trained
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
 from fedsplit.wire.replies import reply_schema
@@ -51,7 +54,6 @@ from ..sessions.transports import MessageTransport
 from .cohort import Cohort
 from .parts import ServerParts, build_parts
 from .session_round import SessionRound
-from .trained_weights import FILE, identity, save_trained
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,11 @@ class SplitTuning(RunStrategy):
         if output.dir and output.save:
             belongs = identity(self.config, self.parts.model.base_digest)
             trained = self.parts.model.trainable.state()
-            save_trained(Path(output.dir) / FILE, trained, self.checkpoint.arrays, belongs)
+            owners = {
+                name: torch.from_numpy(array.numpy().copy())
+                for name, array in (self.checkpoint.arrays or {}).items()
+            }
+            save_trained(Path(output.dir) / FILE, trained, owners, belongs)
         if output.transcript:
             self.recorder.transcript(self.store)
 

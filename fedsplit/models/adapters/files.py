@@ -12,6 +12,7 @@ PEFT's loads by ``PeftModel.from_pretrained(base, folder)``, ours by :func:`atta
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,31 @@ def save_adapter(tuning: BlockTuning, model: Any, folder: str | Path, base: str)
         return "fedsplit"
     state, blocks = tuning.state(), list(tuning.blocks)
     config, tensors = tuning.row.peft_form(state, tuning.settings, model, blocks)
-    config.task_type = "CAUSAL_LM"
+    save_peft(config, tensors, folder, base)
+    return "peft"
+
+
+def save_peft(
+    config: Any, tensors: Mapping[str, Tensor], folder: Path, base: str, task: str = "CAUSAL_LM"
+) -> None:
+    """Write a folder that ``PeftModel.from_pretrained`` loads.
+
+    Args:
+        config: PEFT's.
+        tensors: by their names below the model.
+        folder: made if it is not there.
+        base: name or path of the base.
+        task: PEFT's name of the task.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.task_type = task
     config.base_model_name_or_path = base
     config.inference_mode = True
     _save({WRAPPED + name: t for name, t in tensors.items()}, folder / PEFT_WEIGHTS)
     config.save_pretrained(str(folder))
-    return "peft"
 
 
 def attach_saved(model: Any, folder: str | Path) -> BlockTuning:

@@ -148,6 +148,14 @@ def make_trainable(top: Top, method: str, **options: Any) -> Trainable:
     return result
 
 
+def trained_without_head(trainable: Trainable) -> Trainable:
+    """Return what the server trains where the head is the owners'."""
+    head = head_parameters(trainable.top)
+    for parameter in trainable.parameters():
+        parameter.requires_grad_(id(parameter) not in head)
+    return Trainable(trainable.top, trainable.method)
+
+
 def used_parameters(top: Top) -> set[int]:
     """Return the ids of the parameters from which the top's logits are computed.
 

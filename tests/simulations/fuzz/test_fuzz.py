@@ -16,12 +16,12 @@ from fedsplit.errors import ConfigError, DataError, LedgerError, LineageError, M
 from fedsplit.fingerprints.evidence import chain as evidence
 from fedsplit.fingerprints.evidence import public_file
 from fedsplit.fingerprints.weights_file import INDEX, open_view, weight_files
+from fedsplit.models.trained.weights import load_trained
 from fedsplit.owners.ledger.chain import GENESIS, Ledger, canonical, chained
 from fedsplit.owners.policy.rules import Policy
 from simulations.fuzz.damage import damaged_json, damaged_safetensors, damaged_text, flipped
 from simulations.fuzz.files import tiny_model
 from simulations.fuzz.run import PARSERS, Outcome, fuzz_all, fuzz_parser
-from strategies.split_tuning.trained_weights import load_trained
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, ModelError, PolicyError, SessionError
 from fedsplit.models import split
 from fedsplit.models.adapters.trainable import make_trainable
+from fedsplit.models.trained.weights import identity, load_trained
 from fedsplit.owners.serving.generation import sampler
 from fedsplit.owners.serving.inference import classify, generate
 from fedsplit.owners.serving.offers import take_offer
@@ -29,7 +30,6 @@ from strategies.base_model import load_base
 from strategies.serving.inference_server import InferenceServer
 from strategies.serving.run import Announcer, build_inference_server
 from strategies.sessions.transports import StreamTransport
-from strategies.split_tuning.trained_weights import identity, load_trained
 from tests.strategies.local_grid import LocalGrid
 
 TEXTS = ["w1 w2 w3 w4", "w50 w7 w9", "w3 w3 w80 w81 w5 w6 w7 w8", "w11"]

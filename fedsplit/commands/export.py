@@ -1,0 +1,60 @@
+"""``fedsplit export``: a split run's result as files that Hugging Face and PEFT load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fedsplit.errors import ConfigError, ModelError
+
+console = Console()
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(export)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="a split-tuning run's folder, at the model owner")],
+    out: Annotated[Path | None, typer.Option(help="write here; default: the run's folder")] = None,
+    base: Annotated[str, typer.Option(help="the base, if it is elsewhere now")] = "",
+    owners_agreed: Annotated[
+        bool,
+        typer.Option("--owners-agreed", help="export what owners trained together, too"),
+    ] = False,
+) -> None:
+    """Write model/ (a Hugging Face folder) and, where there are adapters, adapter/.
+
+    Who has the top and the base has everything: this is the model owner's command. A joint bottom
+    and an owners' head are the owners' work as well: they are exported with --owners-agreed alone.
+    An owner holds its bottom (and head) and no top: there is nothing that it could export.
+    """
+    from fedsplit.models.trained import FILE, is_split_run
+    from fedsplit.models.trained.whole import whole_of_run
+
+    if not is_split_run(run):
+        if (run / "model" / "config.json").is_file():
+            raise ModelError(f"{run}: holds {run / 'model'} already, written when its run ended")
+        raise ModelError(f"{run}: must hold {FILE}, which a split run with output.save leaves")
+    whole = whole_of_run(run, base)
+    if whole.owners and not owners_agreed:
+        parts = [p for p, who in whole.holders().items() if "owners" in who]
+        raise ConfigError(
+            f"{run}: {' and '.join(parts)} were trained by the owners together: must be given "
+            "--owners-agreed, once they have agreed"
+        )
+    folder = out or run
+    folder.mkdir(parents=True, exist_ok=True)
+    about = whole.write(folder)
+    console.print(f"{escape(str(folder / 'model'))}: the whole model", highlight=False)
+    if about["adapter"] is not None:
+        form, on = about["adapter"]["format"], about["adapter"]["on"]
+        console.print(
+            f"{escape(str(folder / 'adapter'))}: {form} adapter on {escape(str(on))}",
+            highlight=False,
+        )
