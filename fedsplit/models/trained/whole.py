@@ -28,7 +28,7 @@ from fedsplit.models.anatomy import probe, text_config
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.splitting.equivalence import check_equivalence
 from fedsplit.models.splitting.halves import Bottom, Top, split
-from fedsplit.models.splitting.heads import detach_head, head_parameters
+from fedsplit.models.splitting.heads import Head, detach_head, head_parameters
 from fedsplit.models.trained import FILE
 from fedsplit.models.trained.weights import Trained, load_owners, read_trained
 
@@ -188,18 +188,35 @@ def assemble(
     load_owners(trained.owners, bottom, head)
     injected = getattr(top.model, "peft_config", None)
     peft = None
-    if injected and not any(not n.startswith("head.") for n in trained.owners):
+    if injected and not tail and all(n.startswith("head.") for n in trained.owners):
         peft = _peft_form(top, injected["default"], head_names)
+    blocks = list(probe(top.model).blocks)
+    owners = {id(m) for block in blocks[len(blocks) - (tail or 0) :] for m in block.modules()}
     for layer in list(top.model.modules()):
-        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+        # What the server's method added to blocks that the owners ran was in no forward pass.
+        if id(layer) not in owners and hasattr(layer, "base_layer") and hasattr(layer, "merge"):
             merge: Any = layer.merge
             merge()
     _give_copies_back(model, top)
-    tuning = _bottlenecks(model, top) if method == "adapter" else None
-    check_equivalence(model, bottom, top)
+    tuning = _bottlenecks(model, top, tail or 0) if method == "adapter" else None
+    check_equivalence(model, bottom, top if head is None else _Above(top, head))
     return WholeModel(
         loaded, bottom, top, dict(settings or {}), sorted(trained.owners), peft, tuning
     )
+
+
+class _Above(nn.Module):
+    """What ran above the bottom where owners held the head, or a tail."""
+
+    def __init__(self, top: Top, head: Head) -> None:
+        super().__init__()
+        self.top, self.head = top, head
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Map (B, T, d) to logits."""
+        states = self.top.hidden_states(hidden, mask, tail=self.head.blocks)
+        logits: torch.Tensor = self.head(states, mask)
+        return logits
 
 
 def whole_name(top: Top, name: str) -> str:
@@ -230,17 +247,16 @@ def _give_copies_back(model: PreTrainedModel, top: Top) -> None:
         model.all_tied_weights_keys = {}
 
 
-def _bottlenecks(model: PreTrainedModel, top: Top) -> BlockTuning:
+def _bottlenecks(model: PreTrainedModel, top: Top, tail: int) -> BlockTuning:
     anatomy = probe(model)
-    state = {
-        whole_name(top, name): parameter.detach()
-        for name, parameter in top.model.named_parameters()
-        if f".{BOTTLENECK}." in name
-    }
-    width = next(len(t) for n, t in state.items() if n.endswith("down.bias"))
     blocks = {
-        f"{anatomy.blocks_path}.{i}.": anatomy.blocks[i] for i in range(top.k, anatomy.num_layers)
+        f"{anatomy.blocks_path}.{i}.": anatomy.blocks[i]
+        for i in range(top.k, anatomy.num_layers - tail)
     }
+    named = {whole_name(top, n): p.detach() for n, p in top.model.named_parameters()}
+    inside = tuple(f"{prefix}{BOTTLENECK}." for prefix in blocks)
+    state = {name: tensor for name, tensor in named.items() if name.startswith(inside)}
+    width = next(len(t) for n, t in state.items() if n.endswith("down.bias"))
     tuning = BlockTuning(model, blocks, MethodSettings("bottleneck", width=width))
     tuning.load(state)
     for block in blocks.values():
