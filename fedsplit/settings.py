@@ -16,13 +16,23 @@ from fedsplit.data import parse_class_names
 from fedsplit.emulators.settings import check_offsite
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import TRAINABLE
-from fedsplit.privacy.labels.table import said
+from fedsplit.privacy.labels.table import head_at_owner, said
 from fedsplit.privacy.settings import check_privacy
 
 
 def _check_trainable(config: RunConfig) -> None:
     method, known = config.train.method, ", ".join(TRAINABLE)
     check(method in TRAINABLE, "train.method", method, f"one of {known}")
+    train, offsite = config.train, config.strategy == "offsite-tuning"
+    if train.accumulate > 1:
+        own = config.split.bottom == "joint" or head_at_owner(config.labels.protection)
+        good = "1 with offsite-tuning (offsite.micro-batch splits a step's batch)"
+        check(not offsite, "train.accumulate", train.accumulate, good)
+        good = "1 where owners train a part: theirs is stepped with every batch"
+        check(not own, "train.accumulate", train.accumulate, good)
+    if train.patience:
+        every = config.output.evaluate_every
+        check(every >= 1, "output.evaluate-every", every, ">= 1 with train.patience")
 
 
 def _check_label_names(config: RunConfig) -> None:

@@ -92,13 +92,24 @@ class TrainConfig:
         method: trainable part of the top: ``all``, ``head``, ``lora``, ``bitfit``, ``ia3`` or
             ``adapter``; a row of ``fedsplit.models.TRAINABLE``, checked when settings are read
             (:mod:`fedsplit.settings`).
+        lora_rank: of ``lora``'s updates.
+        lora_alpha: they are scaled by ``lora_alpha / lora_rank``.
+        lora_dropout: on an update's input, in training.
+        lora_targets: names of the projections that get updates, separated by commas, as the last
+            parts of module names (``q_proj,v_proj``); empty: all of them.
+        lora_form: ``lora``, ``rslora`` (scaled by alpha over the root of the rank) or ``dora``
+            (magnitudes trained beside directions); as PEFT has them.
+        accumulate: cohort steps whose gradients make one step of the top; what owners train
+            themselves is stepped each time.
         optimizer: ``adamw`` or ``sgd``.
         lr: peak learning rate of the top (1/step).
         head_lr: learning rate of a fresh classification head; 0 = same as ``lr``.
         bottom_lr: learning rate of the bottom in joint mode.
         weight_decay: decoupled weight decay.
         warmup: share of all steps with a linearly rising rate.
-        schedule: ``constant`` or ``linear`` decay after warm-up.
+        schedule: ``constant``, or ``linear`` or ``cosine`` decay to 0 after warm-up.
+        patience: evaluations on the owners' held-out texts without a lower loss after which the run
+            ends, with what was best of it; 0 = never.
         clip: bound on the gradient's L2 norm; 0 = none.
         fraction: share of the connected owners sampled per round.
         min_owners: fewest owners a round starts with.
@@ -112,6 +123,12 @@ class TrainConfig:
     max_steps: int = 0
     batch_size: int = 16
     method: str = "all"
+    lora_rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: str = ""
+    lora_form: str = "lora"
+    accumulate: int = 1
     optimizer: str = "adamw"
     lr: float = 1e-4
     head_lr: float = 1e-3
@@ -120,6 +137,7 @@ class TrainConfig:
     warmup: float = 0.06
     schedule: str = "linear"
     clip: float = 1.0
+    patience: int = 0
     fraction: float = 1.0
     min_owners: int = 1
     bench_after: int = 3
@@ -134,7 +152,13 @@ class TrainConfig:
         check(self.max_steps >= 0, "train.max-steps", self.max_steps, ">= 0 (0 = no bound)")
         check(bool(self.method), "train.method", self.method, "a method's name")
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
-        one_of("train.schedule", self.schedule, ("constant", "linear"))
+        one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
+        one_of("train.lora-form", self.lora_form, ("lora", "rslora", "dora"))
+        check(1 <= self.lora_rank <= 65_536, "train.lora-rank", self.lora_rank, "in [1, 65536]")
+        check(0 < self.lora_alpha <= 1e6, "train.lora-alpha", self.lora_alpha, "in (0, 1e6]")
+        check(0 <= self.lora_dropout < 1, "train.lora-dropout", self.lora_dropout, "in [0, 1)")
+        check(1 <= self.accumulate <= 10_000, "train.accumulate", self.accumulate, "in [1, 10000]")
+        check(self.patience >= 0, "train.patience", self.patience, ">= 0 (0 = never)")
         for name in ("lr", "bottom_lr"):
             value = getattr(self, name)
             check(0 < value < 10, f"train.{name.replace('_', '-')}", value, "in (0, 10)")

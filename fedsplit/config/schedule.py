@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedsplit.config.groups import TrainConfig
 
 
@@ -12,4 +14,7 @@ def rate_factor(config: TrainConfig, progress: float) -> float:
         return max(progress / warmup, 1e-3)
     if config.schedule == "constant":
         return 1.0
-    return max(0.0, (1.0 - progress) / (1.0 - warmup))
+    left = max(0.0, (1.0 - progress) / (1.0 - warmup))
+    if config.schedule == "cosine":
+        return 0.5 * (1.0 - math.cos(math.pi * min(left, 1.0)))
+    return left

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsplit.config import RunConfig
-from fedsplit.models.adapters.trainable import make_trainable
+from fedsplit.errors import check
+from fedsplit.models.adapters.trainable import make_trainable, method_options
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.owners.samples import Samples
@@ -65,6 +66,8 @@ class CentralisedTwin:
     """One process that holds everything; privacy, label and lineage settings are ignored."""
 
     def __init__(self, config: RunConfig, owners: Sequence[OwnerSamples]) -> None:
+        accumulate = config.train.accumulate
+        check(accumulate == 1, "train.accumulate", accumulate, "1 beside a centralised twin")
         self.config = config
         self.owners = {owner.name: owner for owner in owners}
         loaded = load_base(config)
@@ -73,7 +76,7 @@ class CentralisedTwin:
         self._buckets = LengthBuckets(self.top)
         self.joint = config.split.bottom == "joint"
         self.bottom.eval().requires_grad_(self.joint)
-        trainable = make_trainable(self.top, config.train.method)
+        trainable = make_trainable(self.top, config.train.method, **method_options(config.train))
         head = (
             head_parameters(self.top) if config.model.task == "sequence-classification" else set()
         )

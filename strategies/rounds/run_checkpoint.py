@@ -33,6 +33,7 @@ from fedsplit.wire.messages import weights_record
 from ..sessions.representation_cache import RepresentationCache
 from .averaging import AveragingState, restore, state_of
 from .client_manager import ClientManager
+from .early_stopping import EarlyStopping
 from .lineage_watch import LineageWatch
 from .recorder import Recorder
 from .round_context import ResumePoint, RoundContext
@@ -92,6 +93,7 @@ class RunCheckpoint:
         resume_point: where the next round is taken up, if not at its start.
         good: the top that a rejected round goes back to, or None.
         arrays: what owners train, as it was last averaged; None: as at the start.
+        stopping: watches held-out losses and keeps the best state (``train.patience``).
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class RunCheckpoint:
         self.resume_point: ResumePoint | None = None
         self.good: dict[str, Tensor] | None = None
         self.arrays: ArrayRecord | None = None
+        self.stopping = EarlyStopping(config.train.patience)
 
     # ---- resuming ---------------------------------------------------------------------------
 
@@ -155,6 +158,8 @@ class RunCheckpoint:
         if owners:
             self.arrays = weights_record({n: t.numpy() for n, t in owners.items()})
         self.good = below("good", state.tensors) or None
+        if self.stopping.active and "stopping" in facts:
+            self.stopping.restore(facts["stopping"], below("best", state.tensors))
         self._clients.restore(facts["roll"], facts["cohort"])
         self._record(state, folder)
 
@@ -180,13 +185,45 @@ class RunCheckpoint:
 
     # ---- keeping ----------------------------------------------------------------------------
 
-    def save(self, context: RoundContext, stage: str) -> None:
-        """Keep a state after a round was ``trained``, or ``evaluated``.
+    def judge(self, number: int, metrics: Mapping[str, Any]) -> bool:
+        """Keep the present state as the best one if the held-out loss is the lowest yet.
+
+        Args:
+            number: the round after which it was measured.
+            metrics: of the evaluation.
+
+        Returns:
+            Whether it is.
+        """
+        loss = metrics.get("loss")
+        if not self.stopping.active or not isinstance(loss, int | float):
+            return False
+        best = self.stopping.improves(number, float(loss))
+        if best:
+            own, facts = self._parts.state()
+            self.stopping.keep({**own, **under("owners", tensors_of(self.arrays))}, facts)
+        told = self.stopping.report()
+        self._parts.recorder.content["early_stopping"] = told
+        if told["stopped"]:
+            log.info("no lower held-out loss since round %d: the run ends", told["best_round"])
+        return best
+
+    def take_best(self) -> None:
+        """Put the best state in the place of the last one, where losses were watched."""
+        best = self.stopping
+        if not best.tensors:
+            return
+        self._parts.restore(best.tensors, best.facts)
+        if owners := below("owners", best.tensors):
+            self.arrays = weights_record({n: t.numpy() for n, t in owners.items()})
+
+    def save(self, context: RoundContext, stage: str, *, best: bool = False) -> None:
+        """Keep a state after a round was ``trained``, or ``evaluated`` (and is the ``best``).
 
         Raises:
             RunError: it cannot be written; the state before is intact.
         """
-        self._save(context, stage, None if stage == "evaluated" else {})
+        self._save(context, stage, None if stage == "evaluated" and not best else {})
 
     def save_step(self, context: RoundContext) -> None:
         """Keep a state within a round, after every ``output.checkpoint-steps`` steps."""
@@ -212,8 +249,15 @@ class RunCheckpoint:
         tensors = None
         if more is not None:
             moments = {name: torch.from_numpy(a) for name, a in averaging.arrays.items()}
-            owners = {n: torch.from_numpy(a.numpy().copy()) for n, a in (self.arrays or {}).items()}
-            tensors = {**own, **under("averaging", moments), **under("owners", owners), **more}
+            tensors = {
+                **own,
+                **under("averaging", moments),
+                **under("owners", tensors_of(self.arrays)),
+                **under("best", self.stopping.tensors),
+                **more,
+            }
+        if self.stopping.active:
+            facts["stopping"] = self.stopping.state()
         crowded = folder.crowded
         folder.save(
             {
@@ -262,6 +306,11 @@ def open_states(config: RunConfig) -> Iterator[StateFolder | None]:
     with closing(StateFolder(Path(config.output.dir) / FOLDER, settings, usual=usual)) as folder:
         folder.check_settings()
         yield folder
+
+
+def tensors_of(arrays: ArrayRecord | None) -> dict[str, Tensor]:
+    """Return copies of what owners train as tensors, by name."""
+    return {n: torch.from_numpy(a.numpy().copy()) for n, a in (arrays or {}).items()}
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -132,6 +132,7 @@ class RunStrategy(Strategy):
                 strategy.rounds_done = checkpoint.first
                 recorder.write(setup_s=time.perf_counter() - began, status="running")
                 yield strategy
+                checkpoint.take_best()
                 strategy.write_results()
                 recorder.write(
                     status="stopped" if strategy.rounds_left else "completed",
@@ -260,6 +261,8 @@ class RunStrategy(Strategy):
         self.checkpoint.arrays = arrays
         if self.checkpoint.trained and server_round == 1:
             return []  # the interrupted run did it, and was killed before its evaluation
+        if self.checkpoint.stopping.stopped:
+            return []  # Flower counts the rounds that are left to their end
         return self._open(server_round, MessageType.TRAIN, arrays, grid)
 
     def aggregate_train(
@@ -280,6 +283,8 @@ class RunStrategy(Strategy):
     ) -> Iterable[Message]:
         """Open a round on the owners' held-out texts, when it is due."""
         every, number = self.config.output.evaluate_every, self.checkpoint.first + server_round
+        if self.round is None and self.checkpoint.stopping.stopped:
+            return []
         if not every or (number % every and number != self.config.train.rounds):
             return []
         return self._open(server_round, MessageType.EVALUATE, arrays, grid)
@@ -292,7 +297,8 @@ class RunStrategy(Strategy):
         if context is None:
             return None
         metrics = self.close_evaluation(context, replies)
-        self.checkpoint.save(context, "evaluated")
+        best = self.checkpoint.judge(context.number, metrics or {})
+        self.checkpoint.save(context, "evaluated", best=best)
         return metrics
 
     def waves(self, grid: Grid, nodes: list[int], resume: ResumePoint | None) -> list[list[int]]:

@@ -76,6 +76,7 @@ class Cohort:
             context.waiting = context.waiting[len(group) :]
             context.position = replace(context.position, group=index, groups=count, step=0, steps=0)
             self._train_group(group, context, resumed)
+            self._optimisation.flush(context.progress(1.0))
         context.report.cohort.seconds += time.perf_counter() - began
 
     def _train_group(
@@ -147,9 +148,11 @@ class Cohort:
                     pieces.append(gradient * (weight / total))
                 else:  # lost since the forward: its rows contribute nothing
                     pieces.append(torch.zeros(parts[session].shape))
-            self._optimisation.zero_grad()
-            torch.autograd.backward([rows], [torch.cat(pieces).to(rows)])
-            self._optimisation.step(progress)
+            scale = self._optimisation.scale(total)
+            upward = torch.cat(pieces).to(rows)
+            self._optimisation.begin()
+            torch.autograd.backward([rows], [upward if scale == 1.0 else upward * scale])
+            self._optimisation.end(total, progress)
         report.steps += 1
         report.compute_s += time.perf_counter() - clock
         kept = [m for m, _ in gradients]

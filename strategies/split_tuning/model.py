@@ -11,7 +11,12 @@ from typing import Any
 from torch import nn
 
 from fedsplit.config import RunConfig
-from fedsplit.models.adapters.trainable import Trainable, make_trainable, trained_without_head
+from fedsplit.models.adapters.trainable import (
+    Trainable,
+    make_trainable,
+    method_options,
+    trained_without_head,
+)
 from fedsplit.models.bundle.bottom import Bundle, pack_bottom
 from fedsplit.models.bundle.head import with_head
 from fedsplit.models.placing import place
@@ -120,7 +125,7 @@ def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) 
     )
     denoise = build_denoiser(config, bottom, halves.tokenizer, mechanism)
     denoise_gradients = build_gradient_denoiser(config, head)
-    trainable = make_trainable(top, config.train.method)
+    trainable = make_trainable(top, config.train.method, **method_options(config.train))
     if head is not None:
         trainable = trained_without_head(trainable)
     if trained is not None:

@@ -39,6 +39,54 @@ class Optimisation:
         else:
             self.optimizer = torch.optim.AdamW(options, weight_decay=decay, foreach=True)
         self._config = config
+        self._pending = 0  # cohort steps whose gradients wait
+        self._weight = 0.0  # targets of these
+
+    @property
+    def pending(self) -> bool:
+        """Whether gradients wait for those of further cohort steps (``train.accumulate``)."""
+        return self._pending > 0
+
+    def begin(self) -> None:
+        """Begin a cohort step: forget the gradients of an optimizer step that was taken."""
+        if not self._pending:
+            self.zero_grad()
+
+    def scale(self, targets: float) -> float:
+        """Return what a cohort step's mean gradient is multiplied by before it is added."""
+        return 1.0 if self._config.accumulate == 1 else targets
+
+    def end(self, targets: float, progress: float) -> None:
+        """End a cohort step; the optimizer's is taken after ``train.accumulate`` of them.
+
+        It then equals one on the union of their batches.
+
+        Args:
+            targets: of the cohort step.
+            progress: of the run, in [0, 1].
+
+        Raises:
+            ModelError: see :meth:`step`.
+        """
+        self._pending += 1
+        self._weight += targets
+        if self._pending >= self._config.accumulate:
+            self.flush(progress)
+
+    def flush(self, progress: float) -> None:
+        """Take the optimizer's step with what has been added so far, if anything.
+
+        Raises:
+            ModelError: see :meth:`step`.
+        """
+        if not self._pending:
+            return
+        if self._config.accumulate > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= self._weight
+        self._pending, self._weight = 0, 0.0
+        self.step(progress)
 
     def factor(self, progress: float) -> float:
         """Return the share of the peak rate at ``progress`` in [0, 1] of the run."""

@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from flwr.app import ArrayRecord, Message, MessageType, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -46,6 +45,7 @@ from ..rounds.replies import (
 )
 from ..rounds.report import natural
 from ..rounds.round_context import ResumePoint, RoundContext
+from ..rounds.run_checkpoint import tensors_of
 from ..rounds.run_strategy import RunStrategy
 from ..sessions.offers import Offers
 from ..sessions.owner_session import OwnerSession, welcome_header
@@ -125,10 +125,7 @@ class SplitTuning(RunStrategy):
         if output.dir and output.save:
             belongs = identity(self.config, self.parts.model.base_digest)
             trained = self.parts.model.trainable.state()
-            owners = {
-                name: torch.from_numpy(array.numpy().copy())
-                for name, array in (self.checkpoint.arrays or {}).items()
-            }
+            owners = tensors_of(self.checkpoint.arrays)
             save_trained(Path(output.dir) / FILE, trained, owners, belongs)
         if output.transcript:
             self.recorder.transcript(self.store)
@@ -263,7 +260,8 @@ class SplitTuning(RunStrategy):
         return self._sessions is None or self._sessions.is_waiting_for(nodes)
 
     def _on_step(self, context: RoundContext) -> None:
-        self.checkpoint.save_step(context)
+        if not self.parts.optimisation.pending:  # what waits is in no state
+            self.checkpoint.save_step(context)
         waves = context.report.waves
         self.recorder.progress(
             round=context.number,

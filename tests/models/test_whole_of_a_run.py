@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedsplit.config import TrainConfig
 from fedsplit.errors import ModelError, UnsupportedModelError
 from fedsplit.models.adapters.files import attach_saved
-from fedsplit.models.adapters.trainable import make_trainable, trained_without_head
+from fedsplit.models.adapters.trainable import (
+    make_trainable,
+    method_options,
+    trained_without_head,
+)
 from fedsplit.models.loading import LoadedModel
 from fedsplit.models.splitting.equivalence import relative_difference
 from fedsplit.models.splitting.halves import split
@@ -41,7 +46,7 @@ def trained(
     """Return what a run could have left, and the logits that its halves gave."""
     bottom, top = split(tiny(name, task), K, verify=False)
     head = None if tail is None else detach_head(top, blocks=tail)
-    trainable = make_trainable(top, method)
+    trainable = make_trainable(top, train_of(method).method, **method_options(train_of(method)))
     if head is not None:
         trainable = trained_without_head(trainable)
     generator = torch.Generator().manual_seed(7)
@@ -63,6 +68,12 @@ def trained(
     return left, kept(logits, mask)
 
 
+def train_of(method: str) -> TrainConfig:
+    if method in ("rslora", "dora"):
+        return TrainConfig(method="lora", lora_form=method, lora_alpha=3.0, lora_rank=2)
+    return TrainConfig(method=method)
+
+
 def kept(logits: Tensor, mask: Tensor) -> Tensor:
     return logits[mask.bool()] if logits.ndim == 3 else logits
 
@@ -75,7 +86,7 @@ def says(model: Any) -> Tensor:
 
 def assembled(name: str, task: str, method: str, **options: Any) -> tuple[WholeModel, Tensor]:
     left, expected = trained(name, task, method, **options)
-    whole = assemble(loaded(name, task), left, K, method, tail=options.get("tail"))
+    whole = assemble(loaded(name, task), left, K, train_of(method), tail=options.get("tail"))
     assert relative_difference(expected, says(whole.loaded.model)) < 1e-5
     assert relative_difference(expected, says(tiny(name, task))) > 1e-4
     return whole, expected
@@ -107,7 +118,7 @@ def test_lora_in_any_family(name: str, task: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "task"), SOME)
-@pytest.mark.parametrize("method", ["head", "bitfit", "ia3", "lora", "adapter"])
+@pytest.mark.parametrize("method", ["head", "bitfit", "ia3", "lora", "rslora", "dora", "adapter"])
 def test_methods_as_files(name: str, task: str, method: str, tmp_path: Path) -> None:
     if (name, method) == ("llama", "bitfit"):
         pytest.skip("LLaMA has no biases")
@@ -118,7 +129,7 @@ def test_methods_as_files(name: str, task: str, method: str, tmp_path: Path) -> 
         assert about["adapter"]["format"] == "fedsplit"
         attach_saved(model, tmp_path / "adapter")
     assert relative_difference(expected, says(model)) < 1e-5
-    if method in ("ia3", "lora"):
+    if method in ("ia3", "lora", "rslora", "dora"):
         from peft import PeftModel
 
         base = tiny(name, task)
@@ -143,10 +154,10 @@ def test_what_does_not_fit_is_refused() -> None:
     for method in ("all", "ia3"):
         other = loaded("llama", "causal-lm")
         with pytest.raises(ModelError, match="must be the"):
-            assemble(other, left, K, method)
+            assemble(other, left, K, TrainConfig(method=method))
     wrong = Trained(left.top, {"model.nothing": torch.ones(1)})
     with pytest.raises(ModelError, match="no parameter of that name"):
-        assemble(loaded("llama", "causal-lm"), wrong, K, "lora")
+        assemble(loaded("llama", "causal-lm"), wrong, K, TrainConfig(method="lora"))
     other = loaded("llama", "causal-lm")
     with pytest.raises(ModelError, match="must be the"):
-        assemble(other, left, K + 1, "lora")
+        assemble(other, left, K + 1, TrainConfig(method="lora"))

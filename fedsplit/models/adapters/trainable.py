@@ -5,7 +5,7 @@ Every method starts as the identity: a freshly made trainable top computes what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsplit.errors import ConfigError, check
+from fedsplit.config import TrainConfig
+from fedsplit.errors import ConfigError, check, one_of
 from fedsplit.models.adapters.bottleneck import add_adapters
 from fedsplit.models.adapters.method import any_of, load_named
 from fedsplit.models.anatomy import probe
@@ -38,15 +39,22 @@ class LoraOptions:
         rank: of each update.
         alpha: the update is scaled by alpha / rank.
         dropout: on the update's input, in training.
+        targets: last parts of the names of the projections that get one, separated by commas;
+            empty: all.
+        form: ``lora``, ``rslora`` (scaled by alpha over the root of the rank, arXiv 2312.03732) or
+            ``dora`` (arXiv 2402.09353).
         seed: of the down projections (the up projections start at zero).
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    targets: str = ""
+    form: str = "lora"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        one_of("form", self.form, ("lora", "rslora", "dora"))
         check(isinstance(self.rank, int) and self.rank >= 1, "rank", self.rank, "an integer >= 1")
         check(self.alpha > 0, "alpha", self.alpha, "> 0")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
@@ -148,6 +156,19 @@ def make_trainable(top: Top, method: str, **options: Any) -> Trainable:
     return result
 
 
+def method_options(train: TrainConfig) -> dict[str, Any]:
+    """Return the options of a run's method, as its settings say."""
+    if train.method != "lora":
+        return {}
+    return {
+        "rank": train.lora_rank,
+        "alpha": train.lora_alpha,
+        "dropout": train.lora_dropout,
+        "targets": train.lora_targets,
+        "form": train.lora_form,
+    }
+
+
 def trained_without_head(trainable: Trainable) -> Trainable:
     """Return what the server trains where the head is the owners'."""
     head = head_parameters(trainable.top)
@@ -195,7 +216,10 @@ def _lora(top: Top, options: LoraOptions, head: set[int], used: set[int]) -> set
             target_modules=any_of(targets),
             fan_in_fan_out=_transposed(top, targets),
             bias="none",
+            use_rslora=options.form == "rslora",
+            use_dora=options.form == "dora",
         ),
+        [part.strip() for part in options.targets.split(",") if part.strip()],
     )
 
 
@@ -219,8 +243,16 @@ def _adapter(top: Top, options: AdapterOptions, head: set[int], used: set[int]) 
     return add_adapters(probe(top.model).blocks, top.hidden_size, options.width)
 
 
-def _inject(top: Top, make_config: Callable[[list[str]], Any]) -> set[int]:
-    """Let peft replace the projections inside the blocks; return the ids of what it added."""
+def _inject(
+    top: Top, make_config: Callable[[list[str]], Any], wanted: Sequence[str] = ()
+) -> set[int]:
+    """Let peft replace the projections inside the blocks; return the ids of what it added.
+
+    Args:
+        top: changed in place.
+        make_config: names of the projections -> peft's settings.
+        wanted: last parts of their names; empty: all of them.
+    """
     from peft import inject_adapter_in_model
 
     anatomy = probe(top.model)
@@ -231,6 +263,13 @@ def _inject(top: Top, make_config: Callable[[list[str]], Any]) -> set[int]:
     ]
     if not targets:
         raise ConfigError(f"{type(top.model).__name__}: its blocks hold no nn.Linear or Conv1D")
+    for one in wanted:
+        if not any(f".{target}".endswith(f".{one}") for target in targets):
+            leaves = ", ".join(sorted({target.rpartition(".")[2] for target in targets}))
+            raise ConfigError(f"lora targets {one!r}: must be among {leaves}")
+    if wanted:
+        ends = tuple(f".{one}" for one in wanted)
+        targets = [target for target in targets if f".{target}".endswith(ends)]
     before = {id(p) for p in top.parameters()}
     inject_adapter_in_model(make_config(targets), top.model)
     return {id(p) for p in top.parameters()} - before

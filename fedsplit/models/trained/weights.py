@@ -29,6 +29,7 @@ OWNERS = "owners."
 BELONGS = (
     *("model.name", "model.task", "model.labels", "split.k", "split.bottom", "train.method"),
     *("labels.protection", "labels.tail-blocks", "labels.tail-weights"),
+    *("train.lora-rank", "train.lora-alpha", "train.lora-targets", "train.lora-form"),
 )
 
 
@@ -83,12 +84,19 @@ def load_trained(path: Path, belongs: Mapping[str, str]) -> Trained:
         ModelError: no such file, damaged, not finite, or of another base, split or method (named).
     """
     trained, found = read_trained(path)
-    usual = RunConfig().to_flat()  # what a checkpoint means that is older than a setting
+    found = usual_settings() | found
     for key, expected in belongs.items():
-        theirs = found.get(key, str(usual.get(key)))
+        theirs = found.get(key)
         if theirs != expected:
             raise ModelError(f"{path}: {key}={theirs!r}: must be {expected!r} as in this run")
     return trained
+
+
+def usual_settings() -> dict[str, str]:
+    """Return what a checkpoint that is older than a setting means by it: the default."""
+    later = ("labels.tail-blocks", "labels.tail-weights", *(k for k in BELONGS if ".lora-" in k))
+    flat = RunConfig().to_flat()
+    return {key: str(flat[key]) for key in later}
 
 
 def read_trained(path: Path) -> tuple[Trained, dict[str, str]]:

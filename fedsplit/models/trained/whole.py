@@ -18,19 +18,29 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fedsplit.config import TrainConfig
 from fedsplit.errors import ModelError, RunError, UnsupportedModelError
 from fedsplit.models.adapters.bottleneck import NAME as BOTTLENECK
 from fedsplit.models.adapters.files import save_adapter, save_peft
 from fedsplit.models.adapters.method import any_of
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
-from fedsplit.models.adapters.trainable import make_trainable, trained_without_head
+from fedsplit.models.adapters.trainable import (
+    make_trainable,
+    method_options,
+    trained_without_head,
+)
 from fedsplit.models.anatomy import probe, text_config
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.splitting.equivalence import check_equivalence
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from fedsplit.models.splitting.heads import Head, detach_head, head_parameters
 from fedsplit.models.trained import FILE
-from fedsplit.models.trained.weights import Trained, load_owners, read_trained
+from fedsplit.models.trained.weights import (
+    Trained,
+    load_owners,
+    read_trained,
+    usual_settings,
+)
 
 ABOUT = "export.json"
 HEAD, TAIL = "client-head", "client-tail"  # label protections with which owners hold the head
@@ -132,12 +142,20 @@ def whole_of_run(folder: Path, base: str = "") -> WholeModel:
             own: there is no one model then.
         UnsupportedModelError: the parts do not go together in one model of this family.
     """
-    trained, settings = read_trained(folder / FILE)
+    trained, found = read_trained(folder / FILE)
+    settings = usual_settings() | found
     try:
         name, task = base or settings["model.name"], settings["model.task"]
         k, method = int(settings["split.k"]), settings["train.method"]
         labels, protection = int(settings["model.labels"]), settings["labels.protection"]
         digest = settings["base"]
+        train = TrainConfig(
+            method=method,
+            lora_rank=int(settings["train.lora-rank"]),
+            lora_alpha=float(settings["train.lora-alpha"]),
+            lora_targets=settings["train.lora-targets"],
+            lora_form=settings["train.lora-form"],
+        )
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder / FILE}: does not say what it belongs to: {error}") from None
     classify = task == "sequence-classification"
@@ -150,14 +168,14 @@ def whole_of_run(folder: Path, base: str = "") -> WholeModel:
             raise ModelError(f"{folder}: every owner kept its own last blocks: there is no whole")
         tail = int(settings["labels.tail-blocks"])
     apart = TAIL in parts or HEAD in parts
-    return assemble(loaded, trained, k, method, tail=tail if apart else None, settings=settings)
+    return assemble(loaded, trained, k, train, tail=tail if apart else None, settings=settings)
 
 
 def assemble(
     loaded: LoadedModel,
     trained: Trained,
     k: int,
-    method: str,
+    train: TrainConfig,
     *,
     tail: int | None = None,
     settings: Mapping[str, str] | None = None,
@@ -168,7 +186,7 @@ def assemble(
         loaded: the base; changed in place.
         trained: a split run's checkpoint.
         k: blocks in the bottom.
-        method: a row of :data:`fedsplit.models.adapters.trainable.TRAINABLE`.
+        train: what of the top was trained.
         tail: last blocks that owners held beside the head; None: the head was the server's.
         settings: of the run, to be told again.
 
@@ -181,7 +199,7 @@ def assemble(
     head = None if tail is None else detach_head(top, blocks=tail, share=True)
     in_head = head_parameters(top)
     head_names = {n for n, p in top.model.named_parameters() if id(p) in in_head}
-    trainable = make_trainable(top, method)
+    trainable = make_trainable(top, train.method, **method_options(train))
     if head is not None:
         trainable = trained_without_head(trainable)
     trainable.load(trained.top)
@@ -198,7 +216,7 @@ def assemble(
             merge: Any = layer.merge
             merge()
     _give_copies_back(model, top)
-    tuning = _bottlenecks(model, top, tail or 0) if method == "adapter" else None
+    tuning = _bottlenecks(model, top, tail or 0) if train.method == "adapter" else None
     check_equivalence(model, bottom, top if head is None else _Above(top, head))
     return WholeModel(
         loaded, bottom, top, dict(settings or {}), sorted(trained.owners), peft, tuning
@@ -276,7 +294,7 @@ def _peft_form(top: Top, injected: Any, head: set[str]) -> PeftForm:
         )
         settings["feedforward_modules"] = any_of(inner) if inner else []
     tensors = {
-        whole_name(top, name).replace(".default", ""): parameter.detach().clone()
+        _saved_name(whole_name(top, name)): parameter.detach().clone()
         for name, parameter in top.model.named_parameters()
         if ".lora_" in name or ".ia3_" in name
     }
@@ -288,6 +306,12 @@ def _peft_form(top: Top, injected: Any, head: set[str]) -> PeftForm:
             if n in head
         }
     return PeftForm(type(injected)(**settings), tensors)
+
+
+def _saved_name(name: str) -> str:
+    """Return PEFT's own name on disk: without the adapter's, and DoRA's magnitudes bare."""
+    name = name.replace(".default", "")
+    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def _fields(injected: Any) -> tuple[str, ...]:

@@ -42,8 +42,8 @@ def test_a_lora_run_is_exported_measured_and_compared(
     run = run_locally(make_config(train__method="lora", **causal))
     base = causal["model__name"]
     ids = torch.arange(24).view(2, 12) % 60
+    whole = whole_of_run(run.folder)
     with torch.inference_mode():
-        whole = whole_of_run(run.folder)
         expected = whole.top(whole.bottom(ids))
     said = call("export", run.folder, "--out", tmp_path / "out")
     assert said.exit_code == 0, said.output

@@ -1,0 +1,115 @@
+"""Accumulated gradients, early stopping and LoRA's forms in whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import MetricRecord
+from safetensors.torch import load_file
+
+from fedsplit.errors import ConfigError
+from fedsplit.settings import read_settings
+from strategies.rounds.early_stopping import EarlyStopping
+from strategies.split_tuning.strategy import SplitTuning
+from tests.strategies.split_tuning.test_centralised_equivalence import (
+    PLAIN_SGD,
+    Centralised,
+    moved,
+    whole_name,
+    worst,
+)
+
+
+class Accumulated(Centralised):
+    """The reference takes one step on the union of every two cohort steps' batches."""
+
+    def run(self, skip: Any = None) -> int:
+        taken, plans = 0, [self.plan(owner, 1) for owner in range(len(self.shares))]
+        longest = max(len(plan) for plan in plans)
+        for step in range(0, longest, 2):
+            pair = [s for s in (step, step + 1) if s < longest]
+            self.step([x for s in pair for plan in plans if s < len(plan) for x in plan[s]])
+            taken += 1
+        return taken
+
+
+def test_accumulated_steps_are_steps_on_the_union(
+    make_config: Any, run_locally: Any, tiny_bert: Path
+) -> None:
+    options = PLAIN_SGD | {"train__accumulate": 2, "train__batch_size": 6}
+    config = make_config(split__k=1, train__max_steps=0, train__rounds=1, **options)
+    run = run_locally(config)
+    reference = Accumulated(config)
+    cohort_steps = run.server["rounds"][0]["train"]["steps"]
+    assert reference.run() == -(-cohort_steps // 2) >= 3
+    assert worst([(whole_name(n, 1), p) for n, p in run.state.items()], reference.model) < 2e-6
+    assert moved(reference.model, str(tiny_bert), False) > 1e-3
+
+
+def test_a_run_ends_with_what_was_best_of_it(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, states = iter([0.9, 0.5, 0.7, float("nan"), 0.1]), {}
+    close = SplitTuning.close_evaluation
+
+    def told(self: SplitTuning, context: Any, replies: Any) -> MetricRecord:
+        close(self, context, replies)
+        states[context.number] = self.parts.model.trainable.state()
+        return MetricRecord({"loss": next(losses)})
+
+    monkeypatch.setattr(SplitTuning, "close_evaluation", told)
+    run = run_locally(make_config(train__rounds=6, train__patience=2, train__max_steps=1))
+    assert sorted(states) == [1, 2, 3, 4]
+    stopping = run.server["early_stopping"]
+    assert stopping == {"best_round": 2, "best_loss": 0.5, "waited": 2, "stopped": True}
+    assert run.server["status"] == "completed"
+    kept = load_file(run.folder / "top.safetensors")
+    assert all(torch.equal(kept[n], t) for n, t in states[2].items())
+    assert any(not torch.equal(kept[n], t) for n, t in states[4].items())
+
+
+def test_what_was_best_outlives_a_restart() -> None:
+    first, second = EarlyStopping(2), EarlyStopping(2)
+    assert first.improves(1, 0.5)
+    first.keep({"a": torch.ones(1)}, {"numbers": {}})
+    assert not first.improves(2, 0.5)
+    second.restore(first.state(), first.tensors)
+    assert not second.stopped
+    assert not second.improves(3, 0.6)
+    assert second.stopped
+    assert second.report()["best_round"] == 1
+    assert second.tensors.keys() == {"a"}
+    assert not EarlyStopping(0).stopped
+
+
+@pytest.mark.parametrize("form", ["rslora", "dora"])
+def test_a_run_of_another_lora(make_config: Any, run_locally: Any, form: str) -> None:
+    settings = {"train__lora_form": form, "train__lora_rank": 2, "train__lora_targets": "query"}
+    run = run_locally(make_config(train__method="lora", train__rounds=1, **settings))
+    names = {n for n in run.state if ".lora_" in n}
+    assert all(".query.lora_" in n for n in names)
+    assert any("magnitude" in n for n in names) == (form == "dora")
+    assert all(t.shape[0] == 2 for n, t in run.state.items() if ".lora_A." in n)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"train.accumulate": 2, "split.bottom": "joint"}, "1 where owners train a part"),
+        ({"train.accumulate": 2, "labels.protection": "client-head"}, "1 where owners train"),
+        (
+            {"train.accumulate": 2, "strategy": "offsite-tuning", "model.task": "causal-lm"},
+            "1 with offsite-tuning",
+        ),
+        ({"train.patience": 1, "output.evaluate-every": 0}, "evaluate-every=0: must be >= 1"),
+        ({"train.lora-form": "qlora"}, "train.lora-form='qlora'"),
+        ({"train.lora-dropout": 1.0}, r"must be in \[0, 1\)"),
+        ({"train.schedule": "steps"}, "train.schedule='steps'"),
+    ],
+)
+def test_settings_that_do_not_go_together(flat: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings(flat)
