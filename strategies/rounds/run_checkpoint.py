@@ -30,10 +30,10 @@ from torch import Tensor
 from fedsplit.config import RunConfig
 from fedsplit.wire.messages import weights_record
 
+from ..early_stopping import EarlyStopping
 from ..sessions.representation_cache import RepresentationCache
 from .averaging import AveragingState, restore, state_of
 from .client_manager import ClientManager
-from .early_stopping import EarlyStopping
 from .lineage_watch import LineageWatch
 from .recorder import Recorder
 from .round_context import ResumePoint, RoundContext

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fedsplit.errors import ConfigError
 from fedsplit.settings import read_settings
-from strategies.rounds.early_stopping import EarlyStopping
+from strategies.early_stopping import EarlyStopping
 from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.split_tuning.test_centralised_equivalence import (
     PLAIN_SGD,
