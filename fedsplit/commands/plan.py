@@ -1,4 +1,4 @@
-"""``fedsplit plan``: what an emulator would cost and reveal, before anything is built."""
+"""``fedsplit plan``: what a way to tune together costs and reveals, before anything is built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fedsplit.observe.console import console
 
 if TYPE_CHECKING:
     from fedsplit.emulators import Compressor
-    from fedsplit.emulators.planning.planner import PlanRow
+    from fedsplit.emulators.planning.language import Answer
+    from fedsplit.emulators.planning.planner import Base, PlanRow
 
 
 def register(app: typer.Typer) -> None:
@@ -41,14 +42,30 @@ def plan(
     rank: Annotated[int, typer.Option(help="of LoRA's updates")] = 8,
     bottleneck: Annotated[int, typer.Option(help="width of bottleneck adapters")] = 32,
     prefix: Annotated[int, typer.Option(help="trained positions of each attention")] = 8,
+    task: Annotated[
+        str,
+        typer.Option(help="causal-lm: which of split and offsite tuning meets --floor"),
+    ] = "",
+    floor: Annotated[
+        float, typer.Option(help="with --task: least share of tokens that nobody reads")
+    ] = 0.6,
     json_: JsonFile = None,
 ) -> None:
-    """Emulator size, owner memory, bytes per round, step cost and share of the base revealed."""
+    """Emulator size, owner memory, bytes per round, step cost and share of the base revealed.
+
+    With --task causal-lm: split tuning under each protection and offsite tuning, from measured
+    runs: quality, what the strongest reader leaves, bytes and compute, against an owner's floor.
+    """
     from fedsplit.emulators.planning.planner import describe_base, plan_grid
+    from fedsplit.errors import one_of
     from fedsplit.models.adapters.methods import MethodSettings
 
     inside = MethodSettings(method=method, rank=rank, width=bottleneck, prefix=prefix)
     base = describe_base(model, width, inside)
+    if task:
+        one_of("task", task, ("causal-lm",))
+        _answer(model, base, floor, json_)
+        return
     layers = base.sizes.layers
     # The counts that ask for nothing impossible: a block must be left outside A.
     counts = adapters or [n for n in (2, 4, 8) if n < layers] or [1]
@@ -65,6 +82,61 @@ def plan(
         style="dim",
     )
     write_json(json_, [asdict(row) for row in rows])
+
+
+def _answer(model: str, base: Base, floor: float, json_: JsonFile) -> None:
+    from fedsplit.emulators.planning.language import answers
+
+    found = answers(base, floor)
+    columns = ("data", "quality", "not read", "by gradients", "guess", "up", "owner", "meets")
+    table = table_of("setting", *columns, left=("setting", "data"))
+    for row in found:
+        once = f" + {row.costs.round * 4 / 1e6:,.1f} MB a round" if row.costs.round else ""
+        shares = (row.quality, row.privacy, row.channel, row.guess)
+        table.add_row(
+            row.settings,
+            f"{row.data} ({row.runs})",
+            *(f"{100 * share:.1f} %" for share in shares),
+            f"{2 * row.costs.up:,} B a token{once}",
+            f"{row.costs.flops / 1e6:,.1f} MFLOP a token",
+            "yes" if row.meets else "no",
+        )
+    console.print(f"{model}: floor {100 * floor:g} % of tokens that nobody reads")
+    console.print(table)
+    console.print(_verdict(found, floor))
+    console.print(
+        "quality: share of the unprotected gain of one pass; not read: by the strongest reader "
+        "over everything that crosses. Both were measured on another model "
+        "(docs/results/lm-protection.md); costs are this model's, representations in bfloat16. "
+        "With DP-SGD: not measured.",
+        style="dim",
+    )
+    write_json(json_, [asdict(row) for row in found])
+
+
+def _verdict(found: list[Answer], floor: float) -> str:
+    """Return in words which strategy meets the floor."""
+    said = []
+    for name, mine in (
+        ("split tuning", [a for a in found if a.protection != "offsite"]),
+        ("offsite tuning", [a for a in found if a.protection == "offsite"]),
+    ):
+        good = [a for a in mine if a.meets]
+        if good:
+            best = max(good, key=lambda a: a.quality)
+            said.append(
+                f"{name}: {best.settings} meets the floor with {100 * best.quality:.0f} % of the "
+                f"gain ({best.data})"
+            )
+        elif mine:
+            most = max(mine, key=lambda a: (a.privacy, a.quality))
+            said.append(
+                f"{name}: no measured setting meets the floor; the most that nobody reads is "
+                f"{100 * most.privacy:.0f} % ({most.settings})"
+            )
+        else:
+            said.append(f"{name}: not measured")
+    return "\n".join(said)
 
 
 def _grid(

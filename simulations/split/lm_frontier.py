@@ -8,6 +8,7 @@ A cell tunes the base once over the owners' texts under one protection (:data:`P
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsplit.config import RunConfig
+from fedsplit.emulators.planning.language import WAYS
 from fedsplit.errors import ConfigError, check
 from fedsplit.registry import pick
 from simulations.core.cells import CellStore, Row, run_cells
@@ -40,16 +42,14 @@ SETTINGS = [
     "client-tail:1:2048",
     "client-tail:2:2048",
     "client-tail:3:2048",
-    "own-tail:2:2048",
     "own-tail:3:2048",
     "row-noise:10:2048",
     "row-noise:16:2048",
     "offsite:4:2048",
     "offsite:6:2048",
-    "raw-row-noise:10:2048",
-    "row-noise:16:1024",
-    "row-noise:16:4096",
-    "row-noise:16:16384",
+    "noisy-tail:2:2048",
+    "noisy-tail:4:2048",
+    "noisy-tail:8:2048",
 ]
 OPTIONS: dict[str, Any] = {
     "seeds": 3,
@@ -61,6 +61,8 @@ OPTIONS: dict[str, Any] = {
     "lr-tail": 2e-3,
 }
 PLOT = "lm-frontier.png"
+MEASURED = "measured.json"
+MEANS = ("gain_share", "token_recovery", "guess", "text_recovery", "text_guess", "joint_recovery")
 READABLE = 1.0  # at k = 0 without noise every row is one known vector: all tokens are read
 
 
@@ -112,6 +114,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     make = partial(cell, config, options, sources)
     rows = run_cells(experiment, folder, console, store, keys, make, recorded)
     finished = with_shares(rows)
+    text = json.dumps({"rows": measured_rows(finished)}, indent=1) + "\n"
+    (folder.path / MEASURED).write_text(text, encoding="utf-8")
     console.print(table(finished))
     draw_if_possible(console, folder.path / PLOT, plot, finished)
 
@@ -194,6 +198,22 @@ def with_shares(rows: Sequence[Row]) -> list[Row]:
         whole = plain.get((row["data"], row["seed"]))
         shares.append({**row, "gain_share": None if not whole else row["gain"] / whole})
     return shares
+
+
+def measured_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return means over seeds, as :mod:`fedsplit.emulators.planning.language` reads them.
+
+    Only what a run can ask for, at the unprotected run's targets per step.
+    """
+    known = [r for r in rows if r["gain_share"] is not None and r["protection"] in WAYS]
+    first = next((r["targets"] for r in known if r["protection"] == "none"), 0)
+    found = []
+    for key, mine in grouped(known, "model", "data", "protection", "level", "targets").items():
+        if key[-1] == first:
+            names = ("model", "data", "protection", "level")
+            means = {c: round(mean(mine, c), 4) for c in MEANS}
+            found.append({**dict(zip(names, key, strict=False)), "runs": len(mine), **means})
+    return found
 
 
 def table(rows: Sequence[Row]) -> Table:
