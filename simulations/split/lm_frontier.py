@@ -34,11 +34,13 @@ from simulations.split.lm_schemes import (
     noisy_tail,
     offsite,
     returned_gradients,
+    unprotected_with_head,
 )
 
 # protection, its level, targets per step
 SETTINGS = [
     "none:0:2048",
+    "none+head:0:2048",
     "client-tail:1:2048",
     "client-tail:2:2048",
     "client-tail:3:2048",
@@ -81,6 +83,7 @@ class Protection:
 
 PROTECTIONS: dict[str, Protection] = {
     "none": Protection(lambda w, level, o: returned_gradients(w, o["lr"])),
+    "none+head": Protection(lambda w, level, o: unprotected_with_head(w, o["lr"])),
     "row-noise": Protection(lambda w, level, o: returned_gradients(w, o["lr"], level)),
     "raw-row-noise": Protection(
         lambda w, level, o: returned_gradients(w, o["lr"], level, posterior=False)

@@ -72,11 +72,7 @@ def returned_gradients(
     noise = RowNoise(ratio, median_length(matrix)) if ratio else None
     denoise = GradientDenoiser(noise, known) if noise is not None and posterior else None
     secret = OwnerSecret.for_simulation(work.seed, "lm-frontier")
-    frozen = {id(p) for p in probe(top.model).output_embeddings.parameters()}  # type: ignore[union-attr]
-    trained = [p for p in top.parameters() if id(p) not in frozen and p.is_floating_point()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_blocks(top), lr, weight_decay=0.0)
     reading = Reading()
     read_at = {round(i * (work.steps - 1) / max(1, attacked - 1)) for i in range(attacked)}
     for step in range(work.steps):
@@ -99,6 +95,40 @@ def returned_gradients(
                 sent = denoise(states.detach(), sent, len(targets))
         _step(optimizer, work.rate(step, lr), [states], [sent])
     return Tuned(work.loss(bottom, top, head), reading)
+
+
+def unprotected_with_head(work: LanguageModelSplit, lr: float) -> Tuned:
+    """Tune all of the server's blocks by exact gradients, and the owners' head with them.
+
+    Only the first step's rows are read, where the head is the base's.
+    """
+    bottom, top, head = work.cut()
+    matrix, reading = LinearHead.of(head).weight, Reading()
+    own = list(head.requires_grad_(True).parameters())
+    optimizer = torch.optim.AdamW([*_blocks(top), *own], lr, weight_decay=0.0)
+    for step in range(work.steps):
+        texts = [text for owner in work.owners for text in owner[step]]
+        states, logits, targets = forward(bottom, top, head, texts)
+        loss = functional.cross_entropy(logits, targets)
+        if step == 0:
+            (rows,) = torch.autograd.grad(loss, [states], retain_graph=True)
+            found = recover_tokens(
+                rows, logits.detach(), GradientNoise(), head=matrix, targets=len(targets)
+            )
+            reading.add(texts, found, logits.argmax(1))
+        _step(optimizer, work.rate(step, lr), [loss], None)
+    return Tuned(work.loss(bottom, top, head), reading)
+
+
+def _blocks(top: Top) -> list[nn.Parameter]:
+    """Return a top's parameters but for the projection, marked as trained."""
+    projection = probe(top.model).output_embeddings
+    assert projection is not None, "a language model"
+    frozen = {id(p) for p in projection.parameters()}
+    chosen = [p for p in top.parameters() if id(p) not in frozen]
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    return chosen
 
 
 def median_length(matrix: Tensor) -> float:

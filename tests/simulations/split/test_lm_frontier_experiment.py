@@ -38,7 +38,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], di
     folder = tmp_path_factory.mktemp("frontier")
     model = save_tiny_llama(folder / "model")
     texts = save_texts(folder / "texts.jsonl", 90)
-    wanted = ["none:0", "client-tail:1", "own-tail:1", "row-noise:1e6", "raw-row-noise:1e-3"]
+    wanted = [
+        "none:0",
+        "none+head:0",
+        "client-tail:1",
+        "own-tail:1",
+        "row-noise:1e6",
+        "raw-row-noise:1e-3",
+    ]
     options = OWN | {
         "data": [f"texts={texts}"],
         "settings": [f"{name}:60" for name in wanted],
@@ -55,6 +62,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], di
 def test_without_protection_every_token_and_text_is_read(rows: Any) -> None:
     plain = rows["none", 0]
     assert (plain["token_recovery"], plain["text_recovery"]) == (1.0, 1.0)
+    assert rows["none+head", 0]["token_recovery"] == 1.0
     assert plain["gain_share"] == 1.0
     assert plain["gain"] > 0
 

@@ -89,3 +89,17 @@ def test_a_tail_of_ones_own_goes_on_where_it_was(make_config: Any, run_locally: 
     losses = [r["evaluate"]["metrics"]["loss"] for r in run.server["rounds"]]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
+
+
+def test_private_steps_of_a_tail_without_noise_and_with_a_wide_clip_are_plain_steps(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = PLAIN_SGD | TAIL | {"data__owners": 1, "data__partition": "iid"}
+    options |= {"train__max_steps": 2, "train__rounds": 1}
+    plain = run_locally(make_config(**options))
+    monkeypatch.setenv("FEDSPLIT_HOME", str(tmp_path / "private"))
+    dp = {"dp__noise_multiplier": 1e-9, "dp__clip": 1e3}
+    private = run_locally(make_config(output__dir=str(tmp_path / "s"), **options, **dp))
+    assert len(plain.result.arrays) > 5
+    for name, array in plain.result.arrays.items():
+        assert abs(array.numpy() - private.result.arrays[name].numpy()).max() < 2e-6, name
