@@ -49,6 +49,8 @@ SETTINGS = [
     "row-noise:16:2048",
     "offsite:4:2048",
     "offsite:6:2048",
+    "offsite-6:4:2048",
+    "offsite+head:4:2048",
     "noisy-tail:2:2048",
     "noisy-tail:4:2048",
     "noisy-tail:8:2048",
@@ -96,6 +98,10 @@ PROTECTIONS: dict[str, Protection] = {
     ),
     "noisy-tail": Protection(lambda w, level, o: noisy_tail(w, o["lr-tail"], 3, level)),
     "offsite": Protection(lambda w, level, o: offsite(w, o["lr"], 4, int(level)), rows=False),
+    "offsite-6": Protection(lambda w, level, o: offsite(w, o["lr"], 6, int(level)), rows=False),
+    "offsite+head": Protection(
+        lambda w, level, o: offsite(w, o["lr-tail"], 4, int(level), head=True), rows=False
+    ),
 }
 
 

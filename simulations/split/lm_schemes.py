@@ -241,11 +241,20 @@ def client_tail(
     return Tuned(sum(losses) / len(losses), reading)
 
 
-def offsite(work: LanguageModelSplit, lr: float, adapters: int, keep: int) -> Tuned:
+def offsite(
+    work: LanguageModelSplit, lr: float, adapters: int, keep: int, *, head: bool = False
+) -> Tuned:
     """Tune outer blocks around an emulator of the middle at the owners; plug them into the base.
 
     No representation and no gradient leaves.  The attacker has the plugged-in model, and guesses
     with it as for :func:`client_tail`.
+
+    Args:
+        work: base and texts.
+        lr: peak rate of AdamW.
+        adapters: outer blocks that are tuned.
+        keep: of the others, in the emulator.
+        head: whether the vocabulary projection is tuned too (an untied copy).
     """
     base = copy.deepcopy(work.whole).eval()
     outside = outer_blocks(probe(base).num_layers, adapters)
@@ -253,6 +262,11 @@ def offsite(work: LanguageModelSplit, lr: float, adapters: int, keep: int) -> Tu
     emulator = plan_of.build(base, Material(torch.zeros(1, 2, dtype=torch.int64), None, ""))
     emulator.model.eval().requires_grad_(False)
     trained = list(emulator.adapter_parameters().values())
+    for model in (emulator.model, base) if head else ():
+        projection = probe(model).output_embeddings
+        assert isinstance(projection, nn.Linear), "a language model"
+        projection.weight = nn.Parameter(projection.weight.detach().clone())
+        trained += [projection.weight] if model is emulator.model else []
     for parameter in trained:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
@@ -265,6 +279,8 @@ def offsite(work: LanguageModelSplit, lr: float, adapters: int, keep: int) -> Tu
         loss = functional.cross_entropy(rows, ids[:, 1:][predicts])
         _step(optimizer, work.rate(step, lr), [loss], None)
     plug_in(base, adapter_state(emulator), emulator.plan)
+    if head:
+        probe(base).output_embeddings.weight.data.copy_(trained[-1])  # type: ignore[union-attr,operator]
     parts, reading = work.cut(model=base), Reading()
     _predict(work, reading, parts, work.shown(0, 2))
     return Tuned(work.loss(*parts), reading)
