@@ -118,8 +118,8 @@ def _verdict(found: list[Answer], floor: float) -> str:
     """Return in words which strategy meets the floor."""
     said = []
     for name, mine in (
-        ("split tuning", [a for a in found if a.protection != "offsite"]),
-        ("offsite tuning", [a for a in found if a.protection == "offsite"]),
+        ("split tuning", [a for a in found if not a.protection.startswith("offsite")]),
+        ("offsite tuning", [a for a in found if a.protection.startswith("offsite")]),
     ):
         good = [a for a in mine if a.meets]
         if good:

@@ -67,6 +67,9 @@ OPTIONS: dict[str, Any] = {
 PLOT = "lm-frontier.png"
 MEASURED = "measured.json"
 MEANS = ("gain_share", "token_recovery", "guess", "text_recovery", "text_guess", "joint_recovery")
+TICKS = (-2, 0, 2, 5, 10, 20, 50, 80)
+LOWEST = -10.0
+"""Shares of the gain below this are outside the picture."""
 READABLE = 1.0  # at k = 0 without noise every row is one known vector: all tokens are read
 
 
@@ -278,6 +281,9 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             axis.axhline(85, linewidth=0.8, linestyle=":", color="grey")
             axis.axvline(2, linewidth=0.8, linestyle=":", color="grey")
             axis.set_xscale("symlog", linthresh=5)
+            axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], minor=False)
+            axis.minorticks_off()
+            axis.set_ylim(bottom=max(LOWEST, axis.get_ylim()[0]))
             axis.set_xlabel("tokens read beyond the guess, points")
             axis.set_ylabel("share of the unprotected gain, %")
             axis.set_title(data)

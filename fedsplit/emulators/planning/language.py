@@ -20,7 +20,6 @@ from fedsplit.errors import check
 from fedsplit.registry import pick
 
 FILE = "measured.json"
-ADAPTERS = 4  # blocks of A in the measured offsite runs
 NOISY_BLOCKS = 3  # of the tails measured above noisy representations
 
 
@@ -66,9 +65,9 @@ def _tail(base: Base, blocks: float, *, leaves: bool) -> Costs:
     return Costs(d, d, base.outside + tail, tail if leaves else 0, 6 * tail)
 
 
-def _offsite(base: Base, keep: float) -> Costs:
+def _offsite(base: Base, keep: float, adapted: int) -> Costs:
     block, head = base.sizes.block, base.vocab * base.sizes.hidden
-    adapters, kept = ADAPTERS * block, int(keep) * block
+    adapters, kept = adapted * block, int(keep) * block
     return Costs(0, 0, base.outside + adapters + kept, adapters, 6 * adapters + 4 * (kept + head))
 
 
@@ -87,7 +86,14 @@ WAYS: dict[str, Way] = {
         "privacy.noise-ratio={level:g} privacy.denoise=unigram",
         lambda b, _: _tail(b, NOISY_BLOCKS, leaves=False),
     ),
-    "offsite": Way("strategy=offsite-tuning offsite.keep={level:g}", _offsite),
+    "offsite": Way(
+        "strategy=offsite-tuning offsite.adapters=4 offsite.keep={level:g}",
+        lambda b, keep: _offsite(b, keep, 4),
+    ),
+    "offsite-6": Way(
+        "strategy=offsite-tuning offsite.adapters=6 offsite.keep={level:g}",
+        lambda b, keep: _offsite(b, keep, 6),
+    ),
 }
 
 
