@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fedsplit.attacks.base import Confidences, Public, Step, Truth, Update, View
+from fedsplit.attacks.gradients.known_head import LinearHead
+from fedsplit.attacks.gradients.token_recovery import GradientNoise
 from fedsplit.attacks.membership.lira import confidence
 from fedsplit.attacks.recorded_frames import read_capture
 from fedsplit.attacks.scoring import AttackResult
@@ -38,6 +40,7 @@ from fedsplit.config import RunConfig
 from fedsplit.data import docstrings_are_public
 from fedsplit.errors import AttackError, ConfigError, check
 from fedsplit.privacy.denoising.posterior import Touched
+from fedsplit.privacy.labels.table import build_protection, head_at_owner
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.seeding import numpy_generator
 from fedsplit.settings import read_settings
@@ -216,10 +219,8 @@ def public_knowledge(config: RunConfig, *, public: str = "", whole: bool = False
     Raises:
         FedsplitError: the model cannot be loaded or split.
     """
-    from fedsplit.attacks.gradients.known_head import LinearHead
     from fedsplit.models.loading import load
     from fedsplit.models.splitting.halves import split
-    from fedsplit.models.splitting.heads import detach_head
     from fedsplit.privacy import build_mechanism
 
     m = config.model
@@ -230,6 +231,7 @@ def public_knowledge(config: RunConfig, *, public: str = "", whole: bool = False
     # Docstrings are no public text where they are the owners' own.
     path = public or config.privacy.public_text
     texts = public_texts(path, docstrings=docstrings_are_public(config.data.kind))
+    head = _known_head(top) if m.task == "causal-lm" else None
     return Public(
         bottom=bottom,
         mechanism=build_mechanism(config.privacy, bottom, bottom.vocab, loaded.tokenizer),
@@ -237,8 +239,34 @@ def public_knowledge(config: RunConfig, *, public: str = "", whole: bool = False
         special_ids=frozenset(int(i) for i in loaded.tokenizer.all_special_ids),
         touched=announced_touch(config),
         model=loaded.model if whole or m.task == "causal-lm" else None,
-        head=LinearHead.of(detach_head(top, share=True)) if m.task == "causal-lm" else None,
+        head=head,
+        gradient_noise=gradient_law(config, bottom.vocab, head),
     )
+
+
+def _known_head(top: Any) -> LinearHead | None:
+    """Return the vocabulary projection of ``top``; None where it is not linear."""
+    from fedsplit.models.splitting.heads import detach_head
+
+    try:
+        return LinearHead.of(detach_head(top, share=True))
+    except AttackError:
+        return None
+
+
+def gradient_law(config: RunConfig, vocab: int, head: LinearHead | None) -> GradientNoise:
+    """Return the announced law of a language model's gradients, of each target's own loss.
+
+    Args:
+        config: the run's settings.
+        vocab: V, the width of logits.
+        head: what maps hidden states to logits, where the owner holds it.
+    """
+    width = vocab
+    if head_at_owner(config.labels.protection):
+        width = 0 if head is None else int(head.weight.shape[1])
+    law = build_protection(config.labels).row_law(width) if width else None
+    return GradientNoise(*law) if law else GradientNoise()
 
 
 def announced_touch(config: RunConfig) -> Touched | None:

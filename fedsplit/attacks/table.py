@@ -10,8 +10,10 @@ from fedsplit.attacks.base import Attack, View
 from fedsplit.attacks.extraction.attack import Extraction
 from fedsplit.attacks.gradients.closed_form import ClosedForm
 from fedsplit.attacks.gradients.gradient_map import GradientMap
+from fedsplit.attacks.gradients.head_refit import HeadRefit
 from fedsplit.attacks.gradients.joint_decoding import JointDecoding
 from fedsplit.attacks.gradients.logit_gradients import LogitGradients
+from fedsplit.attacks.gradients.matching import Matching
 from fedsplit.attacks.gradients.update_inversion import GradientInversion
 from fedsplit.attacks.gradients.update_sets import BiasGradient, EmbeddingUpdate
 from fedsplit.attacks.inversion.averaging import AveragingInversion
@@ -39,6 +41,8 @@ ATTACKS: dict[str, type[Attack]] = {
         ExactSearch,
         LogitGradients,
         ClosedForm,
+        HeadRefit,
+        Matching,
         GradientMap,
         JointDecoding,
         EmbeddingUpdate,

@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "sap-depth": _kind("split.inversion_by_depth"),
     "attributes": _kind("split.attribute_inference"),
     "label-leakage": _kind("split.label_leakage"),
+    "lm-leakage": _kind("split.lm_leakage"),
     "lm-frontier": _kind("split.lm_frontier"),
     "lineage-table": _kind("lineage.fingerprint_table"),
     "lineage-evasion": _kind("lineage.evasion"),

@@ -47,8 +47,13 @@ class NextTokenAttack(TokenAttack):
 
     def unaided_guess(self, view: View) -> Sequence[Tensor]:
         """Return the model's own top-1 for what the server received; no gradient is read."""
-        first = torch.zeros(1, dtype=torch.int64)
-        return [torch.cat([first, logits_of(view, s[-1]).argmax(1)]) for s in view.steps]
+        return unaided_guesses(view)
+
+
+def unaided_guesses(view: View) -> list[Tensor]:
+    """Return the server's own top-1 of each text's tokens; 0 stands for the first, ``(T_i,)``."""
+    first = torch.zeros(1, dtype=torch.int64)
+    return [torch.cat([first, logits_of(view, s[-1]).argmax(1)]) for s in view.steps]
 
 
 def vocab_of(view: View) -> int:

@@ -99,6 +99,16 @@ class LabelProtection(ABC):
         """
         return None
 
+    def row_law(self, width: int) -> tuple[str, float, float] | None:
+        """Return the public law of the noise on rows (N, width) of each target's own loss.
+
+        Returns:
+            (``gaussian`` or ``dchi``, its scale as in
+            :class:`fedsplit.attacks.gradients.token_recovery.GradientNoise`, the norm that rows
+            are clipped to before); None: rows are left alone, or their law is not of that kind.
+        """
+        return None
+
     def perturb(self, rows: Tensor, labels: Tensor, share: float, stream: SecretStream) -> Tensor:
         """Return what may leave instead of one batch's gradients.
 

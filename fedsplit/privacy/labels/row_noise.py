@@ -71,6 +71,9 @@ class RowNoise(LabelProtection):
         """Return the noise's standard deviation per coordinate, in units of one target's loss."""
         return self.noise_ratio * self.gradient_clip / mean_norm(width)
 
+    def row_law(self, width: int) -> tuple[str, float, float]:
+        return "gaussian", self.sigma(width), self.gradient_clip
+
     def information(self, width: int) -> float:
         """Return the bound on one row's and draw's information about its label, in nats."""
         signal = (self.gradient_clip / self.sigma(width)) ** 2

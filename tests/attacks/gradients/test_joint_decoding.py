@@ -88,3 +88,18 @@ def test_reading_in_pieces_is_reading_at_once(base: Any) -> None:
     swapped = reader.advance(torch.tensor([1, 0]), text[:, 3].flip(0))
     again = TextEvidence(view, 0).predictions(torch.cat([text.flip(0), text[:, :1]], 1))
     torch.testing.assert_close(swapped, again[:, 3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("loss", ["tag", "cosine"])
+def test_matching_reads_texts_without_noise(base: Any, direction: str, loss: str) -> None:
+    view, truth = crossed(base, 1, 0.0, 0.0)
+    attack = make_attack(
+        "matching", direction=direction, loss=loss, start="random", steps=200, lr=0.3, samples=2
+    )
+    result = attack.run(view, Truth(ids=truth.ids[:2]))
+    assert result.success > (0.5 if direction == "forward" else 0.9)
+    assert result.tokens == 2 * (LENGTH - (direction == "backward"))
+    quick = make_attack("matching", direction=direction, loss=loss, steps=5, samples=2)
+    if direction != "forward":
+        assert quick.run(view, Truth(ids=truth.ids[:2])).success > 0.8

@@ -20,15 +20,19 @@ V, D, TEXTS, LENGTH = 53, 16, 12, 9
 
 
 def recorded(
-    noise: float = 0.0, passes: int = 1, logits: bool = False, seed: int = 0
+    noise: float = 0.0,
+    passes: int = 1,
+    logits: bool = False,
+    texts: int = TEXTS,
+    words: int = V,
 ) -> tuple[View, Truth]:
     """Return what the server has of texts whose gradients carry Gaussian noise, and the truth."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     head = LinearHead(torch.randn(V, D, generator=draw), torch.randn(V, generator=draw))
     ids, steps = [], []
-    for _ in range(TEXTS):
+    for _ in range(texts):
         mine, hidden = [], 0.4 * torch.randn(LENGTH, D, generator=draw)
-        following = head.logits(hidden).softmax(1).multinomial(1, generator=draw)[:-1, 0]
+        following = head.logits(hidden)[:, :words].softmax(1).multinomial(1, generator=draw)[:-1, 0]
         ids.append(text := torch.cat([torch.zeros(1).long(), following]))
         for _ in range(passes):
             sent = (head.logits(hidden) if logits else hidden).requires_grad_()
@@ -87,3 +91,15 @@ def test_a_models_head_is_found_linear_or_refused(
     monkeypatch.setattr(type(head), "forward", capped)
     with pytest.raises(AttackError, match="must be linear"):
         LinearHead.of(head)
+
+
+def test_a_head_that_was_trained_away_is_estimated_from_its_gradients() -> None:
+    view, truth = recorded(texts=60, words=12)
+    known = view.public.head
+    assert known is not None
+    draw = torch.Generator().manual_seed(1)
+    apart = 1.3 * torch.randn(known.weight.shape, generator=draw)  # as far as rows are apart
+    view.public.head = LinearHead(known.weight + apart, known.bias)
+    read = make_attack("closed_form").run(view, truth).success
+    refitted = make_attack("head_refit").run(view, truth).success
+    assert refitted > read + 0.1
