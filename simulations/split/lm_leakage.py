@@ -37,7 +37,7 @@ OPTIONS: dict[str, Any] = {
     "models": ["../shared/models/gutenberg_llama_seed0"],
     "protections": ["none", "client-head"],
     "transports": ["stream", "messages"],
-    "attackers": [],  # none: those that fit what crossed
+    "attackers": [],  # of these those that fit what crossed; none: all that fit
     "budget": [],  # ATTACK.FIELD=VALUE
     "samples": 32,
     "public": "",
@@ -88,10 +88,10 @@ def run_cell(config: RunConfig, folder: Path, options: dict[str, Any]) -> list[R
     view, ids = recorded_view(recorded, truth_of(owners), options["samples"], config.seed)
     view.public = public_knowledge(config, public=options["public"])
     budget = parse_budget(options["budget"])
-    attacks = [make_attack(name, config.seed, budget) for name in options["attackers"]]
+    named = [make_attack(name, config.seed, budget) for name in options["attackers"]]
     rows = []
-    for attack in attacks or suited(view, config.seed, budget):
-        if attack.reads != "tokens":
+    for attack in named or suited(view, config.seed, budget):
+        if attack.reads != "tokens" or not attack.applies(view):
             continue
         began = time.perf_counter()
         found = attack.run(view, Truth(ids=ids))

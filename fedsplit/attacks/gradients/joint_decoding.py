@@ -142,6 +142,7 @@ class _Reading:
         text = self._best([self._beam(), *self._by_position()])
         for _ in range(self.attack.rereads):
             text = self._reread(text)
+        self.scores = self.scores or self._local(text)
         out = torch.zeros(len(text), RANKED, dtype=torch.int64)
         for t, (ids, scores) in enumerate(self.scores):
             order = ids[scores.argsort(descending=True)]

@@ -65,6 +65,7 @@ def test_without_noise_whole_texts_are_read(base: Any, k: int) -> None:
     assert result.success == result.text_recovery == 1.0
     assert result.tokens == TEXTS * LENGTH  # the first token of each text as well
     assert "joint" in [attack.name for attack in suited(view)]
+    assert make_attack("joint", beams=1, rereads=0).run(view, truth).success == 1.0
 
 
 @pytest.mark.parametrize("k", [0, 1])
