@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     "attributes": _kind("split.attribute_inference"),
     "label-leakage": _kind("split.label_leakage"),
     "lm-leakage": _kind("split.lm_leakage"),
+    "lm-peers": _kind("peers.side_by_side"),
     "lm-frontier": _kind("split.lm_frontier"),
     "lineage-table": _kind("lineage.fingerprint_table"),
     "lineage-evasion": _kind("lineage.evasion"),

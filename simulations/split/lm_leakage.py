@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from fedsplit.attacks import ATTACKS, Truth, make_attack, suited
+from fedsplit.attacks import ATTACKS, Truth, View, make_attack, suited
 from fedsplit.attacks.files import parse_budget, public_knowledge, recorded_view
 from fedsplit.attacks.transcripts import TRANSCRIPT, read_whole_transcript
 from fedsplit.config import RunConfig
@@ -81,12 +82,11 @@ def run_cell(config: RunConfig, folder: Path, options: dict[str, Any]) -> list[R
     """Run one federation and every attack on tokens that fits what its server has."""
     try:
         config, server = run_in_process(config, folder)
-        recorded = read_whole_transcript(folder / "server" / TRANSCRIPT)
+        view, ids = attackers_view(
+            config, folder / "server" / TRANSCRIPT, options["samples"], options["public"]
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    owners = owner_samples(config, load_base(config).tokenizer)
-    view, ids = recorded_view(recorded, truth_of(owners), options["samples"], config.seed)
-    view.public = public_knowledge(config, public=options["public"])
     budget = parse_budget(options["budget"])
     named = [make_attack(name, config.seed, budget) for name in options["attackers"]]
     rows = []
@@ -112,6 +112,17 @@ def run_cell(config: RunConfig, folder: Path, options: dict[str, Any]) -> list[R
             }
         )
     return rows
+
+
+def attackers_view(
+    config: RunConfig, transcript: Path, samples: int, public: str = ""
+) -> tuple[View, list[Tensor]]:
+    """Return what the attackers have of a run, and the true ids of the texts in it."""
+    owners = owner_samples(config, load_base(config).tokenizer)
+    recorded = read_whole_transcript(transcript)
+    view, ids = recorded_view(recorded, truth_of(owners), samples, config.seed)
+    view.public = public_knowledge(config, public=public)
+    return view, ids
 
 
 def table(rows: list[Row]) -> Table:
