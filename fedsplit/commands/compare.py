@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedsplit.fingerprints import Fingerprint
     from fedsplit.fingerprints.gate.verdict import Judgement
     from fedsplit.fingerprints.sources import Source
-    from fedsplit.fingerprints.view import Similarity
+    from fedsplit.fingerprints.view import Similarity, WeightView
 
 RUN_BYTES = 1 << 30
 BAR = 24
@@ -86,20 +86,24 @@ def compare(
 def between_weights(base: Source, suspect: Source, run: bool | None) -> Comparison:
     """Every fingerprint of two models at hand; the verdict is the aligned products'.
 
+    Models of different width are compared by
+    :func:`fedsplit.fingerprints.methods.widths.compare_widths`.
+
     Raises:
-        LineageError: for different widths, or no shared token rows.
+        LineageError: for no shared token rows.
         ModelError: for missing tensors, NaN or infinite values.
     """
     from fedsplit.errors import LineageError
     from fedsplit.fingerprints import FINGERPRINTS
     from fedsplit.fingerprints.gate.verdict import judge
-    from fedsplit.fingerprints.view import same_width
 
     assert base.view is not None
     assert suspect.view is not None
-    same_width(base.view, suspect.view)
-    score = FINGERPRINTS["score"]().compare(base.view, suspect.view)
-    found = Comparison(judge(score, base.width), "score", score, {"score": score.value})
+    if base.width == suspect.width:
+        score = FINGERPRINTS["score"]().compare(base.view, suspect.view)
+        found = Comparison(judge(score, base.width), "score", score, {"score": score.value})
+    else:
+        found = between_widths(base.view, suspect.view)
     for name, fingerprint in FINGERPRINTS.items():
         try:
             if fingerprint.needs_running:
@@ -109,6 +113,21 @@ def between_weights(base: Source, suspect: Source, run: bool | None) -> Comparis
         except LineageError as error:
             found.reasons[name] = str(error)
     return found
+
+
+def between_widths(base: WeightView, suspect: WeightView) -> Comparison:
+    """The products in the directions that both embeddings know, for models of different width."""
+    from fedsplit.errors import LineageError
+    from fedsplit.fingerprints.gate.verdict import judge_widths, not_comparable
+    from fedsplit.fingerprints.methods.widths import compare_widths
+
+    try:
+        score = compare_widths(base, suspect)
+    except LineageError as error:
+        nothing, judgement = not_comparable(str(error))
+        return Comparison(judgement, "none", nothing, reasons={"score": str(error)})
+    judgement = judge_widths(score, min(base.width, suspect.width))
+    return Comparison(judgement, "score", score, {"score": score.value})
 
 
 def between_public(base: Source, suspect: Source) -> Comparison:

@@ -177,9 +177,6 @@ def test_damaged_weights_are_named(saved: Any, change: Any, complaint: str) -> N
 
 def test_files_that_are_none(saved: Any, tmp_path: Path) -> None:
     base, wide = saved("base"), saved("wide", hidden_size=64)
-    code, said = call("compare", base, wide)
-    assert code == FAILED
-    assert "width=64: the base's is 48" in said
     published = tmp_path / "base.json"
     call("fingerprint", base, "--out", published)
     code, said = call("compare", published, wide)

@@ -78,6 +78,23 @@ PUBLIC_MEASURED: dict[str, float] = {
 """The same for the whitened invariants that a public file sketches, exact (darwin twins anew)."""
 
 
+WIDTHS_MEASURED: dict[str, float] = {
+    "gutenberg_llama_seed0 - seed1 cut to 192 (same data, hard)": 0.1137,
+    "gutenberg_llama_seed1 - seed0 cut to 192, FFN 70 %": 0.1092,
+    "gutenberg_llama_seed1 cut to 192 - seed0": 0.1161,
+    "gutenberg_llama_seed0 - seed1 cut to 128": 0.1147,
+    "gutenberg_llama_seed1 - seed0 cut to 128, FFN 70 %": 0.1080,
+    "gutenberg_llama_seed1 cut to 128 - seed0": 0.1171,
+    "gutenberg_llama_seed0 - seed1 cut to 64": 0.1124,
+    "gutenberg_llama_seed1 - seed0 cut to 64, FFN 70 %": 0.1152,
+    "gutenberg_llama_seed1 cut to 64 - seed0": 0.1017,
+    "babyllama_tok361 - stories260K (d = 128, 64)": 0.0214,
+    "gutenberg_llama_seed0 - stories260K (d = 256, 64)": 0.0190,
+}
+"""The same for pairs of different width; cuts of one pair depend on each other, so that these are
+fewer than they look, and the spread that they give is a floor."""
+
+
 @dataclass(frozen=True)
 class SketchError:
     """Root mean square error of a sketched score: for relatives, for strangers, over how many."""
@@ -304,6 +321,29 @@ def judge_public(
         per_block=public_null(size, depth, block=True),
         config=config,
     )
+
+
+def judge_widths(
+    similarity: Similarity, width: int, *, config: VerdictConfig | None = None
+) -> Judgement:
+    """Judge the score of models of different width.
+
+    Args:
+        similarity: of :func:`fedsplit.fingerprints.methods.widths.compare_widths`.
+        width: the narrower model's.
+        config: how sure a verdict must be.
+    """
+    scores = tuple(WIDTHS_MEASURED.values())
+    null = NullDistribution(scores, analytic_sd(width, max(1, 2 * len(similarity.per_block))))
+    single = NullDistribution(scores, max(analytic_sd(width, 2), 0.1))  # twins' blocks: to 0.25
+    return judge(similarity, width, null=null, per_block=single, config=config)
+
+
+def not_comparable(why: str) -> tuple[Similarity, Judgement]:
+    """Return what is said of two models that nothing here can lay over each other: not shown."""
+    config = VerdictConfig()
+    judgement = Judgement("not_shown", 0.0, 1.0, config.alpha, config.least, 0.0, (), ())
+    return Similarity(0.0, {}, (), (f"not comparable by this fingerprint: {why}",)), judgement
 
 
 def separation(positives: Sequence[float], negatives: Sequence[float]) -> float:
