@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit.errors import DataError, ModelError
+from fedsplit.errors import DataError, ModelError, check
 
 Conversation = Sequence[tuple[str, str]]  # (role, content) of each message
 
@@ -116,9 +116,11 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], most: int) -> 
         most: >= 2.
 
     Raises:
+        ConfigError: ``most`` is below 2.
         ModelError: see :func:`lay_out`.
         DataError: a completion has no token, or no token stands before it.
     """
+    check(most >= 2, "max_tokens", most, ">= 2 for conversations (a token, and one that follows)")
     laid = lay_out(tokenizer, conversations)
     special = not getattr(tokenizer, "chat_template", None)  # a template puts its own
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedsplit.errors import DataError, ModelError
+from fedsplit.errors import ConfigError, DataError, ModelError
 from fedsplit.models import chat_template
 from fedsplit.models.chat_template import encode, encode_prompt, lay_out
 
@@ -146,6 +146,14 @@ def test_hostile_templates_are_bounded(
     monkeypatch.setattr(chat_template, "SECONDS", 1.0)
     with pytest.raises(ModelError, match=f"chat template.*({message})"):
         lay_out(_tokenizer(template), [ONE])
+
+
+def test_the_shortest_cut_has_a_target() -> None:
+    tokenizer = _tokenizer(CHATML)
+    (found,) = encode(tokenizer, [ONE], 2)
+    assert found.targets == [False, True]
+    with pytest.raises(ConfigError, match="max_tokens=1: must be >= 2"):
+        encode(tokenizer, [ONE], 1)
 
 
 def test_a_template_that_leaves_a_completion_out_is_refused() -> None:
