@@ -45,5 +45,6 @@ KINDS: dict[str, Kind] = {
     "offsite-peft": _kind("offsite.adapter_methods"),
     "adversary": _kind("adversary.lying_server"),
     "faults": _kind("faults.fault_matrix"),
+    "poison": _kind("poison.federations"),
     "sweep": _kind("sweep.run"),
 }

@@ -1,0 +1,1 @@
+"""Owners that lie: what they can do to an average, and whether they are named."""
