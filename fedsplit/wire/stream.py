@@ -30,7 +30,8 @@ from fedsplit.wire.reconnection import RECEIVED, TICKET, ReplayBuffer, SessionTi
 
 log = logging.getLogger(__name__)
 
-HELLO_DEADLINE_S = 30.0
+HELLO_DEADLINE_S = 15.0
+_LEAVING = 64  # streams that are being closed
 _HELLO_BYTES = 1 << 16
 _SERVER_KEEPS = 3  # frames
 _LOOKS_CLOSED_S = 0.2
@@ -82,8 +83,9 @@ class SessionServer:
         hello_deadline_s: longest wait for a new stream's HELLO.
         on_bytes: called with (node, mode, raw frame) for everything that crosses, either way.
         reconnect_s: how long a session whose stream broke waits for a new one; 0 = not at all.
-        max_waiting: streams from one address that have not said HELLO yet; more are refused, so
-            that whoever opens streams and says nothing does not keep others out.
+        max_waiting: streams that have not said HELLO yet; for every further one the oldest of the
+            address with the most of them is closed.  They do not count as sessions, so that whoever
+            opens streams and says nothing keeps nobody out.
 
     Raises:
         ConfigError: no TLS on an interface others can reach.
@@ -116,7 +118,9 @@ class SessionServer:
         self._hello_deadline_s = hello_deadline_s
         self._reconnect_s = reconnect_s
         self._max_waiting = max_waiting
-        self._waiting: Counter[str] = Counter()
+        self._waiting: dict[_ServerLink, str] = {}  # stream -> address, the oldest first
+        self._max_sessions = max_sessions
+        self._sessions: set[Link] = set()
         self._tickets: dict[str, SessionTickets] = {}
         self._links: set[Link] = set()
         self._lock = threading.Lock()
@@ -125,10 +129,10 @@ class SessionServer:
             _ThreadEach(),
             options=[
                 *channel_options(max_frame_bytes),
-                ("grpc.max_concurrent_streams", max_sessions),
+                ("grpc.max_concurrent_streams", max_sessions + max_waiting + _LEAVING),
                 ("grpc.max_connection_idle_ms", 60_000),  # connections on which nobody calls
             ],
-            maximum_concurrent_rpcs=max_sessions,
+            maximum_concurrent_rpcs=max_sessions + max_waiting + _LEAVING,
         )
         handler = grpc.method_handlers_generic_handler(
             "fedsplit.Session", {"Open": grpc.stream_stream_rpc_method_handler(self._open)}
@@ -155,24 +159,20 @@ class SessionServer:
             yield from self._open_again(requests, context, given)
             return
         host = context.peer().rpartition(":")[0]
-        with self._lock:
-            self._waiting[host] += 1
-            crowd = self._waiting[host]
         link = _ServerLink(context)
+        self._make_room(link, host)
         tickets = SessionTickets(ReplayBuffer(link, _SERVER_KEEPS))
         stream, _ = tickets.replay.attach(0)
         with self._lock:
             self._links.add(link)
         self._read(requests, context, tickets, stream)
         try:
-            if crowd > self._max_waiting:
-                raise SessionError(
-                    f"{crowd} streams wait for HELLO: must be <= {self._max_waiting}"
-                )
             hello = self._greet(link)
         except FedsplitError as error:
             log.warning("session refused (%s): %s", context.peer(), error)
             link.fail(error)
+            with self._lock:
+                self._sessions.discard(link)
         else:
             if self._reconnect_s:
                 with self._lock:
@@ -181,10 +181,21 @@ class SessionServer:
             self._on_session(link, hello)
         finally:
             with self._lock:
-                self._waiting[host] -= 1
-                if not self._waiting[host]:
-                    del self._waiting[host]
+                self._waiting.pop(link, None)
         yield from self._carry(tickets, stream)
+
+    def _make_room(self, link: _ServerLink, host: str) -> None:
+        """Take a new stream among those that wait; close one of them if they are too many."""
+        with self._lock:
+            self._waiting[link] = host
+            if len(self._waiting) <= self._max_waiting:
+                return
+            crowd, _ = Counter(self._waiting.values()).most_common(1)[0]
+            oldest = next(waiting for waiting, of in self._waiting.items() if of == crowd)
+            del self._waiting[oldest]
+        error = SessionError(f"streams that wait for HELLO: must be <= {self._max_waiting}")
+        log.warning("stream from %s closed: %s", crowd, error)
+        oldest.fail(error)
 
     def _open_again(
         self, requests: Iterator[bytes], context: grpc.ServicerContext, given: dict[str, str]
@@ -269,10 +280,16 @@ class SessionServer:
         link.flushed()
         with self._lock:
             self._links.discard(link)
+            self._sessions.discard(link)
             self._tickets.pop(tickets.name, None)
 
     def _greet(self, link: Link) -> Hello:
-        hello = self._authenticator.admit(link.expect(Kind.HELLO, self._hello_deadline_s))
+        frame = link.expect(Kind.HELLO, self._hello_deadline_s)
+        with self._lock:
+            if len(self._sessions) >= self._max_sessions:
+                raise SessionError(f"sessions at once: must be <= {self._max_sessions}")
+            self._sessions.add(link)
+        hello = self._authenticator.admit(frame)
         if self._on_bytes is not None:
             keep = self._on_bytes
             link.on_bytes = lambda data: keep(hello.node, hello.mode, data)

@@ -3,8 +3,8 @@
 Each cell is one federation in this process: the real strategy, owners and sessions, some of whose
 owners lie (:mod:`simulations.poison.liars`).  Rows: ``loss`` is the honest owners' mean loss on
 their own held-out text after the last round (nats), ``honest_loss`` the same where nobody lies;
-``named`` the liars that were charged, quarantined or lost, of ``colluders``; ``false_alarms`` the rounds in
-which an honest owner was, or in which the gate refused an honest average.  ``trigger`` is the loss
+``named`` the liars that were charged, quarantined or lost, of ``colluders``; ``false_alarms`` the
+rounds in which an honest owner was, or the gate refused an honest average.  ``trigger`` is the loss
 on the backdoor's sentence.  ``change_since_base`` and so on are the largest of an honest owner's
 tensor, ``quality`` the largest rise of the public loss in a round, in units of the base's.
 """
@@ -65,7 +65,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         return [{"strategy": strategy, "case": case, "colluders": colluders, **row}]
 
     strategies, rounds = options["strategies"], [options["rounds"]]
-    honest = {"case": ["honest"], "colluders": [0]}
+    honest: dict[str, list[Any]] = {"case": ["honest"], "colluders": [0]}
     keys = [
         *product(strategy=strategies, **honest, rounds=rounds),
         *product(colluders=colluders, strategy=strategies, case=options["cases"], rounds=rounds),

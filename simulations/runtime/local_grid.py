@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context, Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -65,8 +66,8 @@ class LocalGrid(Grid):
         return list(self.nodes)
 
     def get_nodes(self) -> Any:
-        """Not used by the strategies."""
-        raise AssertionError("not used")
+        """Return all nodes; they have no keys."""
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Begin work on every message; a dead owner's reply never comes."""

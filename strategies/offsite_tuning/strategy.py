@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import ConfigError, LineageError, ModelError, RunError, WireError
+from fedsplit.errors import ConfigError, LineageError, RunError, WireError
 from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.wire.replies import reply_schema
 
@@ -179,9 +179,7 @@ class OffsiteTuning(RunStrategy):
 
         def accept(node: int, reply: Message) -> Accepted:
             metrics, name = read_reply(schema, reply.content, names.get(node), report)
-            if any(n == name and other != node for other, n in names.items()):
-                raise ModelError(f"owner's name {name!r}: another node has it already")
-            names[node] = name  # before the weights: whose they are is to be told
+            self.clients.claim(node, name)  # before the weights: whose they are is to be told
             self._check_counts(metrics, context.mode)
             if context.mode == MessageType.TRAIN:
                 check_weights(reply.content, context.shapes)

@@ -13,10 +13,11 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import RunError
+from fedsplit.errors import RunError, SessionError
 from fedsplit.seeding import derive_seed
 from fedsplit.wire.messages import WHO, WHO_TYPE
 
+from ..sessions.owner_keys import OwnerNames
 from .lineage_watch import LineageWatch
 from .report import natural
 
@@ -48,11 +49,14 @@ class ClientManager:
     Args:
         config: the run's settings.
         watch: knows who is quarantined.
+
+    Attributes:
+        owners: whose names are.
     """
 
     def __init__(self, config: RunConfig, watch: LineageWatch) -> None:
-        self.names: dict[int, str] = {}
         self.benched: dict[str, Bench] = {}
+        self.owners = OwnerNames()
         self._failures: dict[str, int] = {}  # rounds in a row
         self._awaited: set[str] = set()
         self._config = config
@@ -74,6 +78,19 @@ class ClientManager:
         generator = random.Random(derive_seed(self._config.seed, "sample", number))
         chosen = generator.sample(known, min(count, len(known)))
         return self._eligible(sorted(chosen, key=known.index), number)
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Node -> its owner's name, as far as it was told and claimed."""
+        return self.owners.names
+
+    @names.setter
+    def names(self, names: dict[int, str]) -> None:
+        self.owners.names = names
+
+    def claim(self, node: int, name: str) -> None:
+        """Give a node the name that it says its owner has, see :meth:`OwnerNames.claim`."""
+        self.owners.claim(node, name)
 
     def record_outcomes(
         self, number: int, finished: Iterable[str], lost: Mapping[str, str]
@@ -109,7 +126,8 @@ class ClientManager:
     def state(self) -> dict[str, Any]:
         """Return what a restarted run must know, JSON-able."""
         benched = {name: asdict(bench) for name, bench in self.benched.items()}
-        return {"failures": dict(self._failures), "benched": benched}
+        keys = dict(self.owners.keys.bound)
+        return {"failures": dict(self._failures), "benched": benched, "keys": keys}
 
     def restore(self, state: Mapping[str, Any], awaited: Iterable[str]) -> None:
         """Go on from :meth:`state`.
@@ -120,6 +138,7 @@ class ClientManager:
                 ``session.wave-wait-s``: after a restart they come back one by one.
         """
         self._failures.update(state.get("failures", {}))
+        self.owners.keys.restore(state.get("keys", {}).items())
         found = state.get("benched", {})
         self.benched.update({name: Bench(**row) for name, row in found.items()})
         self._awaited = set(awaited)
@@ -135,13 +154,17 @@ class ClientManager:
                 continue
             who = reply.content.config_records.get(WHO)
             name = None if who is None else who.get("owner")
-            if isinstance(name, str) and name not in {self.names.get(n) for n in nodes}:
-                self.names[reply.metadata.src_node_id] = name
+            node = reply.metadata.src_node_id
+            try:
+                if isinstance(name, str) and len(name) <= 200 and name.isprintable():
+                    self.claim(node, name)
+            except SessionError as error:
+                log.warning("node %d: %s", node, error)
 
     def _wait(self, grid: Grid) -> list[int]:
         need = self._config.train.min_owners
         waited = 0.0
-        while len(nodes := sorted(grid.get_node_ids())) < need:
+        while len(nodes := self.owners.connected(grid)) < need:
             if waited >= PATIENCE_S:
                 raise RunError(
                     f"connected owners={len(nodes)}: must be >= {need} (train.min-owners)"
@@ -164,7 +187,7 @@ class ClientManager:
                 break
             log.info("waiting for owners to come back: %s", ", ".join(sorted(missing)))
             time.sleep(1.0)
-            nodes = sorted(grid.get_node_ids())
+            nodes = self.owners.connected(grid)
         return nodes
 
     def _eligible(self, nodes: list[int], number: int) -> list[int]:

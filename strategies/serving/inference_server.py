@@ -29,6 +29,7 @@ from fedsplit.wire.link import Link
 from fedsplit.wire.serving import MODE
 
 from ..sessions.length_buckets import LengthBuckets
+from ..sessions.owner_keys import OwnerNames
 from ..sessions.owner_session import Batch, OwnerSession
 from ..sessions.representation_cache import RepresentationCache
 from ..split_tuning.cohort import pad_rows
@@ -69,6 +70,7 @@ class InferenceServer:
         self._positions, self._tail = model.positions, model.tail
         self._denoise = model.denoise
         self._buckets = LengthBuckets(top)
+        self.names = OwnerNames()
         self._open: Counter[int] = Counter()
         self._lock = threading.Lock()
         self.batcher = Batcher(
@@ -93,10 +95,11 @@ class InferenceServer:
         """Take a session whose token was accepted.
 
         Raises:
-            SessionError: not a serving session, or the owner has too many open.
+            SessionError: not a serving session, another owner's name, or the owner has too many open.
         """
         if hello.mode != MODE:
             raise SessionError(f"session for {hello.mode}: this run serves, mode {MODE}")
+        self.names.claim(hello.node, hello.owner)
         most = self.config.serving.sessions
         with self._lock:
             if self._open[hello.node] >= most:

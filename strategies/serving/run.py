@@ -68,7 +68,7 @@ class Announcer:
     def __init__(self, grid: Grid, stream: StreamTransport, server: InferenceServer) -> None:
         self._grid = grid
         self._tokens = stream.authenticator
-        self._config = server.config
+        self._config, self._names = server.config, server.names
         self._offer = SessionOffer(
             run=stream.authenticator.run,
             node=0,  # and the tokens: filled in for each owner
@@ -89,7 +89,7 @@ class Announcer:
         now, renew_s = time.monotonic(), self._config.serving.renew_s
         due = [
             node
-            for node in sorted(self._grid.get_node_ids())
+            for node in self._names.connected(self._grid)
             if now - self._told.get(node, -1e9) >= renew_s
         ]
         if not due:

@@ -203,15 +203,12 @@ class SplitTuning(RunStrategy):
         return offers.messages(last)
 
     def _make_session(self, link: Link, hello: Hello) -> OwnerSession:
-        context, names = self.round, self.clients.names
+        context = self.round
         if context is None:
             raise SessionError("no round is under way")
+        self.clients.claim(hello.node, hello.owner)  # what is kept by name is kept by it
         with self._naming:
-            others = {names.get(n) for n in context.nodes if n != hello.node}
-            if hello.owner in others:  # two owners of one name would share what is kept by name
-                raise SessionError(f"owner's name {hello.owner!r}: another node has it already")
             self._check_classes(hello)
-            names[hello.node] = hello.owner
         self.recorder.session_opened(hello.owner, hello.node, link)
         return OwnerSession(
             link,

@@ -201,20 +201,49 @@ def test_a_peer_that_lacks_what_is_no_longer_kept_is_told() -> None:
             replay.attach(received)
 
 
-def test_streams_that_say_nothing_keep_no_more_than_their_share() -> None:
-    echo = Echo(max_waiting=1)
-    silent, gone = grpc.insecure_channel(echo.address), threading.Event()
-    call = silent.stream_stream(METHOD)(iter(lambda: gone.wait() and b"", b""))
-    assert eventually(lambda: sum(echo.server._waiting.values()) == 1)
-    refused = echo.open()
-    with pytest.raises(SessionError, match="wait for HELLO: must be <= 1"):
-        refused.recv(10.0)
-    refused.close()
-    call.cancel()
+def silent_stream(echo: Echo, gone: threading.Event) -> tuple[grpc.Channel, grpc.Call]:
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channel = grpc.insecure_channel(echo.address, options=options)
+    return channel, channel.stream_stream(METHOD)(iter(lambda: gone.wait() and b"", b""))
+
+
+def test_silent_streams_keep_no_owner_out() -> None:
+    """Many more than all that may be there at once; every owner that says HELLO gets in."""
+    echo, gone = Echo(max_waiting=4, max_sessions=3), threading.Event()
+    silent = [silent_stream(echo, gone) for _ in range(40)]
+    assert eventually(lambda: len(echo.server._waiting) == 4)
+    links = [echo.open(f"owner-{i}", node=i + 1) for i in range(3)]
+    for link in links:
+        exchange(link, 0)
+    assert len(echo.server._waiting) <= 4
+    for _, call in silent:
+        call.cancel()
     gone.set()
-    silent.close()
+    for channel, _ in silent:
+        channel.close()
     assert eventually(lambda: not echo.server._waiting)
-    link = echo.open()
-    exchange(link, 0)
-    link.close()
+    for link in links:
+        exchange(link, 1)
+        link.close()
     echo.server.stop()
+
+
+def test_the_oldest_of_the_most_crowded_address_makes_room() -> None:
+    echo = Echo(max_waiting=3)
+    links = [Waiting() for _ in range(5)]
+    for link, host in zip(links, ("a", "b", "a", "a", "c"), strict=True):
+        echo.server._make_room(link, host)  # type: ignore[arg-type]
+    assert [link.told for link in links] == [1, 0, 1, 0, 0]
+    assert list(echo.server._waiting.values()) == ["b", "a", "c"]
+    echo.server._waiting.clear()
+    echo.server.stop()
+
+
+class Waiting:
+    """A stream that has said nothing yet."""
+
+    told = 0
+
+    def fail(self, error: Exception) -> None:
+        assert "wait for HELLO: must be <= 3" in str(error)
+        self.told += 1

@@ -35,7 +35,7 @@ def manager(after: int, rounds: int, least: int = 1) -> ClientManager:
 
 
 def grid(*nodes: int) -> Any:
-    return SimpleNamespace(get_node_ids=lambda: list(nodes))
+    return SimpleNamespace(get_nodes=lambda: [SimpleNamespace(node_id=n) for n in nodes])
 
 
 @given(
