@@ -95,7 +95,7 @@ class InferenceServer:
         """Take a session whose token was accepted.
 
         Raises:
-            SessionError: not a serving session, another owner's name, or the owner has too many open.
+            SessionError: not a serving session, another owner's name, or too many open.
         """
         if hello.mode != MODE:
             raise SessionError(f"session for {hello.mode}: this run serves, mode {MODE}")
