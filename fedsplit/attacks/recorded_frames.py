@@ -48,30 +48,33 @@ def read_frames(folder: Path) -> Transcript:
         lengths: dict[int, int] = {}
         outputs: dict[int, Frame] = {}
         for frame in frames(path):
-            if frame.kind is Kind.BATCH:
-                slots, fresh = list(frame["slots"]), list(frame["fresh"])
-                batches[frame["step"]] = slots
-                sizes = list(frame["lengths"])
-                lengths |= dict(zip(fresh, sizes, strict=True))
-                if fresh:
-                    body = decode_rows(frame.body, (sum(sizes), frame["dim"]), frame["codec"])
-                    for slot, row in zip(fresh, torch.split(body, sizes), strict=True):
-                        _append(found.rows, key, slot, row)
-            elif frame.kind is Kind.LOGITS:
-                outputs = {frame["step"]: frame}  # of one step at a time
-            elif frame.kind is Kind.GRAD and frame["step"] in batches and frame["shape"][0]:
-                slots = batches[frame["step"]]
-                gradient, single = _values(frame), frame["shape"][0] == len(slots)
-                gradient *= len(slots) if single else frame["weight"]
-                sizes = [1 if single else lengths[slot] for slot in slots]
-                at = _append_all(found.gradients, key, slots, _parts(gradient, sizes, single))
-                sent = outputs.get(frame["step"])
-                if sent is not None and sent["shape"] == frame["shape"]:
-                    while len(found.outputs) < len(found.gradients):
-                        found.outputs.append({})
-                    parts = _parts(_values(sent), sizes, single)
-                    for number, slot, part in zip(at, slots, parts, strict=True):
-                        found.outputs[number].setdefault(key, {})[slot] = part
+            try:
+                if frame.kind is Kind.BATCH:
+                    slots, fresh = list(frame["slots"]), list(frame["fresh"])
+                    batches[frame["step"]] = slots
+                    sizes = list(frame["lengths"])
+                    lengths |= dict(zip(fresh, sizes, strict=True))
+                    if fresh:
+                        body = decode_rows(frame.body, (sum(sizes), frame["dim"]), frame["codec"])
+                        for slot, row in zip(fresh, torch.split(body, sizes), strict=True):
+                            _append(found.rows, key, slot, row)
+                elif frame.kind is Kind.LOGITS:
+                    outputs = {frame["step"]: frame}  # of one step at a time
+                elif frame.kind is Kind.GRAD and frame["step"] in batches and frame["shape"][0]:
+                    slots = batches[frame["step"]]
+                    gradient, single = _values(frame), frame["shape"][0] == len(slots)
+                    gradient *= len(slots) if single else frame["weight"]
+                    sizes = [1 if single else lengths[slot] for slot in slots]
+                    at = _append_all(found.gradients, key, slots, _parts(gradient, sizes, single))
+                    sent = outputs.get(frame["step"])
+                    if sent is not None and sent["shape"] == frame["shape"]:
+                        while len(found.outputs) < len(found.gradients):
+                            found.outputs.append({})
+                        parts = _parts(_values(sent), sizes, single)
+                        for number, slot, part in zip(at, slots, parts, strict=True):
+                            found.outputs[number].setdefault(key, {})[slot] = part
+            except (FrameError, ValueError, KeyError):  # its session refused it too
+                continue
     return found
 
 
