@@ -23,6 +23,7 @@ LAYERS = {
     "fedsplit.errors": 0,
     "fedsplit.config": 0,
     "fedsplit.registry": 0,
+    "fedsplit.confusion": 0,
     "fedsplit.statistics": 0,
     "fedsplit.seeding": 0,
     "fedsplit.observe": 0,

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsplit.confusion import is_count
 from fedsplit.owners.home import in_simulation
-from fedsplit.owners.ledger.reports import PRIVATE
+from fedsplit.owners.ledger.reports import PRIVATE, counts_allowed, is_private
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -38,13 +39,14 @@ class SessionReport:
         label alone would be told apart by equal noise.
 
     Args:
-        policy: the owner's; ``reports.allow`` and ``reports.epsilon``.
+        policy: the owner's; ``reports.allow``, ``reports.counts`` and ``reports.epsilon``.
         secret: of the noise.
     """
 
     def __init__(self, policy: Policy, secret: OwnerSecret) -> None:
         self.epsilon: float | None = policy.rules.get("reports.epsilon")
         self.allowed = bool(policy.rules.get("reports.allow", True))
+        self._counts = counts_allowed(policy)
         self._secret = secret
         self._nonce = b"" if in_simulation() else secrets.token_bytes(16)
         self._sums: dict[int, tuple[int, float, float]] = {}  # text -> (uses, losses, right)
@@ -75,7 +77,9 @@ class SessionReport:
     def private(self, metrics: Mapping[str, float | int]) -> Metrics:
         """Return the metrics as they may leave."""
         if not self.allowed:
-            return {key: value for key, value in metrics.items() if key not in PRIVATE}
+            return {key: value for key, value in metrics.items() if not is_private(key)}
+        if not self._counts:
+            metrics = {key: value for key, value in metrics.items() if not is_count(key)}
         if self.epsilon is None:
             return dict(metrics)
         told = sorted(PRIVATE & metrics.keys())

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
+from fedsplit.confusion import is_count
 from fedsplit.errors import WireError
 from fedsplit.registry import pick
 from fedsplit.wire.messages import REPORT, WHO
@@ -58,12 +59,15 @@ class ReplySchema:
         mode: ``train`` or ``evaluate``.
         required: number -> its bounds; ``num-examples`` and ``targets`` weight averages.
         optional: numbers that may be missing.
+        counts: whether counts of true and predicted classes (:mod:`fedsplit.confusion`) may be
+            there; together they are the targets.
     """
 
     strategy: str
     mode: str
     required: Mapping[str, Bounds]
     optional: Mapping[str, Bounds] = field(default_factory=dict)
+    counts: bool = False
 
     @property
     def name(self) -> str:
@@ -81,10 +85,15 @@ class ReplySchema:
                 raise WireError(f"reply's report: must have {key!r}")
         for key, value in metrics.items():
             bounds = self.required.get(key) or self.optional.get(key)
+            if self.counts and is_count(key):
+                bounds = _COUNT
             if bounds is None:
                 raise WireError(f"reply's report: {key[:60]!r} is no number of {self.name}")
             if not bounds.admit(value):
                 raise WireError(f"reply's {key}={value}: must be {bounds}")
+        counts = [value for key, value in metrics.items() if is_count(key)]
+        if counts and (sum(counts) != metrics["targets"] or any(c % 1 for c in counts)):
+            raise WireError(f"reply's counts of classes: must be {metrics['targets']:g} in all")
 
     def write(self, metrics: Mapping[str, float | int], owner: str) -> RecordDict:
         """Return the content of an owner's reply: its numbers and its public name.
@@ -132,7 +141,7 @@ _LOSS = {"loss": _ANY}  # an owner's policy may keep its averages back
 _AVERAGED = {**_LOSS, "accuracy": _SHARE}
 _SCHEMAS = (
     ReplySchema("split-tuning", "train", _SPLIT, {**_AVERAGED, **_DP}),
-    ReplySchema("split-tuning", "evaluate", _SPLIT, _AVERAGED),
+    ReplySchema("split-tuning", "evaluate", _SPLIT, _AVERAGED, counts=True),
     ReplySchema(
         "offsite-tuning",
         "train",

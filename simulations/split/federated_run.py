@@ -22,6 +22,8 @@ from simulations.split.results_table import print_table
 from simulations.split.transcript_attacks import attack_transcript, summary_of, write_truth_file
 from strategies.base_model import load_base
 
+# Scores from counts of true and predicted classes that owners report, over all of them together.
+SCORES = ("macro-f1", "micro-f1", "mcc", "balanced-accuracy", "recalls", "confusion")
 OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
 
 
@@ -159,6 +161,7 @@ def _utility(config: RunConfig, server: dict[str, Any], twin: TwinReport | None)
         "centralised": None,
         "baseline": None,
         "samples": last.get("num-examples", 0),
+        **{key: last[key] for key in SCORES if key in last},
     }
     if twin is not None:
         utility["centralised"] = twin.accuracy if labelled else math.exp(min(twin.loss, 50.0))

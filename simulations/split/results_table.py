@@ -58,6 +58,11 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "baseline": f"{utility.get('baseline_is', 'nothing learned')}",
     }
     rows = [(f"{utility['metric']}, {k}", figure(utility[k]), why) for k, why in meanings.items()]
+    if "macro-f1" in utility:
+        found = f"{100 * utility['macro-f1']:.1f} %, {utility['mcc']:.3f}"
+        worst = 100 * min(utility["recalls"])
+        why = f"of the federated model, all owners' texts together; worst recall {worst:.1f} %"
+        rows.append(("macro-F1, Matthews' correlation", found, why))
     if "strongest" in privacy:
         best = privacy["strongest"]
         why = f"against the strongest attacker over all that crossed: {_words(best['attacker'])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedsplit.confusion import is_count
 from fedsplit.owners.ledger.disclosure import Averages
 from fedsplit.owners.ledger.spending import ReportTotals
 from fedsplit.owners.policy.rules import Breach, Policy
@@ -18,7 +19,7 @@ def report_breaches(
         ever: totals of all reports.
         today: UTC day.
     """
-    rules, told = policy.rules, PRIVATE & asked.metrics.keys()
+    rules, told = policy.rules, [key for key in asked.metrics if is_private(key)]
     found: list[Breach] = []
     if not told:  # counts that the session's own frames have shown
         return found
@@ -32,6 +33,8 @@ def report_breaches(
     ):
         shown = "no noise" if asked.epsilon is None else asked.epsilon
         found.append(Breach("reports.epsilon", shown, f"<= {rules['reports.epsilon']:g}"))
+    if not counts_allowed(policy) and any(map(is_count, told)):
+        found.append(Breach("reports.counts", "counts of classes", "none"))
     counted: dict[str, float] = {"reports.max_per_day": ever.days.get(today, 0) + 1}
     if "reports.max_epsilon" in rules:
         counted["reports.max_epsilon"] = ever.epsilon + (asked.epsilon or float("inf"))
@@ -42,4 +45,16 @@ def report_breaches(
 
 
 PRIVATE = frozenset({"loss", "accuracy"})
-"""Numbers of a report that depend on more than what the session's frames have shown."""
+"""Averages of a report that depend on more than what the session's frames have shown."""
+
+
+def is_private(key: str) -> bool:
+    """Whether a number of a report depends on more than what the session's frames have shown."""
+    return key in PRIVATE or is_count(key)
+
+
+def counts_allowed(policy: Policy) -> bool:
+    """Whether counts of true and predicted classes may leave: exact ones, so not beside noise."""
+    rules = policy.rules
+    said = bool(rules.get("reports.counts", not rules))
+    return said and "reports.epsilon" not in rules and rules.get("reports.allow") is not False

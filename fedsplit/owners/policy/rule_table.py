@@ -196,6 +196,16 @@ _FIXED: dict[str, Rule] = {
         "Averages of loss and accuracy are reported.",
         _REPORT,
     ),
+    "reports.counts": Rule(
+        flag,
+        lambda v: (
+            "How many held-out texts of each class were taken for which is reported, exactly."
+            if v
+            else "No counts of true and predicted classes are reported."
+        ),
+        "-",
+        _REPORT,
+    ),
     "reports.min_texts": Rule(
         count(1),
         lambda v: f"Averages are over at least {v} texts.",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsplit.confusion import MOST_CLASSES as MOST_COUNTED
 from fedsplit.errors import ConfigError, FrameError
 from fedsplit.owners.label_recovery import LabelRecovery
 from fedsplit.owners.split.output import OutputReader
@@ -43,6 +44,8 @@ class Answer:
         head: gradients of the mean loss with respect to the head's trained parameters.
         per_text: (B, 2), each text's own mean loss and share of right predictions; None where no
             noisy report is made of them.
+        confusion: (C, C), texts of each class (row) by the class they were taken for; None in
+            training, without labels, or with many classes.
     """
 
     loss: float
@@ -51,6 +54,7 @@ class Answer:
     gradient: Tensor
     head: list[Tensor]
     per_text: Tensor | None = None
+    confusion: Tensor | None = None
 
 
 class LabelSide:
@@ -120,7 +124,8 @@ class LabelSide:
         right = int((scores.argmax(dim=1) == targets).sum())
         each = self._each(scores, targets, slots) if self._per_text else None
         if not train:
-            return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each)
+            table = self._confusion(scores, targets)
+            return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each, table)
         if self.withholds:
             gradient, head = values.new_empty(0, values.shape[1]), _gradients(loss, parameters)
         else:
@@ -185,6 +190,13 @@ class LabelSide:
         """Return each sample's own rows as one row, (B, longest * d)."""
         own = self.reader.rows(rows.detach(), slots)
         return nn.utils.rnn.pad_sequence(list(own), batch_first=True).flatten(1)
+
+    def _confusion(self, scores: Tensor, targets: Tensor) -> Tensor | None:
+        classes = scores.shape[1]
+        if self.samples.labels is None or classes > MOST_COUNTED:
+            return None
+        pairs = targets * classes + scores.argmax(dim=1)
+        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
     def _each(self, scores: Tensor, targets: Tensor, slots: Sequence[int]) -> Tensor:
         """Return each text's own mean loss and share of right predictions, (B, 2)."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsplit.confusion import to_report
 from fedsplit.errors import FrameError, ModelError, SessionError
 from fedsplit.models.splitting.representations import represent
 from fedsplit.owners.ledger.disclosure import Averages, Gradients, Outgoing, Training
@@ -82,6 +83,7 @@ class SplitOwner(BatchSession):
         self.loss_sum = 0.0
         self.weight_sum = 0.0
         self.correct = 0
+        self.confusion = torch.zeros(1, 1, dtype=torch.int64)
         self._before = (0, 0)  # tokens with reduced noise, and all, that earlier processes sent
         self._graphs: dict[int, list[Tensor]] = {}
         self.training = OwnTraining(
@@ -127,6 +129,8 @@ class SplitOwner(BatchSession):
         self.loss_sum += found.loss * found.weight
         self.weight_sum += found.weight
         self.correct += found.right
+        if found.confusion is not None:
+            self.confusion = found.confusion + self.confusion  # (1, 1) before the first
         if self.report is not None and found.per_text is not None:
             self.report.add(slots, found.per_text)
         if train:
@@ -194,6 +198,7 @@ class SplitOwner(BatchSession):
             "loss": self.loss_sum / weight,
             "accuracy": self.correct / weight,
             "share-touched": touched / max(1, tokens),
+            **to_report(self.confusion.numpy()),
             **self.training.metrics(self.finished),
         }
         return exact if self.report is None else self.report.private(exact)
@@ -241,6 +246,7 @@ class SplitOwner(BatchSession):
             "loss_sum": self.loss_sum,
             "weight_sum": self.weight_sum,
             "correct": self.correct,
+            "confusion": self.confusion.tolist(),
             "touched": list(self._touched()),
             "report": [] if self.report is None else self.report.state(),
         }
@@ -252,6 +258,7 @@ class SplitOwner(BatchSession):
         self.sent, self.answered = int(state["sent"]), int(state["answered"])
         self.finished, self.correct = int(state["finished"]), int(state["correct"])
         self.loss_sum, self.weight_sum = float(state["loss_sum"]), float(state["weight_sum"])
+        self.confusion = torch.tensor(state["confusion"], dtype=torch.int64)
         self._before = (int(state["touched"][0]), int(state["touched"][1]))
         if self.report is not None:
             self.report.load_state(state["report"])

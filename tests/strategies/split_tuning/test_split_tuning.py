@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fedsplit.data import names_digest
 from fedsplit.errors import SessionError
+from fedsplit.owners.data_source import simulated_shares
 from fedsplit.wire.authentication import Hello
 
 
@@ -147,3 +148,48 @@ def test_one_list_of_classes_for_all_owners(make_config: Any, run_locally: Any) 
     for other in (("yes", "no"), ("no", "yes", "?"), ("0", "1")):
         with pytest.raises(SessionError, match="classes of owner 'd': must be those of a"):
             strategy._check_classes(hello("d", *other))
+
+
+@pytest.mark.parametrize("transport", ["stream", "messages"])
+def test_counts_of_classes_are_all_owners_held_out_texts(
+    make_config: Any, run_locally: Any, transport: str
+) -> None:
+    config = make_config(train__rounds=1, train__max_steps=2, session__transport=transport)
+    found = run_locally(config).server["rounds"][-1]["evaluate"]["metrics"]
+    counts = torch.tensor(found["confusion"])
+    labels = [
+        y for _, test in simulated_shares(config.data, config.seed, True) for y in test.labels
+    ]
+    assert counts.sum(1).tolist() == torch.tensor(labels).bincount(minlength=3).tolist()
+    assert float(counts.trace() / counts.sum()) == pytest.approx(found["accuracy"])
+    assert {"macro-f1", "micro-f1", "mcc", "balanced-accuracy"} <= found.keys()
+    assert found["micro-f1"] == pytest.approx(found["accuracy"])
+    assert not any("confusion" in key for row in found["owners"].values() for key in row)
+
+
+@pytest.mark.parametrize(
+    ("rules", "leave"),
+    [
+        ("[reports]\nmin_texts = 1\n", False),
+        ("[reports]\ncounts = true\n", True),
+        ("[reports]\ncounts = false\n", False),
+        ("[reports]\ncounts = true\nepsilon = 1.0\n", False),
+        ("[reports]\ncounts = true\nallow = false\n", False),
+    ],
+)
+def test_counts_leave_only_as_the_owner_says(
+    make_config: Any,
+    run_locally: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rules: str,
+    leave: bool,
+) -> None:
+    policy = tmp_path / "owner.toml"
+    policy.write_text(rules)
+    policy.chmod(0o600)
+    monkeypatch.setenv("FEDSPLIT_POLICY", str(policy))
+    run = run_locally(make_config(train__rounds=1, train__max_steps=1))
+    row = run.server["rounds"][-1]["evaluate"]
+    assert row["lost"] == {}
+    assert ("confusion" in row["metrics"]) is leave

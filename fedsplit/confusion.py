@@ -1,0 +1,80 @@
+"""Scores of a classifier from counts alone: how many samples of class i were taken for class j.
+
+Counts add up over owners, so these scores are those of all predictions together, and nobody needs
+anybody's rows.  They equal scikit-learn's on the pooled predictions (``zero_division=0``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+
+MOST_CLASSES = 32  # whose counts are reported: C * C numbers at most
+_KEY = re.compile(r"confusion-(\d|[1-9]\d)-(\d|[1-9]\d)")
+
+
+def is_count(key: str) -> bool:
+    """Whether a number of a report is one of these counts."""
+    match = _KEY.fullmatch(key)
+    return match is not None and max(int(match[1]), int(match[2])) < MOST_CLASSES
+
+
+def to_report(counts: Counts) -> dict[str, float]:
+    """Return counts (C, C), row = true class, as numbers of a report; zeros are left out."""
+    rows, columns = counts.nonzero()
+    return {
+        f"confusion-{i}-{j}": float(counts[i, j])
+        for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
+    }
+
+
+def of_reports(reports: Sequence[Mapping[str, float]], classes: int = 0) -> Counts:
+    """Return the sum of several reports' counts, (C, C) with C at least ``classes``."""
+    pairs = [match for row in reports for key in row if (match := _KEY.fullmatch(key))]
+    classes = max([classes, *(1 + int(match[side]) for match in pairs for side in (1, 2))])
+    found = np.zeros((classes, classes), dtype=np.int64)
+    for report in reports:
+        for key, value in report.items():
+            match = _KEY.fullmatch(key)
+            if match:
+                found[int(match[1]), int(match[2])] += int(value)
+    return found
+
+
+def scores(counts: Counts) -> dict[str, float]:
+    """Return accuracy, balanced accuracy, macro- and micro-F1 and Matthews' coefficient.
+
+    Macro-F1 is over the classes that occur as a label or a prediction, balanced accuracy over those
+    that occur as a label; Matthews' is the correlation R_K for any number of classes (Gorodkin,
+    Comput. Biol. Chem. 28, 2004, equation 8), 0 where it is not defined.
+
+    Args:
+        counts: (C, C), row = true class, column = predicted.
+    """
+    table = counts.astype(np.float64)
+    total, right = table.sum(), np.trace(table)
+    true, predicted = table.sum(1), table.sum(0)
+    if not total:
+        return {}
+    there = (true + predicted) > 0
+    f1 = 2 * np.diag(table)[there] / (true + predicted)[there]
+    spread = (total**2 - predicted @ predicted) * (total**2 - true @ true)
+    matthews = (right * total - true @ predicted) / np.sqrt(spread) if spread > 0 else 0.0
+    return {
+        "accuracy": float(right / total),
+        "balanced-accuracy": float(np.mean(recalls(counts)[true > 0])),
+        "macro-f1": float(f1.mean()),
+        "micro-f1": float(right / total),  # each sample has one label and one prediction
+        "mcc": float(matthews),
+    }
+
+
+def recalls(counts: Counts) -> npt.NDArray[np.float64]:
+    """Return the share of each class that was found, (C,); 0 for a class without samples."""
+    true = counts.sum(1)
+    return np.asarray(np.diag(counts) / np.maximum(true, 1), dtype=np.float64)
