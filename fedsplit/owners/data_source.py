@@ -17,7 +17,15 @@ from fedsplit.owners.naming import owner_name
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import derive_seed
 
-__all__ = ["held_out", "own_data", "owner_name", "read_own", "simulated_data", "simulated_shares"]
+__all__ = [
+    "held_out",
+    "own_data",
+    "owner_name",
+    "read_own",
+    "reading",
+    "simulated_data",
+    "simulated_shares",
+]
 
 # Settings of the group data that say how a source is read, at a simulated owner and at a real one.
 _READING = (
@@ -53,7 +61,7 @@ def simulated_shares(
     Raises:
         DataError: unknown source or column, an owner without samples, and see ``load_splits``.
     """
-    kind, asked = _reading(asdict(config), labelled)
+    kind, asked = reading(config, labelled=labelled)
     train, test = load_splits(
         kind,
         **asked,
@@ -168,12 +176,12 @@ def read_own(
         ConfigError: a value of another type.
         DataError: see :func:`fedsplit.data.load_splits`.
     """
-    kind, asked = _reading(_own_reading(node_config), labelled)
+    kind, asked = reading(_own_reading(node_config), labelled=labelled)
     return load_splits(kind, **asked, label_names=names)
 
 
-def _own_reading(node_config: Mapping[str, object]) -> dict[str, Any]:
-    """Return what the node config says of the owner's data, by the names of the group ``data``.
+def _own_reading(node_config: Mapping[str, object]) -> DataConfig:
+    """Return what the node config says of the owner's data, as a group ``data``.
 
     Raises:
         ConfigError: a value of another type.
@@ -186,16 +194,21 @@ def _own_reading(node_config: Mapping[str, object]) -> dict[str, Any]:
         kind = type(defaults[name])
         check(type(value) is kind, f"node config {key}", value, f"of type {kind.__name__}")
         found[name] = value
-    return found
+    return DataConfig(**found)
 
 
-def _reading(settings: Mapping[str, Any], labelled: bool) -> tuple[str, dict[str, Any]]:
-    """Return (kind, arguments of ``load_splits``) of settings of the group ``data``."""
-    asked = {name: settings[name] for name in ("path", *_READING)}
+def reading(config: DataConfig, *, labelled: bool) -> tuple[str, dict[str, Any]]:
+    """Return (kind, arguments of ``load_splits``): how settings say that data is read.
+
+    Args:
+        config: the group ``data``.
+        labelled: whether labels are read.
+    """
+    asked = {name: getattr(config, name) for name in ("path", *_READING)}
     asked["split"] = asked.pop("train_split")
     if not labelled:
         asked["label_column"] = ""
-    return settings["kind"], asked
+    return config.kind, asked
 
 
 def held_out(

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from fedsplit.attacks import ATTACKS, Attack, Public, Truth, View, make_attack
 from fedsplit.attacks.inversion.learned import padded_ids
-from fedsplit.data import docstrings_are_public, load_dataset
+from fedsplit.data import docstrings_are_public, load_splits
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Bottom, split
+from fedsplit.owners.data_source import reading
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
 from fedsplit.privacy.denoising.ngram import NgramModel
 from fedsplit.privacy.public_text import public_texts
@@ -77,11 +78,9 @@ class DepthSetting(ExperimentSetting):
     @cached_property
     def private(self) -> list[Tensor]:
         """All private texts' ids."""
-        data = self.config.data
-        texts = load_dataset(
-            data.kind, path=data.path, text_column=data.text_column, label_column=data.label_column
-        ).texts
-        return self.token_ids(texts)
+        kind, asked = reading(self.config.data, labelled=False)
+        train, _ = load_splits(kind, **asked)
+        return self.token_ids(train.texts)
 
     @cached_property
     def public(self) -> list[Tensor]:

@@ -80,3 +80,6 @@ def test_name_revision_config_and_class_labels(monkeypatch: pytest.MonkeyPatch) 
     assert (dataset.label_names, dataset.labels) == (("neg", "pos"), (1, 0))
     with pytest.raises(DataError, match=r"row 1: label=-1: .*data.test-split"):
         load_splits("hub", path="nyu-mll/glue")
+    # The parties' order outranks the repository's: what agrees is the class's name.
+    agreed = load_dataset("hub", path="nyu-mll/glue", label_names=("pos", "neutral", "neg"))
+    assert (agreed.label_names, agreed.labels) == (("pos", "neutral", "neg"), (0, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def test_bad_data_at_one_owner(
     )
     assert_only_the_victim_is_lost(run, told)
     assert any(reason in record.getMessage() for record in caplog.records)
+
+
+def test_an_unknown_class_refuses_its_owner_alone(own_files: Any, run_locally: Any) -> None:
+    rows = [*_texts(30), {"text": "w1", "label": "hiv+"}]
+    config, prepare = own_files(rows)
+    config = replace(config, model=replace(config.model, label_names="0, 1, 2"))
+    run = run_locally(config, prepare=prepare)
+    assert_only_the_victim_is_lost(run, "DataError: this owner's data")
+    assert "hiv" not in json.dumps(run.server)
 
 
 def test_good_files_of_their_own(own_files: Any, run_locally: Any) -> None:
