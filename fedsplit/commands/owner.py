@@ -83,7 +83,7 @@ def start(
     from fedsplit.deploy.start import start as run
 
     file = NodeFile.load(node)
-    found = check_machine(file, policy, network=False)
+    found = check_machine(file, policy, network=False, read=False)
     bad = [x for x in found if x.state == FAIL]
     answer = None if bad else reachable_or_refused(file)
     if answer is not None and answer.state == FAIL:  # an unreachable server may come; this one not

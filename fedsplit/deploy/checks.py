@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.deploy.certificates import load_private_key
-from fedsplit.deploy.data_check import look_at_data
 from fedsplit.deploy.flower_commands import find_command
 from fedsplit.deploy.guard import check_flower
 from fedsplit.deploy.keys import WARN_DAYS, days_left, mode_fault
@@ -36,6 +35,8 @@ REMEDIES = {
     "noise secret": "chmod 600; keep it: another one draws other noise for the same texts",
     "ledger": "fedsplit ledger verify names the line; do not start before you know why",
     "data": "correct data-path and its columns in the node file",
+    "lengths": "nothing, or cut the texts yourself: a run reads no more of them",
+    "labels": "agree with the other parties on label-names, and correct the rows that are named",
     "owner": "set owner in [node] of the node file",
     "superlink": "compare address and certificate with the model owner; look at the firewall",
     "session": "as for the SuperLink: sessions need a port of their own",
@@ -66,14 +67,23 @@ class Check:
         return self.todo or REMEDIES.get(self.name, "mend what is said on the left")
 
 
-def check_machine(node: NodeFile, policy: Path, *, network: bool = True) -> list[Check]:
-    """Look at policy, keys, folders, data and, unless told otherwise, the way to the server."""
+def check_machine(
+    node: NodeFile, policy: Path, *, network: bool = True, read: bool = True
+) -> list[Check]:
+    """Look at policy, keys, folders, data and the way to the server.
+
+    Args:
+        node: the machine's file.
+        policy: the owner's policy.
+        network: whether to connect to the server, and to fetch a hub's data.
+        read: whether data is read as a run would; else only whether it is there.
+    """
     steps: list[Callable[[], Iterator[Check]]] = [
         lambda: _policy(policy),
         lambda: _authority(node.ca),
         lambda: _node_key(node.key),
         lambda: _home(node.home),
-        lambda: _data(node, network),
+        lambda: _data(node, network, read),
         _flower,
     ]
     if node.client is not None:
@@ -177,12 +187,22 @@ def _ledger(home: Path) -> Check:
     return Check("ledger", OK, f"{home / 'ledger.jsonl'}: {count} lines, the chain holds")
 
 
-def _data(node: NodeFile, network: bool) -> Iterator[Check]:
-    try:
-        for name, state, text in look_at_data(node, network=network):
-            yield Check(name, state, text)
-    except FedsplitError as error:
-        yield Check("data", FAIL, str(error))
+def _data(node: NodeFile, network: bool, read: bool) -> Iterator[Check]:
+    kind, given = str(node.node.get("data-kind", "file")), str(node.node.get("data-path", ""))
+    if not given:
+        yield Check("data", FAIL, "node.data-path: must name this owner's data")
+    elif kind == "file" and not Path(given).exists():
+        yield Check("data", FAIL, f"{given}: is not there")
+    elif not read or (kind == "hub" and not network):
+        yield Check("data", OK, f"{kind}: {given}")
+    else:
+        from fedsplit.deploy.data_check import look_at_data  # loads torch
+
+        try:
+            for name, state, text in look_at_data(node):
+                yield Check(name, state, text)
+        except FedsplitError as error:
+            yield Check("data", FAIL, str(error))
     if "owner" not in node.node:
         yield Check("owner", WARN, f"node.owner is not set; the public name is {node.owner}")
 

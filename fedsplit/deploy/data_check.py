@@ -18,25 +18,14 @@ MOST_CLASSES = 12  # listed with their counts
 Finding = tuple[str, str, str]  # (what was looked at, "ok", "warn" or "fail", what was found)
 
 
-def look_at_data(node: NodeFile, *, network: bool = True) -> Iterator[Finding]:
+def look_at_data(node: NodeFile) -> Iterator[Finding]:
     """Yield what a run would find: texts and their lengths, labels, the split to test on.
-
-    Args:
-        node: the machine's file.
-        network: whether data of a hub may be fetched.
 
     Raises:
         FedsplitError: the data cannot be read; names file and line.
     """
-    config = node.node
-    kind, given = str(config.get("data-kind", "file")), str(config.get("data-path", ""))
-    if not given:
-        yield "data", "fail", "node.data-path: must name this owner's data"
-        return
-    if kind == "hub" and not network:
-        yield "data", "ok", f"{kind}: {given}: not fetched"
-        return
-    train, test = read_own(config, (), labelled=False)
+    given = str(node.node["data-path"])
+    train, test = read_own(node.node, (), labelled=False)
     yield "data", "ok", _texts(given, train, test)
     if test is None and len(set(train.texts)) < MIN_ROWS:
         text = f"{len(set(train.texts))} different texts: must be >= {MIN_ROWS} to hold some out"

@@ -17,6 +17,7 @@ from fedsplit.wire.frames import (
     MAX_HEADER_BYTES,
     MAX_INTS,
     PREFIX_BYTES,
+    PROTOCOL,
     SCHEMA,
     Frame,
     Kind,
@@ -265,5 +266,5 @@ def test_announced_lengths_allocate_nothing():
 
 
 def test_a_peer_of_an_older_protocol_is_told_so():
-    with pytest.raises(FrameError, match=r"session protocol 1: must be 2"):
+    with pytest.raises(FrameError, match=rf"session protocol 1: must be {PROTOCOL}"):
         decode(raw(b'{"protocol":1,"bottom":"ab"}', kind=Kind.HELLO), BOUND)

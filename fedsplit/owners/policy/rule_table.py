@@ -203,7 +203,7 @@ _FIXED: dict[str, Rule] = {
             if v
             else "No counts of true and predicted classes are reported."
         ),
-        "-",
+        "Without any policy, counts of true and predicted classes of held-out texts are reported.",
         _REPORT,
     ),
     "reports.min_texts": Rule(
