@@ -2,11 +2,11 @@
 
 Each cell is one federation in this process: the real strategy, owners and sessions, some of whose
 owners lie (:mod:`simulations.poison.liars`).  Rows: ``loss`` is the honest owners' mean loss on
-their own held-out text after the last round (nats), ``honest_loss`` the same where nobody lies;
-``named`` the liars that were charged, quarantined or lost, of ``colluders``; ``false_alarms`` the
-rounds in which an honest owner was, or the gate refused an honest average.  ``trigger`` is the loss
-on the backdoor's sentence.  ``change_since_base`` and so on are the largest of an honest owner's
-tensor, ``quality`` the largest rise of the public loss in a round, in units of the base's.
+their own held-out text after the last round (nats), ``honest_loss`` the same owners' where nobody
+lies; ``named`` the liars that were charged, quarantined or lost, of ``colluders``; ``false_alarms``
+the rounds in which an honest owner was, or the gate refused an honest average.  ``trigger`` is the
+loss on the backdoor's sentence.  ``change_since_base`` and so on are the largest of an honest
+owner's tensor, ``quality`` the largest rise of the public loss in a round, in units of the base's.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
             if row["case"] == "honest" and row["rounds"] == options["rounds"]:
                 kept[row["strategy"]] = row
             honest = kept.get(row["strategy"])
-            row["honest_loss"] = honest and honest["loss"]
-            row["excess"] = honest and row["loss"] / honest["loss"] - 1
+            row["honest_loss"] = loss_without(honest, row["colluders"]) if honest else None
+            row["excess"] = honest and row["loss"] / row["honest_loss"] - 1
         return {"rows": rows}
 
     rows = run_cells(experiment, folder, console, store, keys, make, recorded)
@@ -134,6 +134,7 @@ def row_of(content: Mapping[str, Any], liars: set[str], rounds: int) -> Row:
     """
     named: set[str] = set()
     alarms, worst, loss, trigger = 0, dict.fromkeys(SINCE, 0.0), None, None
+    owners: dict[str, dict[str, float]] = {}
     for row in content["rounds"]:
         blamed = blamed_in(row)
         named |= blamed & liars
@@ -143,6 +144,7 @@ def row_of(content: Mapping[str, Any], liars: set[str], rounds: int) -> Row:
             for key, value in found.get("scale", {}).items() if owner not in liars else ():
                 worst[key] = max(worst[key], value["value"])
         if metrics := row.get("evaluate", {}).get("metrics", {}).get("owners"):
+            owners = {n: {k: m[k] for k in ("loss", "targets")} for n, m in metrics.items()}
             loss = mean_loss(metrics[n] for n in metrics.keys() - liars)
             trigger = mean_loss(metrics[n] for n in metrics.keys() & liars)
     if loss is None:
@@ -152,6 +154,7 @@ def row_of(content: Mapping[str, Any], liars: set[str], rounds: int) -> Row:
     rises = [b - a for a, b in zip([base, *losses], losses, strict=False)] if losses else []
     return {
         "rounds": rounds,
+        "owners": owners,
         "loss": loss,
         "honest_loss": None,
         "excess": None,
@@ -162,6 +165,12 @@ def row_of(content: Mapping[str, Any], liars: set[str], rounds: int) -> Row:
         "quality": max(rises) / base if base and rises else None,
         **{key.replace("-", "_"): value for key, value in worst.items()},
     }
+
+
+def loss_without(row: Row, liars: int) -> float:
+    """Return an honest federation's mean loss over the owners that do not lie in another one."""
+    names = {f"owner-{i}" for i in range(liars)}
+    return mean_loss(found for name, found in row["owners"].items() if name not in names)
 
 
 def blamed_in(row: Mapping[str, Any]) -> set[str]:

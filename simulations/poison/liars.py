@@ -125,8 +125,8 @@ class LyingGrid:
         return bytes(np.clip(values, -999, 999).astype("<f4").tobytes())
 
     def _data(self, own: Callable[..., Any]) -> Callable[..., Any]:
-        def data(config: Any, seed: int, labelled: bool, node: Any, secret: Any) -> Any:
-            train, test = own(config, seed, labelled, node, secret)
+        def data(config: RunConfig, node: Any, *args: Any, **options: Any) -> Any:
+            train, test = own(config, node, *args, **options)
             if not (self.lie.trigger and self._lies(node)):
                 return train, test
             return _of_trigger(train), _of_trigger(test)
