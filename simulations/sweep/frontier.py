@@ -131,9 +131,11 @@ def plot_frontier(path: Path, summary: Sequence[Mapping[str, Any]], floor: float
                     )  # fmt: skip
             if column == "empirical_privacy_map" and floor:
                 axis.axvline(100 * floor, color="0.4", linestyle="--", linewidth=1)
-                axis.text(100 * floor, axis.get_ylim()[0], " template's floor", fontsize=7)
+                low = axis.get_xaxis_transform()
+                axis.text(100 * floor, 0.02, " template's floor", fontsize=7, transform=low)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("tokens not recovered (empirical privacy), %")
+            axis.margins(x=0.14)  # for the labels of the last points
             axis.grid(alpha=0.25)
         axes[0].set_ylabel("held-out accuracy, %")
         axes[0].legend(fontsize=8)  # wherever it hides least
