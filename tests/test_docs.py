@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,18 @@ def test_the_site_loads_nothing_from_elsewhere() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     assert "font: false" in text
     assert not re.findall(r"https?://(?!localhost)\S+", text)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/results").glob("*.md")), ids=lambda p: p.name)
+def test_every_results_page_names_the_commits_it_was_measured_at(page: Path) -> None:
+    text = page.read_text()
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)
+    of_commands = [section for section in sections[1:] if section.startswith("`")]
+    named = [re.findall(r"Measured at commit `([0-9a-f]{7,40})`", part) for part in sections]
+    assert any(named)
+    unnamed = [s.splitlines()[0] for s in of_commands if "Measured at commit `" not in s]
+    assert not unnamed, "results.json names the commit under versions"
+    if (ROOT / ".git").exists() and not (ROOT / ".git/shallow").exists():
+        for commit in {commit for part in named for commit in part}:
+            command = ["git", "-C", str(ROOT), "cat-file", "-e", f"{commit}^{{commit}}"]
+            assert subprocess.run(command, check=False).returncode == 0, commit

@@ -86,7 +86,7 @@ class Facts:
                 low, high = row["interval"]  # of what is recovered
                 hidden = float(row["empirical_privacy"])
                 name = str(row.get("name") or key)
-                words = WORDS.get(key, "").removeprefix("... ")
+                words = WORDS.get(key, "").replace("... and", "also knows")
                 found.append(Attacker(name, words, hidden, (1 - high, 1 - low), row["knowledge"]))
         return sorted(found, key=lambda attacker: -attacker.hidden)
 
