@@ -91,7 +91,6 @@ def test_every_results_page_names_the_commits_it_was_measured_at(page: Path) -> 
     sections = re.split(r"^## ", text, flags=re.MULTILINE)
     of_commands = [section for section in sections[1:] if section.startswith("`")]
     named = [re.findall(r"Measured at commit `([0-9a-f]{7,40})`", part) for part in sections]
-    assert any(named)
     unnamed = [s.splitlines()[0] for s in of_commands if "Measured at commit `" not in s]
     assert not unnamed, "results.json names the commit under versions"
     if (ROOT / ".git").exists() and not (ROOT / ".git/shallow").exists():

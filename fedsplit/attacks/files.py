@@ -96,7 +96,8 @@ def attack_files(
     if truth is None:
         beside = [recorded.parent / TRUTH, recorded.parent.parent / TRUTH]
         truth = next((p for p in beside if p.exists()), beside[0])
-    view, true = _view(recorded, truth, samples, known, seed)
+    trained = "gradients" in wanted
+    view, true = _view(recorded, truth, samples, known, seed, trained=trained)
     if (view.rows or view.update) and (not made or wanted & {"rows", "update", "steps"}):
         view.public = public_knowledge(config, public=public, whole=view.update is not None)
     made = made or [a for a in suited(view, seed, budget) if reads in ("", a.reads)]
@@ -105,10 +106,12 @@ def attack_files(
     return [attack.run(view, true) for attack in made]
 
 
-def _view(recorded: Path, truth: Path, samples: int, known: int, seed: int) -> tuple[View, Truth]:
+def _view(
+    recorded: Path, truth: Path, samples: int, known: int, seed: int, *, trained: bool
+) -> tuple[View, Truth]:
     """Return what was recorded, and what it is scored against."""
     if recorded.is_dir():
-        return _of_samples(read_capture(recorded), truth, samples, known, seed)
+        return _of_samples(read_capture(recorded), truth, samples, known, seed, trained=trained)
     keys: set[str] = set()
     if recorded.exists():
         keys = {key.partition("/")[0] for key in read_tensors(recorded)}
@@ -116,15 +119,16 @@ def _view(recorded: Path, truth: Path, samples: int, known: int, seed: int) -> t
         return _of_update(read_tensors(recorded), truth, seed)
     if "logits" in keys:
         return _of_answers(read_tensors(recorded), truth, seed)
-    return _of_samples(read_whole_transcript(recorded), truth, samples, known, seed)
+    found = read_whole_transcript(recorded)
+    return _of_samples(found, truth, samples, known, seed, trained=trained)
 
 
 def _of_samples(
-    found: Transcript, truth: Path, samples: int, known: int, seed: int
+    found: Transcript, truth: Path, samples: int, known: int, seed: int, *, trained: bool
 ) -> tuple[View, Truth]:
     ids, labels = read_truth(truth), read_true_labels(truth)
-    chosen = choose(found.received, samples, seed)
-    view, true = recorded_view(found, ids, samples, seed)
+    chosen = choose(_about(found, trained), samples, seed)
+    view, true = recorded_view(found, ids, samples, seed, trained=trained)
     classes: Tensor | None = None
     told: dict[int, int] = {}
     if chosen and all(slot in labels.get(key, {}) for key, slot in chosen):
@@ -135,15 +139,30 @@ def _of_samples(
     return view, Truth(ids=true, labels=classes)
 
 
+def _about(found: Transcript, trained: bool) -> Samples:
+    """Return the samples that attacks are about; ``trained`` for those that gradients came for."""
+    received = found.answered() or found.received
+    first = found.gradients[0] if trained and found.gradients else {}
+    if not first:
+        return received
+    held = {
+        key: {slot: row for slot, row in rows.items() if slot in first.get(key, {})}
+        for key, rows in received.items()
+    }
+    return {key: rows for key, rows in held.items() if rows}
+
+
 def recorded_view(
-    found: Transcript, ids: Samples, samples: int, seed: int
+    found: Transcript, ids: Samples, samples: int, seed: int, *, trained: bool = False
 ) -> tuple[View, list[Tensor]]:
     """Return everything that crossed of up to ``samples`` samples, and their true ids.
+
+    With ``trained`` only those are chosen that gradients came back for: held-out texts have none.
 
     Raises:
         AttackError: see :func:`fedsplit.attacks.transcripts.chosen_samples`.
     """
-    received = found.answered() or found.received
+    received = _about(found, trained)
     _, true = chosen_samples(received, ids, samples, seed)
     chosen = choose(received, samples, seed)
 

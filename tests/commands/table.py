@@ -108,7 +108,8 @@ COMMANDS: dict[str, How] = {
     "fedsplit attack run label_leakage": How(RUN),
     "fedsplit attack run extraction": How(OFFSITE, "--budget extraction.steps=2"),
     "fedsplit evaluate": How(OFFSITE, needs="lm_eval"),
-    "fedsplit compare": How({"BASE": MINILM, "SUSPECT": MINILM}),
+    "fedsplit compare": How({"BASE": MINILM, "SUSPECT": MINILM, "RUN": MINILM}),
+    "fedsplit export": How({"RUN": "runs/demo"}),
     "fedsplit fingerprint": How({"MODEL": MINILM}),
     "fedsplit lineage verify": How(),
 }
