@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from fedsplit.errors import ConfigError, ModelError
-
-console = Console()
+from fedsplit.observe.console import console
 
 
 def register(app: typer.Typer) -> None:
@@ -51,10 +48,10 @@ def export(
     folder = out or run
     folder.mkdir(parents=True, exist_ok=True)
     about = whole.write(folder)
-    console.print(f"{escape(str(folder / 'model'))}: the whole model", highlight=False)
+    console.print(f"{folder / 'model'}: the whole model", highlight=False)
     if about["adapter"] is not None:
         form, on = about["adapter"]["format"], about["adapter"]["on"]
         console.print(
-            f"{escape(str(folder / 'adapter'))}: {form} adapter on {escape(str(on))}",
+            f"{folder / 'adapter'}: {form} adapter on {on}",
             highlight=False,
         )

@@ -109,7 +109,7 @@ COMMANDS: dict[str, How] = {
     "fedsplit attack run extraction": How(OFFSITE, "--budget extraction.steps=2"),
     "fedsplit evaluate": How(OFFSITE, needs="lm_eval"),
     "fedsplit compare": How({"BASE": MINILM, "SUSPECT": MINILM, "RUN": MINILM}),
-    "fedsplit export": How({"RUN": "runs/demo"}),
+    "fedsplit export": How({"RUN": "runs/demo/server"}),
     "fedsplit fingerprint": How({"MODEL": MINILM}),
     "fedsplit lineage verify": How(),
 }
