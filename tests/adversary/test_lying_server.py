@@ -17,7 +17,7 @@ VARIANTS: dict[str, list[str]] = {
     "honest": ["noise ratio 50", "texts refused"],
     "subtraction": ["width of the batch", "order of single texts"],
     "bounds": ["dchi", "nearest-token", "pac", "gaussian", "wide vectors"],
-    "template": ["ratio 2, nearest"],
+    "template": ["ratio 2, nearest", "ratio 6, nearest"],
     "views": [
         "one session",
         "other special tokens",

@@ -1,7 +1,8 @@
-"""Case 3: what the strict policy's own noise hides of real text, without any lie.
+"""Case 3: what noise hides of real text, without any lie.
 
-all-MiniLM-L6-v2's word embeddings (k = 0), d_chi, at noise ratios that the policy lets pass; read
-by the nearest neighbour, and by the strongest of the project's attacks that fit.
+all-MiniLM-L6-v2's word embeddings (k = 0), d_chi, at the noise ratios of the first version's
+template and at today's; read by the nearest neighbour, and by the strongest of the project's attacks
+that fit.  The policy's own bound on the ratio is loosened to 2, so that its measurement decides.
 """
 
 from __future__ import annotations
@@ -28,13 +29,12 @@ def play(field: Field) -> list[Row]:
     bundle, bottom, _ = pack(loaded.model, 0, loaded.tokenizer)
     public = loaded.tokenizer(texts.public, truncation=True, max_length=64)["input_ids"]
     special = frozenset(int(i) for i in loaded.tokenizer.all_special_ids)
-    policy = strict_policy(budget__views_total=len(RATIOS), budget__views_per_bottom=len(RATIOS))
-    victim = field.victim(texts, policy)
+    policy = strict_policy(noise__min_ratio=min(RATIOS))
 
     def attacked(name: str, received: dict[int, Tensor], ratio: float) -> dict[int, list[int]]:
         if not received:
             return {}
-        given = PrivacyConfig(mechanism="dchi", noise_ratio=ratio)
+        given = PrivacyConfig(mechanism="dchi", noise_ratio=ratio, row_clip="auto")
         mechanism = build_mechanism(given, bottom, bottom.vocab)
         slots = sorted(received)
         known = Public(bottom, mechanism, public, special)
@@ -45,7 +45,8 @@ def play(field: Field) -> list[Row]:
 
     rows: list[Row] = []
     truth: dict[int, list[int]] = {}
-    for ratio in RATIOS[:1] if field.quick else RATIOS:
+    for ratio in (RATIOS[0], RATIOS[-1]) if field.quick else RATIOS:
+        victim = field.victim(texts, policy)
         flat = settings(
             privacy__mechanism="dchi",
             privacy__noise_ratio=ratio,
