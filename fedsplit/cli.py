@@ -23,6 +23,7 @@ from fedsplit.commands import (
 from fedsplit.commands.attacks import extraction as attack_extraction
 from fedsplit.commands.attacks import inversion as attack
 from fedsplit.commands.attacks import lineage as attack_lineage
+from fedsplit.commands.attacks import policy as attack_policy
 from fedsplit.observe.console import console, run_command_line
 
 app_cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -44,6 +45,7 @@ predict.register(app_cli)
 attack.register(app_cli)
 attack_extraction.register(attack.attack_app)
 attack_lineage.register(attack.attack_app)
+attack_policy.register(attack.attack_app)
 compare.register(app_cli)
 doctor.register(app_cli)
 evaluate.register(app_cli)

@@ -29,6 +29,7 @@ BENCHMARKS = {
     "fingerprint": "bench.fingerprint",
     "inversion": "bench.inversion",
     "service": "bench.service",
+    "policy": "bench.policy",
     "fuzz": "fuzz.run",
     "emulator": "bench.emulator",
 }

@@ -93,12 +93,13 @@ def measure(
     from fedsplit.models import load
     from fedsplit.owners.home import OwnerHome
     from fedsplit.owners.policy.rules import Policy
+    from fedsplit.owners.policy.weakest import weakest_settings
     from fedsplit.owners.split.by_hand import measure_by_hand
     from fedsplit.settings import read_settings
 
     policy = Policy.load(path)
     task = "sequence-classification" if label_column else "causal-lm"
-    weakest = {"model.name": model, "model.task": task, **_weakest(policy)}
+    weakest = {"model.name": model, "model.task": task, **weakest_settings(policy)}
     texts, _ = load_splits(
         "file", path=str(data), text_column=text_column, label_column=label_column
     )
@@ -121,21 +122,6 @@ def measure(
     write_json(json_path, [figures.to_json() for figures in found])
     if breaches:
         raise typer.Exit(1)
-
-
-def _weakest(policy: Policy) -> dict[str, Any]:
-    """Return the settings that hide least of what a policy allows, as far as it bounds them."""
-    mechanism = policy.rules.get("noise.mechanisms", ("none",))[0]
-    found: dict[str, Any] = {"privacy.mechanism": mechanism}
-    found["split.k"] = int(policy.rules.get("model.min_k", 0))
-    if mechanism != "none":
-        found["privacy.noise-ratio"] = float(policy.rules.get("noise.min_ratio", 1.0))
-        found["privacy.row-clip"] = "auto"
-    allowed = policy.rules.get("labels.protection", ("none",))
-    found["labels.protection"] = allowed[0]
-    if "labels.max_epsilon" in policy:
-        found["labels.epsilon"] = float(policy["labels.max_epsilon"])
-    return found
 
 
 def _readings(figures: Figures) -> Table:

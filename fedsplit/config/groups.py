@@ -182,7 +182,8 @@ class SessionConfig:
         wave: owners stepped together at most; 0 = all that were sampled.  A simulation sets it to
             its actor slots, since more owners than slots cannot be connected at once.
         wave_wait_s: how long a wave waits for its members before it starts with those connected.
-        deadline_s: longest wait for one frame from a connected owner.
+        deadline_s: longest wait for one frame from a connected owner; three times as long for its
+            first, before which it may measure its own protection.
         idle_s: longest silence an owner accepts from the server; the longest that the server waits
             for an owner's reply when its session is over.
         round_s: longest that a round's replies are waited for; whoever has not replied is lost.

@@ -27,7 +27,7 @@ from simulations.adversary.victim import NODE, Victim
 MAX_FRAME = 64 << 20
 REPORT = "fedsplit.report"
 DIGEST = next(key for key in ("digest", "bottom") if key in SCHEMA[Kind.WELCOME])
-WAIT_S = 60.0
+WAIT_S = 300.0
 RUNS = itertools.count(1)
 
 

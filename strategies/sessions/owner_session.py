@@ -38,6 +38,10 @@ class Batch:
         return [int(r.shape[0]) for r in self.rows]
 
 
+PATIENCE = 3
+"""Deadlines that an owner's first frame may take: before it, it may measure its protection."""
+
+
 def welcome_header(digest: str, codec: str, logits_codec: str) -> dict[str, str]:
     """Return the header of the server's first frame."""
     return {
@@ -122,10 +126,10 @@ class OwnerSession:
         """
         if not welcomed:
             self.link.send(Kind.WELCOME, welcome_header(digest, self._codec, self._logits_codec))
-        frame = self.link.recv(self._deadline)
+        frame = self.link.recv(PATIENCE * self._deadline)
         if frame.kind is Kind.NEED:
             send_files(self.link, files)
-            frame = self.link.recv(self._deadline)
+            frame = self.link.recv(PATIENCE * self._deadline)
         if frame.kind is not Kind.READY:
             raise FrameError(f"{frame.kind.name} frame: must be READY")
         self.steps, self.samples = frame["batches"], frame["samples"]

@@ -36,7 +36,7 @@ from fedsplit.wire.messages import OFFER, REPORT, WEIGHTS, SessionOffer
 from fedsplit.wire.transfer import send_files
 
 NODE = 17
-WAIT_S = 60.0
+WAIT_S = 300.0
 MAX_FRAME = 64 << 20
 RUNS = itertools.count(1)
 Answer = Callable[[list[int]], Tensor]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fedsplit.attacks.measuring import measure
 from fedsplit.cli import app_cli as cli
+from fedsplit.commands.attacks.policy import FAR, LOUD
 from fedsplit.errors import ConfigError, PolicyError
 from fedsplit.models import load, split
 from fedsplit.models.bundle.bottom import Bundle
@@ -234,16 +235,41 @@ def test_a_floor_needs_a_bound_on_views() -> None:
         Policy({"measure": {"min_empirical_privacy": 0.5}})
 
 
-def test_measuring_by_hand(tmp_path: Path, tiny: tuple[Path, Any]) -> None:
+def save_own(folder: Path, policy: str) -> list[str]:
+    """Write texts and a policy, and return the arguments that name them."""
     rows = [{"text": " ".join(WORDS[i : i + 5]), "label": i % 2} for i in range(len(WORDS) - 5)]
-    data = tmp_path / "own.jsonl"
+    data = folder / "own.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    policy = tmp_path / "owner.toml"
-    policy.write_text(FLOOR + '[labels]\nprotection = ["randomised-response"]\n')
-    policy.chmod(0o600)
-    args = ["policy", "measure", str(policy), "--model", str(tiny[0]), "--data", str(data)]
-    args += ["--label-column", "label", "--home", str(tmp_path / "home")]
-    args += ["--set", "privacy.mechanism=dchi", "--json", str(tmp_path / "found.json")]
+    path = folder / "owner.toml"
+    path.write_text(policy)
+    path.chmod(0o600)
+    home = ["--home", str(folder / "home"), "--json", str(folder / "found.json")]
+    return [str(path), "--data", str(data), "--label-column", "label", *home]
+
+
+def test_playing_the_lying_server_by_hand(tmp_path: Path, tiny: tuple[Path, Any]) -> None:
+    loose = '[noise]\nmechanisms = ["dchi"]\nmin_ratio = 0.3\n[cti]\nmax_share = 0.0\n'
+    loose += '[labels]\nprotection = ["randomised-response", "max-norm"]\nmax_epsilon = 1.0\n'
+    for policy, code in ((loose, 1), (loose + FLOOR + "epochs_per_run = 2\n", 0)):
+        args = save_own(
+            tmp_path, policy.replace("[measure]", "[measure]\nmax_label_recovery = 0.8")
+        )
+        told = CliRunner().invoke(cli, ["attack", "policy", *args, "--model", str(tiny[0])])
+        assert told.exit_code == code, (told.output, told.exception)
+        found = json.loads((tmp_path / "found.json").read_text())
+        tried = [row for row in found if "read" in row]
+        assert {row["bottom"] for row in tried} == {"as it is", FAR, LOUD}
+        assert {row["offer"] for row in tried} == {"dchi, randomised-response", "dchi, max-norm"}
+        assert max(row["read"] for row in tried if row["of"] == "tokens") > 0.5
+        assert any(row["too much"] for row in tried) is (code == 1)
+        refused = {row["refused"] for row in tried}
+        assert ("measure.min_empirical_privacy" in refused) is (code == 0)
+
+
+def test_measuring_by_hand(tmp_path: Path, tiny: tuple[Path, Any]) -> None:
+    own = save_own(tmp_path, FLOOR + '[labels]\nprotection = ["randomised-response"]\n')
+    args = ["policy", "measure", *own, "--model", str(tiny[0])]
+    args += ["--set", "privacy.mechanism=dchi"]
     for ratio, code in ((0.2, 1), (80.0, 0)):
         told = CliRunner().invoke(cli, [*args, "--set", f"privacy.noise-ratio={ratio}"])
         assert told.exit_code == code, told.output

@@ -1,8 +1,8 @@
 """Case 3: what noise hides of real text, without any lie.
 
 all-MiniLM-L6-v2's word embeddings (k = 0), d_chi, at the noise ratios of the first version's
-template and at today's; read by the nearest neighbour, and by the strongest of the project's attacks
-that fit.  The policy's own bound on the ratio is loosened to 2, so that its measurement decides.
+template and of today's; read by the nearest neighbour, and by the strongest attack that fits.  The
+policy's own bound on the ratio is loosened to 2, so that its measurement decides.
 """
 
 from __future__ import annotations
