@@ -50,6 +50,8 @@ def show(
         console.print(_runs(totals))
     for line in _spent(totals):
         console.print(line, highlight=False)
+    if totals.measured and not run:
+        console.print(_measured(totals))
     exposed = totals.exposure.representations()
     if exposed:
         console.print(_exposure(totals))
@@ -113,6 +115,16 @@ def _spent(totals: Totals) -> list[str]:
         exact = f", {reports.exact} of them exact" if reports.exact else ""
         found.append(f"averages left in {sum(reports.days.values())} reports{exact}{noisy}")
     return found
+
+
+def _measured(totals: Totals) -> Table:
+    from fedsplit.owners.measuring import Figures
+
+    table = Table("rule", "what your own attackers read", title="measured before anything left")
+    for content in totals.measured.values():
+        figures = Figures.from_json(content)
+        table.add_row(figures.rule, str(figures))
+    return table
 
 
 def _exposure(totals: Totals) -> Table:

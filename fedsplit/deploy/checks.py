@@ -121,6 +121,11 @@ def _policy(path: Path) -> Iterator[Check]:
         yield Check("app digest", FAIL, "app.digest is not set: fedsplit owner digest prints it")
     if not {"noise.min_ratio", "noise.mechanisms"} & policy.rules.keys():
         yield Check("policy", WARN, "no rule bounds the noise: fedsplit policy check says more")
+    if "measure.min_empirical_privacy" not in policy:
+        text = (
+            "measure.min_empirical_privacy is not set: what noise hides of your texts is not tried"
+        )
+        yield Check("policy", WARN, text)
     if not policy.rules.get("transport.own_ca"):
         text = "transport.own_ca is not set; this machine pins its authority all the same"
         yield Check("policy", OK, text)
@@ -179,12 +184,17 @@ def _home(home: Path) -> Iterator[Check]:
 
 def _ledger(home: Path) -> Check:
     from fedsplit.owners.ledger.chain import read_ledger
+    from fedsplit.owners.measuring import Figures
 
     try:
-        count = sum(1 for _ in read_ledger(home))
+        count, measured = 0, ""
+        for entry in read_ledger(home):
+            count += 1
+            if entry.get("kind") == "measured":
+                measured = f"; last measured: {Figures.from_json(entry['measured'])}"
     except LedgerError as error:
         return Check("ledger", FAIL, str(error))
-    return Check("ledger", OK, f"{home / 'ledger.jsonl'}: {count} lines, the chain holds")
+    return Check("ledger", OK, f"{home / 'ledger.jsonl'}: {count} lines, the chain holds{measured}")
 
 
 def _data(node: NodeFile, network: bool, read: bool) -> Iterator[Check]:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import torch
@@ -249,7 +249,7 @@ class LyingServer:
         self._port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
 
-    def __enter__(self) -> LyingServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

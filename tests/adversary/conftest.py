@@ -18,9 +18,8 @@ from tests.tiny_models import WORDS, save_tiny_bert
 
 @pytest.fixture
 def server() -> Iterator[LyingServer]:
-    lying = LyingServer()
-    yield lying
-    lying.stop()
+    with LyingServer() as lying:
+        yield lying
 
 
 @pytest.fixture(scope="session")

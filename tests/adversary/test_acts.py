@@ -37,7 +37,7 @@ def test_a_message_is_of_the_strategy_that_the_policy_allows(
     victim = owner('[app]\nstrategies = ["serving"]\n')
     taken = server.split(victim, settings(strategy=strategy), bundles["bottom"], zeros)
     assert taken.refusal
-    assert taken.frames == []
+    assert taken.up == []
     assert nothing_left(victim)
 
 
@@ -60,7 +60,8 @@ def test_steps_travel_by_an_allowed_transport(
     for policy in (rules, '[transport]\nallowed = ["stream"]\n'):
         victim = owner(policy, name=f"{len(policy)}")
         offered = {"transport": transport, "digest": "a" * 64}
-        taken = server.message(victim, settings(strategy=strategy), STEP_TYPE, **offered)
+        flat = settings(strategy=strategy)
+        taken = server.session(victim, flat, lambda peer: None, kind=STEP_TYPE, **offered)
         assert taken.refusal
         assert nothing_left(victim)
 

@@ -157,7 +157,7 @@ def test_nothing_leaves_below_the_floor(
 ) -> None:
     victim = owner(FLOOR)
     taken = server.split(victim, asked(0.5), bundles["bottom"], zeros, kind)
-    assert not [f for f in taken.frames if f.kind in (Kind.READY, Kind.BATCH)]
+    assert not [f for f in taken.up if f.kind in (Kind.READY, Kind.BATCH)]
     assert "measure.min_empirical_privacy" in taken.told[0]
     assert not any(digit in taken.told[0] for digit in "0123456789")  # a type, never a value
     (line,) = lines(victim)
@@ -178,6 +178,8 @@ def test_what_is_hidden_leaves_and_is_measured_once(
     (line,) = lines(victim)
     assert line["measured"]["value"] >= 0.6
     assert {r["attack"] for r in line["measured"]["readings"]} >= {"nearest", "map", "contextual"}
+    shown = CliRunner().invoke(cli, ["ledger", "show", "--home", str(victim.home)])
+    assert "measured before anything left" in shown.stdout
     kinds = [x["kind"] for x in victim.ledger()]
     assert kinds.index("measured") < kinds.index("ready") < kinds.index("representations")
     # Another strength, or the same bottom with a head, is measured anew.
