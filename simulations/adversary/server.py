@@ -18,6 +18,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import WireError
 from fedsplit.models.bundle.bottom import Bundle
 from fedsplit.wire.codecs import decode_rows, encode_rows
+from fedsplit.wire.dial import channel_options
 from fedsplit.wire.frames import SCHEMA, Frame, Kind
 from fedsplit.wire.link import Link
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
@@ -236,13 +237,8 @@ class LyingServer:
         self._script: Script = lambda peer: None
         self._taken = Taken()
         self._done = threading.Event()
-        self._server = grpc.server(
-            ThreadPoolExecutor(8),
-            options=[
-                ("grpc.max_receive_message_length", MAX_FRAME),
-                ("grpc.max_send_message_length", MAX_FRAME),
-            ],
-        )
+        # An owner that measures is silent for long, and its pings are no abuse.
+        self._server = grpc.server(ThreadPoolExecutor(8), options=channel_options(MAX_FRAME))
         handler = grpc.stream_stream_rpc_method_handler(self._open)
         generic = grpc.method_handlers_generic_handler("fedsplit.Session", {"Open": handler})
         self._server.add_generic_rpc_handlers((generic,))
