@@ -84,7 +84,7 @@ class OwnFigures:
     def _key(self, rule: str, source: Source, own: OwnTexts, session: SessionFacts) -> str:
         """Return what names a measurement: everything that moves it but the texts themselves.
 
-        A bottom that learns is measured anew in every round.
+        A bottom that learns is measured anew in every session.
         """
         policy = self._policy
         asked = {name: policy[name] for name in policy.rules if name.startswith("measure.")}
@@ -94,7 +94,7 @@ class OwnFigures:
         elif own.labels is not None:
             facts += [dict(own.labels.protection), looks_allowed(policy)]
         if source.moves:
-            facts += [session.run, session.round]
+            facts += [session.run, session.round, session.mode]
         return hashlib.sha256(json_bytes(facts)).hexdigest()[:24]
 
 

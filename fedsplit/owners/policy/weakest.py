@@ -25,7 +25,13 @@ def weak_offers(policy: Policy) -> Iterator[tuple[str, dict[str, Any]]]:
     Each stands at the bound that the policy sets for its level, or at next to nothing where there
     is no bound; blocks at the owner are as few as may be.
     """
-    common: dict[str, Any] = {"split.k": int(policy.rules.get("model.min_k", 0))}
+    common: dict[str, Any] = {
+        "split.k": int(policy.rules.get("model.min_k", 0)),
+        "train.rounds": 1,
+        "train.epochs": 1,
+    }
+    if "model.max_tokens" in policy:
+        common["model.max-tokens"] = int(policy["model.max_tokens"])
     labels = [_label(policy, n) for n in policy.rules.get("labels.protection", ("none",))]
     noises = [_noise(policy, n) for n in policy.rules.get("noise.mechanisms", tuple(MECHANISMS))]
     for number, noise in enumerate(noises):
