@@ -1,4 +1,5 @@
-"""Independent re-implementations of published attacks, at their published settings.
+"""Re-implementations of published attacks, to compare with.
 
-They share nothing with :mod:`fedsplit.attacks` but the files that both read: arrays in, ids out.
+Their losses, steps and searches are their own; the transcript's reader, the soft embeddings of the
+public bottom and the scorer are the ones that :mod:`fedsplit.attacks` uses.
 """

@@ -5,7 +5,7 @@ configuration): AdamW at 0.09 (betas 0.9 and 0.999, weight decay 0.01) on the lo
 tokens, 0.85 squared and 0.15 absolute differences; LAMP every 30 steps tries 100 changes of order,
 judged with 0.2 of the language model's loss; BiSR starts from an inverter that was taught on
 public text, sharpens it by matching states (cosine, AdamW at 0.005), then matches gradients for 18
-steps from a softmax at temperature 1.2.
+steps from a softmax at temperature 1.2.  How long the inverter is taught is the caller's choice.
 """
 
 from __future__ import annotations

@@ -20,14 +20,13 @@ from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.gradients.next_tokens import logits_of, reads_logits
 from fedsplit.attacks.gradients.text_evidence import CachedReader, TextEvidence, union
 from fedsplit.attacks.inversion.nearest import has_candidates
-from fedsplit.attacks.inversion.token_search import PrefixRunner
+from fedsplit.attacks.inversion.token_search import PrefixRunner, first_states
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.posterior import posterior_search
 
 RANKED = 10
-LONE_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class JointDecoding(TokenAttack):
         count = min(count, self.samples or count)
         alone = _by_row(view, count, self.shortlist)
         runner = PrefixRunner(view.public.bottom, view.public.embedding)
-        first = None if alone else _lone_states(runner, view.public.vocab)
+        first = None if alone else first_states(runner, view.public.vocab)
         top = []
         for sample in range(count):
             evidence = TextEvidence(view, sample)
@@ -103,14 +102,6 @@ def _by_row(view: View, count: int, shortlist: int) -> list[Tensor] | None:
         law = public.known_mechanism
         return posterior_search(rows, candidates, law, shortlist, None, public.touched)[0]
     return search(rows, candidates, shortlist)[0]
-
-
-@torch.no_grad()
-def _lone_states(runner: PrefixRunner, vocab: int) -> Tensor:
-    """Return the clean state of every token that begins a text, ``(V, d)``."""
-    runner.advance([])
-    parts = torch.split(torch.arange(vocab), LONE_AT_ONCE)
-    return torch.cat([runner.tokens(part) for part in parts])
 
 
 def _first_tokens(evidence: TextEvidence, states: Tensor | None, shortlist: int) -> Tensor:

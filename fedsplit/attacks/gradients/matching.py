@@ -27,6 +27,7 @@ from fedsplit.attacks.gradients.next_tokens import (
 )
 from fedsplit.attacks.gradients.token_recovery import GradientNoise, log_likelihood
 from fedsplit.attacks.inversion.optimisation import embedding_table, soft_embeddings
+from fedsplit.attacks.inversion.token_search import PrefixRunner, first_states
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check, one_of
 from fedsplit.models.modes import frozen
@@ -87,8 +88,13 @@ class Matching(TokenAttack):
         with frozen(view.public.bottom):
             public = view.public
             table = embedding_table(public.embedding, public.vocab, torch.device("cpu"))
+            first = None
+            if self._forward(view) and self.start != "random":
+                runner = PrefixRunner(public.bottom, public.embedding)
+                first = first_states(runner, public.vocab)
             for sample in range(count):
-                fitted = self._fit(view, sample, table)  # (T, V)
+                z = self._start(view, sample, len(table), first)
+                fitted = self._fit(view, sample, table, z)  # (T, V)
                 top.append(fitted.topk(min(RANKED, fitted.shape[1]), dim=1).indices)
                 read = torch.arange(len(fitted)) >= (0 if self._forward(view) else 1)
                 covers.append(read)
@@ -101,9 +107,9 @@ class Matching(TokenAttack):
     def _forward(self, view: View) -> bool:
         return bool(view.rows) and self.direction != "backward"
 
-    def _fit(self, view: View, sample: int, table: Tensor) -> Tensor:
-        """Return one text's choices, ``(T, V)``."""
-        z = self._start(view, sample, len(table)).requires_grad_()
+    def _fit(self, view: View, sample: int, table: Tensor, z: Tensor) -> Tensor:
+        """Return one text's choices, ``(T, V)``, from the start ``z``."""
+        z.requires_grad_()
         optimiser = torch.optim.Adam([z], lr=self.lr)
         for _ in range(self.steps):
             chosen = z.softmax(1)
@@ -117,11 +123,13 @@ class Matching(TokenAttack):
             optimiser.step()
         return z.detach()
 
-    def _start(self, view: View, sample: int, vocab: int) -> Tensor:
+    def _start(self, view: View, sample: int, vocab: int, first: Tensor | None) -> Tensor:
         steps = view.steps[sample]
         length = len(steps[0].gradient)
         draw = torch_generator(self.seed, "attacks", "matching", sample)
         z = 0.1 * torch.randn(length, vocab, generator=draw)
+        if first is not None:  # every token's state as a text's first, (V, d)
+            z[0, (first - view.rows[sample][0].float()).square().sum(1).argmin()] += SURE
         if self.start == "random" or self.direction == "forward" or length < 2:
             return z
         weight = None if reads_logits(view) else head_of(view).weight

@@ -28,6 +28,8 @@ from fedsplit.errors import AttackError, check
 from fedsplit.models.modes import frozen
 from fedsplit.models.splitting.structure import Exit, Reached
 
+FIRST_AT_ONCE = 1024
+
 
 @dataclass
 class SearchEffort:
@@ -254,6 +256,14 @@ class PrefixRunner:
 
     def _row(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], dtype=torch.int64, device=self._device)
+
+
+@torch.no_grad()
+def first_states(runner: PrefixRunner, vocab: int) -> Tensor:
+    """Return the clean state of every token that begins a text, ``(V, d)``."""
+    runner.advance([])
+    parts = torch.split(torch.arange(vocab), FIRST_AT_ONCE)
+    return torch.cat([runner.tokens(part) for part in parts])
 
 
 def prefix_cache(bottom: nn.Module, ids: Tensor) -> Any:
