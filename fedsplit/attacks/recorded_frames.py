@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def read_frames(folder: Path) -> Transcript:
 def frames(path: Path) -> Iterator[Frame]:
     """Yield the frames of one recorded session after another, both directions in their order.
 
+    Bytes that are no frame ended their session and are left out.
+
     Raises:
         AttackError: the file is damaged.
     """
@@ -88,10 +91,10 @@ def frames(path: Path) -> Iterator[Frame]:
     at = 0
     while at < len(data):
         length = int.from_bytes(data[at : at + 8], "little")
-        try:
+        if length > len(data) - at - 8:
+            raise AttackError(f"{path}: byte {at}: {length} bytes: must be <= {len(data) - at - 8}")
+        with suppress(FrameError):
             yield decode(data[at + 8 : at + 8 + length], length)
-        except FrameError as error:
-            raise AttackError(f"{path}: byte {at}: {error}") from None
         at += 8 + length
 
 

@@ -99,12 +99,12 @@ def measure(
 
     policy = Policy.load(path)
     task = "sequence-classification" if label_column else "causal-lm"
-    weakest = {"model.name": model, "model.task": task, **weakest_settings(policy)}
+    weakest = {"model.name": model, "model.task": task, **weakest_settings(policy, task)}
     texts, _ = load_splits(
         "file", path=str(data), text_column=text_column, label_column=label_column
     )
-    if texts.labels is not None:
-        weakest["model.labels"] = max(2, *(int(label) + 1 for label in texts.labels))
+    if texts.labels:
+        weakest["model.labels"] = max([2, *(int(label) + 1 for label in texts.labels)])
     config = read_settings({**weakest, **_given(setting or [])})
     classes = None if config.model.task == "causal-lm" else config.model.labels
     loaded = load(model, config.model.task, num_labels=classes)

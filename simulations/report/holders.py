@@ -22,7 +22,7 @@ def picture(facts: Facts) -> Markup:
         return Markup("")
     left_out = len(facts.owners) - len(owners)
     height = 26 + PITCH * max(3, len(owners)) + (20 if left_out else 0)
-    most = max(1, *(_count(owner) for owner in facts.owners))
+    most = max([1, *(_count(owner) for owner in facts.owners)])
     parts = [text(0, 13, "data owners", "head"), text(SERVER, 13, "model owner", "head")]
     for number, owner in enumerate(owners):
         parts += _owner(owner, 26 + number * PITCH, most, facts.classes)

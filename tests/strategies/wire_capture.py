@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from fedsplit.config import RunConfig
+from fedsplit.confusion import is_count
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.split.schedule import slot_order
 from fedsplit.privacy import select_contributing_tokens
@@ -113,7 +114,8 @@ class Sent:
             known = {REPORT, WHO, FRAMES, WEIGHTS}
             self.odd += [f"record {name!r}" for name in set(reply.content) - known]
             for record in reply.content.metric_records.values():
-                self.odd += [f"metric {name!r}" for name in set(record) - METRICS]
+                others = {name for name in record if not is_count(name)}  # sums over all texts
+                self.odd += [f"metric {name!r}" for name in others - METRICS]
                 self.odd += [f"list {n!r}" for n, v in record.items() if isinstance(v, list)]
                 self.blobs.append(json.dumps(dict(record)).encode())
             for config in reply.content.config_records.values():

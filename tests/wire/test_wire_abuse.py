@@ -11,7 +11,7 @@ import pytest
 
 from fedsplit.errors import FrameError, SessionError
 from fedsplit.wire.authentication import Hello
-from fedsplit.wire.frames import Frame, Kind, encode
+from fedsplit.wire.frames import Frame, Kind, decode, encode
 from fedsplit.wire.link import Link
 from fedsplit.wire.stream import connect
 from tests.wire.stream_peers import (
@@ -314,8 +314,9 @@ def test_bytes_are_recorded_from_the_first_admitted_frame_on():
         link.recv(5.0)
         link.close()
 
-    assert [(node, mode) for node, mode, _ in kept] == [(5, "train")]
+    assert {(node, mode) for node, mode, _ in kept} == {(5, "train")}
     assert kept[0][2].endswith(b"body")
+    assert all(decode(raw, 1 << 20).kind is not Kind.HELLO for _, _, raw in kept)
 
 
 def test_a_failing_handler_costs_only_its_session(caplog: pytest.LogCaptureFixture):

@@ -56,8 +56,8 @@ def policy(
     )
     about: dict[str, Any] = {"model.name": model, "model.task": "causal-lm"}
     classes = None
-    if texts.labels is not None:
-        classes = max(2, *(int(label) + 1 for label in texts.labels))
+    if texts.labels:
+        classes = max([2, *(int(label) + 1 for label in texts.labels)])
         about |= {"model.task": "sequence-classification", "model.labels": classes}
     loaded = load(model, str(about["model.task"]), num_labels=classes)
     secret = OwnerHome(owner_home(home)).secret(0, "owner")
@@ -65,7 +65,7 @@ def policy(
     bounds = {TOKENS: 1 - float(rules.rules.get(TOKENS, 1 - most))}
     bounds[LABELS] = float(rules.rules.get(LABELS, most))
     found: list[dict[str, Any]] = []
-    for name, flat in weak_offers(rules):
+    for name, flat in weak_offers(rules, str(about["model.task"])):
         config = read_settings({**about, **flat})
         refused = rules.settings_breaches(Asked(config.to_flat(), own_ca=True))
         if refused:

@@ -87,7 +87,7 @@ def make_run(folder: Path, model: Path, k: int, eta: float = 0.0) -> Path:
         ("bert", 0, 0.0, ["nearest"]),
         ("bert", 0, 6.0, ["nearest", "map", "contextual"]),
         ("bert", 1, 0.0, ["optimisation", "learned"]),
-        ("llama", 2, 0.0, ["optimisation", "learned", "exact_search"]),
+        ("llama", 2, 0.0, ["optimisation", "learned", "exact_search", "joint"]),
     ],
 )
 def test_attacks_are_chosen_by_the_split(models, public, tmp_path, family, k, eta, expected):

@@ -100,7 +100,7 @@ def test_the_gate_stops_the_run_and_leaves_the_evidence(
     def prepare(grid: LocalGrid, strategy: SplitTuning) -> None:
         plant(strategy, 1, value)
 
-    with pytest.raises(LineageError, match="round 1: lineage"):
+    with pytest.raises(LineageError, match="round 1: the server's model"):
         run_locally(make_config(**QUICK | {"lineage__gate": "stop"}), prepare=prepare)
     row = json.loads((tmp_path / "server" / "server.json").read_text())["rounds"][0]
     assert row["lineage"]["verdict"] != "in_lineage"
