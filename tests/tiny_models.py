@@ -71,7 +71,7 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_tiny_bert(folder: Path, seed: int = 0, classes: int = 3) -> Path:
+def save_tiny_bert(folder: Path, seed: int = 0, classes: int = 3, positions: int = 40) -> Path:
     """Write a 3-block BERT classifier's base with random weights and no dropout."""
     torch.manual_seed(seed)
     config = BertConfig(
@@ -80,7 +80,7 @@ def save_tiny_bert(folder: Path, seed: int = 0, classes: int = 3) -> Path:
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=48,
-        max_position_embeddings=40,
+        max_position_embeddings=positions,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.15,

@@ -196,7 +196,7 @@ class Federation:
 def prepare_material(federation: Federation) -> dict[str, Any]:
     """Make models, the whole data set, each owner's share of it, and the noise secrets."""
     server = federation.folder(SERVER)
-    save_tiny_bert(server / "models" / "classifier")
+    save_tiny_bert(server / "models" / "classifier", positions=64)
     save_tiny_llama(server / "models" / "llm", SEED, layers=6)
     whole = federation.root / "whole"
     whole.mkdir()
