@@ -7,6 +7,7 @@ themselves it is exact.  A median or trimmed mean is the same either way.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -37,9 +38,9 @@ class OnChanges(FedAvg):
 
     current_arrays = ArrayRecord()
 
+    @abstractmethod
     def fewest(self) -> int:
         """Return how many owners the rule needs for its guarantee."""
-        raise NotImplementedError
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Aggregate:
         """Aggregate the replies' changes.
