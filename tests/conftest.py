@@ -13,6 +13,10 @@ from hypothesis import settings
 
 from tests.project import ROOT, project_files
 
+# Two test processes share two cores: with more than one thread each, OpenMP's threads wait for each
+# other by spinning, and a suite takes several times the processor time. Set before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A busy machine is no error of the code; speed is measured by ``python -m simulations bench``.
 settings.register_profile("fedsplit", deadline=None)
 settings.load_profile("fedsplit")
