@@ -25,6 +25,7 @@ from rich.text import Text
 
 from fedsplit import storage
 from fedsplit.errors import RunError
+from simulations.core.units import duration, size
 
 PAGE, SERVER, EVIDENCE, LOG = "progress.json", "server.json", "lineage.jsonl", "log.jsonl"
 DEEPEST = 4
@@ -160,7 +161,7 @@ def _title(view: View) -> Text:
         "  ",
         (status, _STYLES.get(status, "cyan")),
         f"  run {clean(page['run'], 24)}" if page.get("run") else "",
-        f"  written {_span(view.age_s)} ago",
+        f"  written {duration(view.age_s)} ago",
     )
 
 
@@ -294,19 +295,7 @@ def _short(value: object) -> str:
 
 def _size(value: object) -> str:
     number = _number(value)
-    if number is None:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return "" if number is None else size(number)
 
 
 # ---- the command --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from fedsplit.errors import ConfigError
+from simulations.core import units
 from simulations.core.run_folder import write_atomically
 from simulations.report import words
 from simulations.report.charts import Point, Series, chart
@@ -67,10 +68,10 @@ def _row(name: str, facts: Facts) -> dict[str, Any]:
     row["not recovered"] = words.percent(worst.hidden) if worst else ""
     row["strongest attacker"] = worst.name if worst else ""
     row["noise"] = words.noise(facts)
-    row["sent"] = words.size(traffic["bytes_up"]) if traffic.get("bytes_up") is not None else ""
+    row["sent"] = units.size(traffic["bytes_up"]) if traffic.get("bytes_up") is not None else ""
     last = facts.lineage[-1] if facts.lineage else {}
     row["lineage"] = str(last.get("verdict", "")).replace("_", " ")
-    row["time"] = words.duration(facts.results["time_s"])
+    row["time"] = units.duration(facts.results["time_s"])
     row["commit"] = str(facts.results["versions"].get("commit") or "")[:10]
     return row
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
+from simulations.core.units import size
 from simulations.report.charts import COLOURS, WIDTH, framed, line, text
 from simulations.report.facts import Facts, Row
-from simulations.report.words import size
 
 PITCH, BAR = 46, 236  # of one owner: height, and the width of the longest bar
 SERVER = 308  # where the model owner's box begins

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from simulations.core import units
 from simulations.core.run_folder import TOP_LEVEL, write_atomically
 from simulations.report import words
 from simulations.report.charts import Point, Series, chart
@@ -56,9 +57,9 @@ def environment() -> Environment:
     found.filters |= {
         "cell": cell,
         "words": lambda name: str(name).replace("_", " "),
-        "size": words.size,
+        "size": units.size,
         "percent": words.percent,
-        "duration": words.duration,
+        "duration": units.duration,
         "most_of": _most_of,
     }
     found.globals |= {
@@ -110,12 +111,12 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
         found.append((words.percent(worst.hidden), "of tokens stay hidden", "from the strongest"))
     if traffic := facts.get("traffic"):
         token = f"{traffic.get('bytes_per_token') or 0:.0f} bytes per token"
-        found.append((words.size(traffic.get("bytes_up", 0)), "sent by the owners", token))
+        found.append((units.size(traffic.get("bytes_up", 0)), "sent by the owners", token))
     if facts.lineage:
         verdict = str(facts.lineage[-1].get("verdict", "")).replace("_", " ")
         score = facts.lineage[-1].get("score")
         found.append((verdict, "lineage", "" if score is None else f"score {score:.3f}"))
-    found.append((words.duration(facts.results["time_s"]), "from start to end", ""))
+    found.append((units.duration(facts.results["time_s"]), "from start to end", ""))
     return found
 
 

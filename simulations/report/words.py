@@ -8,6 +8,7 @@ from typing import Any
 from fedsplit.errors import FedsplitError
 from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
+from simulations.core.units import duration, size
 from simulations.report.facts import Facts
 
 ENDED = {
@@ -51,23 +52,6 @@ def measured_at(facts: Facts) -> str:
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a share as text."""
     return "not measured" if value is None else f"{100 * value:.{digits}f} %"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as text."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as text."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def figure(metric: str, value: float | None) -> str:

@@ -11,11 +11,12 @@ import pytest
 
 from fedsplit.errors import ConfigError, RunError
 from simulations.core.run_folder import RunFolder
+from simulations.core.units import duration, size
 from simulations.report.charts import Point, Series, chart
 from simulations.report.comparison import write_comparison
 from simulations.report.facts import read_facts
 from simulations.report.page import write_report
-from simulations.report.words import duration, size, summary
+from simulations.report.words import summary
 from tests.simulations.report.runs import HOSTILE, failed_run, split_run, table_run
 
 PIXEL = bytes.fromhex(
