@@ -15,6 +15,8 @@ import numpy.typing as npt
 Counts = npt.NDArray[np.int64]
 
 MOST_CLASSES = 32  # whose counts are reported: C * C numbers at most
+LEAST_TEXTS = 20
+LEAST_TAKEN = 5  # texts taken for a class, of every class that any is taken for
 _KEY = re.compile(r"confusion-(\d|[1-9]\d)-(\d|[1-9]\d)")
 
 
@@ -44,6 +46,18 @@ def of_reports(reports: Sequence[Mapping[str, float]], classes: int = 0) -> Coun
             if match:
                 found[int(match[1]), int(match[2])] += int(value)
     return found
+
+
+def coarse(report: Mapping[str, float]) -> bool:
+    """Whether a report's counts are over so many texts that none of them stands alone.
+
+    Whoever chooses the predictions chooses the columns of the table: a class that one text alone is
+    taken for tells that text's label.  So every column that occurs must have ``LEAST_TAKEN`` texts,
+    and the table ``LEAST_TEXTS``.  Groups of a few texts are still told their labels' sum, as any
+    exact average tells it.
+    """
+    taken = of_reports([report]).sum(0)
+    return bool(taken.sum() >= LEAST_TEXTS and (taken[taken > 0] >= LEAST_TAKEN).all())
 
 
 def scores(counts: Counts) -> dict[str, float]:

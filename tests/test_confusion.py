@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.confusion import is_count, of_reports, recalls, scores, to_report
+from fedsplit.confusion import coarse, is_count, of_reports, recalls, scores, to_report
 
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -55,3 +55,14 @@ def test_what_is_a_count() -> None:
     assert is_count("confusion-0-31")
     for other in ("confusion-0-32", "confusion-00-1", "confusion--1-0", "loss", "confusion-1-2-3"):
         assert not is_count(other)
+
+
+@settings(max_examples=60, deadline=None)
+@given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), lone=st.integers(0, 59))
+def test_a_text_that_alone_is_taken_for_a_class_is_not_told(labels: list[int], lone: int) -> None:
+    # Whoever chooses the predictions has one text alone in its column: its row is its label.
+    lone %= len(labels)
+    crafted = to_report(table([(y, 4 if i == lone else 0) for i, y in enumerate(labels)]))
+    assert not coarse(crafted)
+    honest = to_report(table([(y, 0) for y in labels]))
+    assert coarse(honest) is (len(labels) >= 20)

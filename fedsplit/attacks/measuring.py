@@ -7,9 +7,10 @@ that weigh by language are run with public text, and again with more texts of th
 server may well have the like.
 
 The tokenizer is the server's, so its word is not taken for what is a special token: positions that
-every text has in common are not scored, and besides the share of tokens read the share of
-*different* tokens read counts, so that fillers between the words do not hide how well the words
-themselves are read.
+every text has in common are not scored, and besides the share of tokens read two more count, the
+share of *different* tokens read and that of tokens that stand for the raw text, so that fillers
+between the words do not hide how well the words themselves are read.  The most of the three is the
+figure.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ BUDGET: dict[str, dict[str, Any]] = {
     "nearest": {"top_k": 1},
     "map": {"top_k": 1},
     "contextual": {"top_k": 1},
+    "replaced_tokens": {"top_k": 1},
     "optimisation": {"samples": 4, "steps": 100},
     "exact_search": {"samples": 2},
 }
-BY_LANGUAGE = ("map", "contextual")
+BY_LANGUAGE = ("map", "contextual", "replaced_tokens")
 _STATES = 0.25  # share of the seconds that public text may take through the bottom
 _CHUNK = 32
 
@@ -66,12 +68,12 @@ def measure(exposed: Exposed) -> list[Reading]:
         left -= time.perf_counter() - begin
     budget = {**BUDGET, "learned": {"seconds": max(1.0, left)}}
     view = View(public, rows)
-    found = [_read(attack, view, exposed.ids) for attack in _chosen(view, budget)]
+    found = [_read(attack, view, exposed) for attack in _chosen(view, budget)]
     if others and exposed.bottom.k == 0:
         like = View(replace(public, public_ids=others), rows)
         for attack in _chosen(like, budget):
             if attack.name in BY_LANGUAGE:
-                reading = _read(attack, like, exposed.ids)
+                reading = _read(attack, like, exposed)
                 found.append(replace(reading, attack=f"{attack.name}, texts of the kind"))
     return sorted(found, key=lambda reading: -reading.read)
 
@@ -102,8 +104,8 @@ def _behind_blocks(public: Public, others: list[list[int]], seconds: float) -> P
     return Public(public.bottom, public.mechanism, used, touched=public.touched, states=states)
 
 
-def _read(attack: TokenAttack, view: View, ids: Sequence[Tensor]) -> Reading:
-    begin = time.perf_counter()
+def _read(attack: TokenAttack, view: View, exposed: Exposed) -> Reading:
+    begin, ids = time.perf_counter(), exposed.ids
     guesses = attack.read(view).ids
     seconds = time.perf_counter() - begin
     truth = _own(ids[: len(guesses)], ids)
@@ -113,9 +115,13 @@ def _read(attack: TokenAttack, view: View, ids: Sequence[Tensor]) -> Reading:
     scored = total > 0
     share = float(correct.sum() / max(1.0, total.sum()))
     low, high = clustered_interval(correct[scored], total[scored]) if scored.any() else (0.0, 1.0)
-    kinds = _of_each_kind(torch.cat(truth), torch.cat(right))
-    if kinds > share:  # what is read is not what is sent most
-        share, high = kinds, max(high, kinds)
+    other = _of_each_kind(torch.cat(truth), torch.cat(right))
+    if exposed.own is not None:
+        own = torch.cat(_own(exposed.own[: len(guesses)], ids))
+        if bool(own.any()):
+            other = max(other, float(torch.cat(right)[own].double().mean()))
+    if other > share:  # what is read is not what is sent most, or not what the tokenizer put in
+        share, high = other, max(high, other)
     return Reading(attack.name, share, low, high, int(total.sum()), seconds)
 
 

@@ -22,6 +22,7 @@ from fedsplit.attacks.inversion.learned import LearnedInversion
 from fedsplit.attacks.inversion.map_decoding import MapInversion
 from fedsplit.attacks.inversion.nearest import NearestNeighbour
 from fedsplit.attacks.inversion.optimisation import OptimisationInversion
+from fedsplit.attacks.inversion.replaced_tokens import ReplacedTokens
 from fedsplit.attacks.inversion.token_search import ExactSearch
 from fedsplit.attacks.labels.leakage import LabelLeakage
 from fedsplit.attacks.membership.attribute import AttributeInference
@@ -35,6 +36,7 @@ ATTACKS: dict[str, type[Attack]] = {
         NearestNeighbour,
         MapInversion,
         ContextualInversion,
+        ReplacedTokens,
         AveragingInversion,
         OptimisationInversion,
         LearnedInversion,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.models.splitting.representations import represent
+from fedsplit.owners.own_tokens import own_tokens
 from fedsplit.owners.policy.rules import Breach, Policy
 from fedsplit.owners.samples import Samples, tokenise
 from fedsplit.privacy.denoising.posterior import Touched
@@ -167,7 +168,7 @@ def measured_tokens(
         [perturber.trial(h, x, name, view) for h, x, name in zip(clean, ids, names, strict=True)]
         for view in range(views)
     ]
-    cti = perturber.cti
+    cti, raw = perturber.cti, samples.raw[:count]
     found = measure(
         Exposed(
             bottom=bottom,
@@ -177,6 +178,7 @@ def measured_tokens(
             known=public,
             others=others,
             touched=None if cti is None else Touched(cti.running_share, perturber.rho),
+            own=own_tokens(own.tokenizer, raw, ids, own.max_tokens) if raw else None,
             seconds=float(policy.rules.get(SECONDS, DEFAULT_SECONDS)),
         )
     )

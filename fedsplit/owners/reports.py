@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedsplit.confusion import is_count
 from fedsplit.owners.home import in_simulation
-from fedsplit.owners.ledger.reports import PRIVATE, counts_allowed, is_private
+from fedsplit.owners.ledger.reports import PRIVATE, counts_leave, is_private
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -46,7 +46,7 @@ class SessionReport:
     def __init__(self, policy: Policy, secret: OwnerSecret) -> None:
         self.epsilon: float | None = policy.rules.get("reports.epsilon")
         self.allowed = bool(policy.rules.get("reports.allow", True))
-        self._counts = counts_allowed(policy)
+        self._policy = policy
         self._secret = secret
         self._nonce = b"" if in_simulation() else secrets.token_bytes(16)
         self._sums: dict[int, tuple[int, float, float]] = {}  # text -> (uses, losses, right)
@@ -78,7 +78,7 @@ class SessionReport:
         """Return the metrics as they may leave."""
         if not self.allowed:
             return {key: value for key, value in metrics.items() if not is_private(key)}
-        if not self._counts:
+        if not counts_leave(self._policy, metrics):
             metrics = {key: value for key, value in metrics.items() if not is_count(key)}
         if self.epsilon is None:
             return dict(metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,14 @@ class Samples:
             budgets are counted by it, whatever tokens a server's tokenizer makes of the text.
         completions: one flag per token, (T_i,) per slot: whether it is to be predicted; None: of a
             language model's text every token but the first is.  It never leaves the owner.
+        raw: the texts themselves, for the owner's measurement of itself; empty of conversations.
     """
 
     ids: tuple[Tensor, ...]
     labels: Tensor | None
     texts: tuple[bytes, ...]
     completions: tuple[Tensor, ...] | None = None
+    raw: tuple[str, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -134,6 +136,7 @@ def tokenise(
         tuple(torch.tensor(ids, dtype=torch.int64) for ids in encoded),
         None if labels is None else torch.tensor([int(x) for x in labels], dtype=torch.int64),
         tuple(text_identity(text) for text in texts),
+        raw=tuple(texts),
     )
 
 
@@ -216,15 +219,31 @@ def lines_of(text: str) -> str:
     return text.replace(SEPARATOR, "\n")
 
 
+def encodings(
+    tokenizer: Any, texts: Sequence[str], most: int
+) -> list[tuple[Any, list[str]]] | None:
+    """Return what the tokenizers library says of each text, and the parts that its offsets are of.
+
+    None where the tokenizer is not the library's.
+    """
+    found, parts = _encoded(tokenizer, texts, most)
+    held = getattr(found, "encodings", None)
+    return None if held is None else list(zip(held, parts, strict=True))
+
+
 def _encode(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[list[int]]:
+    found, _ = _encoded(tokenizer, texts, most)
+    return [list(ids) for ids in found["input_ids"]]
+
+
+def _encoded(tokenizer: Any, texts: Sequence[str], most: int | None) -> tuple[Any, list[list[str]]]:
     cut = {} if most is None else {"truncation": True, "max_length": most}
     parts = [text.split(SEPARATOR) for text in texts]
     if all(len(part) == 2 for part in parts) and _knows_pairs(tokenizer):
         first, second = ([part[side] for part in parts] for side in (0, 1))
-        found = tokenizer(first, second, **cut)["input_ids"]
-    else:
-        found = tokenizer([lines_of(text) for text in texts], **cut)["input_ids"]
-    return [list(ids) for ids in found]
+        return tokenizer(first, second, **cut), parts
+    whole = [lines_of(text) for text in texts]
+    return tokenizer(whole, **cut), [[text] for text in whole]
 
 
 def _knows_pairs(tokenizer: Any) -> bool:

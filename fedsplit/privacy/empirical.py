@@ -28,6 +28,8 @@ class Exposed:
         known: tokens of public texts.
         others: tokens of more texts of the owner's kind, which an attacker may have the like of.
         touched: reduced noise on some tokens, as announced.
+        own: which tokens stand for the raw text, bool ``(T_i,)``, and not for what the tokenizer
+            wrote between; the scorer's alone; None: not known.
         seconds: what attackers that learn or search may take together.
     """
 
@@ -38,6 +40,7 @@ class Exposed:
     known: Sequence[Sequence[int]]
     others: Sequence[Sequence[int]] = ()
     touched: Touched | None = None
+    own: Sequence[Tensor] | None = None
     seconds: float = 60.0
 
 

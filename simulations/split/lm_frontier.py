@@ -29,6 +29,7 @@ from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options, resolved
 from simulations.core.tables import grouped, make_table, mean
 from simulations.split.lm_material import LanguageModelSplit, Tuned
+from simulations.split.lm_private_schemes import drawn_targets, private_tail
 from simulations.split.lm_schemes import (
     client_tail,
     noisy_tail,
@@ -99,6 +100,8 @@ PROTECTIONS: dict[str, Protection] = {
     "own-tail": Protection(
         lambda w, level, o: client_tail(w, o["lr-tail"], int(level), average=False)
     ),
+    "drawn-targets": Protection(lambda w, level, o: drawn_targets(w, o["lr"], level)),
+    "dp-tail": Protection(lambda w, level, o: private_tail(w, o["lr-tail"], 2, level)),
     "noisy-tail": Protection(lambda w, level, o: noisy_tail(w, o["lr-tail"], 3, level)),
     "offsite": Protection(lambda w, level, o: offsite(w, o["lr"], 4, int(level)), rows=False),
     "offsite-6": Protection(lambda w, level, o: offsite(w, o["lr"], 6, int(level)), rows=False),

@@ -72,7 +72,7 @@ def returned_gradients(
     noise = RowNoise(ratio, median_length(matrix)) if ratio else None
     denoise = GradientDenoiser(noise, known) if noise is not None and posterior else None
     secret = OwnerSecret.for_simulation(work.seed, "lm-frontier")
-    optimizer = torch.optim.AdamW(_blocks(top), lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(server_blocks(top), lr, weight_decay=0.0)
     reading = Reading()
     read_at = {round(i * (work.steps - 1) / max(1, attacked - 1)) for i in range(attacked)}
     for step in range(work.steps):
@@ -93,7 +93,7 @@ def returned_gradients(
                 reading.add(texts, found, logits.argmax(1))
             if denoise is not None:
                 sent = denoise(states.detach(), sent, len(targets))
-        _step(optimizer, work.rate(step, lr), [states], [sent])
+        step_by(optimizer, work.rate(step, lr), [states], [sent])
     return Tuned(work.loss(bottom, top, head), reading)
 
 
@@ -105,7 +105,7 @@ def unprotected_with_head(work: LanguageModelSplit, lr: float) -> Tuned:
     bottom, top, head = work.cut()
     matrix, reading = LinearHead.of(head).weight, Reading()
     own = list(head.requires_grad_(True).parameters())
-    optimizer = torch.optim.AdamW([*_blocks(top), *own], lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*server_blocks(top), *own], lr, weight_decay=0.0)
     for step in range(work.steps):
         texts = [text for owner in work.owners for text in owner[step]]
         states, logits, targets = forward(bottom, top, head, texts)
@@ -116,11 +116,11 @@ def unprotected_with_head(work: LanguageModelSplit, lr: float) -> Tuned:
                 rows, logits.detach(), GradientNoise(), head=matrix, targets=len(targets)
             )
             reading.add(texts, found, logits.argmax(1))
-        _step(optimizer, work.rate(step, lr), [loss], None)
+        step_by(optimizer, work.rate(step, lr), [loss], None)
     return Tuned(work.loss(bottom, top, head), reading)
 
 
-def _blocks(top: Top) -> list[nn.Parameter]:
+def server_blocks(top: Top) -> list[nn.Parameter]:
     """Return a top's parameters but for the projection, marked as trained."""
     projection = probe(top.model).output_embeddings
     assert projection is not None, "a language model"
@@ -228,15 +228,15 @@ def client_tail(
         for owner, tail, optimizer in zip(work.owners, tails, optimizers, strict=True):
             _, logits, targets = forward(bottom, top, tail, owner[step])
             loss = functional.cross_entropy(logits, targets)
-            _step(optimizer, work.rate(step, lr), [loss], None)
+            step_by(optimizer, work.rate(step, lr), [loss], None)
         if average and ((step + 1) % every == 0 or step + 1 == work.steps):
             if step + 1 in (every, work.steps):  # what the first and last weights tell
                 for owner, tail in zip(work.owners, tails, strict=True):
                     shown = [t for batch in owner[max(0, step - 1) : step + 1] for t in batch]
-                    _predict(work, reading, (bottom, top, tail), shown)
-            _average(tails)
+                    predict(work, reading, (bottom, top, tail), shown)
+            average_tails(tails)
     if not average:
-        _predict(work, reading, (bottom, top, start), work.shown(0, 2))
+        predict(work, reading, (bottom, top, start), work.shown(0, 2))
     losses = [work.loss(bottom, top, tail) for tail in (tails[:1] if average else tails)]
     return Tuned(sum(losses) / len(losses), reading)
 
@@ -277,16 +277,16 @@ def offsite(
         predicts = mask[:, 1:].bool()
         rows = logits[:, :-1][predicts].float()
         loss = functional.cross_entropy(rows, ids[:, 1:][predicts])
-        _step(optimizer, work.rate(step, lr), [loss], None)
+        step_by(optimizer, work.rate(step, lr), [loss], None)
     plug_in(base, adapter_state(emulator), emulator.plan)
     if head:
         probe(base).output_embeddings.weight.data.copy_(trained[-1])  # type: ignore[union-attr,operator]
     parts, reading = work.cut(model=base), Reading()
-    _predict(work, reading, parts, work.shown(0, 2))
+    predict(work, reading, parts, work.shown(0, 2))
     return Tuned(work.loss(*parts), reading)
 
 
-def _step(
+def step_by(
     optimizer: torch.optim.Optimizer,
     rate: float,
     outputs: list[Tensor],
@@ -303,7 +303,7 @@ def _step(
 
 
 @torch.no_grad()
-def _average(tails: Sequence[Head]) -> None:
+def average_tails(tails: Sequence[Head]) -> None:
     """Set every tail to the mean of all."""
     for same in zip(*(tail.parameters() for tail in tails), strict=True):
         mean = torch.stack([p.detach() for p in same]).mean(0)
@@ -312,7 +312,7 @@ def _average(tails: Sequence[Head]) -> None:
 
 
 @torch.no_grad()
-def _predict(
+def predict(
     work: LanguageModelSplit, reading: Reading, model: tuple[Below, Top, Head], texts: Batch
 ) -> None:
     """Read ``texts`` with a model's own predictions; guess with those of held-out text."""

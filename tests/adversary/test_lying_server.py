@@ -16,7 +16,7 @@ from simulations.adversary.reading import Row
 VARIANTS: dict[str, list[str]] = {
     "honest": ["noise ratio 50", "texts refused"],
     "subtraction": ["width of the batch", "order of single texts"],
-    "bounds": ["dchi", "nearest-token", "pac", "gaussian", "wide vectors"],
+    "bounds": ["dchi", "nearest-token", "pac", "gaussian", "shaped", "wide vectors"],
     "template": ["ratio 2, nearest", "ratio 6, nearest"],
     "views": [
         "one session",

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from fedsplit.privacy import MECHANISMS
 from simulations.adversary.cases.table import play as play_case
 from simulations.adversary.cases.table import quiet
 from simulations.adversary.context import Field
@@ -41,7 +42,9 @@ MORE: dict[str, st.SearchStrategy[Any]] = {
     "split.bottom": st.sampled_from(["frozen", "joint"]),
     "session.codec": st.sampled_from(["fp32", "bf16", "int8"]),
     "privacy.noise-ratio": st.sampled_from([30.0, 40.0, 40.001, 60.0]),
-    "privacy.mechanism": st.sampled_from(["none", "dchi", "gaussian", "nearest-token", "pac"]),
+    "privacy.mechanism": st.sampled_from(list(MECHANISMS)),
+    "privacy.spare": st.sampled_from([0.01, 0.5, 1.0]),
+    "privacy.task-words": st.sampled_from(["w1 w2 | w3", "w4 | w5 w6 w7"]),
     "privacy.cti": st.sampled_from(["off", "purity", "frequent"]),
     "privacy.cti-rho": st.sampled_from([0.0, 0.2, 1.0]),
     "labels.protection": st.sampled_from(["none", "max-norm", "marvell", "client-head"]),

@@ -23,6 +23,7 @@ from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.models.modes import frozen
+from fedsplit.privacy.mechanisms.base import clip_rows
 from fedsplit.seeding import torch_generator
 
 
@@ -49,11 +50,25 @@ def embedding_table(embedding: nn.Module, vocab_size: int, device: torch.device)
 
 
 @dataclass(frozen=True)
+class _Clipped:
+    """A bottom, and the norm that owners clip its rows to; 0 = they do not."""
+
+    bottom: nn.Module
+    clip: float
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return rows as an owner without noise would send them, ``(B, T, d)`` float32."""
+        hidden: Tensor = self.bottom(ids, mask)
+        return clip_rows(hidden.float(), self.clip)
+
+
+@dataclass(frozen=True)
 class OptimisationInversion(TokenAttack):
     """The attack: gradient descent on relaxed token choices.
 
     What it needs: memory and time of ``batch * T * V`` floats per step.  Noise on the vectors only
-    makes the fit worse; it is ignored.
+    makes the fit worse; it is ignored.  The norm C that owners clip rows to is public, and what is
+    fitted is clipped to it as well.
 
     Args:
         steps: at most, per restart.
@@ -107,7 +122,8 @@ class OptimisationInversion(TokenAttack):
     def read(self, view: View) -> Inversion:
         of = view.public
         rows = view.rows[: self.samples or None]
-        return self.invert(rows, of.bottom, of.embedding, of.vocab, self._frequent(view))
+        clip = 0.0 if of.mechanism is None else of.mechanism.sent_norm
+        return self.invert(rows, of.bottom, of.embedding, of.vocab, self._frequent(view), clip)
 
     def knowledge_of(self, view: View) -> str:
         """Return what the attacker is given, with the number of ids that it tries."""
@@ -129,6 +145,7 @@ class OptimisationInversion(TokenAttack):
         embedding: nn.Module,
         vocab_size: int,
         shortlist: Tensor | None = None,
+        clip: float = 0.0,
     ) -> Inversion:
         """Guess the tokens behind ``representations``.
 
@@ -141,6 +158,7 @@ class OptimisationInversion(TokenAttack):
             vocab_size: V.
             shortlist: ids that the attacker considers, ``(V',)``, for instance public text's most
                 frequent; None for all.  Cost falls with V', and no other token can be found.
+            clip: C, norm that rows were clipped to before they left; 0 = they were not.
 
         Raises:
             AttackError: if ``bottom`` does not use ``embedding``, or a shape does not fit.
@@ -150,6 +168,7 @@ class OptimisationInversion(TokenAttack):
         top: list[Tensor] = [torch.empty(0)] * len(representations)
         with frozen(bottom):
             device = next(bottom.parameters()).device
+            known = _Clipped(bottom, clip)
             ids = torch.arange(vocab_size) if shortlist is None else torch.unique(shortlist.cpu())
             if not len(ids) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
                 raise AttackError(f"shortlist: {len(ids)} ids: must be in 0..{vocab_size - 1}")
@@ -157,7 +176,7 @@ class OptimisationInversion(TokenAttack):
             for at in range(0, len(order), self.batch):
                 group = order[at : at + self.batch]
                 rows = [representations[i] for i in group]
-                found = self._batch(rows, bottom, embedding, table, ids.to(device))
+                found = self._batch(rows, known, embedding, table, ids.to(device))
                 for i, guess in zip(group, found, strict=True):
                     top[i] = guess
         return Inversion(top, time.perf_counter() - start)
@@ -165,14 +184,14 @@ class OptimisationInversion(TokenAttack):
     def _batch(
         self,
         targets: list[Tensor],
-        bottom: nn.Module,
+        bottom: _Clipped,
         embedding: nn.Module,
         table: Tensor,
         ids: Tensor,
     ) -> list[Tensor]:
         """Return the top guesses ``(T_i, k)`` of each sample of one batch."""
         lengths = [len(x) for x in targets]
-        device = next(bottom.parameters()).device
+        device = table.device
         target = nn.utils.rnn.pad_sequence(
             [x.detach().to(device, torch.float32) for x in targets], batch_first=True
         )  # (B, T, d)
@@ -195,7 +214,7 @@ class OptimisationInversion(TokenAttack):
 
     def _descend(
         self,
-        bottom: nn.Module,
+        bottom: _Clipped,
         embedding: nn.Module,
         table: Tensor,
         ids: Tensor,
@@ -217,7 +236,7 @@ class OptimisationInversion(TokenAttack):
             soft = torch.softmax(logits / self.temperature, dim=2) @ table  # (B, T, d_e)
             with soft_embeddings(embedding) as slot:
                 slot.append(soft)
-                hidden = bottom(torch.zeros_like(mask), mask).float()
+                hidden = bottom(torch.zeros_like(mask), mask)
             if hidden.shape != target.shape or not hidden.requires_grad:
                 raise AttackError(
                     f"bottom output={tuple(hidden.shape)}: must be {tuple(target.shape)} and "
@@ -229,7 +248,7 @@ class OptimisationInversion(TokenAttack):
             optimiser.step()
             if step % self.check_every == 0 or step == self.steps:
                 with torch.no_grad():
-                    hard = bottom(ids[logits.argmax(2)], mask).float()
+                    hard = bottom(ids[logits.argmax(2)], mask)
                     gap = ((hard - target).square().sum(2) * mask).sum(1) / power  # (B,)
                 better = gap < lowest
                 kept = torch.where(better[:, None, None], logits.detach(), kept)

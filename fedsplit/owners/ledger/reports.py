@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fedsplit.confusion import is_count
+from collections.abc import Mapping
+
+from fedsplit.confusion import coarse, is_count
+from fedsplit.owners.home import in_simulation
 from fedsplit.owners.ledger.disclosure import Averages
 from fedsplit.owners.ledger.spending import ReportTotals
 from fedsplit.owners.policy.rules import Breach, Policy
@@ -33,7 +36,7 @@ def report_breaches(
     ):
         shown = "no noise" if asked.epsilon is None else asked.epsilon
         found.append(Breach("reports.epsilon", shown, f"<= {rules['reports.epsilon']:g}"))
-    if not counts_allowed(policy) and any(map(is_count, told)):
+    if any(map(is_count, told)) and not counts_leave(policy, asked.metrics):
         found.append(Breach("reports.counts", "counts of classes", "none"))
     counted: dict[str, float] = {"reports.max_per_day": ever.days.get(today, 0) + 1}
     if "reports.max_epsilon" in rules:
@@ -53,8 +56,15 @@ def is_private(key: str) -> bool:
     return key in PRIVATE or is_count(key)
 
 
-def counts_allowed(policy: Policy) -> bool:
-    """Whether counts of true and predicted classes may leave: exact ones, so not beside noise."""
+def counts_leave(policy: Policy, metrics: Mapping[str, float | int]) -> bool:
+    """Whether a report's counts of true and predicted classes may leave.
+
+    Exact ones, so not beside noise.  Without any policy only counts that single no text out
+    (:func:`fedsplit.confusion.coarse`); simulated owners' labels are the experimenter's.
+    """
     rules = policy.rules
-    said = bool(rules.get("reports.counts", not rules))
-    return said and "reports.epsilon" not in rules and rules.get("reports.allow") is not False
+    if "reports.epsilon" in rules or rules.get("reports.allow") is False:
+        return False
+    if rules:
+        return bool(rules.get("reports.counts", False))
+    return in_simulation() or coarse(metrics)

@@ -203,7 +203,8 @@ _FIXED: dict[str, Rule] = {
             if v
             else "No counts of true and predicted classes are reported."
         ),
-        "Without any policy, counts of true and predicted classes of held-out texts are reported.",
+        "Without any policy, counts of true and predicted classes of held-out texts are reported "
+        "where no class has under 5 of them, of 20 in all.",
         _REPORT,
     ),
     "reports.min_texts": Rule(

@@ -265,6 +265,24 @@ class Mechanism(ABC):
         """
         raise PrivacyError(f"mechanism={self.name!r}: must have a known noise distribution")
 
+    def replaced(self, token_ids: Tensor, stream: SecretStream) -> Tensor:
+        """Return the ids (T,) that are sent for ``token_ids`` (T,), where tokens are replaced.
+
+        Raises:
+            PrivacyError: this mechanism replaces no tokens.
+        """
+        raise PrivacyError(f"mechanism={self.name!r}: must replace tokens")
+
+    def replacing_vectors(self) -> tuple[Tensor, Tensor]:
+        """Return the public vectors of true and of sent tokens, ``(V, d)`` both.
+
+        The noise is put on the first; the token whose second is nearest is sent.
+
+        Raises:
+            PrivacyError: this mechanism replaces no tokens.
+        """
+        raise PrivacyError(f"mechanism={self.name!r}: must replace tokens")
+
     def whitener(self) -> Tensor | None:
         """Return a public, invertible ``(d, d)`` after which the noise is isotropic, or None."""
         return None

@@ -168,6 +168,15 @@ class NearestToken(Mechanism):
             raise PrivacyError(f"token id={int(token_ids.max())}: must be in 0..{len(table) - 1}")
         return table[token_ids]
 
+    def replaced(self, token_ids: Tensor, stream: SecretStream) -> Tensor:
+        """See :meth:`Mechanism.replaced`; and :meth:`replace`."""
+        return self.replace(token_ids, stream, None)
+
+    def replacing_vectors(self) -> tuple[Tensor, Tensor]:
+        """See :meth:`Mechanism.replacing_vectors`."""
+        table = self._words(torch.arange(self.candidates.vocab_size))
+        return clip_rows(table, self.row_clip), table
+
     def replace(self, token_ids: Tensor, stream: SecretStream, scale: Tensor | None) -> Tensor:
         """Return the text that stands for ``token_ids``, ``(T,) -> (T,)``.
 

@@ -2,18 +2,24 @@
 
 The vocabulary is mostly filler words, which the mechanism and the policy measure; real words are
 3,000 times longer, and the tokenizer puts more fillers than words into every text, so that the
-median row of a batch is a filler as well.
+median row of a batch is a filler as well.  Each mechanism is read by every attack on tokens that
+fits what it sends.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fedsplit.attacks import Public, TokenAttack, View, suited
+from fedsplit.config import RunConfig
+from fedsplit.privacy.mechanisms.table import build_mechanism
 from simulations.adversary.context import Field, settings, split_script, token_row, zeros
 from simulations.adversary.material import directions, pack, tiny, word_tokenizer
-from simulations.adversary.reading import Row, nearest
+from simulations.adversary.reading import Row, nearest, score
 from simulations.adversary.victim import strict_policy
 
 FACTOR = 3000.0
@@ -25,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nearest-token": {"privacy__noise_ratio": 6.0},
     "pac": {"privacy__noise_ratio": 20.0},
     "gaussian": {"privacy__noise_ratio": 6.0, "privacy__clip": 1e6},
+    "shaped": {"privacy__noise_ratio": 6.0, "privacy__spare": 0.5},
 }
 
 
@@ -67,17 +74,33 @@ def _long_words(field: Field, mechanism: str, more: dict[str, Any]) -> Row:
     tokenizer = word_tokenizer(listed, spread=SPREAD)
     table = directions(len(tokenizer), 32)
     table[free] *= FACTOR
-    bundle, _, _ = pack(tiny(tokenizer, table=table), 0, tokenizer)
+    bundle, bottom, _ = pack(tiny(tokenizer, table=table), 0, tokenizer)
     policy = strict_policy(noise__mechanisms=list(VARIANTS), noise__min_ratio=6.0)
     victim = field.victim(found, policy)
     flat = settings(
         privacy__mechanism=mechanism,
         labels__protection="randomised-response",
         model__max_tokens=128,
+        privacy__task_words=f"{words[0]} {words[1]} | {words[2]} {words[3]}",
         **more,
     )
     truth, _ = field.truth(victim, flat, bundle, table)
     taken = field.server.session(victim, flat, split_script(bundle, zeros(2)), digest=bundle.digest)
-    guesses = {s: nearest(rows, table).tolist() for s, rows in taken.rows.items()}
     spread = [i for i in range(len(tokenizer)) if i not in place]
-    return token_row(2, mechanism, policy, guesses, truth, [taken], spread)
+    guesses = {s: nearest(rows, table).tolist() for s, rows in taken.rows.items()}
+    tried = [guesses]
+    if taken.rows:
+        config = RunConfig.from_flat(flat).privacy
+        public = tokenizer(found.public, truncation=True, max_length=128)["input_ids"]
+        law = build_mechanism(config, bottom, bottom.vocab, tokenizer)
+        tried += _attacked(Public(bottom, law, public), taken.rows)
+    best = max(tried, key=lambda each: score(each, truth, spread)[0])
+    return token_row(2, mechanism, policy, best, truth, [taken], spread)
+
+
+def _attacked(public: Public, rows: Mapping[int, Tensor]) -> list[dict[int, Sequence[int]]]:
+    """Return the guesses of every attack on tokens that fits."""
+    slots = sorted(rows)
+    view = View(public, [rows[slot] for slot in slots])
+    attacks = [a for a in suited(view) if isinstance(a, TokenAttack)]
+    return [dict(zip(slots, (x.tolist() for x in a.read(view).ids), strict=True)) for a in attacks]

@@ -12,6 +12,7 @@ from fedsplit.attacks.inversion.optimisation import soft_embeddings
 from fedsplit.errors import AttackError
 from fedsplit.models import probe, split
 from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
+from fedsplit.privacy.mechanisms.base import clip_rows
 
 V = 300
 SIZES = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 2}
@@ -92,3 +93,18 @@ def test_wrong_module_is_named():
 
     with pytest.raises(AttackError, match="depend on the given embedding module"):
         OptimisationInversion(steps=1).invert(hidden, bottom, nn.Embedding(V, 32), V)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_that_owners_clipped_are_fitted_clipped(known: bool):
+    bottom = make_bottom("gpt2", 2)
+    ids, hidden = transcript(bottom)
+    clip = 0.5 * float(torch.cat(hidden).norm(dim=1).min())
+    sent = [clip_rows(x, clip) for x in hidden]
+
+    found = OptimisationInversion(steps=120).invert(
+        sent, bottom, probe(bottom.model).input_embeddings, V, clip=clip if known else 0.0
+    )
+
+    read = score_tokens("optimisation", found, ids).success
+    assert (read == 1.0) is known, read

@@ -26,6 +26,7 @@ from fedsplit.owners.ledger.disclosure import (
 from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.policy.noise_ratio import too_clear
 from fedsplit.owners.policy.rules import Policy
+from fedsplit.owners.reports import SessionReport
 from fedsplit.owners.samples import piece_identity, text_identity
 from fedsplit.privacy import MECHANISMS, build
 from fedsplit.privacy.mechanisms.base import Mechanism
@@ -214,3 +215,29 @@ def test_only_words_leave_before_the_rules_are_read(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="metrics must not leave"):
         out.release(Averages(metrics={"loss": 1.0}, texts=9))
     assert [line["kind"] for line in read_ledger(tmp_path)] == ["name"]
+
+
+@pytest.mark.parametrize(("simulated", "leave"), [("1", True), ("", False)])
+def test_counts_without_any_policy_single_no_text_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simulated: str, leave: bool
+) -> None:
+    monkeypatch.setenv("FEDSPLIT_SIMULATION", simulated)
+    rules, secret = Policy({}), OwnerSecret.for_simulation(0, "x")
+    fine = {"loss": 1.0, "confusion-0-0": 12.0, "confusion-1-1": 30.0}
+    alone = {"loss": 1.0, "confusion-0-0": 41.0, "confusion-1-1": 1.0}
+    report = SessionReport(rules, secret)
+    assert report.private(fine) == fine
+    assert report.private(alone) == (alone if leave else {"loss": 1.0})
+    with Ledger(tmp_path) as ledger:
+        out = DisclosureCheck(
+            ledger,
+            SessionFacts(7, "x", mode="evaluate", digest=DIGEST, strategy="split-tuning"),
+            rules,
+            secret,
+        )
+        out.release(Averages(metrics=fine, texts=42))
+        if leave:
+            out.release(Averages(metrics=alone, texts=42))
+        else:
+            with pytest.raises(PolicyError, match=r"reports\.counts"):
+                out.release(Averages(metrics=alone, texts=42))
