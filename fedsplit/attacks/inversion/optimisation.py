@@ -244,7 +244,7 @@ class OptimisationInversion(TokenAttack):
                 )
             loss = ((hidden - target).square() * weight).sum()
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
             if step % self.check_every == 0 or step == self.steps:
                 with torch.no_grad():

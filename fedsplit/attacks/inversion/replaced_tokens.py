@@ -139,8 +139,8 @@ class ReplacedTokens(TokenAttack):
                 top.append(torch.zeros(0, self.top_k, dtype=torch.int64))
                 continue
             tokens = best[rows].numpy()  # (T, n)
-            log = marginals(tokens, emission[rows].numpy(), language)
-            order = np.argsort(-log, axis=1, kind="stable")[:, : self.top_k]
+            posterior = marginals(tokens, emission[rows].numpy(), language)
+            order = np.argsort(-posterior, axis=1, kind="stable")[:, : self.top_k]
             top.append(torch.from_numpy(np.take_along_axis(tokens, order, axis=1)))
         return top
 
@@ -194,7 +194,8 @@ def _itself(true: Tensor, sent: Tensor, weights: Tensor) -> Tensor:
     """Return the utility of staying for every true token, (V,)."""
     distance = (true - sent).norm(dim=1)
     out = (sent - sent.mean(0)).square().sum(1)
-    return weights[0] * distance + weights[1] * distance.square() + weights[2] * out + weights[3]
+    utility: Tensor = weights[0] * distance + weights[1] * distance.square() + weights[2] * out
+    return utility + weights[3]
 
 
 def _fitted(true: Tensor, sent: Tensor, v: Tensor, r: Tensor, drawn: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ fits what it sends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def _long_words(field: Field, mechanism: str, more: dict[str, Any]) -> Row:
     return token_row(2, mechanism, policy, best, truth, [taken], spread)
 
 
-def _attacked(public: Public, rows: Mapping[int, Tensor]) -> list[dict[int, Sequence[int]]]:
+def _attacked(public: Public, rows: Mapping[int, Tensor]) -> list[dict[int, list[int]]]:
     """Return the guesses of every attack on tokens that fits."""
     slots = sorted(rows)
     view = View(public, [rows[slot] for slot in slots])
