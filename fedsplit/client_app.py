@@ -12,7 +12,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
+from fedsplit.wire.message_types import SECURE_TYPE, SERVE_TYPE, STEP_TYPE, WHO_TYPE
 
 __all__ = ["app"]
 
@@ -24,6 +24,7 @@ app = ClientApp()
 @app.query(STEP_TYPE.partition(".")[2])  # frames, with the messages transport
 @app.query(WHO_TYPE.partition(".")[2])  # the owner's name
 @app.query(SERVE_TYPE.partition(".")[2])  # a model begins to serve
+@app.query(SECURE_TYPE.partition(".")[2])  # keys and shares of a masked sum
 def answer(message: Message, context: Context) -> Message:
     """Answer a message by the table in :mod:`fedsplit.client.dispatch`."""
     from fedsplit.client.dispatch import answer

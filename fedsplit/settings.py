@@ -17,6 +17,7 @@ from fedsplit.emulators.settings import check_offsite
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import TRAINABLE
 from fedsplit.privacy.labels.table import head_at_owner, said
+from fedsplit.privacy.secure_aggregation.settings import check_secure
 from fedsplit.privacy.settings import check_privacy
 
 
@@ -50,6 +51,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     _check_trainable,
     check_privacy,
     _check_offsite,
+    check_secure,
 )
 """One check per family of tables; each raises ``ConfigError``."""
 

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "inversion": "bench.inversion",
     "service": "bench.service",
     "policy": "bench.policy",
+    "secagg": "bench.secagg",
     "fuzz": "fuzz.run",
     "emulator": "bench.emulator",
 }

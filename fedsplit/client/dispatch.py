@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from flwr.app import Context, Error, Message, RecordDict
 
-from fedsplit.client import offsite, serving, split
+from fedsplit.client import offsite, secure, serving, split
 from fedsplit.client.task import ClientTask
 from fedsplit.errors import FedsplitError, LedgerError, SessionError
 from fedsplit.observe import printable
 from fedsplit.owners.policy.refusals import tellable
 from fedsplit.registry import pick
-from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
+from fedsplit.wire.message_types import SECURE_TYPE, SERVE_TYPE, STEP_TYPE, WHO_TYPE
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +44,13 @@ HANDLERS: dict[str, dict[str, Handler]] = {
         "train": Handler(split.session, _TRAIN),
         "evaluate": Handler(split.session, _EVALUATE),
         STEP_TYPE: Handler(split.step, _TRAIN | _EVALUATE),
+        SECURE_TYPE: Handler(secure.exchange, _TRAIN),
         WHO_TYPE: Handler(ClientTask.introduce),
     },
     "offsite-tuning": {
         "train": Handler(offsite.session, _TRAIN),
         "evaluate": Handler(offsite.session, _EVALUATE),
+        SECURE_TYPE: Handler(secure.exchange, _TRAIN),
         WHO_TYPE: Handler(ClientTask.introduce),
     },
     "serving": {

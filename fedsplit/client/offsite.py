@@ -39,7 +39,8 @@ def session(client: ClientTask) -> RecordDict:
     blocks = blocks_of_sets(_tokenizer(folder), train, test, config.offsite.block)
     report = SessionReport(task.check.policy, identity.secret)
     owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret, report)
-    if averaged := averaged_weights(client.message):
+    averaged = averaged_weights(client.message)
+    if averaged:
         owner.load(averaged)
     weights: dict[str, Tensor] = {}
     if offer.mode == "train":
@@ -50,7 +51,7 @@ def session(client: ClientTask) -> RecordDict:
         metrics = owner.evaluate()
     texts = len(train.texts) if offer.mode == "train" else len(test.texts)
     averages = Averages(metrics=metrics, texts=texts, epsilon=report.epsilon)
-    return reply(task, STRATEGY, averages, weights)
+    return reply(client, task, STRATEGY, averages, weights, averaged)
 
 
 @lru_cache(maxsize=4)

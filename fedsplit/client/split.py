@@ -35,7 +35,7 @@ def session(client: ClientTask) -> RecordDict:
     if weights and keeps_weights(task.config):
         state.save_own(weights, task.offer.round)
         weights = {}
-    return reply(task, STRATEGY, averages, weights)
+    return reply(client, task, STRATEGY, averages, weights, state.averaged())
 
 
 def step(client: ClientTask) -> RecordDict:

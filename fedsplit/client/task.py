@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +18,7 @@ from fedsplit.owners.ledger.chain import Ledger
 from fedsplit.owners.ledger.check import DisclosureCheck
 from fedsplit.owners.ledger.disclosure import Averages, Weights, Words
 from fedsplit.owners.ledger.session import SessionFacts
+from fedsplit.owners.masked_sum import SumPart
 from fedsplit.owners.naming import owner_name
 from fedsplit.owners.own_log import own_log
 from fedsplit.owners.task import OwnerTask
@@ -25,6 +27,7 @@ from fedsplit.settings import read_settings
 from fedsplit.wire.logs import join_flower_log
 from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, SessionOffer, weights_record
 from fedsplit.wire.replies import reply_schema
+from fedsplit.wire.secure_sum import MASKED, NUMBERS, masked_record, read_record
 
 
 class ClientTask:
@@ -158,17 +161,42 @@ def averaged_weights(message: Message) -> dict[str, Tensor]:
 
 
 def reply(
-    task: OwnerTask, strategy: str, averages: Averages, weights: dict[str, Tensor]
+    client: ClientTask,
+    task: OwnerTask,
+    strategy: str,
+    averages: Averages,
+    weights: dict[str, Tensor],
+    start: Mapping[str, Tensor] | None = None,
 ) -> RecordDict:
     """Return the reply that closes a session, once its report and weights may leave.
 
+    Args:
+        client: the message that is answered.
+        task: what the owner has agreed to.
+        strategy: of the run.
+        averages: the session's.
+        weights: that were trained and are to leave; empty: none.
+        start: what they were before the round, for a masked sum of changes.
+
     Raises:
         WireError: the report does not fit the strategy's schema.
+        PrivacyError: the masked sum that the weights are for would not protect them.
         PolicyError, LedgerError: it may not leave.
     """
-    content = reply_schema(strategy, task.offer.mode).write(averages.metrics, task.identity.name)
+    masked = bool(weights) and task.config.secure.aggregation
+    mode, told = task.offer.mode, averages.metrics
+    if masked and strategy == "offsite-tuning":  # what the sum says is not said beside it
+        schema = reply_schema(strategy, f"masked-{mode}")
+        told = {k: v for k, v in told.items() if k in {**schema.required, **schema.optional}}
+    else:
+        schema = reply_schema(strategy, mode)
+    content = schema.write(told, task.identity.name)
     task.check.release(averages)
-    if weights:
+    if masked:
+        values = read_record(client.message.content, NUMBERS)
+        found = SumPart(task).mask(values, weights, start or {}, averages.metrics)
+        content[MASKED] = masked_record(found)
+    elif weights:
         task.check.release(Weights(tensors=weights))
         content[WEIGHTS] = weights_record({n: w.float().numpy() for n, w in weights.items()})
     return content

@@ -57,6 +57,25 @@ def digest(
 
 
 @owner_app.command()
+def identity(
+    node: Node = Path("node.toml"),
+) -> None:
+    """Print this owner's public identity key, by which others know it in masked sums.
+
+    They keep it as NAME.pub in the folder that offsite.peers in their policy names.
+    """
+    from fedsplit.deploy.node import NodeFile
+    from fedsplit.owners.home import OwnerHome
+    from fedsplit.owners.identity import OwnerIdentity
+    from fedsplit.owners.peers import identity_of
+
+    file = NodeFile.load(node)
+    home = OwnerHome(file.home)
+    found = OwnerIdentity(file.owner, home, home.secret(0, file.owner), {})
+    console.print(identity_of(found), highlight=False, soft_wrap=True)
+
+
+@owner_app.command()
 def check(
     node: Node = Path("node.toml"),
     policy: Rules = Path("owner.toml"),

@@ -26,6 +26,7 @@ from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.robust import RobustConfig
 from fedsplit.config.run import RunConfig, Scalar
+from fedsplit.config.secure import SecureConfig
 from fedsplit.config.serving import ServingConfig
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "RobustConfig",
     "RunConfig",
     "Scalar",
+    "SecureConfig",
     "ServingConfig",
     "SessionConfig",
     "SplitConfig",

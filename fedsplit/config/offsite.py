@@ -9,12 +9,6 @@ from fedsplit.errors import ConfigError, check, one_of
 
 IMPORTANCE = "importance"
 
-NO_SECURE_AGGREGATION = (
-    "false: Flower's SecAgg+ works inside its legacy workflow (LegacyContext, fit messages), which "
-    "strategies on messages cannot run in, and a masked update cannot be checked for its lineage; "
-    "use dp.* at the owners, or central-dp-*"
-)
-
 
 @dataclass(frozen=True)
 class OffsiteConfig:
@@ -54,7 +48,6 @@ class OffsiteConfig:
             again by the server (0 = off).
         central_dp_noise: standard deviation of the noise on the sum of the owners' updates, in
             units of the bound (0 = off); updates then weigh the same.
-        secure_aggregation: must be false; the error says why.
     """
 
     compressor: str = "scaleot"
@@ -81,7 +74,6 @@ class OffsiteConfig:
     server_lr: float = 0.0
     central_dp_clip: float = 0.0
     central_dp_noise: float = 0.0
-    secure_aggregation: bool = False
 
     def __post_init__(self) -> None:
         # Their tables are asked when settings are read (fedsplit.settings).
@@ -119,12 +111,6 @@ class OffsiteConfig:
                 self.averaging,
                 "fedavg where central-dp-noise is set: the noise is cut to a plain mean",
             )
-        check(
-            not self.secure_aggregation,
-            "offsite.secure-aggregation",
-            self.secure_aggregation,
-            NO_SECURE_AGGREGATION,
-        )
 
     @property
     def chosen(self) -> tuple[int, ...]:

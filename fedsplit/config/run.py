@@ -27,6 +27,7 @@ from fedsplit.config.labels import DpConfig, LabelsConfig
 from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.robust import RobustConfig
+from fedsplit.config.secure import SecureConfig
 from fedsplit.config.serving import ServingConfig
 from fedsplit.errors import ConfigError, check
 
@@ -52,6 +53,7 @@ class RunConfig:
     serving: ServingConfig = field(default_factory=ServingConfig)
     offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
     robust: RobustConfig = field(default_factory=RobustConfig)
+    secure: SecureConfig = field(default_factory=SecureConfig)
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
@@ -109,6 +111,7 @@ _GROUPS: dict[str, type] = {
     "serving": ServingConfig,
     "offsite": OffsiteConfig,
     "robust": RobustConfig,
+    "secure": SecureConfig,
 }
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 

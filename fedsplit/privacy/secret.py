@@ -182,6 +182,10 @@ class OwnerSecret:
         """Return 32 bytes that name ``context`` and tell nothing of it without the secret."""
         return self._keyed(b"fedsplit-names", context)
 
+    def key(self, *context: Context) -> bytes:
+        """Return 32 secret bytes for a key that must outlive this process: never to be sent."""
+        return self._keyed(b"fedsplit-keys", context)
+
     def _keyed(self, purpose: bytes, context: tuple[Context, ...]) -> bytes:
         data = encode_context(*context)
         return hashlib.blake2b(

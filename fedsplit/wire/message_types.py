@@ -3,3 +3,4 @@
 STEP_TYPE = "query.fedsplit_step"
 WHO_TYPE = "query.fedsplit_who"
 SERVE_TYPE = "query.fedsplit_serve"
+SECURE_TYPE = "query.fedsplit_secure"

@@ -56,7 +56,8 @@ class ReplySchema:
 
     Attributes:
         strategy: name of the run's strategy.
-        mode: ``train`` or ``evaluate``.
+        mode: ``train`` or ``evaluate``; ``masked-train`` beside a masked sum that has the
+            counts and losses.
         required: number -> its bounds; ``num-examples`` and ``targets`` weight averages.
         optional: numbers that may be missing.
         counts: whether counts of true and predicted classes (:mod:`fedsplit.confusion`) may be
@@ -148,6 +149,7 @@ _SCHEMAS = (
         {**_COUNTED, "steps": _COUNT, "train-seconds": _COUNT},
         {**_LOSS, **_DP},
     ),
+    ReplySchema("offsite-tuning", "masked-train", {"train-seconds": _COUNT}, _DP),
     ReplySchema("offsite-tuning", "evaluate", _COUNTED, _LOSS),
 )
 REPLIES: dict[str, ReplySchema] = {f"{s.strategy}/{s.mode}": s for s in _SCHEMAS}

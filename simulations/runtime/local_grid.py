@@ -19,10 +19,12 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.client.dispatch import answer
 from fedsplit.config import RunConfig
-from fedsplit.wire.message_types import SERVE_TYPE, STEP_TYPE, WHO_TYPE
+from fedsplit.wire.message_types import SECURE_TYPE, SERVE_TYPE, STEP_TYPE, WHO_TYPE
 from strategies.rounds.polling_grid import PollingGrid
 
-HANDLERS = dict.fromkeys(("train", "evaluate", STEP_TYPE, WHO_TYPE, SERVE_TYPE), answer)
+HANDLERS = dict.fromkeys(
+    ("train", "evaluate", STEP_TYPE, WHO_TYPE, SERVE_TYPE, SECURE_TYPE), answer
+)
 
 
 class LocalGrid(Grid):

@@ -21,6 +21,7 @@ from flwr.serverapp.strategy import Strategy
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, LineageError, RunError, WireError
 from fedsplit.privacy.dp.accounting import spent_epsilon
+from fedsplit.privacy.secure_aggregation.numbers import Summed, report_of
 from fedsplit.wire.replies import reply_schema
 
 from ..rounds.aggregate import tensors
@@ -121,6 +122,7 @@ class OffsiteTuning(RunStrategy):
         offers = Offers(
             context, stream.authenticator, stream, digest=self.parts.digest, weights=arrays
         )
+        self.open_masked(context, offers, grid, stream.authenticator.run)
         return offers.messages(context.expected)
 
     def close_training(
@@ -132,19 +134,30 @@ class OffsiteTuning(RunStrategy):
         benched = self.clients.benched_in(number)
         lineage = watch.open_round(number)
         before = state_of(self.averaging)
-        arrays = self.average(context, lineage, good, self.parts.tuning.dense)
+        summed: Summed | None = None
         if not good:
-            raise RunError(f"round {number}: no owner's adapters could be used: {report.reasons()}")
+            why = f"; {self.masked.failure}" if self.masked is not None else ""
+            told = report.reasons() + why
+            raise RunError(f"round {number}: no owner's adapters could be used: {told}")
+        if self.masked is not None:
+            arrays, summed = self.average_masked(lineage, good, self.parts.tuning.dense)
+            if summed is not None:
+                metrics |= report_of(summed) | {"owners": metrics["owners"]}
+                report.cohort.steps = summed.counts["steps"]
+        else:
+            arrays = self.average(context, lineage, good, self.parts.tuning.dense)
         loss = None
         if arrays is not None:
             nodes = {self.clients.names[n]: n for n in (m.metadata.src_node_id for m in good)}
-            sent = dict(zip(nodes, good, strict=True))
+            sent = dict(zip(nodes, good, strict=True)) if self.masked is None else {}
             loss = self.quality.check(watch, lineage, arrays, self._public_loss(), sent, nodes)
         self.record_outcomes(context, report.finished, lineage)
         watch.close_round(lineage)
         row: dict[str, Any] = {"round": number, "train": self._row(context, metrics)}
         row["train"] |= {"partial": bool(report.cohort.lost or benched), "benched": benched}
         row["lineage"] = lineage
+        if self.masked is not None:
+            row["secure_aggregation"] = self.masked.facts(summed)
         row |= self._central_dp(number) | _owners_dp(metrics)
         if lineage.get("rejected") or stop_reason(lineage) or arrays is None:
             arrays = None
@@ -175,11 +188,16 @@ class OffsiteTuning(RunStrategy):
     ) -> tuple[list[Message], dict[str, Any]]:
         """Return (acceptable replies in the order of their owners' names, averages)."""
         report, names = context.report, self.clients.names
-        schema = reply_schema(self.NAME, context.mode)
+        masked = self.masked if context.mode == MessageType.TRAIN else None
+        schema = reply_schema(self.NAME, f"masked-{context.mode}" if masked else context.mode)
 
         def accept(node: int, reply: Message) -> Accepted:
             metrics, name = read_reply(schema, reply.content, names.get(node), report)
             self.clients.claim(node, name)  # before the weights: whose they are is to be told
+            if masked is not None:
+                masked.take(reply)
+                report.finished.append(name)
+                return name, metrics
             self._check_counts(metrics, context.mode)
             if context.mode == MessageType.TRAIN:
                 check_weights(reply.content, context.shapes)
@@ -189,6 +207,8 @@ class OffsiteTuning(RunStrategy):
         good, rows = collect(replies, context.sent, names, report, accept)
         report.finished.sort(key=natural)
         report.cohort.steps = int(sum(r.get("steps", 0) for r in rows.values()))
+        if masked is not None:
+            return good, {"num-examples": 0, "owners": rows}
         return good, average(rows, self.config.robust.weight_cap)
 
     def _public_loss(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from abc import abstractmethod
@@ -18,7 +19,12 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedsplit.config import RunConfig
+from fedsplit.errors import PrivacyError
+from fedsplit.privacy.secure_aggregation.numbers import Summed
 
+from ..secure_aggregation.averaging import average_sum
+from ..secure_aggregation.masked_round import MaskedRound
+from ..sessions.offers import Offers
 from ..sessions.representation_cache import RepresentationCache
 from ..settings import Settings, current_run, run_config
 from .aggregate import average_owners
@@ -28,6 +34,8 @@ from .polling_grid import PollingGrid
 from .recorder import Recorder
 from .round_context import ResumePoint, RoundContext
 from .run_checkpoint import RunCheckpoint, SavedParts, open_states
+
+log = logging.getLogger(__name__)
 
 
 class RunStrategy(Strategy):
@@ -45,6 +53,7 @@ class RunStrategy(Strategy):
         checkpoint: what the run goes on from, and leaves for a later start.
         round: the round under way, or None between rounds.
         rounds_done: rounds that are over, those of an interrupted start included.
+        masked: the masked sum of the round under way (``secure.aggregation``), or None.
     """
 
     NAME: ClassVar[str]  # row of strategies.STRATEGIES
@@ -64,6 +73,7 @@ class RunStrategy(Strategy):
         self.checkpoint = RunCheckpoint(config, parts, self.clients, self.averaging, cache)
         self.round: RoundContext | None = None
         self.rounds_done = 0
+        self.masked: MaskedRound | None = None
 
     # ---- a run from its settings to its files ------------------------------------------------
 
@@ -217,6 +227,55 @@ class RunStrategy(Strategy):
         return average_owners(
             self.watch, lineage, replies, names, self.averaging, start, robust, as_base
         )
+
+    def open_masked(self, context: RoundContext, offers: Offers, grid: Grid, run: int) -> None:
+        """Exchange keys and shares, where what a round's owners train is added up under masks.
+
+        Args:
+            context: the round; owners that fail are left out of it.
+            offers: its offers, which will hand on the shares.
+            grid: Flower's.
+            run: Flower's id of the run.
+        """
+        self.masked = None
+        if self.config.secure.aggregation and context.mode == MessageType.TRAIN and context.shapes:
+            masked = MaskedRound(
+                self.config, run, context, self.clients, lambda n: offers.content(n, 1), grid
+            )
+            masked.prepare()
+            offers.extra = masked.records
+            self.masked = masked
+
+    def average_masked(
+        self,
+        lineage: dict[str, Any],
+        replies: Sequence[Message],
+        as_base: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict,
+        check: Callable[[Summed], None] = lambda summed: None,
+    ) -> tuple[ArrayRecord | None, Summed | None]:
+        """Return (what owners go on from, what the sum says) after a masked round.
+
+        Both are None where the sum cannot be had; the row then says why.
+
+        Args:
+            lineage: the round's row, from ``watch.open_round``.
+            replies: those whose numbers are in the sum.
+            as_base: what weights make of the base's own tensors.
+            check: raises PrivacyError for a sum that must not be used.
+        """
+        assert self.masked is not None
+        summed = None
+        try:
+            summed = self.masked.close()
+            check(summed)
+        except PrivacyError as error:
+            log.warning("round %d: nothing averaged: %s", lineage["round"], error)
+            lineage["note"] = str(error)
+            return None, None
+        start = self.checkpoint.arrays or self.initial_arrays
+        watch, averaging = self.watch, self.averaging
+        arrays = average_sum(watch, lineage, summed, replies[0], averaging, start, as_base)
+        return arrays, summed
 
     def record_outcomes(
         self, context: RoundContext, worked: Iterable[str], lineage: dict[str, Any]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
@@ -24,6 +24,9 @@ class Offers:
         weights: what owners go on from, sent with the first message of each; empty: nothing.
         lifetime_s: of the tokens; None: as the token book has it.
         job: names the run across its restarts.
+
+    Attributes:
+        extra: node -> what its message carries beside the offer; None: nothing.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Offers:
         self._weights = weights
         self._lifetime_s = lifetime_s
         self._job = job
+        self.extra: Callable[[int], Mapping[str, ConfigRecord]] | None = None
 
     def content(self, node: int, exchange: int = 0) -> RecordDict:
         """Return a new RecordDict: one shared by all nodes would share their tokens too."""
@@ -71,6 +75,8 @@ class Offers:
     def message(self, node: int, exchange: int = 0) -> Message:
         """Return the node's message, to be sent."""
         content = self.content(node, exchange)
+        for name, record in (self.extra(node) if self.extra is not None else {}).items():
+            content[name] = record
         made = Message(content, dst_node_id=node, message_type=self._context.mode)
         self._context.sent.append(made.metadata)
         return made

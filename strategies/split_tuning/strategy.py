@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,6 +48,7 @@ from ..rounds.report import natural
 from ..rounds.round_context import ResumePoint, RoundContext
 from ..rounds.run_checkpoint import tensors_of
 from ..rounds.run_strategy import RunStrategy
+from ..secure_aggregation.averaging import check_weight
 from ..sessions.offers import Offers
 from ..sessions.owner_session import OwnerSession, welcome_header
 from ..sessions.representation_cache import RepresentationCache
@@ -165,8 +167,6 @@ class SplitTuning(RunStrategy):
         if context.mode == MessageType.TRAIN and context.resume is None:
             reject = self.config.lineage.gate == "reject"
             self.checkpoint.good = parts.model.trainable.state() if reject else None
-        round_ = SessionRound(context, self._cohort, self._make_session, parts.model.bundle)
-        self._sessions = round_
         offers = Offers(
             context,
             parts.authenticator,
@@ -177,7 +177,10 @@ class SplitTuning(RunStrategy):
             lifetime_s=session.wave_wait_s * (1 + max(map(len, context.waves), default=0)),
             job=self.checkpoint.job,
         )
-        context.messages = 2 * len(context.expected)
+        self.open_masked(context, offers, grid, parts.authenticator.run)
+        round_ = SessionRound(context, self._cohort, self._make_session, parts.model.bundle)
+        self._sessions = round_
+        context.messages += 2 * len(context.expected)
         if parts.stream is None:
             transport = MessageTransport(
                 grid,
@@ -279,14 +282,20 @@ class SplitTuning(RunStrategy):
         number, report, names = context.number, context.report, self.clients.names
         good, metrics = self._close(context, replies)
         lineage = self.watch.open_round(number)
-        arrays = None
+        arrays, told = None, {}
         if context.shapes:
             good = [m for m in good if self._weights_ok(m, context)]
-            arrays = self.average(context, lineage, good)
+            if self.masked is not None:
+                counted = [report.targets[names[m.metadata.src_node_id]] for m in good]
+                check = partial(check_weight, counted, self.config.secure.most_targets)
+                arrays, summed = self.average_masked(lineage, good, check=check)
+                told["secure_aggregation"] = self.masked.facts(summed)
+            else:
+                arrays = self.average(context, lineage, good)
         worked = [names[m.metadata.src_node_id] for m in good]
         self.record_outcomes(context, worked, lineage)
         self._check_lineage(lineage)
-        row = {"round": number, "train": self._row(context, metrics), "lineage": lineage}
+        row = {"round": number, "train": self._row(context, metrics), "lineage": lineage, **told}
         self.recorder.round(row)
         record = self.report_phase(context, metrics, lineage)
         if not report.cohort.steps:
@@ -348,8 +357,11 @@ class SplitTuning(RunStrategy):
         """Refuse NaN and foreign tensors from one owner; the others' work is kept."""
         name = self.clients.names[message.metadata.src_node_id]
         try:
-            check_weights(message.content, context.shapes)
-        except ModelError as error:
+            if self.masked is None:
+                check_weights(message.content, context.shapes)
+            else:
+                self.masked.take(message)
+        except (ModelError, SessionError) as error:
             context.report.cohort.lost[name] = f"update refused: {error}"
             log.warning("owner %s: update refused: %s", name, error)
             return False

@@ -19,6 +19,7 @@ from fedsplit.owners.ledger.disclosure import (
     Announcement,
     Averages,
     Disclosure,
+    MaskedWeights,
     Notice,
     Outgoing,
     Reply,
@@ -49,11 +50,13 @@ log = logging.getLogger(__name__)
 
 # Strategy and mode -> what may leave in a session beside words and the protocol's own frames.
 _SHOWN = frozenset({"ready", "representations"})
+_SUMMED = frozenset({"secure-sum", "masked-weights"})
 ACTS: dict[tuple[str, str], frozenset[str]] = {
     ("split-tuning", "train"): _SHOWN
-    | {"logit-gradients", "hidden-gradients", "metrics", "weights"},
+    | {"logit-gradients", "hidden-gradients", "metrics", "weights"}
+    | _SUMMED,
     ("split-tuning", "evaluate"): _SHOWN | {"metrics"},
-    ("offsite-tuning", "train"): frozenset({"training", "metrics", "weights"}),
+    ("offsite-tuning", "train"): frozenset({"training", "metrics", "weights"}) | _SUMMED,
     ("offsite-tuning", "evaluate"): frozenset({"metrics"}),
     ("serving", "predict"): _SHOWN,
 }
@@ -271,7 +274,10 @@ class DisclosureCheck:
         run, today = totals.run(entry["run"]), now()[:10]
         if isinstance(disclosure, Averages):
             return report_breaches(self._policy, disclosure, totals.reports, today)
-        if isinstance(disclosure, Weights) and not run.training.sessions:
+        if isinstance(disclosure, Weights):
+            refuse(self._policy.unmasked("an update that the server can read"))
+        trained = isinstance(disclosure, Weights | MaskedWeights)
+        if trained and not run.training.sessions:
             raise PolicyError("owner's policy: weights: their training was not recorded")
         training = disclosure.training if isinstance(disclosure, Announcement) else disclosure
         if not isinstance(training, Training):

@@ -281,6 +281,52 @@ class Weights(Reply):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaskedWeights(Reply):
+    """Weights that the owner trained, as numbers under masks of a sum.
+
+    Attributes:
+        numbers: bytes of the masked numbers as they leave.
+        owners: that the sum may be of.
+        fewest: owners that it is of at least.
+    """
+
+    kind: str = "masked-weights"
+    numbers: bytes
+    owners: int
+    fewest: int
+
+    def measure(self) -> tuple[int, str]:
+        """Return size and digest of the numbers."""
+        return len(self.numbers), hashlib.sha256(self.numbers).hexdigest()
+
+    def line(self) -> dict[str, Any]:
+        """Return how many owners the sum is of."""
+        return {"owners": self.owners, "fewest": self.fewest}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumMessage(Reply):
+    """Keys, sealed shares, a signature or shares in the clear of a masked sum: no data of texts.
+
+    Attributes:
+        phase: of the sum.
+        content: as it leaves.
+    """
+
+    kind: str = "secure-sum"
+    phase: str
+    content: bytes
+
+    def measure(self) -> tuple[int, str]:
+        """Return size and digest of the content."""
+        return len(self.content), hashlib.sha256(self.content).hexdigest()
+
+    def line(self) -> dict[str, Any]:
+        """Return the phase."""
+        return {"phase": self.phase}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Words(Reply):
     """The owner's ``name``, or the ``error`` for which it gives up; no budget keeps them back.
 

@@ -330,6 +330,21 @@ _FIXED: dict[str, Rule] = {
         ),
         "Your update may be averaged with nobody else's.",
     ),
+    "offsite.require_secure_aggregation": Rule(
+        count(2),
+        lambda v: (
+            f"Weights trained here leave only inside a masked sum over at least {v} owners whose "
+            "keys this one knows, itself included."
+        ),
+        "The server sees your own update of every round.",
+        f"{BEFORE}, and before each step of the sum",
+    ),
+    "offsite.peers": Rule(
+        path,
+        lambda v: f"Other owners' identity keys are those in {v} (NAME.pub); others do not count.",
+        "The key under which an owner's name is first seen in a masked sum is believed.",
+        "before each step of a masked sum",
+    ),
     "offsite.min_batch": Rule(
         count(1),
         lambda v: f"Every step that changes weights is over at least {v} samples.",

@@ -173,6 +173,10 @@ class Policy:
             found.append(self.least("offsite.min_owners", flat["train.min-owners"]))
             if self.rules.get("offsite.require_dp"):
                 found.append(Breach("offsite.require_dp", "exact updates", "DP-SGD (dp.*)"))
+        joint = flat.get("strategy") == "split-tuning" and flat["split.bottom"] == "joint"
+        leaves = joint or flat.get("strategy") == "offsite-tuning"
+        if leaves and not flat.get("secure.aggregation", False):
+            found += self.unmasked("an update that the server can read")
         stream = (asked.transport or flat["session.transport"]) == "stream"
         if self.rules.get("transport.own_ca") and stream and not asked.own_ca:
             bound = "one whose certificate authority this owner's node config names (session-ca)"
@@ -182,6 +186,11 @@ class Policy:
             shown = asked.app_digest or "an app whose files are not visible here"
             found.append(Breach("app.digest", shown, pinned))
         return [breach for breach in found if breach is not None]
+
+    def unmasked(self, asked: str) -> list[Breach]:
+        """Return the breach that weights are which leave otherwise than in a masked sum."""
+        rule = "offsite.require_secure_aggregation"
+        return [Breach(rule, asked, "secure.aggregation = true")] if rule in self else []
 
     def _adapters_only(self, flat: Mapping[str, Any]) -> bool:
         """Return whether adapters alone leave and the owner's policy names that strategy.

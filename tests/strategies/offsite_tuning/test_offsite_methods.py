@@ -171,8 +171,6 @@ def test_epsilons_are_in_the_results(offsite: Any, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_kept_is_refused_with_its_reason(offsite: Any) -> None:
-    with pytest.raises(ConfigError, match="LegacyContext"):
-        offsite(offsite__secure_aggregation=True)
     with pytest.raises(ConfigError, match="central-dp-noise"):
         offsite(offsite__central_dp_noise=1.0)
     with pytest.raises(ConfigError, match="plain mean"):

@@ -1,0 +1,1 @@
+"""Secure aggregation: sums of owners' updates of which the server sees no part."""
