@@ -46,12 +46,20 @@ def _check_offsite(config: RunConfig) -> None:
     check_offsite(config.offsite)
 
 
+def _check_buffer(config: RunConfig) -> None:
+    size, alone = config.buffer.size, not config.secure.aggregation
+    good = config.strategy == "offsite-tuning" and alone
+    bound = "0 but in offsite tuning without secure.aggregation, whose sums are of fixed owners"
+    check(good or size == 0, "buffer.size", size, bound)
+
+
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     _check_label_names,
     _check_trainable,
     check_privacy,
     _check_offsite,
     check_secure,
+    _check_buffer,
 )
 """One check per family of tables; each raises ``ConfigError``."""
 

@@ -129,6 +129,10 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "offsite.server-lr": ([-1.0, 10.0], [0.0, 1e-3]),
     "offsite.central-dp-clip": ([-1.0, float("inf")], [0.0, 1.0]),
     "offsite.central-dp-noise": ([-1.0, 1.0], [0.0]),  # needs a bound, which the defaults lack
+    "buffer.size": ([-1, 100_001], [0]),  # split tuning, the default, has none
+    "buffer.staleness": ([-0.1, 11.0], [0.0, 10.0]),
+    "buffer.most-stale": ([-1, 10_001], [0, 10_000]),
+    "buffer.spread": ([-0.1, 6.0], [0.0, 5.0]),
     "secure.threshold": ([0.49, 1.0, float("nan")], [0.5, 0.99]),
     "secure.neighbours": ([-2, 3, 10_002], [0, 2, 10_000]),
     "secure.bound": ([0.0, float("inf")], [1e-12, 1e6]),

@@ -11,6 +11,7 @@ Examples:
     fedsplit.errors.ConfigError: split.K=2: unknown setting; split.* has k, bottom, averaging
 """
 
+from fedsplit.config.buffer import BufferConfig
 from fedsplit.config.groups import (
     TASKS,
     DataConfig,
@@ -31,6 +32,7 @@ from fedsplit.config.serving import ServingConfig
 
 __all__ = [
     "TASKS",
+    "BufferConfig",
     "DataConfig",
     "DpConfig",
     "LabelsConfig",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeAlias
 
+from fedsplit.config.buffer import BufferConfig
 from fedsplit.config.groups import (
     DataConfig,
     LineageConfig,
@@ -54,6 +55,7 @@ class RunConfig:
     offsite: OffsiteConfig = field(default_factory=OffsiteConfig)
     robust: RobustConfig = field(default_factory=RobustConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
+    buffer: BufferConfig = field(default_factory=BufferConfig)
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
@@ -112,6 +114,7 @@ _GROUPS: dict[str, type] = {
     "offsite": OffsiteConfig,
     "robust": RobustConfig,
     "secure": SecureConfig,
+    "buffer": BufferConfig,
 }
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 

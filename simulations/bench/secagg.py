@@ -47,7 +47,15 @@ def run(
         rows.append(measure(count, size, dropouts))
         console.print(f"  {count} owners: {rows[-1]['owner_seconds']:.3f} s each")
     figures = {"machine": machine(), "size": size, "messages": MESSAGES, "rows": rows}
-    heads = ("owners", "neighbours", "lost", "owner s", "server s", "MB up", "MB down")
+    heads: tuple[str, ...] = (
+        "owners",
+        "neighbours",
+        "lost",
+        "owner s",
+        "server s",
+        "MB up",
+        "MB down",
+    )
     heads += ("plain s", "plain MB", "error", "bound")
     lines = [
         (

@@ -35,6 +35,7 @@ from ..sessions.transports import StreamTransport
 from .emulator import public_blocks, shipped_emulator
 from .export import refuse_first_version, save_adapters
 from .file_server import FileServer
+from .flights import Flights
 
 
 @dataclass
@@ -53,6 +54,7 @@ class OffsiteParts:
         recorder: writes what happened.
         folder: of the run's files.
         settings: of the adapter method.
+        flights: owners at work while rounds go on, or None.
     """
 
     loaded: LoadedModel
@@ -66,6 +68,7 @@ class OffsiteParts:
     recorder: Recorder
     folder: Path
     settings: MethodSettings
+    flights: Flights | None = None
 
     @property
     def model(self) -> Model:
@@ -105,8 +108,8 @@ class OffsiteParts:
         return {"base": self.loaded.digest, "emulator": self.digest}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what the server itself trains, for a saved state: nothing."""
-        return {}, {}
+        """Return who is at work and from what, for a saved state; the server trains nothing."""
+        return ({}, {}) if self.flights is None else self.flights.state()
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Plug in the adapters of a saved state.
@@ -116,6 +119,8 @@ class OffsiteParts:
         """
         if adapters := below("owners", tensors):
             self.tuning.load(adapters)
+        if self.flights is not None:
+            self.flights.restore(tensors, facts)
 
     def as_base(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what adapters make of the base's own tensors (LoRA's factors, say)."""
@@ -179,4 +184,5 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder, folder: Path
         recorder=recorder,
         folder=folder,
         settings=settings,
+        flights=Flights(config.buffer, config.seed) if config.buffer.size else None,
     )

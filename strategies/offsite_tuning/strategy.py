@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from flwr.app import ArrayRecord, Message, MessageType, MetricRecord
@@ -27,13 +29,15 @@ from fedsplit.wire.replies import reply_schema
 from ..rounds.aggregate import tensors
 from ..rounds.averaging import restore, state_of
 from ..rounds.lineage_watch import stop_reason
+from ..rounds.polling_grid import PollingGrid
 from ..rounds.recorder import Recorder
-from ..rounds.replies import Accepted, average, check_weights, collect, read_reply
+from ..rounds.replies import Accepted, average, check_weights, collect, node_of, read_reply
 from ..rounds.report import natural
 from ..rounds.round_context import RoundContext
 from ..rounds.run_strategy import RunStrategy
 from ..sessions.offers import Offers
 from .export import export
+from .flights import BufferedGrid, Flight, Flights
 from .parts import OffsiteParts, build_parts
 from .quality import QualityCheck
 
@@ -64,6 +68,7 @@ class OffsiteTuning(RunStrategy):
     ) -> None:
         super().__init__(config, parts, averaging)
         self.parts = parts
+        self._grid: BufferedGrid | None = None
         base = float(parts.recorder.content["full_zero_shot_loss"])
         self.quality = QualityCheck(config.lineage, base, parts.public_loss)
 
@@ -123,14 +128,63 @@ class OffsiteTuning(RunStrategy):
             context, stream.authenticator, stream, digest=self.parts.digest, weights=arrays
         )
         self.open_masked(context, offers, grid, stream.authenticator.run)
+        if self.parts.flights is not None:
+            return self._launch(self.parts.flights, context, arrays, grid, offers)
         return offers.messages(context.expected)
+
+    def _launch(
+        self,
+        flights: Flights,
+        context: RoundContext,
+        arrays: ArrayRecord,
+        grid: Grid,
+        offers: Offers,
+    ) -> list[Message]:
+        """Ask whoever is not at work; after a restart also those that were, for what they did."""
+        self.clients.ask_names(grid, context.expected)
+        names, stream = self.clients.names, self.parts.stream
+        messages: list[Message] = []
+        training = context.mode == MessageType.TRAIN
+        for flight in flights.relaunch(names) if training else ():
+            then = replace(context, number=flight.number)
+            began = flights.version(flight.number)
+            again = Offers(
+                then, stream.authenticator, stream, digest=self.parts.digest, weights=began
+            )
+            messages.append(again.message(flight.node))
+        idle = [n for n in context.expected if n in names and names[n] not in flights.owners]
+        context.waves = [idle] if idle else []
+        if training:
+            for node in idle:
+                flights.launch(node, names[node], context.number, arrays)
+            flights.due = True
+        return [*messages, *offers.messages(idle)]
+
+    def polling(self, grid: Grid) -> PollingGrid:
+        """Return the grid that a start sends through."""
+        flights = self.parts.flights
+        if flights is None:
+            return super().polling(grid)
+        self._grid = BufferedGrid(grid, flights)
+        return self._grid
+
+    def _landed(self, context: RoundContext) -> dict[int, Flight]:
+        """Return node -> its turn, of the updates that end a round; empty without a buffer."""
+        if self._grid is None or context.mode != MessageType.TRAIN:
+            return {}
+        kept = self._grid.flights.close(context.number, self._grid.landed)
+        context.sent[:] = [flight.asked for flight in kept if flight.asked is not None]
+        return {flight.node: flight for flight in kept}
 
     def close_training(
         self, context: RoundContext, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord]:
         """Check, average, plug in, evaluate, fingerprint; a failed round changes nothing."""
         watch, number, report = self.watch, context.number, context.report
-        good, metrics = self._read(context, replies)
+        landed = self._landed(context)
+        if self._grid is not None:
+            replies = [r for r in replies if node_of(r, context.sent) in landed]
+        good, metrics = self._read(context, replies, landed)
         benched = self.clients.benched_in(number)
         lineage = watch.open_round(number)
         before = state_of(self.averaging)
@@ -158,6 +212,9 @@ class OffsiteTuning(RunStrategy):
         row["lineage"] = lineage
         if self.masked is not None:
             row["secure_aggregation"] = self.masked.facts(summed)
+        if self._grid is not None:
+            self._grid.flights.forget()
+            row["buffer"] = self._grid.flights.report()
         row |= self._central_dp(number) | _owners_dp(metrics)
         if lineage.get("rejected") or stop_reason(lineage) or arrays is None:
             arrays = None
@@ -184,7 +241,10 @@ class OffsiteTuning(RunStrategy):
     # ---- the parts --------------------------------------------------------------------------
 
     def _read(
-        self, context: RoundContext, replies: Iterable[Message]
+        self,
+        context: RoundContext,
+        replies: Iterable[Message],
+        landed: Mapping[int, Flight] = MappingProxyType({}),
     ) -> tuple[list[Message], dict[str, Any]]:
         """Return (acceptable replies in the order of their owners' names, averages)."""
         report, names = context.report, self.clients.names
@@ -201,6 +261,9 @@ class OffsiteTuning(RunStrategy):
             self._check_counts(metrics, context.mode)
             if context.mode == MessageType.TRAIN:
                 check_weights(reply.content, context.shapes)
+            if node in landed and self._grid is not None:
+                now = self.checkpoint.arrays or self.initial_arrays
+                self._grid.flights.freshen(landed[node], context.number, reply, now)
             report.finished.append(name)
             return name, metrics
 

@@ -50,6 +50,8 @@ FREE = {
     *("output.checkpoint-steps", "output.owner-threads", "output.log-json", "output.tensorboard"),
     *("output.metrics-port", "train.min-owners", "train.bench-after", "train.bench-rounds"),
 }
+# Settings that are gone, and the one value that they could have: runs that had them may go on.
+FORMER = {"offsite.secure-aggregation": False}
 
 
 class SavedParts(Protocol):
@@ -298,11 +300,11 @@ def open_states(config: RunConfig) -> Iterator[StateFolder | None]:
     if not config.output.dir or config.output.checkpoint_steps < 0:
         yield None
         return
-    settings = {key: value for key, value in config.to_flat().items() if key not in FREE}
+    settings = {key: value for key, value in config.to_flat().items() if key not in FREE} | FORMER
     if not config.model.name.startswith("package:"):
         settings.pop("model.sha256", None)
     # At its default a setting means what versions without it did: their runs may go on.
-    usual = {key: value for key, value in RunConfig().to_flat().items() if key in settings}
+    usual = {key: value for key, value in RunConfig().to_flat().items() if key in settings} | FORMER
     with closing(StateFolder(Path(config.output.dir) / FOLDER, settings, usual=usual)) as folder:
         folder.check_settings()
         yield folder

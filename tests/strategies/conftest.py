@@ -97,6 +97,16 @@ def offsite(make_config: Any, tiny_llama: Path) -> Any:
 
 
 @pytest.fixture
+def quick(offsite: Any, tmp_path: Path) -> Any:
+    """Return a function as ``offsite``, with a public text that is read in no time."""
+    public = tmp_path / "public.txt"
+    public.write_text("\n".join(f"the {i} th public line of words" for i in range(200)))
+    return lambda **changes: offsite(
+        **{"offsite__public": str(public), "output__evaluate_every": 0, **changes}
+    )
+
+
+@pytest.fixture
 def run_locally() -> Any:
     """Return a function that carries out a run within this process: config -> (grid, server)."""
     from tests.strategies.run_local import run_local

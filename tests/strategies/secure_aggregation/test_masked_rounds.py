@@ -61,16 +61,6 @@ def differ(one: Any, other: Any) -> float:
     return max(float(np.abs(a[name] - b[name]).max()) for name in a)
 
 
-@pytest.fixture
-def quick(offsite: Any, tmp_path: Path) -> Any:
-    """Return a function as ``offsite``, with a public text that is read in no time."""
-    public = tmp_path / "public.txt"
-    public.write_text("\n".join(f"the {i} th public line of words" for i in range(200)))
-    return lambda **changes: offsite(
-        **{"offsite__public": str(public), "output__evaluate_every": 0, **changes}
-    )
-
-
 @pytest.mark.parametrize(
     ("averaging", "method", "neighbours"), [("fedavg", "full", 0), ("fedadam", "lora", 4)]
 )

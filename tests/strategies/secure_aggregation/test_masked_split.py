@@ -15,7 +15,7 @@ from strategies.secure_aggregation.averaging import check_weight
 from tests.strategies.run_local import run_local
 
 FREE = {"robust__clip": 0.0, "robust__weight_cap": 0.0, "robust__screen": False}
-MASKS = {**FREE, "secure__aggregation": True, "secure__bound": 1.0}
+MASKS = {**FREE, "secure__aggregation": True, "secure__bound": 1.0, "secure__most_targets": 64}
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,13 @@ def test_what_split_owners_average_is_the_plain_average(
     make_config: Any, tmp_path: Path, transport: str, part: dict[str, Any]
 ) -> None:
     same = {"train__rounds": 1, "output__evaluate_every": 0, "session__transport": transport}
-    same |= {"data__owners": 4, "train__max_steps": 2, **part}
+    same |= {"data__owners": 4, "train__max_steps": 2, "train__bottom_lr": 1e-2, **part}
     plain = run_local(make_config(**same, **FREE, output__dir=str(tmp_path / "plain")))
     masked = run_local(make_config(**same, **MASKS))
     row = masked.server["rounds"][0]
     facts = row["secure_aggregation"]
     assert facts["in_sum"] == 4
+    assert facts["error"] < 1e-6
     one, other = (run.result.arrays for run in (plain, masked))
     assert one.keys() == other.keys()
     assert len(one)
