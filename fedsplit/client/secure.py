@@ -5,7 +5,7 @@ from __future__ import annotations
 from flwr.app import RecordDict
 
 from fedsplit.client.task import ClientTask
-from fedsplit.owners.masked_sum import SumPart
+from fedsplit.owners.secure_aggregation.part import SumPart
 from fedsplit.wire.secure_sum import SECURE, read_record, secure_record
 
 

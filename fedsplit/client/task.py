@@ -18,9 +18,9 @@ from fedsplit.owners.ledger.chain import Ledger
 from fedsplit.owners.ledger.check import DisclosureCheck
 from fedsplit.owners.ledger.disclosure import Averages, Weights, Words
 from fedsplit.owners.ledger.session import SessionFacts
-from fedsplit.owners.masked_sum import SumPart
 from fedsplit.owners.naming import owner_name
 from fedsplit.owners.own_log import own_log
+from fedsplit.owners.secure_aggregation.part import SumPart
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy.empirical import Exposed, Reading
 from fedsplit.settings import read_settings

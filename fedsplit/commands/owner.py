@@ -67,7 +67,7 @@ def identity(
     from fedsplit.deploy.node import NodeFile
     from fedsplit.owners.home import OwnerHome
     from fedsplit.owners.identity import OwnerIdentity
-    from fedsplit.owners.peers import identity_of
+    from fedsplit.owners.secure_aggregation.peers import identity_of
 
     file = NodeFile.load(node)
     home = OwnerHome(file.home)

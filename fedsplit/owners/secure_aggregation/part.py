@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsplit import storage
 from fedsplit.errors import ConfigError, PrivacyError, SessionError
 from fedsplit.owners.ledger.disclosure import MaskedWeights, SumMessage
-from fedsplit.owners.peers import Peers, identity_key
+from fedsplit.owners.secure_aggregation.peers import Peers, identity_key
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy.secure_aggregation.numbers import Numbers, occasion_of, quantiser_of
 from fedsplit.privacy.secure_aggregation.owner import KEY, OWN, OwnerSide

@@ -18,9 +18,9 @@ from fedsplit.owners.ledger.chain import Ledger
 from fedsplit.owners.ledger.check import DisclosureCheck
 from fedsplit.owners.ledger.disclosure import Training, Weights
 from fedsplit.owners.ledger.session import SessionFacts
-from fedsplit.owners.masked_sum import SumPart
-from fedsplit.owners.peers import identity_of
 from fedsplit.owners.policy.rules import Asked, Policy
+from fedsplit.owners.secure_aggregation.part import SumPart
+from fedsplit.owners.secure_aggregation.peers import identity_of
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.privacy.secure_aggregation.numbers import Numbers, occasion_of, quantiser_of
