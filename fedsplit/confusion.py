@@ -6,24 +6,24 @@ anybody's rows.  They equal scikit-learn's on the pooled predictions (``zero_div
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+
+from fedsplit.sums import Family, split_key
 
 Counts = npt.NDArray[np.int64]
 
 MOST_CLASSES = 32  # whose counts are reported: C * C numbers at most
 LEAST_TEXTS = 20
 LEAST_TAKEN = 5  # texts taken for a class, of every class that any is taken for
-_KEY = re.compile(r"confusion-(\d|[1-9]\d)-(\d|[1-9]\d)")
+FAMILY = Family("confusion", (MOST_CLASSES, MOST_CLASSES), all_targets=True)
 
 
 def is_count(key: str) -> bool:
     """Whether a number of a report is one of these counts."""
-    match = _KEY.fullmatch(key)
-    return match is not None and max(int(match[1]), int(match[2])) < MOST_CLASSES
+    return FAMILY.has(key)
 
 
 def to_report(counts: Counts) -> dict[str, float]:
@@ -35,16 +35,18 @@ def to_report(counts: Counts) -> dict[str, float]:
     }
 
 
+def _pair(key: str) -> tuple[int, ...] | None:
+    found = split_key(key)
+    return found[1] if found is not None and FAMILY.has(key) else None
+
+
 def of_reports(reports: Sequence[Mapping[str, float]], classes: int = 0) -> Counts:
     """Return the sum of several reports' counts, (C, C) with C at least ``classes``."""
-    pairs = [match for row in reports for key in row if (match := _KEY.fullmatch(key))]
-    classes = max([classes, *(1 + int(match[side]) for match in pairs for side in (1, 2))])
+    told = [(at, value) for row in reports for key, value in row.items() if (at := _pair(key))]
+    classes = max([classes, *(1 + max(at) for at, _ in told)])
     found = np.zeros((classes, classes), dtype=np.int64)
-    for report in reports:
-        for key, value in report.items():
-            match = _KEY.fullmatch(key)
-            if match:
-                found[int(match[1]), int(match[2])] += int(value)
+    for at, value in told:
+        found[at] += int(value)
     return found
 
 

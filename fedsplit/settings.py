@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fedsplit.config import RunConfig, Scalar
-from fedsplit.data import parse_class_names
 from fedsplit.emulators.settings import check_offsite
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import TRAINABLE
 from fedsplit.privacy.labels.table import head_at_owner, said
 from fedsplit.privacy.secure_aggregation.settings import check_secure
 from fedsplit.privacy.settings import check_privacy
+from fedsplit.tasks import check_task
 
 
 def _check_trainable(config: RunConfig) -> None:
@@ -36,12 +36,6 @@ def _check_trainable(config: RunConfig) -> None:
         check(every >= 1, "output.evaluate-every", every, ">= 1 with train.patience")
 
 
-def _check_label_names(config: RunConfig) -> None:
-    names = parse_class_names(config.model.label_names, "model.label-names")
-    good = not names or config.model.task == "causal-lm" or len(names) == config.model.labels
-    check(good, "model.label-names", config.model.label_names, f"{config.model.labels} names")
-
-
 def _check_offsite(config: RunConfig) -> None:
     check_offsite(config.offsite)
 
@@ -54,7 +48,7 @@ def _check_buffer(config: RunConfig) -> None:
 
 
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
-    _check_label_names,
+    check_task,
     _check_trainable,
     check_privacy,
     _check_offsite,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from fedsplit.config import RunConfig
-from fedsplit.data import parse_class_names
 from fedsplit.errors import check
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.positions import check_length
 from fedsplit.seeding import derive_seed
+from fedsplit.tasks import task_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTOCASTS = {"off": None, "bfloat16": torch.bfloat16}
@@ -26,14 +26,15 @@ def load_base(config: RunConfig) -> LoadedModel:
     """
     m = config.model
     # The fused kernel's backward is slow in bfloat16 on a CPU; plain attention of T x T is not.
-    names = parse_class_names(m.label_names, "model.label-names")
+    task = task_of(config)
+    names = task.announced(m) if task.named else ()
     plain = m.autocast == "bfloat16" and m.device == "cpu" and m.max_tokens <= PLAIN_TOKENS
     loaded = load(
         m.name,
         m.task,
         attn="eager" if plain else None,
-        num_labels=m.labels if m.task == "sequence-classification" else None,
-        label_names=names if names and m.task == "sequence-classification" else None,
+        num_labels=task.outputs,
+        label_names=names or None,
         dtype=DTYPES[m.dtype],
         seed=derive_seed(config.seed, "head"),
         dropout=None if m.dropout < 0 else m.dropout,
@@ -51,7 +52,7 @@ def _check_lengths(config: RunConfig, loaded: LoadedModel) -> None:
         return
     check_length(loaded.model, m.max_tokens, "model.max-tokens")
     least = 2
-    if m.task != "causal-lm":
+    if task_of(config).labelled:
         least = loaded.tokenizer.num_special_tokens_to_add() + 1
     elif strategy == "serving":
         together = m.max_tokens + config.serving.new_tokens

@@ -164,6 +164,7 @@ FREE_TEXT = {
     "strategy",
     "model.sha256",
     "model.label-names",
+    "model.label-range",
     "model.device",
     "train.lora-targets",
     "session.host",

@@ -24,13 +24,16 @@ LAYERS = {
     "fedsplit.config": 0,
     "fedsplit.registry": 0,
     "fedsplit.confusion": 0,
+    "fedsplit.sums": 0,
+    "fedsplit.rank_counts": 0,
     "fedsplit.statistics": 0,
     "fedsplit.seeding": 0,
     "fedsplit.observe": 0,
     "fedsplit.storage": 0,
-    "fedsplit.models": 1,
+    "fedsplit.models": 1.6,  # a task says which head its models have
     "fedsplit.data": 1,
     "fedsplit.wire": 1,
+    "fedsplit.tasks": 1.3,  # labels as data has them, reports as the wire has them
     "fedsplit.privacy": 2,
     "fedsplit.emulators": 2,
     "fedsplit.evaluation": 2,
@@ -56,7 +59,11 @@ TOGETHER = [
     {"fedsplit.commands", "fedsplit.deploy"},
 ]
 # The owner's side and the model owner's meet in the wire alone.
-NEVER = {"strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client"}}
+NEVER = {
+    "strategies": {"fedsplit.owners", "fedsplit.client_app", "fedsplit.client"},
+    # Peers; what a task knows of labels and reports is between them.
+    "fedsplit.models": {"fedsplit.data", "fedsplit.wire"},
+}
 
 # External package -> where it may be imported.
 ONLY_IN = {

@@ -44,6 +44,7 @@ from fedsplit.privacy.labels.table import build_protection, head_at_owner
 from fedsplit.privacy.public_text import public_ids, public_texts
 from fedsplit.seeding import numpy_generator
 from fedsplit.settings import read_settings
+from fedsplit.tasks import task_of
 
 Budget = Mapping[str, Mapping[str, Any]]
 """attack -> its fields that are not the defaults."""
@@ -243,21 +244,22 @@ def public_knowledge(config: RunConfig, *, public: str = "", whole: bool = False
     from fedsplit.privacy import build_mechanism
 
     m = config.model
-    labels = m.labels if m.task == "sequence-classification" else None
+    task = task_of(config)
+    labels = task.outputs
     loaded = load(m.name, m.task, num_labels=labels, dropout=0.0, expected_sha256=m.sha256 or None)
     bottom, top = split(loaded.model, config.split.k, verify=False)
     bottom.eval()
     # Docstrings are no public text where they are the owners' own.
     path = public or config.privacy.public_text
     texts = public_texts(path, docstrings=docstrings_are_public(config.data.kind))
-    head = _known_head(top) if m.task == "causal-lm" else None
+    head = None if task.labelled else _known_head(top)
     return Public(
         bottom=bottom,
         mechanism=build_mechanism(config.privacy, bottom, bottom.vocab, loaded.tokenizer),
         public_ids=public_ids(loaded.tokenizer, texts, m.max_tokens),
         special_ids=frozenset(int(i) for i in loaded.tokenizer.all_special_ids),
         touched=announced_touch(config),
-        model=loaded.model if whole or m.task == "causal-lm" else None,
+        model=loaded.model if whole or not task.labelled else None,
         head=head,
         gradient_noise=gradient_law(config, bottom.vocab, head),
     )

@@ -24,6 +24,7 @@ from fedsplit.owners.secure_aggregation.part import SumPart
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy.empirical import Exposed, Reading
 from fedsplit.settings import read_settings
+from fedsplit.tasks import task_of
 from fedsplit.wire.logs import join_flower_log
 from fedsplit.wire.messages import OFFER, WEIGHTS, WHO, SessionOffer, weights_record
 from fedsplit.wire.replies import reply_schema
@@ -189,7 +190,7 @@ def reply(
         schema = reply_schema(strategy, f"masked-{mode}")
         told = {k: v for k, v in told.items() if k in {**schema.required, **schema.optional}}
     else:
-        schema = reply_schema(strategy, mode)
+        schema = reply_schema(strategy, mode, task_of(task.config).families())
     content = schema.write(told, task.identity.name)
     task.check.release(averages)
     if masked:

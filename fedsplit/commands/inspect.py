@@ -24,15 +24,16 @@ def inspect(
     model: Annotated[str, typer.Argument(help="hub name, folder, .gguf, or package:NAME")],
     k: Annotated[int, typer.Option(help="blocks in the bottom; 0 = embeddings only")] = 0,
     task: Annotated[
-        str, typer.Option(help="sequence-classification or causal-lm")
+        str, typer.Option(help="such as sequence-classification or causal-lm")
     ] = "sequence-classification",
     labels: Annotated[int, typer.Option(help="classes of a classifier")] = 2,
 ) -> None:
     """Split a model and say what each side would hold, and what noise levels mean for it."""
     from fedsplit.models import load, split
     from fedsplit.models.bundle.bottom import pack_bottom
+    from fedsplit.tasks import task_type
 
-    loaded = load(model, task, num_labels=labels if task != "causal-lm" else None)
+    loaded = load(model, task, num_labels=task_type(task).outputs_of(labels))
     bottom, top = split(loaded.model, k)
     bundle = pack_bottom(bottom, loaded.tokenizer)
     table = Table("", "data owner: bottom", "model owner: top", title=f"{model}, split at k = {k}")

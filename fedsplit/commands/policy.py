@@ -96,6 +96,7 @@ def measure(
     from fedsplit.owners.policy.weakest import weakest_settings
     from fedsplit.owners.split.by_hand import measure_by_hand
     from fedsplit.settings import read_settings
+    from fedsplit.tasks import task_of
 
     policy = Policy.load(path)
     task = "sequence-classification" if label_column else "causal-lm"
@@ -106,8 +107,7 @@ def measure(
     if texts.labels:
         weakest["model.labels"] = max([2, *(int(label) + 1 for label in texts.labels)])
     config = read_settings({**weakest, **_given(setting or [])})
-    classes = None if config.model.task == "causal-lm" else config.model.labels
-    loaded = load(model, config.model.task, num_labels=classes)
+    loaded = load(model, config.model.task, num_labels=task_of(config).outputs)
     secret = OwnerHome(owner_home(home)).secret(config.seed, "owner")
     found = measure_by_hand(
         policy, config, loaded.model, loaded.tokenizer, texts, secret, attackers

@@ -52,12 +52,13 @@ def predict(
     from fedsplit.attacks.measuring import measure
     from fedsplit.data import parse_class_names
     from fedsplit.owners.serving.generation import sampler
-    from fedsplit.owners.serving.inference import classify, generate
+    from fedsplit.owners.serving.inference import ask, generate
     from fedsplit.owners.serving.offers import serving_config
+    from fedsplit.tasks import task_type
 
     root = owner_home(home)
     model = serving_config(root).model
-    if model.task == "causal-lm":
+    if not task_type(model.task).labelled:
         if file is not None or not text:
             raise ConfigError("predict with a generating model: must be given one text, no --file")
         choose = sampler(temperature, top_p, None if seed < 0 else seed)
@@ -81,24 +82,25 @@ def predict(
         console.print()
     else:
         if chat:
-            raise ConfigError(f"--chat: must be left out, {model.task} answers with classes")
+            raise ConfigError(
+                f"--chat: must be left out, {model.task} answers with {task_type(model.task).words}"
+            )
         places, texts = _texts(text, file, column)
         asked = [number for number, one in enumerate(texts) if one.strip()]
-        probabilities, answered = classify(root, [texts[number] for number in asked], measure)
-        names = parse_class_names(classes or model.label_names, "--classes")
-        if names and len(names) != probabilities.shape[1]:
-            count = probabilities.shape[1]
-            raise ConfigError(f"--classes: must be {count} names, not {len(names)}")
-        rows = [_row(*row) for row in zip(places, texts, strict=True)]
-        for number, probability in zip(asked, probabilities.tolist(), strict=True):
-            rows[number] |= _answer(probability, names)
+        scores, task, answered = ask(root, [texts[number] for number in asked], measure)
+        names = parse_class_names(classes or model.label_names, "--classes") if task.named else ()
+        if names and len(names) != scores.shape[1]:
+            raise ConfigError(f"--classes: must be {scores.shape[1]} names, not {len(names)}")
+        rows = [_row(*row, task.answer_columns) for row in zip(places, texts, strict=True)]
+        for number, answer in zip(asked, task.answers(scores, names), strict=True):
+            rows[number] |= answer
         for cut in answered.cut:
             rows[asked[cut]]["cut"] = True
         if out is not None:
-            _write(out, rows)
+            _write(out, rows, task.answer_columns)
             console.print(f"{len(rows)} answers: {out}")
         else:
-            console.print(_table(rows))
+            console.print(_table(rows, task.answer_columns))
         if len(asked) < len(rows):
             console.print(f"{len(rows) - len(asked)} of {len(rows)} rows are blank: no answer")
         if answered.cut:
@@ -126,34 +128,30 @@ def _texts(text: str, file: Path | None, column: str) -> tuple[list[str], list[s
     return [place.removeprefix(f"{file}:") for place in table.places], list(table.texts)
 
 
-def _row(place: str, text: str) -> dict[str, Any]:
-    return {"row": place, "text": text, "class": None, "probability": None, "cut": False}
+def _row(place: str, text: str, columns: Sequence[str]) -> dict[str, Any]:
+    return {"row": place, "text": text, **dict.fromkeys(columns), "cut": False}
 
 
-def _answer(probabilities: list[float], names: Sequence[str]) -> dict[str, Any]:
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    return {
-        "class": names[best] if names else best,
-        "probability": probabilities[best],
-        "probabilities": probabilities,
-    }
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("row", "text", "class", "probability")
+def _table(rows: list[dict[str, Any]], columns: Sequence[str]) -> Table:
+    table = Table("row", "text", *columns)
     for row in rows[:200]:
         short = row["text"] if len(row["text"]) <= 80 else row["text"][:77] + "..."
-        if row["class"] is None:
-            table.add_row(row["row"], "", "", "")
+        if row[columns[0]] is None:
+            table.add_row(row["row"], *[""] * (1 + len(columns)))
             continue
-        cells = (row["row"], short, str(row["class"]))
-        table.add_row(*cells, f"{row['probability']:.3f}")
+        table.add_row(row["row"], short, *(_cell(row[column], 3) for column in columns))
     if len(rows) > 200:
         table.caption = f"the first 200 of {len(rows)}; --out writes all"
     return table
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _cell(value: object, digits: int) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def _write(path: Path, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     try:
         with (
             storage.replacing(path, durable=False) as draft,
@@ -163,10 +161,10 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             elif path.suffix == ".csv":
                 writer = csv.writer(file)
-                writer.writerow(["row", "text", "class", "probability", "cut"])
+                writer.writerow(["row", "text", *columns, "cut"])
                 for r in rows:
-                    known = r["class"] is not None
-                    answer = [r["class"], f"{r['probability']:.6f}"] if known else ["", ""]
+                    known = r[columns[0]] is not None
+                    answer = [_cell(r[column], 6) if known else "" for column in columns]
                     writer.writerow([r["row"], r["text"], *answer, int(r["cut"])])
             else:
                 raise ConfigError(f"--out {path}: must end with .csv or .jsonl")

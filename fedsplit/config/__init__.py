@@ -13,7 +13,6 @@ Examples:
 
 from fedsplit.config.buffer import BufferConfig
 from fedsplit.config.groups import (
-    TASKS,
     DataConfig,
     LineageConfig,
     ModelConfig,
@@ -31,7 +30,6 @@ from fedsplit.config.secure import SecureConfig
 from fedsplit.config.serving import ServingConfig
 
 __all__ = [
-    "TASKS",
     "BufferConfig",
     "DataConfig",
     "DpConfig",

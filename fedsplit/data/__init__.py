@@ -19,9 +19,8 @@ from dataclasses import replace
 from fedsplit.data import conversations, docstrings, files, hub
 from fedsplit.data.batches import epoch_batches
 from fedsplit.data.dataset import TextDataset, build
+from fedsplit.data.label_column import ClassColumn, LabelColumn
 from fedsplit.data.labels import (
-    agreed_first,
-    is_labelled,
     names_digest,
     numerals,
     parse_class_names,
@@ -44,6 +43,8 @@ __all__ = [
     "MIN_ROWS",
     "PARTITIONS",
     "SEPARATOR",
+    "ClassColumn",
+    "LabelColumn",
     "Request",
     "Source",
     "Table",
@@ -96,6 +97,7 @@ def load_dataset(
     delimiter: str = "",
     header: bool = True,
     quotes: bool = True,
+    column: LabelColumn | None = None,
 ) -> TextDataset:
     """Load one split of a data set.
 
@@ -120,6 +122,7 @@ def load_dataset(
         classes: number of classes where nobody named them: labels that are all integers below it
             are then their own indices.
         delimiter, header, quotes: see :func:`fedsplit.data.delimited.read_delimited`.
+        column: how labels are read; none: one class per text, of ``label_names`` and ``classes``.
 
     Raises:
         ConfigError: if the kind is unknown or a number out of its range.
@@ -129,9 +132,10 @@ def load_dataset(
     request = Request(
         path, text_column, label_column, tuple(columns), passage_words, delimiter, header, quotes
     )
+    column = column or ClassColumn(tuple(label_names), classes)
     tables = [_read(source, request, split)]
-    names = _names(source, request, tables, {split}, tuple(label_names), classes)
-    return _limited(build(tables[0], names), limit, seed)
+    names = _names(source, request, tables, {split}, column)
+    return _limited(build(tables[0], names, column), limit, seed)
 
 
 def load_splits(
@@ -152,6 +156,7 @@ def load_splits(
     delimiter: str = "",
     header: bool = True,
     quotes: bool = True,
+    column: LabelColumn | None = None,
 ) -> tuple[TextDataset, TextDataset | None]:
     """Load the split to train on and the one to test on; arguments as in :func:`load_dataset`.
 
@@ -171,7 +176,7 @@ def load_splits(
     request = Request(
         path, text_column, label_column, tuple(columns), passage_words, delimiter, header, quotes
     )
-    names = tuple(label_names)
+    column = column or ClassColumn(tuple(label_names), classes)
     tables, read = [_read(source, request, split)], {split}
     if test_path:
         own = replace(request, path=test_path)
@@ -184,13 +189,13 @@ def load_splits(
             if name == split or name not in source.splits(request):
                 continue
             read.add(name)
-            table = _labelled(source, request, name, names)
+            table = _labelled(source, request, name, column)
             if table is not None:
                 tables.append(table)
                 break
             log.warning("%s: split %r has no labels: it is not tested on", path, name)
-    names = _names(source, request, tables, read, names, classes)
-    train, *test = [_limited(build(table, names), limit, seed) for table in tables]
+    names = _names(source, request, tables, read, column)
+    train, *test = [_limited(build(table, names, column), limit, seed) for table in tables]
     return train, test[0] if test else None
 
 
@@ -230,31 +235,28 @@ def _only_split(source: Source, request: Request) -> str:
 
 
 def _names(
-    source: Source,
-    request: Request,
-    tables: list[Table],
-    read: set[str],
-    agreed: tuple[str, ...],
-    classes: int,
+    source: Source, request: Request, tables: list[Table], read: set[str], column: LabelColumn
 ) -> tuple[str, ...]:
     """Return the names of all classes: of all splits, where nothing fixes them."""
     if not request.label_column:
         return ()
-    others: list[Table] = []
-    if not (agreed or tables[0].label_names):
+
+    def more() -> list[Table]:
         rest = [name for name in source.splits(request) if name not in read]
-        others = [t for name in rest if (t := _labelled(source, request, name, ())) is not None]
-    return agreed_first([*tables, *others], agreed, classes)
+        found = (_labelled(source, request, name, column) for name in rest)
+        return [table for table in found if table is not None]
+
+    return column.names(tables, more)
 
 
-def _labelled(source: Source, request: Request, split: str, known: Sequence[str]) -> Table | None:
+def _labelled(source: Source, request: Request, split: str, column: LabelColumn) -> Table | None:
     """Return a split that nobody asked for by name; none where it has no labels."""
     try:
         table = source.read(request, split)
     except MissingColumn:
         source.read(replace(request, label_column=""), split)  # it is the labels' column
         return None
-    return table if not request.label_column or is_labelled(table, known) else None
+    return table if not request.label_column or column.is_labelled(table) else None
 
 
 def _limited(dataset: TextDataset, limit: int | None, seed: int) -> TextDataset:

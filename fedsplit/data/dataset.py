@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedsplit.data.labels import class_indices, unknown_class
+from fedsplit.data.label_column import ClassColumn, Label, LabelColumn
+from fedsplit.data.labels import unknown_class
 from fedsplit.data.table import Table, Value
 from fedsplit.errors import DataError
 
@@ -26,12 +27,14 @@ class TextDataset:
 
     Attributes:
         texts: n texts, none of them blank.
-        labels: n indices into ``label_names``, or empty for language modelling.
-        label_names: the classes' names; empty exactly when ``labels`` is.
+        labels: n labels as ``column`` reads them (of classes: indices into ``label_names``), or
+            empty for language modelling.
+        label_names: the classes' names; empty without labels, or where these are of no names.
         columns: further columns of n values each (author, age ...), which never leave the owner.
         name: where the data came from, for messages; not part of the content.
         chat: whether the texts are conversations (:mod:`fedsplit.data.conversations`).
         places: where each row is ("file:line"), for messages; not part of the content.
+        column: what kind of labels these are; not part of the content.
 
     Raises:
         DataError: on a blank text, a text that UTF-8 cannot carry, a missing label or one out of
@@ -39,12 +42,13 @@ class TextDataset:
     """
 
     texts: tuple[str, ...]
-    labels: tuple[int, ...] = ()
+    labels: tuple[Label, ...] = ()
     label_names: tuple[str, ...] = ()
     columns: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     name: str = "dataset"
     chat: bool = False
     places: tuple[str, ...] = ()
+    column: LabelColumn = field(default_factory=ClassColumn)
 
     def __post_init__(self) -> None:
         """Validate every row."""
@@ -52,7 +56,7 @@ class TextDataset:
             raise DataError(f"{self.name}: rows=0: must be >= 1")
         for row, text in enumerate(self.texts):
             _check_text(self.place(row), text)
-        if bool(self.labels) != bool(self.label_names):
+        if bool(self.labels and self.column.named) != bool(self.label_names):
             raise DataError(
                 f"{self.name}: {len(self.labels)} labels and {len(self.label_names)} label names: "
                 "must both be there or both be missing"
@@ -65,11 +69,9 @@ class TextDataset:
         if len(set(self.label_names)) != len(self.label_names):
             raise DataError(f"{self.name}: label_names={self.label_names!r}: must be distinct")
         for row, label in enumerate(self.labels):
-            if type(label) is not int or not 0 <= label < len(self.label_names):
-                raise DataError(
-                    f"{self.place(row)}: label={label!r}: must be an integer from 0 to "
-                    f"{len(self.label_names) - 1}"
-                )
+            fault = self.column.fault(label, self.label_names)
+            if fault is not None:
+                raise DataError(f"{self.place(row)}: label={label!r}: must be {fault}")
         for column, values in self.columns.items():
             if len(values) != len(self.texts):
                 raise DataError(
@@ -126,6 +128,7 @@ class TextDataset:
             name=self.name,
             chat=self.chat,
             places=tuple(self.places[row] for row in rows) if self.places else (),
+            column=self.column,
         )
 
     def within(self, names: Sequence[str]) -> TextDataset:
@@ -138,9 +141,14 @@ class TextDataset:
             DataError: a row is of another class; names the row.
         """
         for row, label in enumerate(self.labels):
-            if label >= len(names):
-                raise unknown_class(self.place(row), self.label_names[label], names)
-        return replace(self, label_names=tuple(names) if self.labels else ())
+            outside = self.column.outside(label, self.label_names, len(names))
+            if outside is not None:
+                raise unknown_class(self.place(row), outside, names)
+        return replace(self, label_names=tuple(names) if self.label_names else ())
+
+    def strata(self) -> tuple[int, ...]:
+        """Return a number for each row, equal for rows of one kind of label; often none."""
+        return self.column.strata(self.labels) if self.labels else ()
 
     def label_counts(self) -> npt.NDArray[np.int64]:
         """Return how many rows each label has, shape (number of label names,)."""
@@ -149,8 +157,10 @@ class TextDataset:
         ).astype(np.int64)
 
 
-def build(table: Table, names: tuple[str, ...]) -> TextDataset:
-    """Return the table as a data set whose labels are indices into ``names``.
+def build(table: Table, names: tuple[str, ...], column: LabelColumn | None = None) -> TextDataset:
+    """Return the table as a data set whose labels are as ``column`` reads them.
+
+    Without one they are classes: indices into ``names``.
 
     Blank texts are dropped where there are no labels (language-modelling sets use them as
     separators) and refused where there are.
@@ -168,9 +178,16 @@ def build(table: Table, names: tuple[str, ...]) -> TextDataset:
             chat=table.chat,
             places=tuple(table.place(row) for row in keep),
         )
-    labels = class_indices(table, names)
+    column = column or ClassColumn(names)
+    labels = column.read(table, names)
     return TextDataset(
-        table.texts, labels, names, dict(table.columns), table.name, places=table.places
+        table.texts,
+        labels,
+        names,
+        dict(table.columns),
+        table.name,
+        places=table.places,
+        column=column,
     )
 
 

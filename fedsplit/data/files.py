@@ -13,6 +13,7 @@ from fedsplit.data.split_files import data_files, is_unsplit
 from fedsplit.data.table import (
     EVERY,
     SOURCE_COLUMN,
+    Cell,
     Request,
     Source,
     Table,
@@ -57,7 +58,7 @@ def read(request: Request, split: str) -> Table:
         )
     files = found[split]
     texts: list[str] = []
-    labels: list[Value] = []
+    labels: list[Cell] = []
     by_file = is_unsplit(Path(request.path), READERS)
     names = [*request.columns, *([SOURCE_COLUMN] if by_file else [])]
     columns: dict[str, list[Value]] = {column: [] for column in names}
@@ -66,7 +67,7 @@ def read(request: Request, split: str) -> Table:
         for where, row in READERS[file.suffix.lower()](file, request):
             texts.append(_text(where, row, request.text_columns))
             if request.label_column:
-                labels.append(value_of(where, row, request.label_column))
+                labels.append(cell_of(where, row, request.label_column))
             for column, values in columns.items():
                 own = by_file and column == SOURCE_COLUMN and column not in row
                 values.append(file.stem if own else value_of(where, row, column))
@@ -258,6 +259,18 @@ def value_of(where: str, row: Mapping[str, Any], column: str) -> Value:
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise DataError(f"{where}: {column}={value!r:.80}: must be a string, a number or a boolean")
+
+
+def cell_of(where: str, row: Mapping[str, Any], column: str) -> Cell:
+    """Return one label of a row: as :func:`value_of`, or a list of such values as a tuple.
+
+    Raises:
+        DataError: there is no such column, or its value holds a list or an object.
+    """
+    value = _get(where, row, column)
+    if isinstance(value, list):
+        return tuple(value_of(where, {column: part}, column) for part in value)
+    return value_of(where, row, column)
 
 
 SOURCE = Source(splits, read)

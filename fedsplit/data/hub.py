@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedsplit.data.table import Request, Source, Table, Value, join_parts, missing_column
+from fedsplit.data.table import Cell, Request, Source, Table, Value, join_parts, missing_column
 from fedsplit.errors import DataError
 
 _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<config>[\w.-]+))?")
@@ -46,12 +46,12 @@ def read(request: Request, split: str) -> Table:
         if column not in rows.column_names:
             raise missing_column(request.path, column, rows.column_names)
     names: tuple[str, ...] = ()
-    labels: tuple[Value, ...] = ()
+    labels: tuple[Cell, ...] = ()
     if request.label_column:
-        labels = _values(request, rows, request.label_column)
-        names = tuple(getattr(rows.features[request.label_column], "names", None) or ())
-        if names:  # -1 stays: the labels of that row are kept back
-            labels = tuple(names[x] if type(x) is int and x >= 0 else x for x in labels)
+        feature = rows.features[request.label_column]
+        feature = getattr(feature, "feature", feature)  # of a list: its parts'
+        names = tuple(getattr(feature, "names", None) or ())
+        labels = tuple(_named(cell, names) for cell in _cells(request, rows, request.label_column))
     return Table(
         texts=_texts(request, rows),
         labels=labels,
@@ -85,14 +85,33 @@ def _texts(request: Request, rows: Any) -> tuple[str, ...]:
 
 
 def _values(request: Request, rows: Any, column: str) -> tuple[Value, ...]:
-    values = tuple(rows[column])
-    for row, value in enumerate(values):
-        if value is not None and not isinstance(value, (str, int, float, bool)):
-            raise DataError(
-                f"{request.path}: row {row}: {column}={value!r:.80}: must be a string, a number or "
-                "a boolean"
-            )
-    return values
+    return tuple(
+        _value(f"{request.path}: row {row}: {column}", value)
+        for row, value in enumerate(rows[column])
+    )
+
+
+def _cells(request: Request, rows: Any, column: str) -> tuple[Cell, ...]:
+    """Return a column whose values may be lists."""
+    found: list[Cell] = []
+    for row, value in enumerate(rows[column]):
+        where = f"{request.path}: row {row}: {column}"
+        listed = isinstance(value, list)
+        found.append(tuple(_value(where, x) for x in value) if listed else _value(where, value))
+    return tuple(found)
+
+
+def _value(where: str, value: Any) -> Value:
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise DataError(f"{where}={value!r:.80}: must be a string, a number or a boolean")
+
+
+def _named(cell: Cell, names: tuple[str, ...]) -> Cell:
+    """Return a label's name for its index; -1 stays: the labels of that row are kept back."""
+    if isinstance(cell, tuple):
+        return tuple(names[x] if names and type(x) is int and x >= 0 else x for x in cell)
+    return names[cell] if names and type(cell) is int and cell >= 0 else cell
 
 
 def _locate(path: str) -> tuple[str, str | None, str | None]:

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from fedsplit.data.table import Table, Value
+from fedsplit.data.table import Cell, Table
 from fedsplit.errors import DataError, check
 
 HIDDEN = "-1"
@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?
 _TRUTH = {"true": "1", "false": "0"}
 
 
-def class_name(value: Value) -> str:
+def class_name(value: Cell) -> str:
     """Return the name of a label by its value; empty where there is no label."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e18:
         value = int(value)
@@ -106,6 +106,7 @@ def agreed_first(
     found: set[str] = set()
     for table in tables:
         for row, label in enumerate(table.labels):
+            _check_one(table, row, label)
             name = class_name(label)
             if name in known or name in found:
                 continue
@@ -130,6 +131,7 @@ def class_indices(table: Table, names: Sequence[str]) -> tuple[int, ...]:
     index = {class_name(name): position for position, name in enumerate(names)}
     found = []
     for row, label in enumerate(table.labels):
+        _check_one(table, row, label)
         name = class_name(label)
         if name not in index:
             raise DataError(f"{table.place(row)}: {_fault(label, name, names)}")
@@ -151,7 +153,7 @@ def unknown_class(place: str, name: str, names: Sequence[str]) -> DataError:
     return DataError(f"{place}: {_fault(name, name, names)}")
 
 
-def _fault(label: Value, name: str, names: Sequence[str]) -> str:
+def _fault(label: Cell, name: str, names: Sequence[str]) -> str:
     if is_missing(name):
         return f"label={label!r}: must be a label; the cell is empty"
     if name == HIDDEN:
@@ -167,7 +169,15 @@ def _fault(label: Value, name: str, names: Sequence[str]) -> str:
     )
 
 
-def _check_name(table: Table, row: int, label: Value, name: str) -> None:
+def _check_one(table: Table, row: int, label: Cell) -> None:
+    if isinstance(label, tuple):
+        raise DataError(
+            f"{table.place(row)}: label={list(label)!r:.80}: must be a string, a number or a "
+            "boolean; a task whose labels are lists is named by model.task"
+        )
+
+
+def _check_name(table: Table, row: int, label: Cell, name: str) -> None:
     if name in ("inf", "-inf") or (_NUMBER.fullmatch(name) and not float(name).is_integer()):
         raise DataError(
             f"{table.place(row)}: label={label!r}: must be a name or an integer, or one of the "

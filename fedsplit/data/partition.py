@@ -91,7 +91,8 @@ def train_test_split(
 
     Args:
         indices: (m,) row numbers of the owner.
-        labels: the labels of the whole data set, indexed by row number; empty: not stratified.
+        labels: kinds of label of the whole data set (:meth:`TextDataset.strata`), indexed by row
+            number; empty: not stratified.
         share: share to hold out, between 0 and 1.
         seed: seed of the owner.
 
@@ -177,9 +178,10 @@ def _iid(
 def _dirichlet(
     dataset: TextDataset, owners: int, seed: int, alpha: float, column: str, min_size: int
 ) -> list[list[int]]:
-    if not dataset.labels:
+    kinds = dataset.strata()
+    if not kinds:
         raise DataError(f"{dataset.name}: labels=(): must be there for a dirichlet partition")
-    rows = {"row": list(range(len(dataset))), "label": list(dataset.labels)}
+    rows = {"row": list(range(len(dataset))), "label": list(kinds)}
     for least in (min_size, 0):  # 0: the first draw, so that the caller can name its sizes
         partitioner = _flower().DirichletPartitioner(
             num_partitions=owners,

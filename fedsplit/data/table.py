@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fedsplit.errors import DataError, check
 
 Value = str | int | float | bool | None
+Cell = Value | tuple[Value, ...]  # of a column of labels: one, or a list of them
 EVERY = "*"  # as a text column: a row's every column is wanted
 SOURCE_COLUMN = "source"  # each row's file, in a folder whose files are not splits
 SEPARATOR = "\x1f"  # between the parts of a text of several columns: ASCII's unit separator
@@ -104,7 +105,7 @@ class Table:
     """
 
     texts: tuple[str, ...]
-    labels: tuple[Value, ...]
+    labels: tuple[Cell, ...]
     columns: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     name: str = ""
     label_names: tuple[str, ...] = ()

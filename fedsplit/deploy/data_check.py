@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsplit.data import MIN_ROWS, TextDataset
+from fedsplit.data import MIN_ROWS, ClassColumn, TextDataset
 from fedsplit.data.table import MissingColumn
 from fedsplit.deploy.node import NodeFile
 from fedsplit.errors import DataError, FedsplitError
@@ -25,7 +25,7 @@ def look_at_data(node: NodeFile) -> Iterator[Finding]:
         FedsplitError: the data cannot be read; names file and line.
     """
     given = str(node.node["data-path"])
-    train, test = read_own(node.node, (), labelled=False)
+    train, test = read_own(node.node, labelled=False)
     yield "data", "ok", _texts(given, train, test)
     if test is None and len(set(train.texts)) < MIN_ROWS:
         text = f"{len(set(train.texts))} different texts: must be >= {MIN_ROWS} to hold some out"
@@ -75,7 +75,7 @@ def _labels(node: NodeFile) -> Finding:
     names = own_classes(node.home, node.node)
     column = str(node.node.get("label-column", "label"))
     try:
-        train, test = read_own(node.node, names, labelled=True)
+        train, test = read_own(node.node, ClassColumn(names), labelled=True)
     except MissingColumn:
         return "labels", "ok", f"no column {column!r}: texts alone, for a language model"
     except DataError as error:

@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from fedsplit.models.adapters.trainable import TRAINABLE, Trainable, make_trainable
     from fedsplit.models.anatomy import Anatomy, probe
     from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
-    from fedsplit.models.loading import TASKS, LoadedModel, load, weights_digest
+    from fedsplit.models.loading import HEADS, LoadedModel, load, weights_digest
     from fedsplit.models.placing import place
     from fedsplit.models.splitting.halves import Bottom, Top, split
     from fedsplit.models.splitting.heads import Head, detach_head
 
 __all__ = [
-    "TASKS",
+    "HEADS",
     "TRAINABLE",
     "Anatomy",
     "Bottom",
@@ -68,7 +68,7 @@ __getattr__ = lazy(
         "bundle.bottom": ("Bundle", "pack_bottom", "unpack_bottom"),
         "splitting.halves": ("Bottom", "Top", "split"),
         "splitting.heads": ("Head", "detach_head"),
-        "loading": ("TASKS", "LoadedModel", "load", "weights_digest"),
+        "loading": ("HEADS", "LoadedModel", "load", "weights_digest"),
         "placing": ("place",),
         "adapters.trainable": ("TRAINABLE", "Trainable", "make_trainable"),
     },

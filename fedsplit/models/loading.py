@@ -32,13 +32,15 @@ from fedsplit.models.anatomy import probe, text_config
 from fedsplit.models.places import place_of
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
+from fedsplit.tasks import Task, task_type
 
 log = logging.getLogger(__name__)
 
-TASKS: dict[str, Any] = {
+HEADS: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
     "causal-lm": AutoModelForCausalLM,
 }
+"""Head -> transformers' class of models with it; a task names its own."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ def load(
     Args:
         name_or_path: a folder, a ``.gguf`` file, a hub name, or ``package:NAME``, see
             :func:`fedsplit.models.places.place_of`.
-        task: ``"sequence-classification"`` or ``"causal-lm"``.
-        num_labels: classes of a classifier; None: the checkpoint's own, or ``len(label_names)``.
+        task: a row of :data:`fedsplit.tasks.TASKS`.
+        num_labels: numbers that a text is answered with; None: the checkpoint's own, or
+            ``len(label_names)``.
         label_names: their names, in order of the class index.
         dtype: of the weights.
         device: where the model is put.
@@ -109,14 +112,15 @@ def load(
             damaged, weights are missing or of another shape, or the digest differs; names the
             place.
     """
-    auto = pick(TASKS, task, "task")
+    kind = task_type(task)
+    auto = pick(HEADS, kind.head, "head")
     check(dropout is None or 0.0 <= dropout < 1.0, "dropout", dropout, "None or in [0, 1)")
-    labels = _label_settings(task, num_labels, label_names)
+    labels = _label_settings(kind, num_labels, label_names)
     where = _located(str(name_or_path), expected_sha256)
     options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
     with _naming(name_or_path), _quiet():
         config = AutoConfig.from_pretrained(where, **options)
-        if task == "causal-lm":
+        if kind.head == "causal-lm":
             _check_causal(config, str(name_or_path))
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         _check_vocabulary(tokenizer, str(name_or_path))
@@ -133,7 +137,7 @@ def load(
                 **options,
             )
     new = {str(key) for key in info["missing_keys"]}
-    _check_complete(model, task, new, str(name_or_path))
+    _check_complete(model, kind.head, new, str(name_or_path))
     new |= _new_head(model, info["mismatched_keys"], str(name_or_path))
     _give_pad_token(model, tokenizer, str(name_or_path))
     if dropout is not None:
@@ -178,14 +182,17 @@ def set_dropout(model: nn.Module, probability: float) -> None:
 
 
 def _label_settings(
-    task: str, num_labels: int | None, label_names: Sequence[str] | None
+    task: type[Task], num_labels: int | None, label_names: Sequence[str] | None
 ) -> dict[str, Any]:
     if num_labels is None and label_names is None:
         return {}
-    check(task == "sequence-classification", "num_labels", num_labels, f"None for task {task!r}")
+    check(task.labelled, "num_labels", num_labels, f"None for task {task.name!r}")
     count = num_labels if num_labels is not None else len(label_names or ())
-    check(count >= 2, "num_labels", count, ">= 2")
+    least = task.outputs_of(2) or 1
+    check(count >= least, "num_labels", count, f">= {least}")
     settings: dict[str, Any] = {"num_labels": count}
+    if task.problem:
+        settings["problem_type"] = task.problem
     if label_names is not None:
         names = [str(name) for name in label_names]
         check(len(names) == count, "label_names", names, f"{count} names, one for each class")
@@ -225,13 +232,13 @@ def _check_causal(config: PreTrainedConfig, source: str) -> None:
         )
 
 
-def _check_complete(model: PreTrainedModel, task: str, new: set[str], source: str) -> None:
+def _check_complete(model: PreTrainedModel, head: str, new: set[str], source: str) -> None:
     """Check that only a classification head (and its pooler) is missing from a checkpoint."""
     base = model.base_model
     known = {f"{n}." for n, m in model.named_modules() if m is base and n}
     prefix = next(iter(known), "")
     bad = sorted(
-        k for k in new if task == "causal-lm" or (k.startswith(prefix) and "pooler" not in k)
+        k for k in new if head == "causal-lm" or (k.startswith(prefix) and "pooler" not in k)
     )
     if bad:
         shown = ", ".join(bad[:5]) + (" ..." if len(bad) > 5 else "")

@@ -1,4 +1,4 @@
-"""Which classes an owner's labels are of: the list that the parties agreed on.
+"""What an owner's labels mean, as the parties agreed: the list of classes, the range of numbers.
 
 The server announces the names (``model.label-names``), or owners keep them to themselves (node
 config ``label-names``); with neither, a label is an integer below ``model.labels`` and means
@@ -18,37 +18,26 @@ from pathlib import Path
 
 from fedsplit import storage
 from fedsplit.config import RunConfig
-from fedsplit.data import names_digest, numerals, parse_class_names
-from fedsplit.errors import ConfigError, LedgerError
+from fedsplit.data import names_digest, parse_class_names
+from fedsplit.errors import LedgerError
 from fedsplit.owners.label_draws import data_key
 from fedsplit.owners.policy.rules import Breach, refuse
+from fedsplit.tasks import task_of
+from fedsplit.tasks.classification import OWN
 
 FILE = "labels.names.json"
-OWN = "label-names"
 
 
 def agreed_classes(config: RunConfig, node_config: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the names of the run's classes, in order; empty without labels.
+    """Return the names of the run's classes, in order, or what else its labels mean.
+
+    Empty without labels.
 
     Raises:
-        ConfigError: the server announces another list than the owner's own, or another number of
-            classes.
+        ConfigError: the server announces another meaning than the owner's own.
     """
-    if config.model.task == "causal-lm":
-        return ()
-    announced = parse_class_names(config.model.label_names, "model.label-names")
-    own = parse_class_names(str(node_config.get(OWN, "")), f"node config {OWN}")
-    if own and announced and names_digest(own) != names_digest(announced):
-        raise ConfigError(
-            f"model.label-names={config.model.label_names!r:.200}: must be this owner's own "
-            f"{OWN}: {', '.join(own)}"
-        )
-    if own and len(own) != config.model.labels:
-        raise ConfigError(
-            f"model.labels={config.model.labels}: must be {len(own)}, the number of this owner's "
-            f"own {OWN}"
-        )
-    return announced or own or numerals(config.model.labels)
+    task = task_of(config)
+    return task.agreed(config.model, str(node_config.get(task.terms_setting, "")))
 
 
 def own_classes(home: Path, node_config: Mapping[str, object]) -> tuple[str, ...]:
@@ -65,7 +54,12 @@ def own_classes(home: Path, node_config: Mapping[str, object]) -> tuple[str, ...
     return own or _known(home).get(data_key(node_config), ())
 
 
-def keep_first(home: Path, node_config: Mapping[str, object], names: tuple[str, ...]) -> None:
+def keep_first(
+    home: Path,
+    node_config: Mapping[str, object],
+    names: tuple[str, ...],
+    setting: str = OWN,
+) -> None:
     """Keep the first list of classes that a server announced for this data, or refuse another.
 
     With a list of the owner's own there is nothing to keep.
@@ -74,12 +68,13 @@ def keep_first(home: Path, node_config: Mapping[str, object], names: tuple[str, 
         home: the owner's folder.
         node_config: the owner's own; names the data and the labels' column.
         names: as :func:`agreed_classes` returned them.
+        setting: key of the node config with the owner's own.
 
     Raises:
         PolicyError: another list was announced before.
         LedgerError: the file cannot be read or written.
     """
-    if not names or str(node_config.get(OWN, "")).strip():
+    if not names or str(node_config.get(setting, "")).strip():
         return
     path, key = home / FILE, data_key(node_config)
     try:
@@ -95,7 +90,7 @@ def keep_first(home: Path, node_config: Mapping[str, object], names: tuple[str, 
     if names_digest(first) != names_digest(names):
         bound = (
             f"{', '.join(first)}, the first that were announced for this data ({FILE}); to agree "
-            f"to others, set {OWN} in the node config"
+            f"to others, set {setting} in the node config"
         )
         refuse([Breach("labels.classes", ", ".join(names), bound)])
 

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.config import DataConfig, RunConfig
-from fedsplit.data import MIN_ROWS, TextDataset, load_splits, partition, train_test_split
+from fedsplit.data import (
+    MIN_ROWS,
+    LabelColumn,
+    TextDataset,
+    load_splits,
+    partition,
+    train_test_split,
+)
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.owners.class_names import agreed_classes, keep_first
 from fedsplit.owners.home import in_simulation
 from fedsplit.owners.naming import owner_name
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import derive_seed
+from fedsplit.tasks import task_of
 
 __all__ = [
     "held_out",
@@ -43,7 +51,7 @@ TEST_SHARE = 0.2  # of an owner that names none in its node config
 
 @lru_cache(maxsize=2)
 def simulated_shares(
-    config: DataConfig, seed: int, labelled: bool, names: tuple[str, ...] = (), classes: int = 0
+    config: DataConfig, seed: int, labelled: bool, labels: LabelColumn | None = None
 ) -> tuple[tuple[TextDataset, TextDataset], ...]:
     """Return (train, test) of every simulated owner.
 
@@ -54,9 +62,9 @@ def simulated_shares(
         config: which data, and how it is shared out.
         seed: of the run.
         labelled: whether labels are read.
-        names: the classes that the run announces; labels of others come after them, for each
-            owner to refuse its own (:meth:`~fedsplit.data.TextDataset.within`).
-        classes: number of classes.
+        labels: how they are read; none: one class per text.  Labels of classes that were not
+            announced come after the others, for each owner to refuse its own
+            (:meth:`~fedsplit.data.TextDataset.within`).
 
     Raises:
         DataError: unknown source or column, an owner without samples, and see ``load_splits``.
@@ -68,8 +76,7 @@ def simulated_shares(
         columns=(config.column,) if config.partition == "column" and config.column else (),
         limit=config.limit or None,
         seed=derive_seed(seed, "limit"),
-        label_names=names,
-        classes=classes,
+        column=labels,
     )
     parts = partition(
         train,
@@ -84,7 +91,7 @@ def simulated_shares(
     if test is None:
         for owner, indices in enumerate(parts):
             keep, held_out = train_test_split(
-                indices, train.labels, config.test_share, derive_seed(seed, "test", owner)
+                indices, train.strata(), config.test_share, derive_seed(seed, "test", owner)
             )
             shares.append((train.select(keep), train.select(held_out)))
     else:
@@ -100,11 +107,10 @@ def simulated_data(config: RunConfig, owner: int) -> tuple[TextDataset, TextData
         DataError: a label is of none of the classes that the run announces; names the owner and
             the row; and as :func:`simulated_shares`.
     """
-    model = config.model
-    labelled = model.task != "causal-lm"
-    names = agreed_classes(config, {}) if labelled and model.label_names else ()
-    classes = model.labels if labelled else 0
-    train, test = simulated_shares(config.data, config.seed, labelled, names, classes)[owner]
+    task = task_of(config)
+    names = task.announced(config.model)
+    labels = task.column(names)
+    train, test = simulated_shares(config.data, config.seed, task.labelled, labels)[owner]
     if not names:
         return train, test
     try:
@@ -151,10 +157,12 @@ def own_data(
         return simulated_data(config, index)
     if not node_config.get("data-path"):
         raise ConfigError("node config data-path: must name this owner's own data")
+    task = task_of(config)
     names = agreed_classes(config, node_config) if labelled else ()
     if home is not None:
-        keep_first(home, node_config, names)
-    train, test = read_own(node_config, names, labelled=bool(names))
+        keep_first(home, node_config, names, task.terms_setting)
+    labels = task.column(names) if labelled else None
+    train, test = read_own(node_config, labels, labelled=labels is not None)
     train = train.within(names)
     if test is not None:
         return train, test.within(names)
@@ -163,13 +171,13 @@ def own_data(
 
 
 def read_own(
-    node_config: Mapping[str, object], names: Sequence[str], *, labelled: bool
+    node_config: Mapping[str, object], labels: LabelColumn | None = None, *, labelled: bool
 ) -> tuple[TextDataset, TextDataset | None]:
     """Read what the node config names as this owner's data: (train, test), none without a test set.
 
     Args:
         node_config: the owner's own.
-        names: the agreed classes; labels of others come after them.
+        labels: how labels are read; none: one class per text, whatever their names are.
         labelled: whether labels are read.
 
     Raises:
@@ -177,7 +185,7 @@ def read_own(
         DataError: see :func:`fedsplit.data.load_splits`.
     """
     kind, asked = reading(_own_reading(node_config), labelled=labelled)
-    return load_splits(kind, **asked, label_names=names)
+    return load_splits(kind, **asked, column=labels)
 
 
 def _own_reading(node_config: Mapping[str, object]) -> DataConfig:

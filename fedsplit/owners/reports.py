@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsplit.confusion import is_count
 from fedsplit.owners.home import in_simulation
 from fedsplit.owners.ledger.reports import PRIVATE, counts_leave, is_private
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.sums import is_sum
 
 LOSS_CLIP = 8.0  # nats: bound on one text's mean loss in a noisy report
 Metrics = dict[str, float | int]
@@ -79,7 +79,7 @@ class SessionReport:
         if not self.allowed:
             return {key: value for key, value in metrics.items() if not is_private(key)}
         if not counts_leave(self._policy, metrics):
-            metrics = {key: value for key, value in metrics.items() if not is_count(key)}
+            metrics = {key: value for key, value in metrics.items() if not is_sum(key)}
         if self.epsilon is None:
             return dict(metrics)
         told = sorted(PRIVATE & metrics.keys())

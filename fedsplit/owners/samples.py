@@ -16,6 +16,7 @@ from fedsplit.data import SEPARATOR, TextDataset
 from fedsplit.data.conversations import from_text
 from fedsplit.errors import DataError
 from fedsplit.models.chat_template import encode
+from fedsplit.tasks import Task, task_type
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ class Samples:
 
     Attributes:
         ids: one int64 tensor (T_i,) per slot, without padding.
-        labels: one class per slot, or None for causal language modelling.
+        labels: one label per slot, (N, ...) as the task's loss takes them; None: the texts' own
+            tokens are what is learnt.
         texts: what identifies each slot's raw text (:func:`text_identity`): views, draws and
             budgets are counted by it, whatever tokens a server's tokenizer makes of the text.
         completions: one flag per token, (T_i,) per slot: whether it is to be predicted; None: of a
@@ -48,6 +50,27 @@ class Samples:
         if self.completions is None:
             return torch.arange(self.ids[slot].shape[0] - 1)
         return self.completions[slot][1:].nonzero().flatten()
+
+    def targets_of(self, slots: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+        """Return (rows of output that are compared with something, what with) of some slots.
+
+        Returns:
+            Row numbers among the rows of ``slots``, in order (one per token), or None: all of them,
+            one per text; and the targets, one per row.
+        """
+        if self.labels is not None:
+            return None, self.labels[list(slots)]
+        keep, following, at = [], [], 0
+        for slot in slots:
+            ids, own = self.ids[slot], self.predicting(slot)
+            keep.append(at + own)
+            following.append(ids[1 + own])
+            at += int(ids.shape[0])
+        return torch.cat(keep), torch.cat(following)
+
+    def target_count(self, slot: int) -> int:
+        """Return how many targets one text has."""
+        return 1 if self.labels is not None else len(self.predicting(slot))
 
     @property
     def lengths(self) -> list[int]:
@@ -79,10 +102,11 @@ def piece_identity(text: bytes, continuation: Sequence[int]) -> bytes:
 def tokenise(
     tokenizer: Any,
     texts: Sequence[str],
-    labels: Sequence[int] | None,
+    labels: Sequence[Any] | None,
     *,
     max_tokens: int,
-    classes: int,
+    classes: int = 0,
+    task: Task | None = None,
     order: np.ndarray | None = None,
     shortest: int = 0,
     places: Sequence[str] = (),
@@ -93,9 +117,10 @@ def tokenise(
         tokenizer: a Hugging Face tokenizer.
         texts: the owner's texts; those of two parts (:func:`fedsplit.data.table.join_parts`) are
             pairs where the tokenizer knows pairs, else the parts are lines of one text.
-        labels: class per text, or None for causal language modelling.
+        labels: label per text, or None for causal language modelling.
         max_tokens: longer texts are cut.
-        classes: number of classes the parties agreed on.
+        classes: number of classes the parties agreed on, where no ``task`` is given.
+        task: whose labels these are; None: a classification.
         order: permutation of the texts; slot i holds text ``order[i]``.  A source sorted by label
             would otherwise tell labels by slot.
         shortest: fewest tokens of a text; 0 = 1 with labels, 2 without, since a language-modelling
@@ -104,8 +129,8 @@ def tokenise(
         places: where each text is ("file:line"), for messages to its owner.
 
     Raises:
-        DataError: no text, a label outside [0, classes), or a short text and no token to fill it
-            up with.
+        DataError: no text, a label that is none of the task's, or a short text and no token to fill
+            it up with.
     """
     if not texts:
         raise DataError("owner's split has 0 texts: must be >= 1")
@@ -114,10 +139,10 @@ def tokenise(
         texts = [texts[i] for i in order]
         labels = None if labels is None else [labels[i] for i in order]
         where = [where[i] for i in order]
+    targets = None
     if labels is not None:
-        for place, label in zip(where, labels, strict=True):
-            if not 0 <= int(label) < classes:
-                raise DataError(f"{place}: label={label}: must be in [0, {classes})")
+        task = task or task_type("sequence-classification")(classes)
+        targets = task.tensor(labels, where)
     encoded = _encode(tokenizer, texts, max_tokens)
     shortest = shortest or (1 if labels is not None else 2)
     fill = [getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")]
@@ -134,7 +159,7 @@ def tokenise(
         ids += [token] * missing
     return Samples(
         tuple(torch.tensor(ids, dtype=torch.int64) for ids in encoded),
-        None if labels is None else torch.tensor([int(x) for x in labels], dtype=torch.int64),
+        targets,
         tuple(text_identity(text) for text in texts),
         raw=tuple(texts),
     )
@@ -182,28 +207,29 @@ def tokenise_set(
     tokenizer: Any,
     data: TextDataset,
     *,
-    labelled: bool,
+    task: Task | None,
     max_tokens: int,
-    classes: int,
     order: np.ndarray | None = None,
 ) -> Samples:
-    """Tokenise a data set of any form into slots; see :func:`tokenise` and :func:`tokenise_chat`.
+    """Tokenise a data set of any form into slots, with a task's labels, if it has any.
+
+    See :func:`tokenise` and :func:`tokenise_chat`.
 
     Raises:
         DataError: conversations where labels are wanted, and as those two.
         ModelError: as :func:`tokenise_chat`.
     """
     if data.chat:
-        if labelled:
+        if task is not None and task.labelled:
             raise DataError(f"{data.name}: conversations: must be of a causal-lm, without labels")
         return tokenise_chat(tokenizer, data.texts, max_tokens=max_tokens, order=order)
-    labels = data.labels if labelled else None
+    labels = data.labels if task is not None and task.labelled else None
     return tokenise(
         tokenizer,
         data.texts,
         labels,
         max_tokens=max_tokens,
-        classes=classes,
+        task=task,
         order=order,
         places=data.places,
     )

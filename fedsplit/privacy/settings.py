@@ -7,6 +7,7 @@ from fedsplit.errors import check
 from fedsplit.privacy.contributing_tokens import PUBLIC_STATISTICS, STATISTICS
 from fedsplit.privacy.labels.table import check_labels, owner_trains_head, shows_text
 from fedsplit.privacy.mechanisms.table import mechanism_type
+from fedsplit.tasks import task_type
 
 
 def check_privacy(config: RunConfig) -> None:
@@ -19,6 +20,13 @@ def check_privacy(config: RunConfig) -> None:
     statistics = ("off", *STATISTICS, *PUBLIC_STATISTICS)
     cti = config.privacy.cti
     check(cti in statistics, "privacy.cti", cti, "one of " + ", ".join(statistics))
+    check(
+        cti not in STATISTICS or task_type(config.model.task).exclusive,
+        "privacy.cti",
+        cti,
+        f"{' or '.join(('off', *PUBLIC_STATISTICS))} with model.task={config.model.task}: its "
+        "texts are not each of one class",
+    )
     check_labels(config)
     _check_text(config)
     _check_dp(config)

@@ -7,14 +7,14 @@ an owner with an older fedsplit sends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
-from fedsplit.confusion import is_count
 from fedsplit.errors import WireError
 from fedsplit.registry import pick
+from fedsplit.sums import Family
 from fedsplit.wire.messages import REPORT, WHO
 
 _VERSION = 1
@@ -60,15 +60,14 @@ class ReplySchema:
             counts and losses.
         required: number -> its bounds; ``num-examples`` and ``targets`` weight averages.
         optional: numbers that may be missing.
-        counts: whether counts of true and predicted classes (:mod:`fedsplit.confusion`) may be
-            there; together they are the targets.
+        families: additive numbers that may be there (:mod:`fedsplit.sums`).
     """
 
     strategy: str
     mode: str
     required: Mapping[str, Bounds]
     optional: Mapping[str, Bounds] = field(default_factory=dict)
-    counts: bool = False
+    families: tuple[Family, ...] = ()
 
     @property
     def name(self) -> str:
@@ -86,15 +85,16 @@ class ReplySchema:
                 raise WireError(f"reply's report: must have {key!r}")
         for key, value in metrics.items():
             bounds = self.required.get(key) or self.optional.get(key)
-            if self.counts and is_count(key):
-                bounds = _COUNT
+            if bounds is None and any(family.has(key) for family in self.families):
+                continue
             if bounds is None:
                 raise WireError(f"reply's report: {key[:60]!r} is no number of {self.name}")
             if not bounds.admit(value):
                 raise WireError(f"reply's {key}={value}: must be {bounds}")
-        counts = [value for key, value in metrics.items() if is_count(key)]
-        if counts and (sum(counts) != metrics["targets"] or any(c % 1 for c in counts)):
-            raise WireError(f"reply's counts of classes: must be {metrics['targets']:g} in all")
+        for family in self.families:
+            fault = family.fault(metrics, metrics["targets"])
+            if fault is not None:
+                raise WireError(f"reply's {fault}")
 
     def write(self, metrics: Mapping[str, float | int], owner: str) -> RecordDict:
         """Return the content of an owner's reply: its numbers and its public name.
@@ -142,7 +142,7 @@ _LOSS = {"loss": _ANY}  # an owner's policy may keep its averages back
 _AVERAGED = {**_LOSS, "accuracy": _SHARE}
 _SCHEMAS = (
     ReplySchema("split-tuning", "train", _SPLIT, {**_AVERAGED, **_DP}),
-    ReplySchema("split-tuning", "evaluate", _SPLIT, _AVERAGED, counts=True),
+    ReplySchema("split-tuning", "evaluate", _SPLIT, _AVERAGED),
     ReplySchema(
         "offsite-tuning",
         "train",
@@ -155,10 +155,16 @@ _SCHEMAS = (
 REPLIES: dict[str, ReplySchema] = {f"{s.strategy}/{s.mode}": s for s in _SCHEMAS}
 
 
-def reply_schema(strategy: str, mode: str) -> ReplySchema:
+def reply_schema(strategy: str, mode: str, families: Sequence[Family] = ()) -> ReplySchema:
     """Return the schema of a strategy's replies.
+
+    Args:
+        strategy: its name.
+        mode: ``train`` or ``evaluate``.
+        families: additive numbers that the run's task lets owners report of an evaluation.
 
     Raises:
         ConfigError: the strategy has no replies of that mode; lists those that there are.
     """
-    return pick(REPLIES, f"{strategy}/{mode}", "reply")
+    found = pick(REPLIES, f"{strategy}/{mode}", "reply")
+    return replace(found, families=tuple(families)) if mode == "evaluate" else found

@@ -39,7 +39,7 @@ from fedsplit.errors import RunError, check
 from fedsplit.fingerprints.methods.ics import ICS, inner
 from fedsplit.fingerprints.view import choose_tokens
 from fedsplit.fingerprints.weights_file import INDEX, open_view
-from fedsplit.models.loading import TASKS
+from fedsplit.models.loading import HEADS
 from fedsplit.registry import pick
 from fedsplit.seeding import torch_generator
 from simulations.bench.figures import JsonPath, publish
@@ -165,7 +165,7 @@ def corrected(folder: Path, tokens: int, *, bf16: bool = True) -> float:
 
 def published(folder: Path, tokens: int, *, dtype: torch.dtype = torch.float32) -> float:
     """Compute ICS as the public script does: whole model in memory, six dense K x K matrices."""
-    model = TASKS["causal-lm"].from_pretrained(
+    model = HEADS["causal-lm"].from_pretrained(
         folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
     )
     weights = dict(model.named_parameters())

@@ -130,7 +130,8 @@ def centralised(config: RunConfig, owners: Sequence[OwnerSamples]) -> float:
 
 
 def _whole_step(model: Any, step: Step, optimisation: Optimisation, progress: float) -> None:
-    ids, mask, labels = padded(step)
+    ids, mask = padded(step)
+    labels = torch.cat([own.targets_of(slots)[1] for own, slots in step])
     optimisation.zero_grad()
     loss = functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, labels)
     torch.autograd.backward([loss])

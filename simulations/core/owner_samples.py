@@ -16,6 +16,7 @@ from fedsplit.owners.data_source import simulated_data
 from fedsplit.owners.samples import Samples, tokenise_set
 from fedsplit.owners.split.schedule import slot_order
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.tasks import task_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
             tokenise_set(
                 tokenizer,
                 texts,
-                labelled=config.model.task == "sequence-classification",
+                task=task_of(config),
                 max_tokens=config.model.max_tokens,
-                classes=config.model.labels,
                 order=slot_order(secret, split, len(texts)),
             )
             for split, texts in (("train", train), ("test", test))

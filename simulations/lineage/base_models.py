@@ -12,7 +12,7 @@ import torch
 
 from fedsplit.errors import ConfigError
 from fedsplit.models.layout.projections import read_config
-from fedsplit.models.loading import TASKS, LoadedModel, load, local_tokenizer
+from fedsplit.models.loading import HEADS, LoadedModel, load, local_tokenizer
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
 from simulations.lineage.descendants import ModelStore, Training, Windows, docstrings, train
@@ -108,7 +108,7 @@ def from_scratch(
     def make() -> tuple[LoadedModel, dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "lineage-scratch"))
-            model = TASKS["causal-lm"].from_config(read_config(shape)).eval()
+            model = HEADS["causal-lm"].from_config(read_config(shape)).eval()
         loaded = LoadedModel(model, local_tokenizer(shape), "", str(shape))
         windows = Windows(loaded.tokenizer, text, plan.length, plan.seed)
         train(loaded.model, windows, plan)

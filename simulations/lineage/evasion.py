@@ -30,7 +30,7 @@ from fedsplit.fingerprints.evasion.transforms import (
 )
 from fedsplit.fingerprints.methods.aligned_products import products
 from fedsplit.models.layout.projections import read_block, read_config
-from fedsplit.models.loading import TASKS, load
+from fedsplit.models.loading import HEADS, load
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed, torch_generator
 from simulations.core.progress import RunProgress
@@ -159,7 +159,7 @@ def _random(folder: Path, seed: int) -> nn.Module:
     task = "sequence-classification" if config.model_type == "bert" else "causal-lm"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "evasion-family", config.model_type))
-        model = TASKS[task].from_config(config, attn_implementation="eager").eval()
+        model = HEADS[task].from_config(config, attn_implementation="eager").eval()
         model = model.base_model if task == "sequence-classification" else model
         with torch.no_grad():
             for parameter in model.parameters():

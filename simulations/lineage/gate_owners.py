@@ -15,7 +15,7 @@ from torch import Tensor
 from fedsplit.errors import ConfigError
 from fedsplit.fingerprints.evasion.editor import Editor
 from fedsplit.models.anatomy import probe
-from fedsplit.models.loading import TASKS, LoadedModel, load
+from fedsplit.models.loading import HEADS, LoadedModel, load
 from fedsplit.models.splitting.halves import split
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed, torch_generator
@@ -196,7 +196,7 @@ def _fresh_donor(loaded: LoadedModel, work: LocalWork, seed: int) -> Any:
     """Return a new model of the same shape, all of it trained for a moment on the same text."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lineage-gate-donor"))
-        model = TASKS["sequence-classification"].from_config(loaded.model.config)
+        model = HEADS["sequence-classification"].from_config(loaded.model.config)
     ids = _tokens(loaded, docstrings(second=False)[:200_000])
     generator = torch_generator(seed, "lineage-gate-donor")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import check
@@ -22,6 +22,8 @@ from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.owners.samples import Samples
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.seeding import derive_seed
+from fedsplit.sums import add_up
+from fedsplit.tasks import task_of
 from simulations.core.owner_samples import OwnerSamples
 from strategies.base_model import AUTOCASTS, load_base
 from strategies.rounds.report import natural
@@ -31,14 +33,13 @@ from strategies.split_tuning.optimisation import Optimisation
 Step = list[tuple[Samples, list[int]]]
 
 
-def padded(step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a step's token ids and mask, (N, T) each, and its labels, (N,); none: (0,)."""
+def padded(step: Step) -> tuple[Tensor, Tensor]:
+    """Return a step's token ids and mask, (N, T) each."""
     ids_list = [s.ids[slot] for s, slots in step for slot in slots]
     ids = nn.utils.rnn.pad_sequence(ids_list, batch_first=True)
     lengths = torch.tensor([x.shape[0] for x in ids_list])
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    labels = [s.labels[slots] for s, slots in step if s.labels is not None]
-    return ids, mask, torch.cat(labels) if labels else torch.empty(0)
+    return ids, mask
 
 
 @dataclass
@@ -46,20 +47,29 @@ class TwinReport:
     """What the twin reached.
 
     Attributes:
-        accuracy: share of right predictions on all owners' held-out samples.
-        loss: mean held-out cross-entropy (nats per target).
-        zero_shot_loss: the same before any step.
+        metrics: loss, accuracy where there is one, and the task's scores, on all owners' held-out
+            samples.
+        zero_shot: the same before any step.
         majority: share of the most frequent training class among the held-out samples.
         steps: steps taken.
         train_s: seconds inside the steps.
     """
 
-    accuracy: float
-    loss: float
-    zero_shot_loss: float
+    metrics: dict[str, Any]
+    zero_shot: dict[str, Any]
     majority: float
     steps: int
     train_s: float
+
+    @property
+    def loss(self) -> float:
+        """Mean held-out loss per target (nats, or squares)."""
+        return float(self.metrics["loss"])
+
+    @property
+    def zero_shot_loss(self) -> float:
+        """The same before any step."""
+        return float(self.zero_shot["loss"])
 
 
 class CentralisedTwin:
@@ -68,7 +78,7 @@ class CentralisedTwin:
     def __init__(self, config: RunConfig, owners: Sequence[OwnerSamples]) -> None:
         accumulate = config.train.accumulate
         check(accumulate == 1, "train.accumulate", accumulate, "1 beside a centralised twin")
-        self.config = config
+        self.config, self.task = config, task_of(config)
         self.owners = {owner.name: owner for owner in owners}
         loaded = load_base(config)
         self.bottom, self.top = split(loaded.model, config.split.k, verify=False)
@@ -77,9 +87,7 @@ class CentralisedTwin:
         self.joint = config.split.bottom == "joint"
         self.bottom.eval().requires_grad_(self.joint)
         trainable = make_trainable(self.top, config.train.method, **method_options(config.train))
-        head = (
-            head_parameters(self.top) if config.model.task == "sequence-classification" else set()
-        )
+        head = head_parameters(self.top) if self.task.labelled else set()
         parameters = trainable.parameters()
         self.optimisation = Optimisation(
             [p for p in parameters if id(p) not in head],
@@ -97,16 +105,20 @@ class CentralisedTwin:
 
     def logits(self, samples: Step) -> tuple[Tensor, Tensor]:
         """Return (logits rows, targets) of one step's samples."""
-        ids, mask, labels = padded(samples)
+        ids, mask = padded(samples)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             hidden = self.bottom(ids, mask)
-        if self.config.model.task == "sequence-classification":
-            return self._buckets(hidden, mask), labels  # the server pads as little
-        logits = self.top(hidden, mask)
-        predicts = torch.zeros_like(mask[:, 1:], dtype=torch.bool)
-        for row, (own, slot) in enumerate((s, slot) for s, slots in samples for slot in slots):
-            predicts[row, own.predicting(slot)] = True
-        return logits[:, :-1][predicts], ids[:, 1:][predicts]
+        # The server pads texts with one row of output as little.
+        logits = self.top(hidden, mask) if self.task.per_token else self._buckets(hidden, mask)
+        rows = logits[mask.bool()] if self.task.per_token else logits
+        kept, targets, at = [], [], 0
+        for own, slots in samples:
+            keep, wanted = own.targets_of(slots)
+            count = sum(own.lengths[slot] for slot in slots) if self.task.per_token else len(slots)
+            kept.append(at + (torch.arange(count) if keep is None else keep))
+            targets.append(wanted)
+            at += count
+        return rows[torch.cat(kept)], torch.cat(targets)
 
     def step(self, samples: Step, progress: float) -> float:
         """Take one step and return its loss."""
@@ -115,7 +127,7 @@ class CentralisedTwin:
         if self.bottom_optimizer is not None:
             self.bottom_optimizer.zero_grad(set_to_none=True)
         logits, targets = self.logits(samples)
-        loss = functional.cross_entropy(logits.float(), targets)
+        loss = self.task.loss(logits, targets)
         torch.autograd.backward([loss])
         self.optimisation.step(progress)
         if self.bottom_optimizer is not None:
@@ -157,7 +169,7 @@ class CentralisedTwin:
         on_step: Callable[[int, int], None] | None = None,
     ) -> TwinReport:
         """Train and evaluate; ``on_step`` is called with (steps done, steps in all) after each."""
-        zero_shot, _ = self.evaluate()
+        zero_shot = self.evaluate()
         plan = self.schedule(waves)
         torch.manual_seed(derive_seed(self.config.seed, "dropout", "train", 1))
         began = time.perf_counter()
@@ -166,29 +178,35 @@ class CentralisedTwin:
             if on_step is not None:
                 on_step(number + 1, len(plan))
         train_s = time.perf_counter() - began
-        loss, accuracy = self.evaluate()
-        return TwinReport(accuracy, loss, zero_shot, self.majority(), len(plan), train_s)
+        return TwinReport(self.evaluate(), zero_shot, self.majority(), len(plan), train_s)
 
-    def evaluate(self) -> tuple[float, float]:
-        """Return (mean loss, accuracy) over all owners' held-out samples."""
+    def evaluate(self) -> dict[str, Any]:
+        """Return loss, accuracy and scores over all owners' held-out samples."""
         self.top.eval()
         size = 2 * self.config.train.batch_size
-        loss = right = count = 0.0
+        loss, count, right = 0.0, 0, 0
+        told, sums = True, dict[str, float]()
         with torch.inference_mode():
             for owner in self.owners.values():
                 n = len(owner.test)
                 for at in range(0, n, size):
                     slots = list(range(at, min(at + size, n)))
-                    logits, targets = self.logits([(owner.test, slots)])
-                    nats = functional.cross_entropy(logits.float(), targets, reduction="sum")
-                    loss += float(nats)
-                    right += int((logits.argmax(1) == targets).sum())
+                    scores, targets = self.logits([(owner.test, slots)])
+                    loss += float(self.task.losses(scores, targets).sum())
+                    hits = self.task.right(scores, targets)
+                    told = hits is not None
+                    right += 0 if hits is None else int(hits.sum())
                     count += int(targets.shape[0])
-        return loss / count, right / count
+                    parts = [owner.test.target_count(slot) for slot in slots]
+                    sums = add_up([sums, self.task.count(scores, targets, parts)])
+        found: dict[str, Any] = {"loss": loss / count}
+        if told:
+            found["accuracy"] = right / count
+        return found | (self.task.scores(sums) if sums else {})
 
     def majority(self) -> float:
         """Return the accuracy of always answering the most frequent training class."""
-        if self.config.model.task != "sequence-classification":
+        if not self.task.exclusive:
             return 0.0
         train, test = (
             torch.cat([s.labels for s in samples if s.labels is not None])

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError
 from fedsplit.privacy.labels.table import shows_text
+from fedsplit.tasks import task_of
 from simulations.core.owner_samples import OwnerSamples, data_digest, label_names, owner_samples
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
@@ -22,8 +23,8 @@ from simulations.split.results_table import print_table
 from simulations.split.transcript_attacks import attack_transcript, summary_of, write_truth_file
 from strategies.base_model import load_base
 
-# Scores from counts of true and predicted classes that owners report, over all of them together.
-SCORES = ("macro-f1", "micro-f1", "mcc", "balanced-accuracy", "recalls", "confusion")
+# Numbers of an evaluation that are no scores of the task's.
+AVERAGES = ("num-examples", "owners", "loss", "accuracy", "share-touched", "targets")
 OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
 
 
@@ -62,7 +63,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         folder.record(**_federated_results(config, server))
 
         attack: dict[str, Any] = {}
-        language = config.model.task == "causal-lm"  # then gradients show the text of any bottom
+        language = not task_of(config).labelled  # then gradients show the text of any bottom
         if config.output.transcript and (config.split.bottom == "frozen" or language):
             write_truth_file(folder.path, owners)
             progress.stage("attacking what the server received")
@@ -86,7 +87,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
 
 def _check_labels(config: RunConfig, owners: list[OwnerSamples]) -> None:
-    if config.model.task == "sequence-classification":
+    if task_of(config).exclusive:
         top = max(int(s.train.labels.max()) for s in owners if s.train.labels is not None)
         if top >= config.model.labels:
             raise ConfigError(f"model.labels={config.model.labels}: must be >= {top + 1}")
@@ -97,8 +98,9 @@ def _owners(owners: list[OwnerSamples]) -> list[dict[str, Any]]:
     for owner in owners:
         row: dict[str, Any] = {"name": owner.name, "train": len(owner.train)}
         row |= {"test": len(owner.test), "tokens": sum(owner.train.lengths)}
-        if owner.train.labels is not None:
-            row["labels"] = owner.train.labels.bincount().tolist()
+        labels = owner.train.labels
+        if labels is not None and labels.dtype == torch.int64 and labels.dim() == 1:
+            row["labels"] = labels.bincount().tolist()
         rows.append(row)
     return rows
 
@@ -152,20 +154,19 @@ def _privacy(config: RunConfig, server: dict[str, Any], attacks: dict[str, Any])
 def _utility(config: RunConfig, server: dict[str, Any], twin: TwinReport | None) -> dict[str, Any]:
     evaluated = [r["evaluate"]["metrics"] for r in server["rounds"] if "evaluate" in r]
     last: dict[str, Any] = evaluated[-1] if evaluated else {}
-    labelled = config.model.task == "sequence-classification"
-    loss = last.get("loss")
-    perplexity = math.exp(min(loss, 50.0)) if loss is not None else None
+    task = task_of(config)
     utility: dict[str, Any] = {
-        "metric": "accuracy" if labelled else "perplexity",
-        "federated": last.get("accuracy") if labelled else perplexity,
+        "metric": task.metric,
+        "federated": task.headline(last),
         "centralised": None,
         "baseline": None,
         "samples": last.get("num-examples", 0),
-        **{key: last[key] for key in SCORES if key in last},
+        **{key: value for key, value in last.items() if key not in AVERAGES},
     }
     if twin is not None:
-        utility["centralised"] = twin.accuracy if labelled else math.exp(min(twin.loss, 50.0))
-        utility["baseline"] = twin.majority if labelled else math.exp(min(twin.zero_shot_loss, 50))
-        utility["baseline_is"] = "majority class" if labelled else "zero-shot"
+        utility["centralised"] = task.headline(twin.metrics)
+        utility["centralised_scores"] = twin.metrics
+        utility["baseline"] = twin.majority if task.exclusive else task.headline(twin.zero_shot)
+        utility["baseline_is"] = "majority class" if task.exclusive else "zero-shot"
         utility["centralised_steps_per_s"] = twin.steps / max(twin.train_s, 1e-9)
     return utility

@@ -45,7 +45,7 @@ def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[s
 def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, figure, meaning) rows."""
     utility, privacy, traffic = results["utility"], results["privacy"], results["traffic"]
-    percent = utility["metric"] == "accuracy"
+    percent = utility["metric"] != "perplexity"
 
     def figure(value: float | None) -> str:
         if value is None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
-from fedsplit.confusion import is_count, of_reports, recalls, scores
 from fedsplit.errors import ModelError, SessionError, WireError
 from fedsplit.observe import printable
+from fedsplit.sums import add_up, is_sum
 from fedsplit.wire.messages import WEIGHTS
 from fedsplit.wire.replies import ReplySchema
 
@@ -154,15 +154,20 @@ def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) 
 _WEIGHTS = {"loss": "targets", "accuracy": "targets", "share-touched": "num-examples"}
 
 
-def average(rows: dict[str, dict[str, float]], cap: float = 0.0) -> dict[str, Any]:
+def average(
+    rows: dict[str, dict[str, float]],
+    cap: float = 0.0,
+    scores: Callable[[Mapping[str, float]], dict[str, Any]] = lambda sums: {},
+) -> dict[str, Any]:
     """Return weighted means of what the owners report, sums of counts, and the owners' own rows.
 
-    An owner whose policy keeps an average back has no part in that mean.  Counts of true and
-    predicted classes are added up; what they score is that of all these owners' texts together.
+    An owner whose policy keeps an average back has no part in that mean.  Additive numbers are
+    added up; what they score is that of all these owners' texts together.
 
     Args:
         rows: the owners' numbers.
         cap: an owner weighs at most this many times the median; 0 = as it says.
+        scores: what the run's task makes of the additive numbers.
     """
     if not rows:
         return {"num-examples": 0, "owners": {}}
@@ -173,11 +178,9 @@ def average(rows: dict[str, dict[str, float]], cap: float = 0.0) -> dict[str, An
             weights = capped({name: rows[name][weight] for name in told}, cap)
             whole = sum(weights.values())
             found[key] = sum(told[name] * weights[name] for name in told) / whole
-    counted = {name: row for name, row in rows.items() if any(map(is_count, row))}
-    if counted:
-        table = of_reports(list(counted.values()))
-        found |= {key: value for key, value in scores(table).items() if key != "accuracy"}
-        found["recalls"], found["confusion"] = recalls(table).tolist(), table.tolist()
-        rows = {n: {k: v for k, v in row.items() if not is_count(k)} for n, row in rows.items()}
+    sums = add_up(rows.values())
+    if sums:
+        found |= scores(sums)
+        rows = {n: {k: v for k, v in row.items() if not is_sum(k)} for n, row in rows.items()}
     found["owners"] = dict(sorted(rows.items(), key=lambda item: natural(item[0])))
     return found

@@ -22,6 +22,7 @@ from fedsplit.models.splitting.cached_decoding import CachedTop
 from fedsplit.models.splitting.halves import Top
 from fedsplit.models.splitting.heads import select_positions
 from fedsplit.observe import carried
+from fedsplit.tasks import task_of
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import Frame, Kind
@@ -113,7 +114,7 @@ class InferenceServer:
         try:
             session = self._session(link, hello)
             session.handshake(self._bundle.files, self._bundle.digest)
-            if self.config.model.task == "causal-lm":
+            if not task_of(self.config).labelled:
                 self._generate(link, session)
             else:
                 self._classify(session)

@@ -15,6 +15,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.cached_decoding import check_cached_decoding
 from fedsplit.models.trained.weights import identity, load_trained
+from fedsplit.tasks import task_of
 from fedsplit.wire.message_types import SERVE_TYPE
 from fedsplit.wire.messages import WHO, SessionOffer
 from fedsplit.wire.serving import MODE, ServingOffer
@@ -46,11 +47,11 @@ def build_inference_server(config: RunConfig) -> InferenceServer:
     if config.serving.weights:
         trained = load_trained(Path(config.serving.weights), identity(config, halves.digest))
     model = assemble(config, halves, trained)
-    if config.model.task == "causal-lm":
+    if not task_of(config).labelled:
         if model.head is not None or model.denoise is not None:
             raise ConfigError(
-                "serving of a causal-lm: must be without labels.protection=client-head and "
-                "privacy.denoise (tokens are answered one by one)"
+                f"serving of a {config.model.task}: must be without "
+                "labels.protection=client-head and privacy.denoise (tokens are answered one by one)"
             )
         check_cached_decoding(halves.bottom, model.top)
     return InferenceServer(config, model)

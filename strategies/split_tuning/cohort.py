@@ -20,6 +20,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError
 from fedsplit.models.splitting.heads import select_positions
 from fedsplit.observe import bound
+from fedsplit.tasks import task_of
 
 from ..rounds.report import CohortReport
 from ..rounds.round_context import Position, RoundContext
@@ -56,7 +57,7 @@ class Cohort:
         self._config = config
         self._joint = config.split.bottom == "joint"
         self._positions, self._tail = model.positions, model.tail
-        tokens = self._positions == "all" if self._positions else config.model.task == "causal-lm"
+        tokens = self._positions == "all" if self._positions else task_of(config).per_token
         self._per_token = tokens  # logits for every token, or for every text
         self._denoise = model.denoise
         self._denoise_gradients = model.denoise_gradients

@@ -1,7 +1,8 @@
 """What an honest gradient can be, and what is made of one that cannot.
 
 With the head at the server an owner returns, for each row of logits, the gradient of its mean
-cross-entropy over B targets.  A row of it is ``(p - q) / B`` with p the softmax of what the server
+loss over B targets.  What a row of it can be is the task's to say (:mod:`fedsplit.tasks`).  Of
+cross-entropy it is ``(p - q) / B`` with p the softmax of what the server
 sent and q a distribution over the classes (the label, or after randomised response the labels that
 it may stand for), or zero where the row has no target.  Both are distributions, so
 
@@ -30,12 +31,12 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.privacy.labels.table import head_at_owner, parts_of
+from fedsplit.tasks import task_of
 from fedsplit.wire.codecs import decode_rows, encode_rows
 
 Key = TypeVar("Key")
 Gradient = tuple[Tensor, float]  # rows (R, C) of an owner's mean loss, and its targets B
 
-CROSS_ENTROPY = ("sequence-classification", "causal-lm")
 SLACK = 1.02  # rounding on the wire
 FEWEST = 3
 CHARGED = 2.0
@@ -43,10 +44,6 @@ CHARGED = 2.0
 BLATANT = 10.0
 """The same for the bound that is relative to other owners."""
 CHUNK = 512
-CLIPPED = 25.0
-UNEXPLAINED = 0.25
-"""Largest distance, in units of 1 / B, of an honest row from what its label makes of the logits:
-rounding to bfloat16 or int8 on the wire moves it by less than 0.1."""
 
 
 class GradientBounds:
@@ -60,9 +57,10 @@ class GradientBounds:
         parts = parts_of(config.labels.protection)
         owner_head = head_at_owner(config.labels.protection)
         noisy = any(part.changes_gradients() for part in parts)
-        cross_entropy = config.model.task in CROSS_ENTROPY
+        self._task = task_of(config)
+        self._bound = self._task.row_bound or 0.0
         self._clip = config.robust.clip
-        self._absolute = cross_entropy and not owner_head and not noisy
+        self._absolute = bool(self._bound) and not owner_head and not noisy
         relabelled = any(part.changes_labels() for part in parts)
         self._explained = self._absolute and not (relabelled and config.labels.debias)
         self._codec = config.session.logits_codec
@@ -100,7 +98,7 @@ class GradientBounds:
     def _limit(self, gradients: Sequence[Gradient]) -> tuple[float, float]:
         """Return (bound on a row's norm times B, times it that are blatant)."""
         if self._absolute:
-            return math.sqrt(2.0) * SLACK, CHARGED
+            return self._bound * SLACK, CHARGED
         peaks = [float(rows.norm(dim=1).max()) * weight for rows, weight in gradients]
         median = statistics.median(peaks) if len(peaks) >= FEWEST else 0.0
         return (self._clip * median, BLATANT / self._clip) if median else (math.inf, math.inf)
@@ -115,18 +113,14 @@ class GradientBounds:
                 )
             ]
         )  # (R,)
-        odd = (away > UNEXPLAINED) & (rows.abs().amax(dim=1) > 0)
+        odd = (away > self._task.tolerance) & (rows.abs().amax(dim=1) > 0)
         if not bool(odd.any()):
             return rows, 0
         return torch.where(odd[:, None], torch.zeros(()), rows), int(odd.sum())
 
     def _distance(self, rows: Tensor, logits: Tensor) -> Tensor:
-        """Return each row's distance (R,) from p - its label's unit vector, times B."""
+        """Return each row's distance (R,) from what some label makes of the logits, times B."""
         seen = logits.float().cpu()
         if self._codec != "fp32":  # the owner's softmax is of what came down the wire
             seen = decode_rows(encode_rows(seen, self._codec), seen.shape, self._codec)
-        honest = seen.softmax(dim=1)  # (R, C)
-        label = rows.argmin(dim=1, keepdim=True)  # the only negative number of an honest row
-        away: Tensor = (rows - honest.scatter_add_(1, label, -torch.ones(label.shape))).norm(dim=1)
-        # Owners clip logits that are further from their mean than any honest one.
-        return torch.where(seen.amax(dim=1) - seen.mean(dim=1) < CLIPPED, away, 0.0)
+        return self._task.unexplained(rows, seen)

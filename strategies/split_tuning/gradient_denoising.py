@@ -24,6 +24,7 @@ from fedsplit.errors import AttackError
 from fedsplit.models.splitting.heads import Head
 from fedsplit.privacy.labels.row_noise import RowNoise
 from fedsplit.privacy.labels.table import build_protection
+from fedsplit.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class GradientDenoiser:
 def build_gradient_denoiser(config: RunConfig, head: Head | None) -> GradientDenoiser | None:
     """Return what the settings allow: an estimate needs a known law, and a linear head if any."""
     protection = build_protection(config.labels)
-    if not isinstance(protection, RowNoise) or config.model.task != "causal-lm":
+    if not isinstance(protection, RowNoise) or task_of(config).labelled:
         return None
     if head is None:
         return GradientDenoiser(protection, None)

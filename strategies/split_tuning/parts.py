@@ -14,6 +14,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.heads import head_parameters
+from fedsplit.tasks import task_of
 from fedsplit.wire.authentication import SessionAuthenticator
 from fedsplit.wire.messages import weights_record
 
@@ -95,7 +96,7 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerPar
         owners=halves.bottom if config.split.bottom == "joint" else None,
     )
     model = assemble(config, halves)
-    fresh = head_parameters(model.top) if config.model.task == "sequence-classification" else set()
+    fresh = head_parameters(model.top) if task_of(config).labelled else set()
     parameters = model.trainable.parameters()
     if not parameters and not model.tail:
         raise ModelError("top has 0 trainable parameters: must be >= 1")

@@ -23,10 +23,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedsplit.config import RunConfig
-from fedsplit.data import names_digest, parse_class_names
+from fedsplit.data import names_digest
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError
 from fedsplit.models.trained import FILE
 from fedsplit.models.trained.weights import identity, save_trained
+from fedsplit.tasks import task_of
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
 from fedsplit.wire.replies import reply_schema
@@ -90,7 +91,8 @@ class SplitTuning(RunStrategy):
         self.parts = parts
         self.patience_s = config.session.idle_s
         self._naming = threading.Lock()
-        names = parse_class_names(config.model.label_names, "model.label-names")
+        self.task = task_of(config)
+        names = self.task.announced(config.model)
         # (digest, whose); without an announced list the first owner's is everyone's
         self._classes = (names_digest(names), "the announced ones") if names else None
         self._sessions: SessionRound | None = None
@@ -234,7 +236,8 @@ class SplitTuning(RunStrategy):
         digest, whose = self._classes
         if hello.classes != digest:
             raise SessionError(
-                f"classes of owner {hello.owner!r}: must be {whose}; announce model.label-names"
+                f"classes of owner {hello.owner!r}: must be {whose}; announce "
+                f"model.{self.task.terms_setting}"
             )
 
     # ---- while it runs ----------------------------------------------------------------------
@@ -329,7 +332,7 @@ class SplitTuning(RunStrategy):
             round_.join(self.config.session.round_s)
         if report.error:
             raise RunError(f"{report.mode} round failed: {report.error}")
-        schema = reply_schema(self.NAME, report.mode)
+        schema = reply_schema(self.NAME, report.mode, self.task.families())
 
         def accept(node: int, reply: Message) -> Accepted | None:
             metrics, name = read_reply(schema, reply.content, names.get(node), report)
@@ -337,7 +340,7 @@ class SplitTuning(RunStrategy):
             return (name, metrics) if finished else None
 
         good, rows = collect(replies, asked, names, report, accept)
-        return good, average(rows, self.config.robust.weight_cap)
+        return good, average(rows, self.config.robust.weight_cap, self.task.scores)
 
     def _row(self, context: RoundContext, metrics: dict[str, Any]) -> dict[str, Any]:
         report, denoise = context.report, self.parts.model.denoise

@@ -23,7 +23,7 @@ from fedsplit.emulators.planning.plan import COMPRESS, HARMONIZER, SHARE, Emulat
 from fedsplit.errors import FedsplitError, ModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import read_config
-from fedsplit.models.loading import TASKS
+from fedsplit.models.loading import HEADS
 from fedsplit.models.splitting.structure import mirror
 
 Shape = dict[str, Any]
@@ -84,7 +84,7 @@ def lay_out(
                 f"config.json: num_hidden_layers={layers!r}: must be the plan's {plan.num_layers}"
             )
         with torch.device("meta"):
-            whole = TASKS["causal-lm"].from_config(
+            whole = HEADS["causal-lm"].from_config(
                 config,
                 attn_implementation=attention,
                 experts_implementation=experts,

@@ -17,7 +17,7 @@ from fedsplit.errors import ConfigError, FedsplitError, UnsupportedModelError, c
 from fedsplit.models.adapters.methods import METHODS, BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import BlockLayout, Site, dense_layout_of, read_config
-from fedsplit.models.loading import TASKS
+from fedsplit.models.loading import HEADS
 from fedsplit.registry import pick
 
 
@@ -97,7 +97,7 @@ def describe_base(source: Any, width: int = 4, method: MethodSettings | None = N
     config = getattr(config, "config", config)
     try:
         with torch.device("meta"):
-            model = TASKS["causal-lm"].from_config(config, trust_remote_code=False)
+            model = HEADS["causal-lm"].from_config(config, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedModelError(f"{source}: no causal language model: {error}") from error
     anatomy = probe(model)

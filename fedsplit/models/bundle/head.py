@@ -178,7 +178,7 @@ def _check_head(about: Mapping[str, Any]) -> None:
         if about.get("labels") is not None:
             raise ModelError("head.json: labels: must be null for a language model")
     else:
-        number("labels", 2, MAX_CLASSES)
+        number("labels", 1, MAX_CLASSES)
     source = about.get("source")
     if source is not None and not (isinstance(source, str) and 0 < len(source) <= 200):
         raise ModelError("head.json: source: must be null or a module's name")

@@ -27,7 +27,8 @@ MOST_AXES = 16  # PyTorch reads tensors of more than 64, and then fails to compu
 OWNERS = "owners."
 # Settings without which the tensors mean something else.
 BELONGS = (
-    *("model.name", "model.task", "model.labels", "split.k", "split.bottom", "train.method"),
+    *("model.name", "model.task", "model.labels", "model.label-range"),
+    *("split.k", "split.bottom", "train.method"),
     *("labels.protection", "labels.tail-blocks", "labels.tail-weights"),
     *("train.lora-rank", "train.lora-alpha", "train.lora-targets", "train.lora-form"),
 )

@@ -41,6 +41,7 @@ from fedsplit.models.trained.weights import (
     read_trained,
     usual_settings,
 )
+from fedsplit.tasks import task_type
 
 ABOUT = "export.json"
 HEAD, TAIL = "client-head", "client-tail"  # label protections with which owners hold the head
@@ -158,8 +159,7 @@ def whole_of_run(folder: Path, base: str = "") -> WholeModel:
         )
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder / FILE}: does not say what it belongs to: {error}") from None
-    classify = task == "sequence-classification"
-    loaded = load(name, task, num_labels=labels if classify else None)
+    loaded = load(name, task, num_labels=task_type(task).outputs_of(labels))
     if loaded.digest != digest:
         raise ModelError(f"{name}: digest {loaded.digest}: must be {digest}, the run's base")
     parts, tail = protection.split("+"), 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedsplit.confusion import coarse, is_count
+from fedsplit.confusion import coarse
 from fedsplit.owners.home import in_simulation
 from fedsplit.owners.ledger.disclosure import Averages
 from fedsplit.owners.ledger.spending import ReportTotals
 from fedsplit.owners.policy.rules import Breach, Policy
+from fedsplit.sums import is_sum
 
 
 def report_breaches(
@@ -36,7 +37,7 @@ def report_breaches(
     ):
         shown = "no noise" if asked.epsilon is None else asked.epsilon
         found.append(Breach("reports.epsilon", shown, f"<= {rules['reports.epsilon']:g}"))
-    if any(map(is_count, told)) and not counts_leave(policy, asked.metrics):
+    if any(map(is_sum, told)) and not counts_leave(policy, asked.metrics):
         found.append(Breach("reports.counts", "counts of classes", "none"))
     counted: dict[str, float] = {"reports.max_per_day": ever.days.get(today, 0) + 1}
     if "reports.max_epsilon" in rules:
@@ -53,14 +54,14 @@ PRIVATE = frozenset({"loss", "accuracy"})
 
 def is_private(key: str) -> bool:
     """Whether a number of a report depends on more than what the session's frames have shown."""
-    return key in PRIVATE or is_count(key)
+    return key in PRIVATE or is_sum(key)
 
 
 def counts_leave(policy: Policy, metrics: Mapping[str, float | int]) -> bool:
-    """Whether a report's counts of true and predicted classes may leave.
+    """Whether a report's additive numbers (counts of classes ...) may leave.
 
-    Exact ones, so not beside noise.  Without any policy only counts that single no text out
-    (:func:`fedsplit.confusion.coarse`); simulated owners' labels are the experimenter's.
+    Exact ones, so not beside noise.  Without any policy only counts of classes that single no text
+    out (:func:`fedsplit.confusion.coarse`); simulated owners' labels are the experimenter's.
     """
     rules = policy.rules
     if "reports.epsilon" in rules or rules.get("reports.allow") is False:

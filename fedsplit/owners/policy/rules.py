@@ -26,6 +26,7 @@ from fedsplit.owners.policy.rule_table import policy_rules
 from fedsplit.privacy.labels.table import LABEL_PROTECTIONS, said
 from fedsplit.privacy.levels import Level
 from fedsplit.privacy.mechanisms.table import MECHANISMS, strength_bounds
+from fedsplit.tasks import task_type
 
 POLICY_FILE = "owner.toml"
 _MAX_BYTES = 1 << 16
@@ -224,7 +225,7 @@ class Policy:
         for part in self.rules.get("labels.require", ()):
             if part not in parts:
                 found.append(Breach("labels.require", asked, f"one with {part}"))
-        if flat["model.task"] == "sequence-classification":
+        if task_type(str(flat["model.task"])).exclusive:
             found.append(self._exactly("labels.classes", flat["model.labels"]))
         for part in parts:
             protection = LABEL_PROTECTIONS.get(part)

@@ -10,6 +10,7 @@ from fedsplit.privacy.labels.base import Unprotected
 from fedsplit.privacy.labels.table import LABEL_PROTECTIONS
 from fedsplit.privacy.levels import Level
 from fedsplit.privacy.mechanisms.table import MECHANISMS
+from fedsplit.tasks import task_type
 
 FAINT = 0.1
 """Noise ratio that is asked for where no rule bounds the noise."""
@@ -64,7 +65,7 @@ def _labels(policy: Policy, task: str) -> list[dict[str, Any]]:
     for name in policy.rules.get("labels.protection", (Unprotected.name,)):
         found: dict[str, Any] = {"labels.protection": name}
         row = LABEL_PROTECTIONS.get(name.split("+")[-1])
-        if row is not None and task not in row.tasks:
+        if row is not None and not row.fits(task_type(task)):
             continue
         if row is not None and row.level is not None and _bound(policy, row.level) is not None:
             found[f"labels.{row.level.key}"] = _bound(policy, row.level)

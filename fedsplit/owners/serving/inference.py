@@ -33,6 +33,7 @@ from fedsplit.owners.split.session import FrameAnswerer, run_session
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy.empirical import Measure
 from fedsplit.privacy.perturb import SamplePerturber
+from fedsplit.tasks import TASKS, Task, task_of
 
 MOST_TEXTS = 1 << 20
 
@@ -70,6 +71,22 @@ def classify(
 ) -> tuple[Tensor, Answered]:
     """Ask which class each text is of.
 
+    Args and raises as :func:`ask`.
+
+    Returns:
+        Probabilities (texts, classes), and what the session cost.
+    """
+    scores, task, answered = ask(root, texts, measure)
+    if not task.exclusive:
+        raise ConfigError(f"model.task={task.name!r}: must be one of classes, one for each text")
+    return torch.softmax(scores.double(), dim=1), answered
+
+
+def ask(
+    root: Path, texts: Sequence[str], measure: Measure | None = None
+) -> tuple[Tensor, Task, Answered]:
+    """Ask the model about texts.
+
     Args:
         root: the owner's home.
         texts: at least one.
@@ -77,7 +94,8 @@ def classify(
             measurement refuses.
 
     Returns:
-        Probabilities (texts, classes), and what the session cost.
+        A row of output for each text (texts, C), the task, which says what it means
+        (:meth:`fedsplit.tasks.Task.answers`), and what the session cost.
 
     Raises:
         DataError: no texts, or one without tokens.
@@ -87,13 +105,15 @@ def classify(
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise DataError(f"texts={len(texts)}: must be in [1, {MOST_TEXTS}]")
     offer = take_offer(root)
-    model = offer.config.model
-    if model.task != "sequence-classification":
-        raise ConfigError(f"model.task={model.task!r}: must be sequence-classification")
+    model, task = offer.config.model, task_of(offer.config)
+    if not task.labelled:
+        known = " or ".join(name for name, other in TASKS.items() if other.labelled)
+        raise ConfigError(f"model.task={model.task!r}: must be {known}, to answer about texts")
+    outputs = task.outputs or 1
     cut: list[int] = []
 
-    def build(task: OwnerTask) -> PredictionOwner:
-        parts = inference_parts(task)
+    def build(accepted: OwnerTask) -> PredictionOwner:
+        parts = inference_parts(accepted)
         lengths = token_counts(parts.tokenizer, texts)
         cut.extend(n for n, length in enumerate(lengths) if length > model.max_tokens)
         samples = tokenise(
@@ -101,22 +121,21 @@ def classify(
             texts,
             None,
             max_tokens=model.max_tokens,
-            classes=model.labels,
             shortest=1,
         )
-        head = received_head(task.config, task.bottom_folder)
+        head = received_head(accepted.config, accepted.bottom_folder)
         return PredictionOwner(
             parts.bottom,
-            OutputReader(samples, classify=True, head=head),
-            evaluation_steps(len(samples), task.config.train.batch_size),
+            OutputReader(samples, classify=True, head=head, classes=outputs),
+            evaluation_steps(len(samples), accepted.config.train.batch_size),
             parts.perturber,
-            classes=model.labels,
-            codec=task.config.session.codec,
+            classes=outputs,
+            codec=accepted.config.session.codec,
             own=parts.own,
         )
 
     owner, answered = _run(root, offer, build, measure)
-    return owner.probabilities(), replace(answered, cut=tuple(cut))
+    return owner.scores(), task, replace(answered, cut=tuple(cut))
 
 
 def generate(
@@ -150,7 +169,7 @@ def generate(
     """
     offer = take_offer(root)
     config = offer.config
-    if config.model.task != "causal-lm":
+    if task_of(config).labelled:
         raise ConfigError(f"model.task={config.model.task!r}: must be causal-lm to generate")
     if system and not chat:
         raise ConfigError("system: must be left out without chat")

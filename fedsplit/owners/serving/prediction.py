@@ -17,14 +17,14 @@ from fedsplit.privacy.perturb import SamplePerturber
 
 
 class PredictionOwner(BatchSession):
-    """Answers the frames of a session that classifies texts; there are no labels and no loss.
+    """Answers the frames of a session that asks about texts; there are no labels and no loss.
 
     Args:
         bottom: see :class:`~fedsplit.owners.split.batches.BatchSession`.
         reader: reads the server's output for the texts.
         batches: slots of each step, in order.
         perturber: the privacy mechanism with the owner's secret.
-        classes: number of classes the parties agreed on.
+        classes: numbers in a row of output, as the parties agreed.
         codec: wire form of representations.
         own: what the owner measures its own protection on.
     """
@@ -52,7 +52,6 @@ class PredictionOwner(BatchSession):
         self._logits.update(zip(slots, logits, strict=True))
         yield from self._advance()
 
-    def probabilities(self) -> Tensor:
-        """Return (texts, classes) once every text is answered."""
-        rows = [self._logits[slot] for slot in range(len(self.samples))]
-        return torch.softmax(torch.stack(rows).double(), dim=1)
+    def scores(self) -> Tensor:
+        """Return a row of output for each text, (texts, C), once every text is answered."""
+        return torch.stack([self._logits[slot] for slot in range(len(self.samples))])

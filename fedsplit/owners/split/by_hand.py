@@ -18,6 +18,7 @@ from fedsplit.privacy import SamplePerturber, build_mechanism, choose_tokens
 from fedsplit.privacy.empirical import Measure
 from fedsplit.privacy.labels.table import head_at_owner
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.tasks import task_of
 
 
 def measure_by_hand(
@@ -48,9 +49,8 @@ def measure_by_hand(
     train = tokenise_set(
         tokenizer,
         texts,
-        labelled=config.model.task == "sequence-classification",
+        task=task_of(config),
         max_tokens=config.model.max_tokens,
-        classes=config.model.labels,
         order=slot_order(secret, "train", len(texts)),
     )
     head = detach_head(top) if head_at_owner(config.labels.protection) else None

@@ -10,23 +10,19 @@ gradients beside the head's place, or draw the labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fedsplit.confusion import MOST_CLASSES as MOST_COUNTED
 from fedsplit.errors import ConfigError, FrameError
 from fedsplit.owners.label_recovery import LabelRecovery
 from fedsplit.owners.split.output import OutputReader
-from fedsplit.privacy.labels.readers import MOST_CLASSES, known_evidence, label_evidence
+from fedsplit.privacy.labels.readers import known_evidence, label_evidence
 from fedsplit.privacy.labels.table import GradientShield
+from fedsplit.tasks import Task, task_type
 
-MAX_LOGIT = 30.0
-"""Bound on a logit's distance from its row's mean, nats; beyond it a class's probability is 0 or 1
-to every float, and what crafted logits could add is only how much a loss says of one sample."""
 MAX_RMS = 100.0
 """Bound on the root mean square of a hidden state's coordinates."""
 
@@ -38,23 +34,22 @@ class Answer:
     Attributes:
         loss: mean over the step's targets (nats).
         weight: number of targets.
-        right: of them, predicted rightly.
+        right: of them, predicted rightly; None: nothing is right or wrong.
         gradient: of the mean loss with respect to what came down, same shape; empty in evaluation,
             and of no rows where none leaves.
         head: gradients of the mean loss with respect to the head's trained parameters.
-        per_text: (B, 2), each text's own mean loss and share of right predictions; None where no
-            noisy report is made of them.
-        confusion: (C, C), texts of each class (row) by the class they were taken for; None in
-            training, without labels, or with many classes.
+        per_text: (B, 2), each text's own mean loss and share of right predictions (0 where nothing
+            is right or wrong); None where no noisy report is made of them.
+        sums: the task's additive numbers; empty in training.
     """
 
     loss: float
     weight: float
-    right: int
+    right: int | None
     gradient: Tensor
     head: list[Tensor]
     per_text: Tensor | None = None
-    confusion: Tensor | None = None
+    sums: Mapping[str, float] = field(default_factory=dict)
 
 
 class LabelSide:
@@ -62,6 +57,7 @@ class LabelSide:
 
     Args:
         reader: reads the server's output; its samples have the labels to train on.
+        task: what the labels are and the loss on them; None: classes, or the texts' own tokens.
         shield: what is done to the gradients of each step, or None.
         transition: (C, C), row = true label; the loss is corrected for labels drawn with it
             (forward correction, Patrini et al., arXiv 1609.03683); None: no correction.
@@ -78,6 +74,7 @@ class LabelSide:
         self,
         reader: OutputReader,
         *,
+        task: Task | None = None,
         shield: GradientShield | None = None,
         transition: Tensor | None = None,
         protection: Mapping[str, Any] | None = None,
@@ -87,6 +84,8 @@ class LabelSide:
     ) -> None:
         self.reader = reader
         self.samples = reader.samples
+        usual = "causal-lm" if self.samples.labels is None else "sequence-classification"
+        self.task = task or task_type(usual)(reader.classes)
         self.protection = dict(protection or {})
         self._shield = shield
         self._transition = transition
@@ -108,24 +107,26 @@ class LabelSide:
             slots: the step's samples.
             train: whether gradients are wanted.
 
-        What is out of bounds (``MAX_LOGIT``, ``MAX_RMS``) is clipped before anything is made of it.
+        What is out of bounds (:meth:`fedsplit.tasks.Task.bounded`, ``MAX_RMS``) is clipped before
+        anything is made of it.
 
         Raises:
-            FrameError: fewer classes than labels.
+            FrameError: fewer numbers in a row of output than the task has.
             PolicyError: the gradients would tell more labels than the owner's rules allow.
         """
         output = values
-        values = bounded_logits(values) if self.reader.head is None else bounded_hidden(values)
+        values = self._bounded(values)
         values = values.detach().requires_grad_(train)
         parameters = list(self.reader.parameters.values()) if train else []
         with torch.set_grad_enabled(train):
             scores, targets = self._scores(values, slots)
             loss = self._loss(scores, targets, train)
-        right = int((scores.argmax(dim=1) == targets).sum())
+        hits = self.task.right(scores, targets)
+        right = None if hits is None else int(hits.sum())
         each = self._each(scores, targets, slots) if self._per_text else None
         if not train:
-            table = self._confusion(scores, targets)
-            return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each, table)
+            sums = self.task.count(scores, targets, [self.targets(slot) for slot in slots])
+            return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each, sums)
         if self.withholds:
             gradient, head = values.new_empty(0, values.shape[1]), _gradients(loss, parameters)
         else:
@@ -141,10 +142,10 @@ class LabelSide:
     ) -> Tensor:
         """Return what may leave instead of the gradient of a step."""
         assert self._shield is not None
-        if self.samples.labels is not None:
+        keep, _ = self.samples.targets_of(slots)
+        if keep is None:
             return self._shield(gradient, targets, slots, output)
-        keep, _ = self._next_tokens(slots)
-        sent = torch.zeros_like(gradient)  # a text's last row predicts nothing
+        sent = torch.zeros_like(gradient)  # rows without a target, such as a text's last token
         sent[keep] = self._shield(gradient[keep], targets, slots, output)
         return sent
 
@@ -158,7 +159,7 @@ class LabelSide:
             every label.
         """
         output = values
-        values = bounded_logits(values) if self.reader.head is None else bounded_hidden(values)
+        values = self._bounded(values)
         values = values.detach().requires_grad_(True)
         with torch.enable_grad():
             scores, targets = self._scores(values, slots)
@@ -172,17 +173,17 @@ class LabelSide:
         self, values: Tensor, sent: Tensor, targets: Tensor, slots: Sequence[int]
     ) -> Tensor | None:
         """Return what the gradients of a step tell of its labels; None: everything."""
-        classes = self.reader.classes
-        if self.samples.labels is None or not 2 <= classes <= MOST_CLASSES:
+        tried = None if self.samples.labels is None else self.task.hypotheses(targets)
+        if tried is None:
             return None
         if self._shield is None:  # the label that the loss was of stands in the gradient
-            return known_evidence(targets, classes)
+            return known_evidence(self.task.truth(targets), len(tried))
         found = []
-        for c in range(classes):
+        for other in tried:
             with torch.enable_grad():
                 own = values.detach().requires_grad_(True)
                 scores, _ = self._scores(own, slots)
-                loss = self._loss(scores, torch.full_like(targets, c), True)
+                loss = self._loss(scores, other, True)
             found.append(self._flat(torch.autograd.grad(loss, [own])[0], slots))
         return label_evidence(self._flat(sent, slots), torch.stack(found))
 
@@ -191,18 +192,13 @@ class LabelSide:
         own = self.reader.rows(rows.detach(), slots)
         return nn.utils.rnn.pad_sequence(list(own), batch_first=True).flatten(1)
 
-    def _confusion(self, scores: Tensor, targets: Tensor) -> Tensor | None:
-        classes = scores.shape[1]
-        if self.samples.labels is None or classes > MOST_COUNTED:
-            return None
-        pairs = targets * classes + scores.argmax(dim=1)
-        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
     def _each(self, scores: Tensor, targets: Tensor, slots: Sequence[int]) -> Tensor:
         """Return each text's own mean loss and share of right predictions, (B, 2)."""
         with torch.no_grad():
-            losses = functional.cross_entropy(scores.float(), targets, reduction="none")
-            rows = torch.stack([losses, (scores.argmax(dim=1) == targets).float()], dim=1)
+            losses = self.task.losses(scores, targets)
+            hits = self.task.right(scores, targets)
+            right = torch.zeros_like(losses) if hits is None else hits.to(losses)
+            rows = torch.stack([losses, right], dim=1)
             counts = [self.targets(slot) for slot in slots]
             return torch.stack([part.mean(0) for part in torch.split(rows, counts)])
 
@@ -217,36 +213,24 @@ class LabelSide:
 
     def targets(self, slot: int) -> int:
         """Return how many targets one sample has."""
-        if self.samples.labels is not None:
-            return 1
-        return len(self.samples.predicting(slot))
+        return self.samples.target_count(slot)
+
+    def _bounded(self, values: Tensor) -> Tensor:
+        """Return what came down within bounds."""
+        return self.task.bounded(values) if self.reader.head is None else bounded_hidden(values)
 
     def _loss(self, scores: Tensor, targets: Tensor, train: bool) -> Tensor:
-        if self._transition is None or not train:
-            return functional.cross_entropy(scores.float(), targets)
-        drawn = scores.float().softmax(dim=1) @ self._transition.float()  # (N, C)
-        return functional.nll_loss(drawn.clamp_min(1e-30).log(), targets)
+        return self.task.loss(scores, targets, self._transition if train else None)
 
     def _scores(self, values: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return one row of scores per target, and the targets."""
-        logits = bounded_logits(self.reader.logits(values, slots))
-        if self.samples.labels is None:
-            keep, following = self._next_tokens(slots)
-            return logits[keep], following
-        targets = self.samples.labels[list(slots)]  # (B,)
-        if int(targets.max()) >= logits.shape[1]:
-            raise FrameError(f"LOGITS with {logits.shape[1]} classes: fewer than labels")
-        return logits, targets
-
-    def _next_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the rows that predict something, and what they should predict."""
-        keep, following, at = [], [], 0
-        for slot in slots:
-            ids, own = self.samples.ids[slot], self.samples.predicting(slot)
-            keep.append(at + own)
-            following.append(ids[1 + own])
-            at += int(ids.shape[0])
-        return torch.cat(keep), torch.cat(following)
+        scores = self.task.bounded(self.reader.logits(values, slots))
+        keep, targets = self.samples.targets_of(slots)
+        if keep is not None:
+            scores = scores[keep]
+        elif scores.shape[1] < self.task.fewest(targets):
+            raise FrameError(f"LOGITS with {scores.shape[1]} classes: fewer than labels")
+        return scores, targets
 
 
 def _gradients(loss: Tensor, by: Sequence[Tensor]) -> list[Tensor]:
@@ -255,21 +239,6 @@ def _gradients(loss: Tensor, by: Sequence[Tensor]) -> list[Tensor]:
         return []
     found = torch.autograd.grad(loss, list(by), allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(by, found, strict=True)]
-
-
-def bounded_logits(logits: Tensor) -> Tensor:
-    """Return logits (N, C) with each within ``MAX_LOGIT`` of its row's mean.
-
-    Honest logits are returned as they are, bit for bit.
-    """
-    own = logits.detach().float()
-    mean = own.mean(1, keepdim=True)
-    far = torch.maximum(own.amax(1, keepdim=True) - mean, mean - own.amin(1, keepdim=True))
-    if float(far.max()) <= MAX_LOGIT:  # not where a sum overflows
-        return logits
-    mean = logits.detach().double().mean(1, keepdim=True)
-    low, high = (mean - MAX_LOGIT).to(logits.dtype), (mean + MAX_LOGIT).to(logits.dtype)
-    return torch.minimum(torch.maximum(logits, low), high)
 
 
 def bounded_hidden(hidden: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class OutputReader:
         head: run without dropout, so that the answer to a repeated frame is the same; None: the
             head is at the server.
         trained: whether the head's parameters are trained (all float ones).
-        classes: of the labels that the parties agreed on, or entries of the vocabulary at least;
-            0: any number.
+        classes: numbers in a row of output that the parties agreed on, or entries of the
+            vocabulary at least; 0: any number.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class OutputReader:
             if shape != (rows, width):
                 raise FrameError(f"LOGITS shape {shape}: must be ({rows}, {width}) hidden states")
             return
-        if len(shape) != 2 or shape[0] != rows or not 1 < shape[1] <= MAX_CLASSES:
+        fewest = min(2, self.classes or 2)
+        if len(shape) != 2 or shape[0] != rows or not fewest <= shape[1] <= MAX_CLASSES:
             raise FrameError(f"LOGITS shape {shape}: must be ({rows}, classes)")
         least = self.classes
         if least and not (shape[1] == least if self.classify else shape[1] >= least):

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedsplit.confusion import to_report
 from fedsplit.errors import FrameError, ModelError, SessionError
 from fedsplit.models.splitting.representations import represent
 from fedsplit.owners.ledger.disclosure import Averages, Gradients, Outgoing, Training
@@ -32,6 +31,7 @@ from fedsplit.owners.split.output import OutputReader
 from fedsplit.owners.split.own_training import OwnTraining
 from fedsplit.owners.split.settings import DpSettings, SplitSettings
 from fedsplit.privacy.perturb import SamplePerturber
+from fedsplit.sums import add_up
 from fedsplit.wire.codecs import decode_rows
 from fedsplit.wire.frames import Frame, Kind
 
@@ -82,8 +82,8 @@ class SplitOwner(BatchSession):
         self.settings = settings
         self.loss_sum = 0.0
         self.weight_sum = 0.0
-        self.correct = 0
-        self.confusion = torch.zeros(1, 1, dtype=torch.int64)
+        self.correct: int | None = 0  # None: nothing is right or wrong
+        self.sums: dict[str, float] = {}
         self._before = (0, 0)  # tokens with reduced noise, and all, that earlier processes sent
         self._graphs: dict[int, list[Tensor]] = {}
         self.training = OwnTraining(
@@ -128,9 +128,8 @@ class SplitOwner(BatchSession):
         found = self.side.answer(values, slots, train)
         self.loss_sum += found.loss * found.weight
         self.weight_sum += found.weight
-        self.correct += found.right
-        if found.confusion is not None:
-            self.confusion = found.confusion + self.confusion  # (1, 1) before the first
+        self.correct = None if found.right is None else (self.correct or 0) + found.right
+        self.sums = add_up([self.sums, found.sums])
         if self.report is not None and found.per_text is not None:
             self.report.add(slots, found.per_text)
         if train:
@@ -196,9 +195,9 @@ class SplitOwner(BatchSession):
             "targets": self.weight_sum,
             "steps": self.finished - self._first,
             "loss": self.loss_sum / weight,
-            "accuracy": self.correct / weight,
+            **({} if self.correct is None else {"accuracy": self.correct / weight}),
             "share-touched": touched / max(1, tokens),
-            **to_report(self.confusion.numpy()),
+            **self.sums,
             **self.training.metrics(self.finished),
         }
         return exact if self.report is None else self.report.private(exact)
@@ -246,7 +245,7 @@ class SplitOwner(BatchSession):
             "loss_sum": self.loss_sum,
             "weight_sum": self.weight_sum,
             "correct": self.correct,
-            "confusion": self.confusion.tolist(),
+            "sums": self.sums,
             "touched": list(self._touched()),
             "report": [] if self.report is None else self.report.state(),
         }
@@ -256,9 +255,10 @@ class SplitOwner(BatchSession):
         self.held = slots_held(base64.b64decode(state["held"]), len(self.samples))
         self._first = int(state["first"])
         self.sent, self.answered = int(state["sent"]), int(state["answered"])
-        self.finished, self.correct = int(state["finished"]), int(state["correct"])
+        self.finished = int(state["finished"])
+        self.correct = None if state["correct"] is None else int(state["correct"])
         self.loss_sum, self.weight_sum = float(state["loss_sum"]), float(state["weight_sum"])
-        self.confusion = torch.tensor(state["confusion"], dtype=torch.int64)
+        self.sums = {str(key): float(value) for key, value in state["sums"].items()}
         self._before = (int(state["touched"][0]), int(state["touched"][1]))
         if self.report is not None:
             self.report.load_state(state["report"])

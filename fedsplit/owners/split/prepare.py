@@ -49,6 +49,7 @@ from fedsplit.privacy.labels.table import (
     tail_blocks,
 )
 from fedsplit.privacy.mechanisms.calibration import Store
+from fedsplit.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,12 @@ def _representation(folder: Path) -> str:
 
 @lru_cache(maxsize=16)
 def _samples(
-    data_digest: str, split: str, owner: str, folder: Path, labelled: bool, limits: tuple[int, int]
+    data_digest: str,
+    split: str,
+    owner: str,
+    folder: Path,
+    task: tuple[str, tuple[str, ...]],
+    limits: tuple[int, int],
 ) -> list[Samples]:
     """Return a mutable cell per key; filled by the caller, which has the texts."""
     return []
@@ -215,9 +221,8 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
             return tokenise_set(
                 tokenizer,
                 texts,
-                labelled=False,
+                task=None,
                 max_tokens=config.model.max_tokens,
-                classes=config.model.labels,
                 order=slot_order(identity.secret, "train", len(texts)),
             )
 
@@ -244,10 +249,6 @@ def received_head(config: RunConfig, folder: Path) -> Head | None:
     return head
 
 
-def _labelled(config: RunConfig) -> bool:
-    return config.model.task == "sequence-classification"
-
-
 def _label_side(
     task: OwnerTask,
     train: Samples,
@@ -269,7 +270,8 @@ def _label_side(
     recovery, policy = None, task.check.policy
     if RECOVERY in policy and mode == "train":
         path = identity.home.root / EVIDENCE
-        recovery = LabelRecovery(policy[RECOVERY], train.labels, train.texts, identity.secret, path)
+        truth = None if train.labels is None else task_of(config).truth(train.labels)
+        recovery = LabelRecovery(policy[RECOVERY], truth, train.texts, identity.secret, path)
     return protected_labels(
         config,
         identity.secret,
@@ -289,7 +291,7 @@ def _head_rates(config: RunConfig, round_: int, steps: int) -> tuple[float, ...]
     The server counts progress over a wave's longest owner, an owner over its own steps.
     """
     train = config.train
-    peak = (train.head_lr or train.lr) if _labelled(config) else train.lr
+    peak = (train.head_lr or train.lr) if task_of(config).labelled else train.lr
     return tuple(
         peak * rate_factor(train, (round_ - 1 + step / steps) / train.rounds)
         for step in range(steps)
@@ -304,18 +306,17 @@ def _tokenised(
     split: str,
     texts: TextDataset,
 ) -> Samples:
-    labelled = _labelled(config)
+    key = (config.model.task, task_of(config).announced(config.model))
     limits = (config.model.max_tokens, config.model.labels)
-    cell = _samples(texts.digest, split, identity.name, folder, labelled, limits)
+    cell = _samples(texts.digest, split, identity.name, folder, key, limits)
     if not cell:
         order = slot_order(identity.secret, split, len(texts))
         cell.append(
             tokenise_set(
                 tokenizer,
                 texts,
-                labelled=labelled,
+                task=task_of(config),
                 max_tokens=config.model.max_tokens,
-                classes=config.model.labels,
                 order=order,
             )
         )

@@ -22,6 +22,7 @@ from fedsplit.privacy.labels.table import (
     withholds_gradients,
 )
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.tasks import task_of
 
 
 def protected_labels(
@@ -52,27 +53,30 @@ def protected_labels(
         report: averages as they may leave.
         recovery: judges gradients before they leave.
     """
-    protection, classes = build_protection(config.labels), config.model.labels
+    protection, task = build_protection(config.labels), task_of(config)
     shown, transition, shield = train.labels, None, None
-    if train.labels is not None:
+    if train.labels is not None and protection.changes_labels():
+        classes = config.model.labels
         shown = draw_labels(protection, secret, train.texts, train.labels, classes)
         if config.labels.debias:
             transition = protection.transition(classes)
     withholds = withholds_gradients(config.labels.protection)
     if protection.changes_gradients() and not withholds and mode == "train":
-        share = 0.0 if shown is None else float((shown == 1).double().mean())
+        classes_known = shown is not None and task.exclusive
+        share = float((shown == 1).double().mean()) if classes_known else 0.0
         shield = GradientShield(protection, secret, share)
     samples = replace(train, labels=shown) if mode == "train" else chosen
     reader = OutputReader(
         samples,
-        classify=samples.labels is not None,
+        classify=not task.per_token,
         head=head,
         trained=owner_trains_head(config),
-        classes=classes if train.labels is not None else vocabulary,
+        classes=task.outputs or vocabulary,
     )
     settings = {k: v for k, v in config.to_flat().items() if k.startswith("labels.")}
     side = LabelSide(
         reader,
+        task=task,
         shield=shield,
         transition=transition,
         protection=settings,
@@ -92,6 +96,6 @@ def label_channel(side: LabelSide, train: Samples) -> LabelChannel | None:
         side.told,
         width=reader.classes if reader.head is None else reader.head.hidden_size,
         rows=lambda slots: len(slots) if reader.per_sample else sum(lengths[s] for s in slots),
-        truth=train.labels,
+        truth=None if train.labels is None else side.task.truth(train.labels),
         protection=side.protection,
     )

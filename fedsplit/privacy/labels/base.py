@@ -13,6 +13,7 @@ from fedsplit.config import LabelsConfig, RunConfig
 from fedsplit.errors import PrivacyError, check
 from fedsplit.privacy.levels import Level
 from fedsplit.privacy.secret import SecretStream
+from fedsplit.tasks import TASKS, Task, task_type
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class LabelProtection(ABC):
         level: the parameter that says how strong it is; None where there is none.
         owner_head: whether the owner must hold the head.
         withholds: whether no gradient leaves at all; what the server runs then stays frozen.
-        tasks: tasks whose labels it protects.
         takes_tokens: whether :meth:`perturb` also works on one row per token, as the gradients of
             a language model are; otherwise it takes one row per sample.
     """
@@ -36,8 +36,12 @@ class LabelProtection(ABC):
     level: ClassVar[Level | None] = None
     owner_head: ClassVar[bool] = False
     withholds: ClassVar[bool] = False
-    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification"})
     takes_tokens: ClassVar[bool] = False
+
+    @classmethod
+    def fits(cls, task: type[Task]) -> bool:
+        """Return whether it protects a task's labels; by itself, those of one class per text."""
+        return task.exclusive and not task.per_token
 
     @classmethod
     @abstractmethod
@@ -55,11 +59,12 @@ class LabelProtection(ABC):
         Raises:
             ConfigError: names the setting, its value and what it must be.
         """
+        fitting = " or ".join(name for name, task in sorted(TASKS.items()) if cls.fits(task))
         check(
-            config.model.task in cls.tasks,
+            cls.fits(task_type(config.model.task)),
             "labels.protection",
             config.labels.protection,
-            f"used with model.task={' or '.join(sorted(cls.tasks))}, not {config.model.task}",
+            f"used with model.task={fitting}, not {config.model.task}",
         )
 
     @classmethod
@@ -114,7 +119,7 @@ class LabelProtection(ABC):
 
         Args:
             rows: (N, d), one gradient per sample, floating point.
-            labels: (N,), the classes they belong to.
+            labels: (N, ...), what they belong to: classes, or what else the task has.
             share: of class 1 among all of the owner's samples (two-class methods).
             stream: the owner's, for exactly these gradients.
 
@@ -137,8 +142,12 @@ class Unprotected(LabelProtection):
     """
 
     name: ClassVar[str] = "none"
-    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification", "causal-lm"})
     takes_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def fits(cls, task: type[Task]) -> bool:
+        """Return True: it does nothing to the labels of any task."""
+        return True
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> Unprotected:
@@ -152,12 +161,12 @@ def check_gradients(rows: Tensor, labels: Tensor) -> None:
     """Refuse input on which a protection would not do what it says.
 
     Raises:
-        PrivacyError: unless ``rows`` is a finite floating (N, d) and ``labels`` (N,).
+        PrivacyError: unless ``rows`` is a finite floating (N, d) and ``labels`` (N, ...).
     """
-    if rows.dim() != 2 or labels.shape != rows.shape[:1] or not rows.is_floating_point():
+    if rows.dim() != 2 or labels.shape[:1] != rows.shape[:1] or not rows.is_floating_point():
         raise PrivacyError(
             f"gradients {tuple(rows.shape)} of labels {tuple(labels.shape)}: must be a floating "
-            "(N, d) and (N,)"
+            "(N, d) and (N, ...)"
         )
     if not bool(torch.isfinite(rows).all()):
         raise PrivacyError("gradients: must hold no NaN or infinite value")

@@ -8,6 +8,7 @@ from typing import ClassVar
 from fedsplit.config import LabelsConfig, RunConfig
 from fedsplit.errors import check
 from fedsplit.privacy.labels.base import LabelProtection
+from fedsplit.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class ClientHead(LabelProtection):
 
     name: ClassVar[str] = "client-head"
     owner_head: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification", "causal-lm"})
     takes_tokens: ClassVar[bool] = True
+
+    @classmethod
+    def fits(cls, task: type[Task]) -> bool:
+        """Return True: where the head is changes nothing of what labels are."""
+        return True
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> ClientHead:

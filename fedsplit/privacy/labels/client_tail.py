@@ -12,6 +12,7 @@ from fedsplit.config import LabelsConfig, RunConfig
 from fedsplit.errors import check
 from fedsplit.privacy.labels.base import LabelProtection, check_gradients
 from fedsplit.privacy.secret import SecretStream
+from fedsplit.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,16 @@ class ClientTail(LabelProtection):
     name: ClassVar[str] = "client-tail"
     owner_head: ClassVar[bool] = True
     withholds: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification", "causal-lm"})
     takes_tokens: ClassVar[bool] = True
     blocks: int
 
     def __post_init__(self) -> None:
         check(self.blocks >= 1, "blocks", self.blocks, ">= 1 (last blocks at the owner)")
+
+    @classmethod
+    def fits(cls, task: type[Task]) -> bool:
+        """Return True: nothing of any label leaves."""
+        return True
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> ClientTail:

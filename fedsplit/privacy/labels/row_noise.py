@@ -15,6 +15,7 @@ from fedsplit.privacy.labels.base import LabelProtection, check_gradients
 from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.mechanisms.gaussian import mean_norm
 from fedsplit.privacy.secret import SecretStream
+from fedsplit.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,6 @@ class RowNoise(LabelProtection):
             least=True,
         ),
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification", "causal-lm"})
     takes_tokens: ClassVar[bool] = True
     noise_ratio: float
     gradient_clip: float
@@ -62,6 +62,11 @@ class RowNoise(LabelProtection):
         for name in ("noise_ratio", "gradient_clip"):
             value = getattr(self, name)
             check(value > 0 and math.isfinite(value), name, value, "> 0 and finite")
+
+    @classmethod
+    def fits(cls, task: type[Task]) -> bool:
+        """Return True: a row is clipped and gets noise whatever it is the gradient of."""
+        return True
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> RowNoise:

@@ -21,6 +21,7 @@ from fedsplit.privacy.labels.randomised_response import RandomisedResponse
 from fedsplit.privacy.labels.row_noise import RowNoise
 from fedsplit.privacy.levels import PolicyBound
 from fedsplit.privacy.secret import OwnerSecret
+from fedsplit.tasks import task_type
 
 LABEL_PROTECTIONS: dict[str, type[LabelProtection]] = {
     "none": Unprotected,
@@ -68,7 +69,7 @@ def said(protection: str) -> str:
 
 def shows_text(config: RunConfig) -> bool:
     """Return whether gradients spell the owners' text: a language model's, with nothing done."""
-    language = config.strategy == "split-tuning" and config.model.task == "causal-lm"
+    language = config.strategy == "split-tuning" and not task_type(config.model.task).labelled
     return language and not any(p.changes_gradients() for p in parts_of(config.labels.protection))
 
 
@@ -101,7 +102,7 @@ def owner_trains_head(config: RunConfig) -> bool:
     A language model's vocabulary projection alone is trained by the method ``all`` only.
     """
     labels = config.labels
-    trained = config.model.task == "sequence-classification" or config.train.method == "all"
+    trained = task_type(config.model.task).labelled or config.train.method == "all"
     return head_at_owner(labels.protection) and (trained or tail_blocks(labels) > 0)
 
 
@@ -206,7 +207,7 @@ class GradientShield:
 
         Args:
             rows: one gradient per sample, (N, d).
-            labels: (N,).
+            labels: (N, ...).
             slots: the samples, (N,).
             output: what the server sent and the gradients answer, every bit of it.
 
@@ -216,7 +217,8 @@ class GradientShield:
         content = hashlib.sha256(rows.detach().float().contiguous().numpy().tobytes())
         if output is not None:
             content.update(output.detach().double().contiguous().numpy().tobytes())
-        content.update(labels.to(torch.int64).contiguous().numpy().tobytes())
+        kind = torch.float64 if labels.is_floating_point() else torch.int64
+        content.update(labels.to(kind).contiguous().numpy().tobytes())
         stream = self._secret.stream(
             "fedsplit.labels.gradient.v1",
             self._identity,

@@ -12,6 +12,7 @@ from fedsplit.config import LabelsConfig
 from fedsplit.privacy.labels.base import LabelProtection, check_gradients
 from fedsplit.privacy.levels import Level, PolicyBound
 from fedsplit.privacy.secret import SecretStream
+from fedsplit.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,12 @@ class Blur(LabelProtection):
             "labels.min_blur", "Blur is at least {bound:g}.", "Blur may be nothing.", least=True
         ),
     )
-    tasks: ClassVar[frozenset[str]] = frozenset({"sequence-classification", "causal-lm"})
     takes_tokens: ClassVar[bool] = True
     power: float
+
+    @classmethod
+    def fits(cls, task: type[Task]) -> bool:
+        return True
 
     @classmethod
     def from_settings(cls, config: LabelsConfig) -> Blur:

@@ -1,0 +1,17 @@
+"""What a model is tuned for: labels, loss, reports, scores and answers of each task.
+
+Layer 1.  A task is one file with everything about it and one row of :data:`TASKS`; nothing else in
+the project names it.
+
+Examples:
+    >>> from fedsplit.tasks import task_type
+    >>> task_type("sequence-classification").head
+    'sequence-classification'
+"""
+
+from __future__ import annotations
+
+from fedsplit.tasks.base import CrossEntropy, Task
+from fedsplit.tasks.table import TASKS, check_task, task_of, task_type
+
+__all__ = ["TASKS", "CrossEntropy", "Task", "check_task", "task_of", "task_type"]

@@ -1,0 +1,45 @@
+"""Table of the tasks: a new one is a file and a row here."""
+
+from __future__ import annotations
+
+from fedsplit.config import RunConfig
+from fedsplit.registry import pick
+from fedsplit.tasks.base import Task
+from fedsplit.tasks.causal_lm import CausalLM
+from fedsplit.tasks.classification import Classification
+from fedsplit.tasks.multi_label import MultiLabel
+from fedsplit.tasks.regression import Regression
+
+TASKS: dict[str, type[Task]] = {
+    "sequence-classification": Classification,
+    "causal-lm": CausalLM,
+    "regression": Regression,
+    "multi-label": MultiLabel,
+}
+
+
+def task_type(name: str) -> type[Task]:
+    """Return the class of a task.
+
+    Raises:
+        ConfigError: there is no such task; lists those that there are.
+    """
+    return pick(TASKS, name, "model.task")
+
+
+def task_of(config: RunConfig) -> Task:
+    """Return the task of a run.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    return task_type(config.model.task).of(config.model)
+
+
+def check_task(config: RunConfig) -> None:
+    """Refuse a task that there is not, or settings that it does not fit.
+
+    Raises:
+        ConfigError: names the setting, its value and what it must be.
+    """
+    task_type(config.model.task).check_settings(config)
