@@ -185,7 +185,7 @@ class MultiLabel(Task):
 
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Return each text's binary cross-entropy (nats), mean over classes, (N,)."""
-        each = functional.binary_cross_entropy_with_logits(
+        each: Tensor = functional.binary_cross_entropy_with_logits(
             scores.float(), targets, reduction="none"
         )
         return each.mean(dim=1)
@@ -251,7 +251,8 @@ class MultiLabel(Task):
 
 
 def _f1(right: Tensor, wrong: Tensor, missed: Tensor) -> Tensor:
-    return 2 * right / (2 * right + wrong + missed).clamp_min(1.0)
+    found: Tensor = 2 * right / (2 * right + wrong + missed).clamp_min(1.0)
+    return found
 
 
 def _names(cell: Cell) -> list[str]:

@@ -30,6 +30,7 @@ def _kind(module: str) -> Kind:
 # kind -> function that carries out one experiment and records its results in the folder
 KINDS: dict[str, Kind] = {
     "split": _kind("split.federated_run"),
+    "task-parity": _kind("split.task_parity"),
     "sap-depth": _kind("split.inversion_by_depth"),
     "attributes": _kind("split.attribute_inference"),
     "label-leakage": _kind("split.label_leakage"),

@@ -1,0 +1,1 @@
+"""Tasks: labels, losses, reports and answers of each."""
