@@ -199,7 +199,8 @@ class MultiLabel(Task):
         classes = scores.shape[1]
         label = scores.sigmoid() - rows * classes  # (N, C)
         nearest = label.round().clamp(0.0, 1.0)
-        return (label - nearest).norm(dim=1) / classes
+        away: Tensor = (label - nearest).norm(dim=1)
+        return away / classes
 
     def families(self) -> tuple[Family, ...]:
         """Return counts per class: rightly taken for it, wrongly, and missed."""

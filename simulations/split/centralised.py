@@ -67,6 +67,11 @@ class TwinReport:
         return float(self.metrics["loss"])
 
     @property
+    def accuracy(self) -> float:
+        """Share of right predictions, where the task has any."""
+        return float(self.metrics["accuracy"])
+
+    @property
     def zero_shot_loss(self) -> float:
         """The same before any step."""
         return float(self.zero_shot["loss"])

@@ -62,8 +62,9 @@ def protected_labels(
             transition = protection.transition(classes)
     withholds = withholds_gradients(config.labels.protection)
     if protection.changes_gradients() and not withholds and mode == "train":
-        classes_known = shown is not None and task.exclusive
-        share = float((shown == 1).double().mean()) if classes_known else 0.0
+        share = 0.0
+        if shown is not None and task.exclusive:
+            share = float(torch.eq(shown, 1).double().mean())
         shield = GradientShield(protection, secret, share)
     samples = replace(train, labels=shown) if mode == "train" else chosen
     reader = OutputReader(
