@@ -9,7 +9,7 @@ lists.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from fedsplit.models.splitting.halves import Bottom
 from fedsplit.models.splitting.structure import Exit, ZeroEmbedding, ZeroLinear, strip
 
 FORMAT = 1
+NARROWED = 2  # the format of a bundle whose parameters travel in a narrower dtype
 MAX_LAYERS = 1024
 # Bytes that each file may have; no other file is accepted.
 LIMITS = {
@@ -53,7 +54,8 @@ LIMITS = {
     "head.json": 1 << 16,
     "head.safetensors": 1 << 36,
 }
-REQUIRED = {"config.json", "fedsplit.json", "bottom.safetensors"}
+WEIGHTS = "bottom.safetensors"
+REQUIRED = {"config.json", "fedsplit.json", WEIGHTS}
 # Attention code that ships with transformers; other values may name a kernel to be downloaded.
 ATTENTION = ("eager", "sdpa")
 EXPERTS = (None, "eager", "batched_mm", "grouped_mm")
@@ -114,6 +116,9 @@ class Bundle:
 def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
     """Return the bundle of ``bottom`` and its tokenizer (None: without one).
 
+    Parameters in float32 of which all are exact in bfloat16 or float16 (a base that is stored so)
+    travel in that dtype and become the same float32 again at the owner.
+
     Ships the embeddings, blocks < k, the buffers they use and the base configuration; no head, no
     later block, no label names, no paths.  Of the tokenizer: its ``tokenizer.json``, special
     tokens, padding and truncation sides, length limit and chat template.
@@ -137,12 +142,20 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
             "transformers": transformers.__version__,
         },
     }
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in _tensors(model).items()}
+    tensors = _tensors(model)
     _check_about(about)
     laid_out = _lay_out(config, about)
     # A buffer may serve later blocks only (another layer type's rotary frequencies).
     known = _tensors(laid_out).keys() | {n for n, _ in model.named_parameters()}
     tensors = {n: t for n, t in tensors.items() if n in known}
+    parameters = {n for n, p in model.named_parameters(remove_duplicate=False)}
+    narrow = _narrower(t for n, t in tensors.items() if n in parameters)
+    if narrow is not None:
+        about |= {"format": NARROWED, "widen": "float32"}
+    tensors = {
+        n: _own(t, narrow if n in parameters and t.dtype == torch.float32 else None)
+        for n, t in tensors.items()
+    }
     _check_shapes(laid_out, tensors)  # refuse here what no owner could unpack
     files = {
         "config.json": dump_json(config),
@@ -152,6 +165,26 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
     if tokenizer is not None:
         files.update(bundle_tokenizer.pack(tokenizer))
     return Bundle(files)
+
+
+def _narrower(parameters: Iterable[Tensor]) -> torch.dtype | None:
+    """Return a dtype of two bytes in which all float32 parameters are exact; None where none is."""
+    wide = [p.detach() for p in parameters if p.dtype == torch.float32]
+    for dtype in (torch.bfloat16, torch.float16):
+        if wide and all(_exact(tensor, dtype) for tensor in wide):
+            return dtype
+    return None
+
+
+def _exact(tensor: Tensor, dtype: torch.dtype) -> bool:
+    # In pieces: most tensors fail in the first, and none is held a second time.
+    pieces = torch.split(tensor.reshape(-1), 1 << 20)
+    return all(torch.equal(piece, piece.to(dtype).to(piece.dtype)) for piece in pieces)
+
+
+def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor for a file: on the CPU, in storage of its own, in ``dtype`` if given."""
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
 def shipped_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -175,23 +208,24 @@ def unpack_bottom(source: Bundle | str | Path) -> tuple[Bottom, Tokenizer | None
     Raises:
         ModelError: if anything is not as it must be; names the file and the bound.
     """
-    bundle = source if isinstance(source, Bundle) else Bundle.load(source)
-    about = parse_json("fedsplit.json", bundle.files["fedsplit.json"])
+    files, tensors = _read(source)
+    about = parse_json("fedsplit.json", files["fedsplit.json"])
     _check_about(about)
-    config = parse_json("config.json", bundle.files["config.json"])
-    try:
-        tensors = safetensors.torch.load(bundle.files["bottom.safetensors"])
-    except Exception as error:
-        raise ModelError(f"bottom.safetensors: not a safetensors file: {error}") from error
+    config = parse_json("config.json", files["config.json"])
     model = _lay_out(config, about)
     _check_shapes(model, tensors)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        pieces = torch.split(tensor.reshape(-1), 1 << 20)
+        if tensor.is_floating_point() and not all(bool(p.isfinite().all()) for p in pieces):
             raise ModelError(f"bottom.safetensors: {name}: must be finite")
+    if about.get("widen"):
+        for name, _ in model.named_parameters(remove_duplicate=False):
+            if name in tensors and tensors[name].dtype in (torch.bfloat16, torch.float16):
+                tensors[name] = tensors[name].float()
     _fill(model, tensors)
     bottom = Bottom(model, int(about["k"]))
     bottom.task = about.get("task")
-    tokenizer = bundle_tokenizer.unpack(bundle.files)
+    tokenizer = bundle_tokenizer.unpack(files)
     if tokenizer is not None and len(tokenizer) > bottom.vocab:
         raise ModelError(
             f"tokenizer.json: {len(tokenizer)} tokens: must be <= {bottom.vocab} embedding rows"
@@ -199,10 +233,30 @@ def unpack_bottom(source: Bundle | str | Path) -> tuple[Bottom, Tokenizer | None
     return bottom.eval(), tokenizer
 
 
+def _read(source: Bundle | str | Path) -> tuple[Mapping[str, bytes], dict[str, Tensor]]:
+    """Return a bundle's small files and its bottom's tensors; those of a folder are mapped."""
+    try:
+        if isinstance(source, Bundle):
+            return source.files, safetensors.torch.load(source.files[WEIGHTS])
+        paths = {p.name: p for p in check_folder(Path(source), LIMITS, REQUIRED)}
+        small = {n: p.read_bytes() for n, p in paths.items() if not n.endswith(".safetensors")}
+        # Its pages belong to the file: a row that is never looked up takes no memory.
+        return small, safetensors.torch.load_file(paths[WEIGHTS])
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{WEIGHTS}: not a safetensors file: {error}") from error
+
+
 def _check_about(about: Mapping[str, Any]) -> None:
-    k, task = about.get("k"), about.get("task")
-    if about.get("format") != FORMAT:
-        raise ModelError(f"fedsplit.json: format={about.get('format')!r}: must be {FORMAT}")
+    k, task, widen = about.get("k"), about.get("task"), about.get("widen")
+    if about.get("format") != (FORMAT if widen is None else NARROWED):
+        raise ModelError(
+            f"fedsplit.json: format={about.get('format')!r}: must be {FORMAT}, or {NARROWED} with "
+            "widen"
+        )
+    if widen not in (None, "float32"):
+        raise ModelError(f"fedsplit.json: widen={widen!r}: must be float32 where it is there")
     if type(k) is not int or not 0 <= k < MAX_LAYERS:
         raise ModelError(f"fedsplit.json: k={k!r}: must be an integer in 0..{MAX_LAYERS - 1}")
     if task not in (None, "sequence-classification", "causal-lm"):

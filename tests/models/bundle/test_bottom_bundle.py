@@ -220,3 +220,66 @@ def test_an_attention_that_no_owner_may_load_is_not_packed() -> None:
     bottom.model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(ModelError, match="attention='flash_attention_2': must be one of"):
         pack_bottom(bottom, None)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_base_stored_in_two_bytes_travels_in_two_bytes(name: str, stored: torch.dtype) -> None:
+    task = dict(CASES)[name]
+    model = tiny(name, task)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(stored).float()
+    bottom, _ = split(model, 1)
+    ids, mask = batch()
+
+    bundle = pack_bottom(bottom, None)
+    again, _ = unpack_bottom(bundle)
+
+    held = safetensors.torch.load(bundle.files["bottom.safetensors"])
+    mine = dict(bottom.model.named_parameters())
+    assert {held[name].dtype for name in held.keys() & mine.keys()} == {stored}
+    assert all(held[name].dtype != stored for name in held.keys() - mine.keys())
+    assert json.loads(bundle.files["fedsplit.json"])["widen"] == "float32"
+    for name, parameter in again.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, mine[name])
+    assert torch.equal(again(ids, mask), bottom(ids, mask))
+
+
+def test_one_weight_that_is_not_exact_in_two_bytes_widens_all() -> None:
+    model = tiny("llama", "causal-lm")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 4] = 1.0 + 2.0**-20
+    bundle = pack_bottom(split(model, 0)[0], None)
+    held = safetensors.torch.load(bundle.files["bottom.safetensors"])
+    assert held["embed_tokens.weight"].dtype == torch.float32
+    assert json.loads(bundle.files["fedsplit.json"]).get("widen") is None
+
+
+def test_a_bfloat16_bottom_stays_one() -> None:
+    model = tiny("llama", "causal-lm").bfloat16()
+    again, _ = unpack_bottom(pack_bottom(split(model, 1)[0], None))
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+
+
+def test_a_received_folder_can_be_trained_and_stays_as_it_was(good: Bundle, tmp_path: Path) -> None:
+    """Tensors are mapped from the file: a step on them must not reach it."""
+    good.save(tmp_path / "b")
+    bottom, _ = unpack_bottom(tmp_path / "b")
+    with torch.no_grad():
+        for parameter in bottom.parameters():
+            parameter.add_(1.0)
+    again, _ = unpack_bottom(tmp_path / "b")
+    assert Bundle.load(tmp_path / "b").digest == good.digest
+    first, second = next(bottom.parameters()), next(again.parameters())
+    assert torch.equal(first, second + 1.0)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"widen": "float32"}, {"widen": "int8"}])
+def test_a_wrong_word_about_the_width_is_refused(good: Bundle, change: dict[str, Any]) -> None:
+    about = json.loads(good.files["fedsplit.json"]) | change
+    files = {**good.files, "fedsplit.json": json.dumps(about).encode()}
+    with pytest.raises(ModelError, match=r"fedsplit\.json: (format|widen)="):
+        unpack_bottom(Bundle(files))
