@@ -38,6 +38,9 @@ def _check_trainable(config: RunConfig) -> None:
 
 def _check_offsite(config: RunConfig) -> None:
     check_offsite(config.offsite)
+    bad = config.offsite.packing and config.dp.noise_multiplier > 0
+    told = "false with dp.noise-multiplier: its unit is a block, which is then several texts"
+    check(not bad, "offsite.packing", config.offsite.packing, told)
 
 
 def _check_buffer(config: RunConfig) -> None:

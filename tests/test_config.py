@@ -172,6 +172,7 @@ FREE_TEXT = {
     "privacy.task-words",
     "serving.weights",
     "offsite.public",
+    "offsite.scores",
     "data.kind",
     "data.path",
     "data.text-column",

@@ -36,8 +36,10 @@ def session(client: ClientTask) -> RecordDict:
     emulator = load_emulator(folder)  # its digest was verified on the way
     check_length(emulator.model, config.offsite.block, "offsite.block")
     train, test = own_data(config, identity.node_config, identity.secret)
-    blocks = blocks_of_sets(_tokenizer(folder), train, test, config.offsite.block)
     report = SessionReport(task.check.policy, identity.secret)
+    # Noisy reports promise something about each text: it then has a block of its own.
+    packing = config.offsite.packing and not report.per_text
+    blocks = blocks_of_sets(_tokenizer(folder), train, test, config.offsite.block, packing=packing)
     owner = AdapterOwner(emulator, blocks, config, identity.name, identity.secret, report)
     averaged = averaged_weights(client.message)
     if averaged:

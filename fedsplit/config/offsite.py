@@ -27,9 +27,14 @@ class OffsiteConfig:
         settle_steps: steps in which the chosen harmonizers are trained together before shipping
             (LayerDrop: of distillation); 0 = off.
         importance_steps: gradient steps of the importance run, where one is needed.
+        scores: the server's file with scores and costs of an earlier importance run of this base
+            (its ``importance.json``): none is made then.  Harmonizers begin as identities, so
+            ``settle_steps`` are what trains them; empty = a run is made.
         public: the server's file of public text, for importance, calibration and plug-in
             evaluation; empty = what the interpreter ships.
         block: tokens of one training block.
+        packing: put several texts or conversations into a block, none of which attends to another.
+            Owners whose reports are noisy (``reports.epsilon``) do not.
         averaging: Flower strategy that averages the owners' adapters.
         proximal: FedProx: weight of the squared distance to the round's start (0 = off).
         method: what is trained inside A's blocks: ``full`` (the blocks), ``lora``, ``bottleneck``,
@@ -40,7 +45,8 @@ class OffsiteConfig:
         prefix: trained positions of each attention.
         micro_batch: blocks of one forward and backward; a step sums them up to ``train.batch-size``
             (0 = all at once).  With ``dp.*`` it is always one.
-        bf16: owners compute in bfloat16 (autocast); weights stay float32.
+        bf16: owners' steps, the importance run and settling compute in bfloat16 (autocast);
+            weights stay float32.
         checkpointing: owners keep no activations inside blocks and compute them again.
         server_lr: FedAdam: how far the server's step moves a weight; 0 = as far as the first
             round's plain average did (root mean square over weights).
@@ -59,8 +65,10 @@ class OffsiteConfig:
     rank_by: str = "costs"
     settle_steps: int = 200
     importance_steps: int = 400
+    scores: str = ""
     public: str = ""
     block: int = 128
+    packing: bool = False
     averaging: str = "fedavg"
     proximal: float = 0.0
     method: str = "full"

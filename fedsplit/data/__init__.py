@@ -16,7 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsplit.data import conversations, docstrings, files, hub
+from fedsplit.data import conversations, docstring_questions, docstrings, files, hub
 from fedsplit.data.batches import epoch_batches
 from fedsplit.data.dataset import TextDataset, build
 from fedsplit.data.label_column import ClassColumn, LabelColumn
@@ -65,6 +65,7 @@ __all__ = [
 
 DATASETS: dict[str, Source] = {
     "docstrings": docstrings.SOURCE,
+    "docstring-questions": docstring_questions.SOURCE,
     "file": files.SOURCE,
     "hub": hub.SOURCE,
     "instructions": conversations.SOURCE,

@@ -20,7 +20,7 @@ from fedsplit.errors import DataError
 MIN_WORDS = 8  # plain words, identifiers and signatures not counted
 MAX_WORDS = 64
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "__pycache__"})
-_SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _WORD = re.compile(r"""(?<!\S)["'(`]*[A-Za-z][a-z']*[.,:;!?)"'`]*(?!\S)""")
 _DOCTEST = re.compile(r"^[ \t]*>>>.*?(?:\n[ \t]*\n|\Z)", re.MULTILINE | re.DOTALL)
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
@@ -97,7 +97,7 @@ def _collect(stdlib: str) -> tuple[tuple[str, ...], ...]:
     area_of = {module: area for area, modules in AREAS.items() for module in modules}
     rows: dict[str, tuple[str, str, str, str]] = {}
     for module in sorted(area_of):
-        for file in _sources(root, module):
+        for file in sources(root, module):
             for kind, docstring in _docstrings(file):
                 text = clean(docstring)
                 if len(_WORD.findall(text)) >= MIN_WORDS:
@@ -108,7 +108,7 @@ def _collect(stdlib: str) -> tuple[tuple[str, ...], ...]:
     return texts, areas, groups, kinds
 
 
-def _sources(root: Path, module: str) -> list[Path]:
+def sources(root: Path, module: str) -> list[Path]:
     """Return the module's source files in the order of their path, tests left out."""
     single = root / f"{module}.py"
     found = [single] if single.is_file() else []
@@ -130,23 +130,23 @@ def _docstrings(file: Path) -> Iterator[tuple[str, str]]:
     docstring = ast.get_docstring(tree)
     if docstring:
         yield "module", docstring
-    for node in _scopes(tree.body):
+    for node in scopes(tree.body):
         docstring = ast.get_docstring(node)
         if docstring:
             yield "class" if isinstance(node, ast.ClassDef) else "function", docstring
 
 
-def _scopes(
+def scopes(
     body: list[ast.stmt],
 ) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield classes and functions, nested ones after their holder; expressions are not walked."""
     for node in body:
-        if isinstance(node, _SCOPES):
+        if isinstance(node, SCOPES):
             yield node
         for field in ("body", "orelse", "finalbody"):
-            yield from _scopes(getattr(node, field, []))
+            yield from scopes(getattr(node, field, []))
         for handler in getattr(node, "handlers", []):
-            yield from _scopes(handler.body)
+            yield from scopes(handler.body)
 
 
 SOURCE = Source(splits, read, public=True)

@@ -51,8 +51,17 @@ def step_blocks(tokens: Tensor, batch_size: int, seed: int, step: int) -> Tensor
     return tokens[torch.from_numpy(epoch_batches(len(tokens), size, seed, epoch)[place])]
 
 
-def logits_of(model: Model, ids: Tensor) -> Tensor:
-    """Return logits (B, T, V) of ids (B, T) without padding; the cache is off."""
+def logits_of(model: Model, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return logits (B, T, V) of ids (B, T) without padding; the cache is off.
+
+    Args:
+        model: of a causal language model.
+        ids: (B, T).
+        positions: of packed samples (:mod:`fedsplit.emulators.packing`), (B, T), else None.
+    """
+    if positions is not None:  # and no mask: that of packed samples follows from their positions
+        packed: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return packed
     mask = torch.ones_like(ids)
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits
@@ -85,7 +94,12 @@ def divergence(target: Tensor, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(
-    model: Model, tokens: Tensor, batch_size: int = 16, *, labels: Tensor | None = None
+    model: Model,
+    tokens: Tensor,
+    batch_size: int = 16,
+    *,
+    labels: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> float:
     """Return the mean next-token loss in nats over blocks (N, T); its exp is the perplexity.
 
@@ -94,6 +108,7 @@ def mean_loss(
         tokens: (N, T).
         batch_size: blocks at a time.
         labels: see :func:`lm_loss`; None: the tokens.
+        positions: see :func:`logits_of`.
 
     Raises:
         DataError: if ``tokens`` are not ids (N, T).
@@ -103,10 +118,12 @@ def mean_loss(
     total, count = 0.0, 0
     with evaluating(model):
         every = tokens if labels is None else labels
-        parts = (torch.split(rows, batch_size) for rows in (tokens, every))
-        for ids, wanted in zip(*parts, strict=True):
-            wanted = wanted.to(device)
-            total += float(lm_loss(logits_of(model, ids.to(device)), wanted, "sum"))
+        for at in range(0, len(tokens), batch_size):
+            rows = slice(at, at + batch_size)
+            placed = None if positions is None else positions[rows].to(device)
+            wanted = every[rows].to(device)
+            logits = logits_of(model, tokens[rows].to(device), placed)
+            total += float(lm_loss(logits, wanted, "sum"))
             count += int(target_counts(wanted).sum())
     return total / count
 

@@ -13,10 +13,11 @@ from typing import Any
 from fedsplit.errors import ModelError
 from fedsplit.fingerprints.evidence.public_file import PublicFingerprint, read
 from fedsplit.fingerprints.view import WeightView
-from fedsplit.fingerprints.weights_file import TensorFiles, open_view
+from fedsplit.fingerprints.weights_file import open_view
 from fedsplit.models.gguf import SUFFIX as GGUF
 from fedsplit.models.layout.projections import layout_of, read_config
 from fedsplit.models.places import place_of
+from fedsplit.models.shards import TensorFiles
 from fedsplit.models.trained import is_split_run
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")

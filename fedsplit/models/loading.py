@@ -113,38 +113,69 @@ def load(
             place.
     """
     kind = task_type(task)
-    auto = pick(HEADS, kind.head, "head")
     check(dropout is None or 0.0 <= dropout < 1.0, "dropout", dropout, "None or in [0, 1)")
-    labels = _label_settings(kind, num_labels, label_names)
-    where = _located(str(name_or_path), expected_sha256)
+    labels = label_settings(kind, num_labels, label_names)
+    found = describe(name_or_path, kind.head, labels, expected_sha256, revision)
+    auto, where, tokenizer = found.auto, found.where, found.tokenizer
     options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
-    with _naming(name_or_path), _quiet():
-        config = AutoConfig.from_pretrained(where, **options)
-        if kind.head == "causal-lm":
-            _check_causal(config, str(name_or_path))
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        _check_vocabulary(tokenizer, str(name_or_path))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "models.loading", "head"))
-            model, info = auto.from_pretrained(
-                where,
-                use_safetensors=True,
-                dtype=dtype,
-                attn_implementation=attn,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, with the shapes
-                **labels,
-                **options,
-            )
+    with _naming(name_or_path), _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "models.loading", "head"))
+        model, info = auto.from_pretrained(
+            where,
+            use_safetensors=True,
+            dtype=dtype,
+            attn_implementation=attn,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with the shapes
+            **labels,
+            **options,
+        )
     new = {str(key) for key in info["missing_keys"]}
     _check_complete(model, kind.head, new, str(name_or_path))
     new |= _new_head(model, info["mismatched_keys"], str(name_or_path))
-    _give_pad_token(model, tokenizer, str(name_or_path))
+    give_pad_token(model, tokenizer, str(name_or_path))
     if dropout is not None:
         set_dropout(model, dropout)
     digest = weights_digest(model, leave_out=new)
     model = model.to(device).eval()
     return LoadedModel(model, tokenizer, digest, str(name_or_path))
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        where: folder or hub name to read from, held against its digest.
+        auto: transformers' Auto class of the task.
+        config: of the model, with the task's labels.
+        tokenizer: as it came.
+    """
+
+    where: str
+    auto: Any
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+
+def describe(
+    name_or_path: str | Path,
+    head: str,
+    labels: dict[str, Any],
+    expected_sha256: str | None = None,
+    revision: str | None = None,
+) -> Described:
+    """Find a model and read its configuration and tokenizer; see :func:`load`."""
+    auto = pick(HEADS, head, "head")
+    where = _located(str(name_or_path), expected_sha256)
+    options: dict[str, Any] = {"trust_remote_code": False, "revision": revision}
+    with _naming(name_or_path), _quiet():
+        config = AutoConfig.from_pretrained(where, **labels, **options)
+        if head == "causal-lm":
+            _check_causal(config, str(name_or_path))
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        _check_vocabulary(tokenizer, str(name_or_path))
+    return Described(where, auto, config, tokenizer)
 
 
 def weights_digest(model: PreTrainedModel, *, leave_out: set[str] = frozenset()) -> str:  # type: ignore[assignment]
@@ -181,9 +212,14 @@ def set_dropout(model: nn.Module, probability: float) -> None:
                 setattr(holder, name, probability)
 
 
-def _label_settings(
+def label_settings(
     task: type[Task], num_labels: int | None, label_names: Sequence[str] | None
 ) -> dict[str, Any]:
+    """Return a classifier's classes as settings of transformers; empty: the checkpoint's own.
+
+    Raises:
+        ConfigError: classes of another task, fewer than two, or names of another number.
+    """
     if num_labels is None and label_names is None:
         return {}
     check(task.labelled, "num_labels", num_labels, f"None for task {task.name!r}")
@@ -283,7 +319,13 @@ def _check_vocabulary(tokenizer: Any, source: str) -> None:
         )
 
 
-def _give_pad_token(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+def give_pad_token(model: PreTrainedModel, tokenizer: Any, source: str) -> None:
+    """Give a tokenizer and a model's configuration a pad token where they have none.
+
+    Raises:
+        ModelError: there is no end token to take, or the tokenizer has more tokens than the
+            embedding has rows.
+    """
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{source}: the tokenizer has neither a pad nor an eos token")

@@ -38,8 +38,9 @@ from typer import Option
 from fedsplit.errors import RunError, check
 from fedsplit.fingerprints.methods.ics import ICS, inner
 from fedsplit.fingerprints.view import choose_tokens
-from fedsplit.fingerprints.weights_file import INDEX, open_view
+from fedsplit.fingerprints.weights_file import open_view
 from fedsplit.models.loading import HEADS
+from fedsplit.models.shards import INDEX
 from fedsplit.registry import pick
 from fedsplit.seeding import torch_generator
 from simulations.bench.figures import JsonPath, publish

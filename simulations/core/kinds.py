@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "lineage-table": _kind("lineage.fingerprint_table"),
     "lineage-evasion": _kind("lineage.evasion"),
     "lineage-gate": _kind("lineage.gate"),
+    "offsite": _kind("offsite.federated_run"),
     "offsite-extraction": _kind("offsite.extraction"),
     "offsite-sweep": _kind("offsite.emulator_sweep"),
     "offsite-table": _kind("offsite.emulator_table"),

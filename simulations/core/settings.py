@@ -28,7 +28,7 @@ from fedsplit.settings import read_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Relative paths mean the caller's folder; Flower's and Ray's processes run elsewhere.
-PATHS = ("data.path", "model.name", "privacy.public-text", "offsite.public")
+PATHS = ("data.path", "model.name", "privacy.public-text", "offsite.public", "offsite.scores")
 ALIASES = {"model": "model.name", "models": "options.models"}
 Number = TypeVar("Number", int, float)
 

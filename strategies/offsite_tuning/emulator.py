@@ -27,7 +27,7 @@ from fedsplit.data import docstrings_are_public
 from fedsplit.emulators import COMPRESSORS, Emulator, Material, make_compressor
 from fedsplit.emulators.compressors.scaleot import ScaleOT
 from fedsplit.emulators.files import load_emulator, save_emulator
-from fedsplit.emulators.importance.files import Importance, ImportanceSettings
+from fedsplit.emulators.importance.files import Importance, ImportanceSettings, load_scores
 from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.emulators.lm import pack
 from fedsplit.emulators.settings import by_importance, compressor_settings, needs_importance
@@ -80,7 +80,8 @@ def public_blocks(config: RunConfig, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 def _importance_settings(config: RunConfig) -> ImportanceSettings:
     seed = derive_seed(config.seed, "importance") % 2**31
-    return ImportanceSettings(steps=config.offsite.importance_steps, seed=seed)
+    o = config.offsite
+    return ImportanceSettings(steps=o.importance_steps, bf16=o.bf16, seed=seed)
 
 
 def importance_for(
@@ -88,10 +89,16 @@ def importance_for(
 ) -> Importance | None:
     """Return the importance run that the compressor needs, or None.
 
-    One in ``folder`` that was made with the same text is gone on with.
+    One in ``folder`` that was made with the same text is gone on with; of one that the settings
+    name (``offsite.scores``) the scores and costs are read.
+
+    Raises:
+        ModelError: the named one is damaged, or of another base.
     """
     if not needs_importance(config.offsite):
         return None
+    if config.offsite.scores:
+        return load_scores(config.offsite.scores, loaded.model, base_digest=loaded.digest)
     half = max(1, len(tokens) // 2)
     resume = None
     if folder is not None:
@@ -192,6 +199,13 @@ def _kept(folder: Path, recipe: dict[str, Any], loaded: LoadedModel) -> Shipped 
     return Shipped(emulator, shipped, digest, {**facts, "kept": True})
 
 
+def _file_digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise RunError(f"offsite.scores={path!r}: cannot be read: {error}") from None
+
+
 def _digest(tokens: Tensor) -> str:
     shape = str(tuple(tokens.shape)).encode()
     return hashlib.sha256(shape + tokens.contiguous().numpy().tobytes()).hexdigest()
@@ -201,12 +215,16 @@ def _recipe(config: RunConfig, loaded: LoadedModel, tokens: Tensor) -> dict[str,
     """Return all that decides an emulator, as JSON gives it back."""
     o = config.offsite
     layers = int(loaded.model.config.num_hidden_layers)
-    scored = _importance_settings(config) if needs_importance(o) else None
+    scored: Any = None
+    if needs_importance(o):
+        scored = asdict(_importance_settings(config))
+        if o.scores:
+            scored = _file_digest(o.scores)
     about = {
         "compressor": o.compressor,
         "settings": compressor_settings(o, layers),
         "placed": [o.adapters, o.rank_by] if by_importance(o) else None,
-        "importance": asdict(scored) if scored is not None else None,
+        "importance": scored,
         "base": loaded.digest,
         "dtype": config.model.dtype,
         "text": _digest(tokens),

@@ -27,7 +27,7 @@ from fedsplit.privacy import build_mechanism
 from fedsplit.privacy.labels.table import averages_head, head_at_owner, tail_blocks
 from fedsplit.settings import check_settings
 
-from ..base_model import AUTOCASTS, DTYPES, load_base
+from ..base_model import AUTOCASTS, DTYPES, load_base, read_base
 from .denoising import CohortDenoiser, build_denoiser
 from .gradient_denoising import GradientDenoiser, build_gradient_denoiser
 
@@ -90,12 +90,18 @@ def load_halves(config: RunConfig) -> Halves:
     Raises:
         ModelError, UnsupportedModelError, ConfigError: see :func:`strategies.base_model.load_base`.
     """
-    loaded = load_base(check_settings(config))
-    bottom, top = split(loaded.model, config.split.k)
+    config = check_settings(config)
+    read = read_base(config, config.split.k)
+    if read is None:
+        loaded = load_base(config)
+        bottom, top = split(loaded.model, config.split.k)
+        digest, tokenizer = loaded.digest, loaded.tokenizer
+    else:
+        bottom, top, digest, tokenizer = read.bottom, read.top, read.digest, read.tokenizer
     head = None
     if head_at_owner(config.labels.protection):
         head = detach_head(top, blocks=tail_blocks(config.labels))
-    return Halves(loaded.digest, loaded.tokenizer, bottom, top, head)
+    return Halves(digest, tokenizer, bottom, top, head)
 
 
 def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) -> SplitModel:

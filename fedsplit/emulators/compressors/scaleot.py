@@ -111,6 +111,7 @@ class ScaleOT(Compressor):
             "beta": offsite.beta,
             "rank_by": offsite.rank_by,
             "settle_steps": offsite.settle_steps,
+            "bf16": offsite.bf16,
         }
 
     @classmethod

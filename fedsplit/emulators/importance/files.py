@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.importance.harmonizer import Harmonizer, make_harmonizers
 from fedsplit.emulators.importance.replace_policy import REWARDS
-from fedsplit.emulators.pair_files import read_pair, write_pair
+from fedsplit.emulators.pair_files import MAX_JSON, read_pair, write_pair
 from fedsplit.emulators.planning.plan import check_fraction
 from fedsplit.errors import ConfigError, ModelError, check, one_of
+from fedsplit.models.bundle.bounded_json import parse_json
 from fedsplit.models.loading import weights_digest
 
 NAME = "importance"
@@ -166,6 +168,36 @@ def load_importance(
     return importance_of(
         tensors, about, make_harmonizers(model, settings.width, settings.seed), digest
     )
+
+
+def load_scores(path: str | Path, model: Model, *, base_digest: str | None = None) -> Importance:
+    """Read scores and costs of an importance run of ``model``, without its harmonizers.
+
+    The file is the run's ``importance.json``, alone: a few kilobytes that choose A and the blocks
+    to be replaced.  The harmonizers are new, each the identity (its block dropped), so an emulator
+    that replaces blocks must settle them.
+
+    Raises:
+        ModelError: if the file is damaged, of a run that has measured no costs, or of another base
+            or another number of blocks.
+    """
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size > MAX_JSON:
+        raise ModelError(f"{path}: must be a file of at most {MAX_JSON} bytes")
+    about = parse_json(path.name, path.read_bytes())
+    settings = settings_of(about)
+    if type(about.get("step")) is not int:
+        raise ModelError(f"{path}: step={about.get('step')!r}: must be an integer")
+    digest = weights_digest(model) if base_digest is None else base_digest
+    new = make_harmonizers(model, settings.width, settings.seed)
+    tensors = {f"harmonizer.{n}": p.detach() for n, p in named_harmonizers(new).items()}
+    for name in ("scores", "costs"):
+        values = about.get(name)
+        good = isinstance(values, list) and len(values) == len(new)
+        if not good or not all(type(v) in (int, float) and math.isfinite(v) for v in values or ()):
+            raise ModelError(f"{path}: {name}: must be {len(new)} finite numbers")
+    tensors["scores"] = torch.tensor(about["scores"], dtype=torch.float64)
+    return importance_of(tensors, {**about, "history": []}, new, digest)
 
 
 def importance_of(

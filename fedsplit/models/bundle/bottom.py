@@ -152,8 +152,9 @@ def pack_bottom(bottom: Bottom, tokenizer: Tokenizer | None) -> Bundle:
     narrow = _narrower(t for n, t in tensors.items() if n in parameters)
     if narrow is not None:
         about |= {"format": NARROWED, "widen": "float32"}
+    seen: set[int] = set()
     tensors = {
-        n: _own(t, narrow if n in parameters and t.dtype == torch.float32 else None)
+        n: _own(t, narrow if n in parameters and t.dtype == torch.float32 else None, seen)
         for n, t in tensors.items()
     }
     _check_shapes(laid_out, tensors)  # refuse here what no owner could unpack
@@ -182,9 +183,17 @@ def _exact(tensor: Tensor, dtype: torch.dtype) -> bool:
     return all(torch.equal(piece, piece.to(dtype).to(piece.dtype)) for piece in pieces)
 
 
-def _own(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor for a file: on the CPU, in storage of its own, in ``dtype`` if given."""
-    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
+def _own(tensor: Tensor, dtype: torch.dtype | None, seen: set[int]) -> Tensor:
+    """Return a tensor for a file: on the CPU, in a storage that no other has, in ``dtype``.
+
+    Copied only where it must be: most of a bottom goes from its own memory into the file.
+    """
+    own = tensor.detach().to("cpu", dtype).contiguous()
+    storage = own.untyped_storage().data_ptr()
+    if storage in seen:
+        own = own.clone()
+    seen.add(storage)
+    return own
 
 
 def shipped_config(model: PreTrainedModel) -> dict[str, Any]:

@@ -242,8 +242,8 @@ def split(
     try:
         base = model.base_model
         assert isinstance(base, PreTrainedModel), "transformers' own invariant"
-        bottom = _make_bottom(base, k)
-        top = _make_top(model, k)
+        bottom = make_bottom(base, k)
+        top = make_top(model, k)
         bottom.task = top.task
     except UnsupportedModelError:
         raise
@@ -258,7 +258,8 @@ def split(
     return bottom, top
 
 
-def _make_bottom(base: PreTrainedModel, k: int) -> Bottom:
+def make_bottom(base: PreTrainedModel, k: int) -> Bottom:
+    """Cut a base model to its bottom, unverified; blocks from ``k`` on are never run."""
     anatomy = probe(base)
     kept = mirror(nn.ModuleList(list(anatomy.blocks)[:k]))
     half = cut(base, [*kept, Exit(anatomy.blocks[k])], slice(0, k + 1))
@@ -270,7 +271,8 @@ def _make_bottom(base: PreTrainedModel, k: int) -> Bottom:
     return bottom
 
 
-def _make_top(model: PreTrainedModel, k: int) -> Top:
+def make_top(model: PreTrainedModel, k: int) -> Top:
+    """Cut a model to its top, unverified; blocks before ``k`` are never run."""
     anatomy = probe(model)
     kept = mirror(nn.ModuleList(list(anatomy.blocks)[k:]))
     half = cut(model, list(kept), slice(k, None))

@@ -20,6 +20,7 @@ from fedsplit.config.schedule import rate_factor
 from fedsplit.data import TextDataset
 from fedsplit.emulators.build import Emulator, tune_inside
 from fedsplit.emulators.lm import IGNORED, mean_loss, pack, target_counts
+from fedsplit.emulators.packing import Sample, check_packing, pack_samples, pieces_of
 from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.ledger.disclosure import Training
@@ -40,12 +41,17 @@ class Blocks:
         test: (N', T).
         train_labels: (N, T), what is to be predicted (see :func:`fedsplit.emulators.lm.lm_loss`).
         test_labels: (N', T).
+        train_positions: (N, T) where blocks hold several samples each
+            (:mod:`fedsplit.emulators.packing`); else None.
+        test_positions: (N', T), likewise.
     """
 
     train: Tensor
     test: Tensor
     train_labels: Tensor
     test_labels: Tensor
+    train_positions: Tensor | None = None
+    test_positions: Tensor | None = None
 
 
 def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length: int) -> Blocks:
@@ -70,19 +76,31 @@ def blocks_of(tokenizer: Any, train: Sequence[str], test: Sequence[str], length:
     return Blocks(packed[0], packed[1], packed[0], packed[1])
 
 
-def blocks_of_sets(tokenizer: Any, train: TextDataset, test: TextDataset, length: int) -> Blocks:
-    """Return data sets as blocks: plain text packed, a conversation to a block of its own.
+def blocks_of_sets(
+    tokenizer: Any, train: TextDataset, test: TextDataset, length: int, *, packing: bool = False
+) -> Blocks:
+    """Return data sets as blocks: plain text as one stream, a conversation to a block of its own.
 
     A conversation is padded on the right, where no token before it attends, and its completions
     alone are labels.
+
+    Args:
+        tokenizer: of the emulator.
+        train: the owner's texts.
+        test: those that it holds out.
+        length: tokens of a block.
+        packing: put texts and conversations into blocks in which none attends to another.
 
     Raises:
         DataError: see :func:`blocks_of` and :func:`fedsplit.owners.samples.tokenise_chat`.
         ModelError: the chat template fails or breaks its bounds.
     """
-    if not train.chat:
+    if not (train.chat or packing):
         return blocks_of(tokenizer, train.texts, test.texts, length)
     pad = next(int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None)
+    if packing:
+        a, b = (pack_samples(_samples(tokenizer, d, length), length, pad) for d in (train, test))
+        return Blocks(a.ids, b.ids, a.labels, b.labels, a.positions, b.positions)
     found: list[Tensor] = []
     for part in (train, test):
         samples = tokenise_chat(tokenizer, part.texts, max_tokens=length)
@@ -94,6 +112,25 @@ def blocks_of_sets(tokenizer: Any, train: TextDataset, test: TextDataset, length
             labels[slot, after] = own[after]
         found += [ids, labels]
     return Blocks(found[0], found[2], found[1], found[3])
+
+
+def _samples(tokenizer: Any, data: TextDataset, length: int) -> list[Sample]:
+    """Return a data set's samples for packing: conversations, or texts with their end token."""
+    if not data.chat:
+        end = tokenizer.eos_token_id
+        found = []
+        for text in data.texts:
+            ids = tokenizer(lines_of(text), add_special_tokens=False)["input_ids"]
+            found += pieces_of(torch.tensor(ids + ([] if end is None else [int(end)])), length)
+        return found
+    samples = tokenise_chat(tokenizer, data.texts, max_tokens=length)
+    found = []
+    for slot, ids in enumerate(samples.ids):
+        labels = torch.full_like(ids, IGNORED)
+        after = 1 + samples.predicting(slot)
+        labels[after] = ids[after]
+        found.append((ids, labels))
+    return found
 
 
 class AdapterOwner:
@@ -109,7 +146,7 @@ class AdapterOwner:
 
     Raises:
         ConfigError: the method finds nothing to train, or DP-SGD has no secret.
-        UnsupportedModelError: the method cannot be used in this family.
+        UnsupportedModelError: the method, or packing, cannot be used in this family.
     """
 
     def __init__(
@@ -132,6 +169,8 @@ class AdapterOwner:
         self._secret = secret
         self._report = report
         self.tuning = tune_inside(emulator, method_settings(config.offsite, config.seed))
+        if blocks.train_positions is not None:
+            check_packing(emulator.model)
         self._received = self.tuning.state()
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -190,7 +229,9 @@ class AdapterOwner:
                 rows = torch.as_tensor(batch)
                 ids, labels = self.blocks.train[rows], self.blocks.train_labels[rows]  # (B, T)
                 done = (round_ - 1 + step / len(batches)) / train.rounds
-                loss = steps.step(ids, labels, train.lr * rate_factor(train, done))
+                packed = self.blocks.train_positions
+                placed = None if packed is None else packed[rows]
+                loss = steps.step(ids, labels, train.lr * rate_factor(train, done), placed)
                 count = int(target_counts(labels).sum())
                 self._add(batch, steps.losses)
                 loss_sum += loss * count
@@ -213,7 +254,9 @@ class AdapterOwner:
         exact = {
             "num-examples": len(test),
             "targets": float(target_counts(labels).sum()),
-            "loss": mean_loss(self.emulator.model, test, labels=labels),
+            "loss": mean_loss(
+                self.emulator.model, test, labels=labels, positions=self.blocks.test_positions
+            ),
         }
         if self._report is None:
             return exact

@@ -66,13 +66,16 @@ class AdapterSteps:
         self._taken = 0
         self._private = None if dp is None else dp.private(self._optimizer)
 
-    def step(self, ids: Tensor, labels: Tensor, rate: float) -> float:
+    def step(
+        self, ids: Tensor, labels: Tensor, rate: float, positions: Tensor | None = None
+    ) -> float:
         """Take one step and return the mean loss of its blocks in nats per token.
 
         Args:
             ids: the step's blocks (B, T).
             labels: what is to be predicted (B, T), see :func:`fedsplit.emulators.lm.lm_loss`.
             rate: learning rate.
+            positions: of packed samples (B, T), see :mod:`fedsplit.emulators.packing`; else None.
 
         Raises:
             ModelError: a loss is not finite; no step is taken.
@@ -85,7 +88,11 @@ class AdapterSteps:
         end = max(2, 1 + int(wanted.max()) if len(wanted) else 0)  # behind it stands padding alone
         ids, labels = ids[:, :end], labels[:, :end]
         private = self._private is not None
-        loss = self._step_privately(ids, labels) if private else self._step(ids, labels)
+        if positions is not None:
+            assert not private, "refused by the settings' checks"
+            loss = self._step(ids, labels, positions[:, :end])
+        else:
+            loss = self._step_privately(ids, labels) if private else self._step(ids, labels)
         self._optimizer.zero_grad(set_to_none=True)
         self._taken += 1
         return loss
@@ -94,13 +101,15 @@ class AdapterSteps:
         """Return what DP-SGD has cost up to here; empty without it."""
         return {} if self._dp is None else self._dp.spent(self._dp.earlier_steps + self._taken)
 
-    def _step(self, ids: Tensor, labels: Tensor) -> float:
+    def _step(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> float:
         self._optimizer.zero_grad(set_to_none=True)
         total, size = 0.0, self._offsite.micro_batch or len(ids)
         targets = int(target_counts(labels).sum())
-        for part, wanted in zip(torch.split(ids, size), torch.split(labels, size), strict=True):
-            share = int(target_counts(wanted).sum()) / targets
-            loss = self._loss(part, wanted)
+        for at in range(0, len(ids), size):
+            rows = slice(at, at + size)
+            share = int(target_counts(labels[rows]).sum()) / targets
+            placed = None if positions is None else positions[rows]
+            loss = self._loss(ids[rows], labels[rows], placed)
             torch.autograd.backward([share * loss])
             total += share * float(loss.detach())
         if self._offsite.proximal:
@@ -132,9 +141,9 @@ class AdapterSteps:
                 for g, p, start in zip(found, self._parameters, self._start, strict=True)
             ]
 
-    def _loss(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, labels: Tensor, positions: Tensor | None = None) -> Tensor:
         with self._precision(ids.device.type):
-            logits = logits_of(self._model, ids)
+            logits = logits_of(self._model, ids, positions)
         loss = lm_loss(logits, labels)
         if self._per_block:
             with torch.no_grad():

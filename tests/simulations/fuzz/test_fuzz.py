@@ -15,7 +15,8 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, LedgerError, LineageError, ModelError
 from fedsplit.fingerprints.evidence import chain as evidence
 from fedsplit.fingerprints.evidence import public_file
-from fedsplit.fingerprints.weights_file import INDEX, open_view, weight_files
+from fedsplit.fingerprints.weights_file import open_view
+from fedsplit.models.shards import INDEX, weight_files
 from fedsplit.models.trained.weights import load_trained
 from fedsplit.owners.ledger.chain import GENESIS, Ledger, canonical, chained
 from fedsplit.owners.policy.rules import Policy
