@@ -33,6 +33,8 @@ BENCHMARKS = {
     "secagg": "bench.secagg",
     "fuzz": "fuzz.run",
     "emulator": "bench.emulator",
+    "memory": "bench.memory",
+    "gpu": "bench.gpu_check",
 }
 
 

@@ -1,0 +1,237 @@
+"""``bench gpu``: what a CUDA card computes beside the CPU, how fast, and in how much memory.
+
+For whoever has a card (``make gpu-check``): at most eight minutes.  A row that would begin after its
+share of them is left out and says so.  Without a card nothing is run, and that is said.
+
+| row | what it does |
+| --- | --- |
+| parity float32, bfloat16 | a small LLaMA's top: logits and gradients on the card and on the CPU |
+| training | steps of a top of 0.1 billion parameters, float32 and bfloat16 weights: steps a second, memory |
+| nf4 | the 1.1 billion LLaMA, its blocks in 4 bits (bitsandbytes), LoRA above: steps a second, memory |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from typer import Option
+
+from fedsplit.errors import check
+from fedsplit.models.adapters.trainable import make_trainable
+from fedsplit.models.layout.projections import read_config
+from fedsplit.models.loading import TASKS
+from fedsplit.models.splitting.equivalence import TOLERANCE, relative_difference
+from fedsplit.models.splitting.halves import Bottom, Top, split
+from simulations.bench.figures import JsonPath, publish
+from simulations.bench.fingerprint import SHAPE
+from simulations.core.tables import make_table
+from simulations.runtime.machine import machine
+
+Row = dict[str, Any]
+NO_CARD = "no CUDA device here: nothing was checked (this needs an NVIDIA card and a CUDA build)"
+GRADIENTS = {torch.float32: 1e-3, torch.bfloat16: 6e-2}  # sums of many rounded products
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 2048,
+}
+MIDDLE = SMALL | {
+    "hidden_size": 768,
+    "intermediate_size": 2112,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "vocab_size": 8192,
+}
+
+
+def run(
+    console: Console,
+    json_path: JsonPath = None,
+    *,
+    minutes: Annotated[float, Option(help="no row begins later than this")] = 7.0,
+    steps: Annotated[int, Option(help="training steps timed in a row")] = 20,
+) -> dict[str, Any]:
+    """Check a CUDA card: parity with the CPU, steps a second, memory, a model in nf4."""
+    check(minutes > 0, "minutes", minutes, "> 0")
+    check(steps >= 1, "steps", steps, ">= 1")
+    if not torch.cuda.is_available():
+        console.print(NO_CARD)
+        return {"machine": machine(), "rows": []}
+    rows: list[Row] = []
+    began = time.monotonic()
+    for name, make in checks(torch.device("cuda"), steps).items():
+        if time.monotonic() - began > 60 * minutes:
+            rows.append({"row": name, "told": f"left out: {minutes:g} minutes are over"})
+            continue
+        console.print(f"{name} ...")
+        try:
+            rows.append({"row": name, **make()})
+        except Exception as error:  # the other rows are wanted whatever befalls one of them
+            rows.append({"row": name, "told": f"failed: {type(error).__name__}: {error}"[:200]})
+        torch.cuda.empty_cache()
+    figures = {"machine": machine(), "card": torch.cuda.get_device_name(), "rows": rows}
+    return publish(console, json_path, figures, [table(rows)])
+
+
+def checks(device: torch.device, steps: int) -> dict[str, Callable[[], Row]]:
+    """Return each row's name and what makes it."""
+    return {
+        "parity float32": lambda: parity(device, torch.float32),
+        "parity bfloat16": lambda: parity(device, torch.bfloat16),
+        "training float32": lambda: training(device, torch.float32, steps),
+        "training bfloat16": lambda: training(device, torch.bfloat16, steps),
+        "nf4, 1.1 billion": lambda: quantised(device, steps),
+    }
+
+
+def table(rows: list[Row]) -> Any:
+    """Return the rows as a table."""
+    columns = ("", "logits differ", "gradients differ", "steps/s", "memory, MB", "")
+    shown = []
+    for row in rows:
+        cells = [f"{row[k]:.1e}" if k in row else None for k in ("logits", "gradients")]
+        cells.append(f"{row['steps_s']:.1f}" if "steps_s" in row else None)
+        cells.append(f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else None)
+        shown.append((row["row"], *cells, row.get("told", "")))
+    return make_table(columns, shown, title="This card beside this machine's CPU")
+
+
+def parity(device: torch.device, dtype: torch.dtype, shape: dict[str, int] | None = None) -> Row:
+    """Compare a top's logits and gradients on ``device`` with the CPU's in the same dtype.
+
+    Differences are relative to the largest logit, and to the largest gradient of each parameter.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    bottom, top = _halves(shape or SMALL, dtype)
+    ids = _ids(bottom, 4, 33)
+    hidden = bottom(ids).detach()
+    here, mine = _outcome(top, hidden, ids)
+    top.model.to(device)  # type: ignore[arg-type]
+    there, theirs = _outcome(top, hidden.to(device), ids.to(device))
+    logits = relative_difference(here, there.cpu())
+    worst = max(relative_difference(mine[n], theirs[n].cpu()) for n in mine)
+    good = logits <= TOLERANCE[dtype] and worst <= GRADIENTS[dtype]
+    bound = f"{TOLERANCE[dtype]:g}, {GRADIENTS[dtype]:g}"
+    return {
+        "logits": logits,
+        "gradients": worst,
+        "good": good,
+        "told": f"within {bound}" if good else f"NOT within {bound}",
+    }
+
+
+def _outcome(top: Top, hidden: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    top.zero_grad(set_to_none=True)
+    logits = top(hidden)
+    _loss(logits, ids).backward()  # type: ignore[no-untyped-call]
+    found = {n: p.grad.float() for n, p in top.named_parameters() if p.grad is not None}
+    return logits.detach(), found
+
+
+def training(
+    device: torch.device, dtype: torch.dtype, steps: int, shape: dict[str, int] | None = None
+) -> Row:
+    """Time steps of a whole top on rows as owners send them, and tell its largest memory."""
+    bottom, top = _halves(shape or MIDDLE, dtype)
+    ids = _ids(bottom, 8, 128)
+    hidden = bottom(ids).detach().to(device)
+    top.model.to(device)  # type: ignore[arg-type]
+    return _timed(top, list(top.parameters()), hidden, ids.to(device), device, steps)
+
+
+def quantised(device: torch.device, steps: int, shape: dict[str, int] | None = None) -> Row:
+    """Time LoRA steps above frozen blocks in nf4 (bitsandbytes); weights are random."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {"told": "left out: needs bitsandbytes (pip install bitsandbytes)"}
+    bottom, top = _halves(shape or SHAPE, torch.bfloat16)
+    ids = _ids(bottom, 8, 128)
+    hidden = bottom(ids).detach().to(device)
+    whole = sum(p.numel() * p.element_size() for p in top.parameters())
+    _in_nf4(top)
+    trainable = make_trainable(top, "lora")
+    top.model.to(device)  # type: ignore[arg-type]
+    row = _timed(top, trainable.parameters(), hidden, ids.to(device), device, steps)
+    return row | {"told": f"the top alone is {whole / 1e6:.0f} MB in bfloat16"}
+
+
+def _in_nf4(top: Top) -> None:
+    """Replace the linear layers of a top's blocks by 4-bit ones, quantised when they are moved."""
+    import bitsandbytes as bnb
+
+    for path, module in list(top.model.named_modules()):
+        if isinstance(module, nn.Linear) and ".layers." in f".{path}":
+            new = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            new.weight = bnb.nn.Params4bit(
+                module.weight.data, requires_grad=False, quant_type="nf4"
+            )
+            top.model.set_submodule(path, new)
+
+
+def _timed(
+    top: Top,
+    parameters: list[nn.Parameter],
+    hidden: Tensor,
+    ids: Tensor,
+    device: torch.device,
+    steps: int,
+) -> Row:
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    card = device.type == "cuda"
+    if card:
+        torch.cuda.reset_peak_memory_stats()
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = _loss(top(hidden), ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return loss.detach()
+
+    first = float(step())
+    began = time.perf_counter()
+    for _ in range(steps):
+        last = step()
+    final = float(last)  # waits for the card
+    row: Row = {"steps_s": steps / (time.perf_counter() - began), "first": first, "last": final}
+    if card:
+        row["bytes"] = float(torch.cuda.max_memory_allocated())
+    return row
+
+
+def _halves(shape: dict[str, int], dtype: torch.dtype) -> tuple[Bottom, Top]:
+    with tempfile.TemporaryDirectory() as folder:
+        about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape}
+        (Path(folder) / "config.json").write_text(json.dumps(about))
+        config = read_config(Path(folder))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = TASKS["causal-lm"].from_config(config, dtype=dtype)
+    return split(model.eval(), 1, verify=False)
+
+
+def _ids(bottom: Bottom, rows: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(bottom.vocab, (rows, length), generator=generator)
+
+
+def _loss(logits: Tensor, ids: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
