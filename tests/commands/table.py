@@ -126,6 +126,7 @@ COMMANDS: dict[str, How] = {
 # beginning of the command -> why no test runs it
 NOT_RUN: dict[str, str] = {
     "make demo": "six minutes of the whole machine; its experiment runs small",
+    "make llm-demo": "minutes; tests/simulations/offsite/test_federated_offsite.py runs it small",
     "make test": "is what runs this",
     "make fuzz": "hours; its parts run small",
     "pytest": "is part of the suite",
