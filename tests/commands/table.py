@@ -94,6 +94,8 @@ COMMANDS: dict[str, How] = {
     "python -m simulations run adversary": How(
         more="--set options.quick=true --set options.real=false", long=True
     ),
+    "python -m simulations bench memory": How(more="--layers 3 --width 128 --k 1", long=True),
+    "python -m simulations bench gpu": How(),
     "python -m simulations bench fuzz": How(more="--cases 100", long=True),
     "python -m simulations bench fuzz --parser ledger --case": How(long=True),
     "python -m simulations bench fuzz --parser": How(more="--cases 20", long=True),
@@ -127,6 +129,7 @@ COMMANDS: dict[str, How] = {
 NOT_RUN: dict[str, str] = {
     "make demo": "six minutes of the whole machine; its experiment runs small",
     "make llm-demo": "minutes; tests/simulations/offsite/test_federated_offsite.py runs it small",
+    "make gpu-check": "needs a card; `python -m simulations bench gpu` runs here",
     "make test": "is what runs this",
     "make fuzz": "hours; its parts run small",
     "pytest": "is part of the suite",
