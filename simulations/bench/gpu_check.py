@@ -28,7 +28,7 @@ from typer import Option
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import make_trainable
 from fedsplit.models.layout.projections import read_config
-from fedsplit.models.loading import TASKS
+from fedsplit.models.loading import HEADS
 from fedsplit.models.splitting.equivalence import TOLERANCE, relative_difference
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from simulations.bench.figures import JsonPath, publish
@@ -224,7 +224,7 @@ def _halves(shape: dict[str, int], dtype: torch.dtype) -> tuple[Bottom, Top]:
         config = read_config(Path(folder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = TASKS["causal-lm"].from_config(config, dtype=dtype)
+        model = HEADS["causal-lm"].from_config(config, dtype=dtype)
     return split(model.eval(), 1, verify=False)
 
 

@@ -24,7 +24,7 @@ from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
 from fedsplit.fingerprints.gate.verdict import judge
 from fedsplit.fingerprints.view import WeightView
 from fedsplit.models.anatomy import probe
-from fedsplit.models.loading import TASKS, LoadedModel, load
+from fedsplit.models.loading import HEADS, LoadedModel, load
 from fedsplit.models.splitting.structure import with_blocks
 from fedsplit.seeding import derive_seed
 from simulations.core.cells import CellStore, Row, run_cells
@@ -123,7 +123,7 @@ class LargeModel(ExperimentSetting):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.config.seed, "lineage-llm"))
                 config = self._load(self.config.model.name).model.config
-                return "independent", TASKS["causal-lm"].from_config(config).eval()
+                return "independent", HEADS["causal-lm"].from_config(config).eval()
         loaded = self._load(self.config.model.name)
         if kind == "map":
             return "function kept", transform(loaded.model, name).model
@@ -167,7 +167,7 @@ def cut_width(model: Any, share: float) -> Any:
             part = part[:, kept] if "down_proj" in name else part[kept]
         into = part.dim() == 1 or "o_proj" in name or "down_proj" in name
         state[name] = (part[keep] if into else part[:, keep]).clone()
-    narrow = TASKS["causal-lm"].from_config(config)
+    narrow = HEADS["causal-lm"].from_config(config)
     narrow.load_state_dict(state)
     return narrow.eval()
 
