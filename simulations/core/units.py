@@ -18,3 +18,15 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+SHARES = ("accuracy", "f1", "recall")
+
+
+def score(name: str, value: float | None) -> str:
+    """Return a score as text: shares in per cent, perplexities and coefficients as they are."""
+    if value is None:
+        return "not measured"
+    if name.endswith(SHARES):
+        return f"{100 * value:.1f} %"
+    return f"{value:.2f}" if abs(value) > 1 else f"{value:.3f}"

@@ -20,6 +20,7 @@ from simulations.report import words
 from simulations.report.charts import Point, Series, chart
 from simulations.report.facts import Curve, Facts, Row, read_facts
 from simulations.report.holders import picture
+from simulations.report.score_tables import confusion_rows, score_rows
 
 FILE = "report.html"
 FOLDER = Path(__file__).parent
@@ -92,6 +93,8 @@ def render(facts: Facts, pictures: Sequence[Path] = ()) -> str:
         frontier=_frontier(facts),
         scores=_scores(facts),
         noise=words.noise(facts),
+        scored=score_rows(facts.get("utility")),
+        confusion=confusion_rows(facts),
         pictures=[_picture(path) for path in pictures],
         sections=[(key, own[key]) for key in sorted(own, key=_position)],
     )  # fmt: skip

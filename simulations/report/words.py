@@ -8,7 +8,7 @@ from typing import Any
 from fedsplit.errors import FedsplitError
 from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
-from simulations.core.units import duration, size
+from simulations.core.units import duration, score, size
 from simulations.report.facts import Facts
 
 ENDED = {
@@ -56,9 +56,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def figure(metric: str, value: float | None) -> str:
     """Return a figure of utility in its own unit."""
-    if value is None:
-        return "not measured"
-    return percent(value) if metric == "accuracy" else f"{value:.2f}"
+    return score(metric, value)
 
 
 def noise(facts: Facts) -> str:

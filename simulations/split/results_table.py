@@ -11,6 +11,8 @@ from rich.table import Table
 from fedsplit.attacks import ATTACKS
 from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
+from simulations.core.units import score
+from simulations.report.score_tables import score_rows
 from simulations.split.transcript_attacks import FORWARD
 
 # Result -> the attacker in words, from the weakest to the strongest.
@@ -45,24 +47,22 @@ def print_table(console: Console, results: Mapping[str, Any], labels: Sequence[s
 def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, figure, meaning) rows."""
     utility, privacy, traffic = results["utility"], results["privacy"], results["traffic"]
-    percent = utility["metric"] != "perplexity"
-
-    def figure(value: float | None) -> str:
-        if value is None:
-            return "not measured"
-        return f"{100 * value:.1f} %" if percent else f"{value:.2f}"
-
     meanings = {
         "federated": "the owners' held-out texts, answered by the server's tuned top",
         "centralised": "same model and steps in one place, nothing protected",
         "baseline": f"{utility.get('baseline_is', 'nothing learned')}",
     }
-    rows = [(f"{utility['metric']}, {k}", figure(utility[k]), why) for k, why in meanings.items()]
-    if "macro-f1" in utility:
+    metric = utility["metric"]
+    rows = [(f"{metric}, {k}", score(metric, utility[k]), why) for k, why in meanings.items()]
+    if "mcc" in utility:
         found = f"{100 * utility['macro-f1']:.1f} %, {utility['mcc']:.3f}"
         worst = 100 * min(utility["recalls"])
         why = f"of the federated model, all owners' texts together; worst recall {worst:.1f} %"
         rows.append(("macro-F1, Matthews' correlation", found, why))
+    else:
+        why = "of the federated model, all owners' texts together; in one place: {}"
+        found_scores = [s for s in score_rows(utility) if s[0] not in (metric, "spearman-error")]
+        rows += [(n, here, why.format(there or "not measured")) for n, here, there in found_scores]
     if "strongest" in privacy:
         best = privacy["strongest"]
         why = f"against the strongest attacker over all that crossed: {_words(best['attacker'])}"

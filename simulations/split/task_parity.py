@@ -1,8 +1,8 @@
 """The kind ``task-parity``: a task's scores, federated beside centralised, over seeds.
 
-Each cell is one whole federated run and its centralised twin: the same model, data, steps and
-learning rates in one process (:mod:`simulations.split.centralised`).  Rows: ``seed``, ``metric``,
-``federated``, ``centralised``.
+A seed has two cells: a whole federated run, and its centralised twin with the same model, data,
+steps and learning rates in one process (:mod:`simulations.split.centralised`).  Rows: ``seed``,
+``metric``, ``federated``, ``centralised``, and the metric ``before`` any step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from simulations.runtime.local_run import run_in_process
 from simulations.split.centralised import CentralisedTwin
 from strategies.base_model import load_base
 
+WHERE = ("federated", "centralised")
 OPTIONS: dict[str, Any] = {"seeds": 3, "metrics": ["accuracy"]}
 
 
@@ -46,44 +47,67 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         )
     store = CellStore.open(folder, config, options, ("seeds", "metrics"))
 
-    def make(seed: int) -> list[Row]:
-        return run_cell(replace(config, seed=config.seed + seed), folder.path / "cell")
+    def make(seed: int, where: str) -> list[Row]:
+        own = replace(config, seed=config.seed + seed)
+        began = time.perf_counter()
+        found = federated(own, folder.path / "cell") if where == WHERE[0] else centralised(own)
+        found["seconds"] = time.perf_counter() - began
+        return [{"seed": own.seed, "where": where, "scores": found}]
 
-    rows = run_cells(
-        experiment, folder, console, store, product(seed=range(options["seeds"])), make
-    )
-    chosen = [row for row in rows if row["metric"] in options["metrics"]]
-    folder.record(rows=chosen, all_rows=rows)
-    console.print(table(chosen))
+    def recorded(rows: list[Row]) -> dict[str, Any]:
+        return {"rows": beside(rows, options["metrics"])}
+
+    keys = product(seed=range(options["seeds"]), where=WHERE)
+    cells = run_cells(experiment, folder, console, store, keys, make, recorded)
+    rows = beside(cells, options["metrics"])
+    if not rows:
+        raise RunError(f"options.metrics={options['metrics']!r}: must be scores of this task")
+    console.print(table(rows))
 
 
-def run_cell(config: RunConfig, folder: Path) -> list[Row]:
-    """Run one federation and its twin; return a row per score that both have.
-
-    Raises:
-        RunError: the federation reported none.
-    """
-    began = time.perf_counter()
+def federated(config: RunConfig, folder: Path) -> dict[str, float]:
+    """Run one federation in ``folder``, which is removed, and return its last scores."""
     try:
         config, server = run_in_process(config, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = [r["evaluate"]["metrics"] for r in server["rounds"] if "evaluate" in r][-1]
-    between = time.perf_counter()
+    scores = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {**scores, "steps": sum(r["train"]["steps"] for r in server["rounds"])}
+
+
+def centralised(config: RunConfig) -> dict[str, float]:
+    """Train the twin, all owners in each step, and return its scores and those before any step."""
     owners = owner_samples(config, load_base(config).tokenizer)
-    waves = [row["train"]["waves"] for row in server["rounds"]]
+    waves = [[[owner.name for owner in owners]]] * config.train.rounds
     twin = CentralisedTwin(config, owners).run(waves)
-    ended = time.perf_counter()
-    common = {"texts": found["num-examples"], "steps": twin.steps}
-    common |= {"federated_s": between - began, "centralised_s": ended - between}
-    rows = [
-        {"seed": config.seed, "metric": key, "federated": found[key], "centralised": value}
-        | {"zero_shot": twin.zero_shot.get(key), **common}
-        for key, value in twin.metrics.items()
-        if isinstance(value, float) and isinstance(found.get(key), float)
-    ]
-    if not rows:
-        raise RunError(f"seed {config.seed}: the owners reported no score")
+    scores = {key: value for key, value in twin.metrics.items() if isinstance(value, float)}
+    before = {f"{k} before": v for k, v in twin.zero_shot.items() if isinstance(v, float)}
+    return {**scores, **before, "steps": twin.steps}
+
+
+def beside(cells: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
+    """Return a row for each seed and metric of which both sides are known."""
+    rows = []
+    for (seed,), group in grouped(cells, "seed").items():
+        sides = {cell["where"]: cell["scores"] for cell in group}
+        if len(sides) < len(WHERE):
+            continue
+        mine, theirs = (sides[where] for where in WHERE)
+        rows += [
+            {
+                "seed": seed,
+                "metric": metric,
+                "federated": mine[metric],
+                "centralised": theirs[metric],
+                "before": theirs.get(f"{metric} before"),
+                "texts": mine["num-examples"],
+                "steps": mine["steps"],
+                "centralised_steps": theirs["steps"],
+            }
+            for metric in metrics
+            if metric in mine and metric in theirs
+        ]
     return rows
 
 
@@ -92,7 +116,7 @@ def table(rows: Sequence[Row]) -> Table:
     cells = []
     for (metric,), group in grouped(rows, "metric").items():
         worst = max(abs(row["federated"] - row["centralised"]) for row in group)
-        means = [f"{mean(group, key):.4f}" for key in ("federated", "centralised", "zero_shot")]
+        means = [f"{mean(group, key):.4f}" for key in ("federated", "centralised", "before")]
         cells.append([metric, *means, f"{100 * worst:.2f} points", len(group)])
     columns = ("metric", "federated", "centralised", "before", "largest difference", "seeds")
     return make_table(columns, cells)

@@ -1,0 +1,99 @@
+"""The page shows a task's scores beside the twin's, and which class was taken for which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulations.core.run_folder import RunFolder
+from simulations.report.facts import read_facts
+from simulations.report.page import write_report
+from simulations.report.score_tables import score_rows
+from simulations.split.results_table import table_rows
+from tests.simulations.report.runs import HOSTILE, split_results
+
+CLASSES = {
+    "metric": "accuracy",
+    "federated": 0.75,
+    "centralised": 0.8,
+    "baseline": 0.5,
+    "macro-f1": 0.7333,
+    "micro-f1": 0.75,
+    "mcc": 0.5774,
+    "recalls": [0.5, 1.0],
+    "confusion": [[1, 1], [0, 2]],
+    "samples": 4,
+    "baseline_is": "majority class",
+    "centralised_scores": {"accuracy": 0.8, "macro-f1": 0.81, "loss": 0.4},
+}
+NUMBERS = {
+    "metric": "spearman",
+    "federated": 0.8512,
+    "centralised": 0.8525,
+    "baseline": 0.1,
+    "spearman": 0.8512,
+    "spearman-error": 0.004,
+    "pearson": 0.8601,
+    "rmse": 0.91,
+    "samples": 4,
+    "baseline_is": "zero-shot",
+    "centralised_scores": {"pearson": 0.8605},
+}
+SETS = {
+    "metric": "micro-f1",
+    "federated": 0.61,
+    "centralised": 0.62,
+    "baseline": 0.2,
+    "micro-f1": 0.61,
+    "macro-f1": 0.55,
+    "recalls": [0.5, 0.7],
+    "precisions": [0.5, 0.6],
+    "samples": 4,
+    "baseline_is": "zero-shot",
+    "centralised_scores": {"macro-f1": 0.56},
+}
+
+
+def folder_of(path: Path, utility: dict[str, Any], classes: list[str]) -> RunFolder:
+    with RunFolder(path, name="x", kind="split") as folder:
+        folder.write_config({"seed": 3})
+        results = split_results()
+        results["traffic"]["bottom_bytes"] = 1e6
+        folder.record(**{**results, "utility": utility, "classes": classes})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("utility", "told"),
+    [
+        (CLASSES, {"macro-f1": ("73.3 %", "81.0 %"), "mcc": ("0.577", "")}),
+        (NUMBERS, {"spearman": ("0.851", "0.853"), "pearson": ("0.860", "0.861")}),
+        (SETS, {"micro-f1": ("61.0 %", "62.0 %"), "macro-f1": ("55.0 %", "56.0 %")}),
+    ],
+)
+def test_scores_stand_beside_the_twins(
+    tmp_path: Path, utility: dict[str, Any], told: dict[str, tuple[str, str]]
+) -> None:
+    rows = {name: (here, there) for name, here, there in score_rows(utility)}
+    assert told.items() <= rows.items()
+    assert not {"samples", "baseline", "centralised"} & rows.keys()
+
+    folder = folder_of(tmp_path, utility, ["no", "yes"])
+    page = write_report(folder.path).read_text()
+    for pair in told.values():
+        for text in filter(None, pair):
+            assert f">{text}</td>" in page
+    cells = [cell for row in table_rows(folder.results) for cell in row]
+    assert any(told[name][0] in cell for name in told for cell in cells)
+
+
+def test_names_of_classes_are_text_in_the_table(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, CLASSES, ["no", HOSTILE])
+    page = write_report(folder.path).read_text()
+    assert "<script>" not in page
+    assert page.count("which class was taken for which") == 1
+    other = folder_of(tmp_path / "b", {**CLASSES, "confusion": [[1] * 40] * 40}, ["no", "yes"])
+    assert "which class was taken" not in write_report(other.path).read_text()
+    assert read_facts(other.path).get("utility")["confusion"]
