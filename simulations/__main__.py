@@ -35,6 +35,7 @@ BENCHMARKS = {
     "emulator": "bench.emulator",
     "memory": "bench.memory",
     "gpu": "bench.gpu_check",
+    "scale": "bench.scale",
 }
 
 

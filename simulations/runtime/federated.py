@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from simulations.runtime.federation import Federation, OnLine
 from simulations.runtime.ledgers import sent_by_owners
 from simulations.runtime.simulation import Simulation
 
+OnStart = Callable[[Federation], None]
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6 * 3600.0
+ENGINES = ("flower",)
 
 
 def owner_environment(folder: Path) -> dict[str, str]:
@@ -34,7 +37,13 @@ def simulation_config(config: RunConfig, concurrency: int, folder: Path) -> RunC
 
 
 def simulate(
-    config: RunConfig, folder: Path, *, cpus_per_owner: float = 0.5, on_line: OnLine | None = None
+    config: RunConfig,
+    folder: Path,
+    *,
+    cpus_per_owner: float = 0.5,
+    engine: str = "flower",
+    on_line: OnLine | None = None,
+    on_start: OnStart | None = None,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Run ``config`` with simulated owners on Ray.
 
@@ -58,7 +67,7 @@ def simulate(
         **_shared(config, folder),
     )
     config = simulation_config(config, simulation.actors, folder / "server")
-    return config, _run(simulation, config, folder, on_line)
+    return config, _run(simulation, config, folder, on_line, on_start)
 
 
 def deploy(
@@ -93,11 +102,17 @@ def _shared(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def _run(
-    federation: Federation, config: RunConfig, folder: Path, on_line: OnLine | None
+    federation: Federation,
+    config: RunConfig,
+    folder: Path,
+    on_line: OnLine | None,
+    on_start: OnStart | None = None,
 ) -> dict[str, Any]:
     for old in ("server", "homes"):
         shutil.rmtree(folder / old, ignore_errors=True)
     with federation:
+        if on_start is not None:
+            on_start(federation)
         federation.run(ROOT, config.to_flat(), timeout_s=TIMEOUT_S, on_line=on_line)
     content = read_server(folder / "server")
     content["sent"] = sent_by_owners(folder / "homes")

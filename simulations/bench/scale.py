@@ -1,0 +1,260 @@
+"""``bench scale``: what a simulated owner costs beyond its own compute, in seconds and memory.
+
+One round of split tuning with a tiny classifier, in which every sampled owner takes one step with
+two texts, so that nearly all of the time is what a simulation adds: starting the owner's code,
+session, ledger, messages, waves.  The round's own seconds count, those until its owners could be
+asked do not.  Memory is the largest sum, over all processes of the run, of what each has alone and
+its part of what it shares (PSS).  A killed run is taken up at the next row with ``--rows``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from typer import Option
+
+from fedsplit.config import RunConfig, Scalar
+from fedsplit.errors import RunError, check
+from fedsplit.models.splitting.halves import split
+from fedsplit.models.splitting.representations import represent
+from simulations.bench.figures import JsonPath, publish
+from simulations.core.cells import CellStore, Row
+from simulations.core.settings import numbers
+from simulations.core.tables import make_table
+from simulations.runtime.federated import ENGINES, simulate
+from simulations.runtime.federation import Federation
+from simulations.runtime.machine import commit, limited_threads, machine
+from simulations.runtime.watchdog import marked_processes
+from strategies.base_model import load_base
+from strategies.split_tuning.cohort import pad_rows
+
+TEXTS, BATCH, CLASSES = 4, 2, 3  # of an owner, of a step, of the task
+MOST_AT_ONCE = 200  # sessions of one server, with room for those that end
+WORDS = [f"w{i}" for i in range(400)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+LOOK_S = 1.0
+
+
+def run(
+    console: Console,
+    json_path: JsonPath = None,
+    owners: Annotated[str, Option(help="registered owners, a row each")] = "100,1000,10000",
+    sampled: Annotated[int, Option(help="owners of a round at most", min=1)] = 1000,
+    engine: Annotated[str, Option(help=f"one of {', '.join(ENGINES)}")] = ENGINES[0],
+    wave: Annotated[
+        int, Option(help="owners that step together; 0 = as without", min=0, max=MOST_AT_ONCE)
+    ] = 64,
+    rows: Annotated[Path | None, Option(help="file of finished rows, to go on from")] = None,
+) -> dict[str, Any]:
+    """Measure a round with 100 to 10,000 simulated owners: seconds and memory for each."""
+    figures: dict[str, Any] = {"machine": machine(), "commit": commit(), "engine": engine}
+    store = CellStore(rows, {"texts": TEXTS, "batch": BATCH, "machine": figures["machine"]})
+    figures["rows"] = []
+    with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as scratch:
+        for count in numbers("owners", owners, int):
+            config = scale_config(Path(scratch), count, min(sampled, count), wave)
+            key = {"engine": engine, "owners": count, "sampled": min(sampled, count), "wave": wave}
+            console.print(f"  {engine}: {count} owners, {key['sampled']} of them in the round")
+            figures["rows"] += store.rows(key, partial(measure, config, engine))
+    figures |= growth(figures["rows"])
+    return publish(console, json_path, figures, [table(figures)])
+
+
+def scale_config(folder: Path, owners: int, sampled: int, wave: int) -> RunConfig:
+    """Return the settings of one row; its model and texts are written into ``folder``.
+
+    Raises:
+        ConfigError: no such number of owners.
+    """
+    check(1 <= owners <= 100_000, "owners", owners, "in [1, 100000]")
+    texts = folder / f"texts-{owners}.jsonl"
+    if not texts.exists():
+        generator = random.Random(0)
+        lines = []
+        for row in range(TEXTS * owners):
+            words = " ".join(generator.choices(WORDS, k=8))
+            lines.append(json.dumps({"text": f"{words} {row}", "label": row % CLASSES}))
+        texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    model = folder / "model"
+    if not model.exists():
+        save_tiny_classifier(model)
+    flat: dict[str, Scalar] = {
+        "model.name": str(model),
+        "model.labels": CLASSES,
+        "model.max-tokens": 16,
+        "split.k": 1,
+        "train.rounds": 1,
+        "train.max-steps": 1,
+        "train.batch-size": BATCH,
+        "train.fraction": sampled / owners,
+        "data.kind": "file",
+        "data.path": str(texts),
+        "data.owners": owners,
+        "data.partition": "iid",
+        "data.test-share": 0.25,
+        "session.wave": wave,
+        "session.wave-wait-s": 900.0,
+        "session.deadline-s": 900.0,
+        "lineage.gate": "off",
+        "output.evaluate-every": 0,
+        "output.threads": 1,
+        "output.save": False,
+    }
+    return RunConfig.from_flat(flat)
+
+
+def save_tiny_classifier(folder: Path) -> None:
+    """Write a BERT of two blocks with random weights and a tokenizer of whole words."""
+    vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=32,
+            num_labels=CLASSES,
+        )
+        BertForSequenceClassification(config).save_pretrained(folder)
+
+
+def measure(config: RunConfig, engine: str) -> list[Row]:
+    """Run one round and return its row, the only one of its cell.
+
+    Raises:
+        RunError: the run failed, or not all of its owners finished the round.
+    """
+    began = time.perf_counter()
+    peak = [0.0]
+    with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder, ExitStack() as stack:
+
+        def on_start(federation: Federation) -> None:
+            stack.enter_context(watched(federation, peak))
+
+        ran, server = simulate(config, Path(folder), engine=engine, on_start=on_start)
+    round_ = server["rounds"][0]["train"]
+    sampled = round(config.train.fraction * config.data.owners)
+    if len(round_["finished"]) != sampled:
+        lost = "; ".join(f"{who}: {why}" for who, why in list(round_["lost"].items())[:3])
+        raise RunError(f"{len(round_['finished'])} of {sampled} owners finished the round: {lost}")
+    # One message and one reply for each sampled owner, and for each that was asked for its name.
+    asked = 0 if sampled == config.data.owners <= ran.session.wave else config.data.owners
+    row = {
+        "owners": config.data.owners,
+        "sampled": sampled,
+        "wave": ran.session.wave,
+        "seconds_per_owner": round_["wall_s"] / sampled,
+        "compute_seconds_per_owner": compute_seconds(config, ran.session.wave),
+        "peak_mib": max(peak),
+        "messages": server.get("hosts", {}).get("messages", 2 * (sampled + asked)),
+        "start_s": time.perf_counter() - began - round_["wall_s"],
+    }
+    return [row]
+
+
+def compute_seconds(config: RunConfig, wave: int, repeats: int = 5) -> float:
+    """Return an owner's share of what the same step costs in one process without a federation.
+
+    Its texts through the bottom, and its part of a wave's step of the top: forward, loss, backward
+    and optimizer.
+    """
+    loaded = load_base(config)
+    bottom, top = split(loaded.model, config.split.k)
+    parameters = [p for p in top.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    texts = Path(config.data.path).read_text(encoding="utf-8").splitlines()[: BATCH * wave]
+    rows = [json.loads(line) for line in texts]
+    labels = torch.tensor([row["label"] for row in rows])
+    began = 0.0
+    with limited_threads(1):
+        for repeat in range(1 + repeats):  # the first is not counted
+            began = time.perf_counter() if repeat == 1 else began
+            hidden = []
+            for at in range(0, len(rows), BATCH):
+                found = loaded.tokenizer([row["text"] for row in rows[at : at + BATCH]])
+                ids = [torch.tensor(x[: config.model.max_tokens]) for x in found["input_ids"]]
+                with torch.no_grad():
+                    hidden += represent(bottom, ids)
+            nn.functional.cross_entropy(top(*pad_rows(hidden)), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return (time.perf_counter() - began) / repeats / (len(rows) / BATCH)
+
+
+@contextmanager
+def watched(federation: Federation, peak: list[float]) -> Iterator[None]:
+    """Note the memory (MiB) of a federation's processes while the block runs."""
+    mark, folder = federation.processes.mark, str(federation.processes.root)
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_S):
+            total = 0
+            for process in marked_processes(mark, folder):
+                with suppress(psutil.Error):
+                    total += process.memory_full_info().pss
+            peak.append(total / 2**20)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a further registered owner costs in memory: between rows of equal rounds."""
+    same = [row for row in rows if row["sampled"] == rows[-1]["sampled"]]
+    if len(same) < 2:
+        return {}
+    first, last = same[0], same[-1]
+    more = (last["peak_mib"] - first["peak_mib"]) / (last["owners"] - first["owners"])
+    return {"mib_per_registered_owner": more}
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """Return the figures as a table."""
+    told = [
+        (
+            *(row[name] for name in ("owners", "sampled", "wave")),
+            *(f"{row[n]:.4f}" for n in ("seconds_per_owner", "compute_seconds_per_owner")),
+            *(f"{row['peak_mib']:.0f}", row["messages"], f"{row['start_s']:.0f}"),
+        )
+        for row in figures["rows"]
+    ]
+    heads = ("owners", "sampled", "wave", "s/owner", "its compute", "MiB", "messages", "start, s")
+    more = figures.get("mib_per_registered_owner")
+    title = f"engine {figures['engine']}"
+    if more is not None:
+        title += f": {more:.4f} MiB for each registered owner"
+    return make_table(heads, told, title=title)
