@@ -21,6 +21,10 @@ from simulations.bench.figures import Overrides
 if TYPE_CHECKING:
     from simulations.core.settings import Experiment
 
+RayAddress = Annotated[
+    str, typer.Option(help="a Ray cluster for the owners, HOST:PORT; default: this machine")
+]
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 # benchmark -> module whose ``run(console, ...)`` measures and prints
@@ -81,11 +85,17 @@ def run(
         bool,
         typer.Option(help="allow a completed run in --out: rows anew, finished cells kept"),
     ] = False,
+    ray_address: RayAddress = "",
 ) -> None:
     """Run one experiment and write results.json, config.toml and logs to its folder."""
     from simulations.core.settings import load_experiment
 
-    _carry_out(load_experiment(experiment, set_ or []), out, force=force)
+    _carry_out(load_experiment(experiment, _on_cluster(set_, ray_address)), out, force=force)
+
+
+def _on_cluster(overrides: list[str] | None, address: str) -> list[str]:
+    """Return the overrides with the cluster's address; a kind that runs on none refuses it."""
+    return [*(overrides or []), *([f"options.ray-address={address}"] if address else [])]
 
 
 def _carry_out(loaded: Experiment, out: Path | None, *, force: bool) -> None:

@@ -67,7 +67,7 @@ def _tokenizer(folder: Path) -> Any:
 def _emulator(task: OwnerTask) -> Path:
     """Return the emulator's folder; fetched over a session unless the owner has that digest."""
     offer, check, deadline_s = task.offer, task.check, task.config.session.deadline_s
-    cache = task.identity.home.root / "emulators"
+    cache = task.identity.home.received("emulators")
     folder = cache / offer.digest
     if offer.digest.isalnum() and folder.is_dir() and folder_digest(folder) == offer.digest:
         check.count_session()  # as the HELLO of a fetch does

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import SessionError
-from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.home import OwnerHome, in_simulation
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
 from fedsplit.owners.ledger.check import DisclosureCheck
@@ -50,7 +50,8 @@ class ClientTask:
         self.name = owner_name(self.node_config)
         self.home = OwnerHome.locate(self.node_config, self.name)
         sync_every: Any = self.node_config.get("ledger-sync", 1)
-        self.ledger = Ledger(self.home.root, sync_every=sync_every)
+        durable = not in_simulation()  # a simulated owner does not outlive a power cut
+        self.ledger = Ledger(self.home.root, sync_every=sync_every, durable=durable)
         self._context = context
         self._check = DisclosureCheck(self.ledger, SessionFacts(context.run_id, self.name))
 

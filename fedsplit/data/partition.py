@@ -81,7 +81,10 @@ def partition(
 
 
 def train_test_split(
-    indices: Sequence[int] | npt.NDArray[Any], labels: Sequence[int], share: float, seed: int
+    indices: Sequence[int] | npt.NDArray[Any],
+    labels: Sequence[int] | npt.NDArray[Any],
+    share: float,
+    seed: int,
 ) -> tuple[Indices, Indices]:
     """Hold out a share of one owner's rows, each label in proportion.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, overload
+
+import numpy as np
 
 from fedsplit.config import DataConfig, RunConfig
 from fedsplit.data import (
@@ -17,6 +19,7 @@ from fedsplit.data import (
     partition,
     train_test_split,
 )
+from fedsplit.data.partition import Indices
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.owners.class_names import agreed_classes, keep_first
 from fedsplit.owners.home import in_simulation
@@ -35,6 +38,7 @@ __all__ = [
     "simulated_shares",
 ]
 
+ShareKey: TypeAlias = tuple[DataConfig, int, bool, LabelColumn | None]
 # Settings of the group data that say how a source is read, at a simulated owner and at a real one.
 _READING = (
     "text_column",
@@ -46,14 +50,55 @@ _READING = (
     "header",
     "quotes",
 )
+SHARED_AT_ONCE = 2  # data sets that a process keeps shared out
+_shared: dict[ShareKey, Shares] = {}
+_sharing = threading.RLock()
 TEST_SHARE = 0.2  # of an owner that names none in its node config
 
 
-@lru_cache(maxsize=2)
+class Shares(Sequence[tuple[TextDataset, TextDataset]]):
+    """(train, test) of every simulated owner, as rows of data that all of them share.
+
+    An owner's texts are put together when they are asked for and kept nowhere, so that memory grows
+    with the data and not with the owners.
+
+    Args:
+        train: rows to train on.
+        rows: of each owner, ascending.
+        test: rows to test on; None: each owner's own training rows of ``held_out``.
+        held_out: of each owner, ascending.
+    """
+
+    def __init__(
+        self,
+        train: TextDataset,
+        rows: Sequence[Indices],
+        test: TextDataset | None,
+        held_out: Sequence[Indices],
+    ) -> None:
+        self._train, self._test = train, test
+        self._rows, self._held_out = rows, held_out
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, owner: int) -> tuple[TextDataset, TextDataset]: ...
+
+    @overload
+    def __getitem__(self, owner: slice) -> Shares: ...
+
+    def __getitem__(self, owner: int | slice) -> tuple[TextDataset, TextDataset] | Shares:
+        if isinstance(owner, slice):
+            return Shares(self._train, self._rows[owner], self._test, self._held_out[owner])
+        test = self._train if self._test is None else self._test
+        return self._train.select(self._rows[owner]), test.select(self._held_out[owner])
+
+
 def simulated_shares(
     config: DataConfig, seed: int, labelled: bool, labels: LabelColumn | None = None
-) -> tuple[tuple[TextDataset, TextDataset], ...]:
-    """Return (train, test) of every simulated owner.
+) -> Shares:
+    """Return (train, test) of every simulated owner; read and shared out once in a process.
 
     A source with its own test split is shared out to the owners too, so that the sum of the owners'
     results is the result on that split.
@@ -69,6 +114,23 @@ def simulated_shares(
     Raises:
         DataError: unknown source or column, an owner without samples, and see ``load_splits``.
     """
+    key = config, seed, labelled, labels
+    with _sharing:  # of several threads that ask at once, one reads
+        if key not in _shared:
+            keep_shares(key, _share_out(*key))
+        return _shared[key]
+
+
+def keep_shares(key: ShareKey, shares: Shares) -> None:
+    """Keep what :func:`simulated_shares` returns from now on, which another process has made."""
+    while len(_shared) >= SHARED_AT_ONCE:
+        _shared.pop(next(iter(_shared)))
+    _shared[key] = shares
+
+
+def _share_out(
+    config: DataConfig, seed: int, labelled: bool, labels: LabelColumn | None
+) -> Shares:
     kind, asked = reading(config, labelled=labelled)
     train, test = load_splits(
         kind,
@@ -87,17 +149,22 @@ def simulated_shares(
         column=config.column,
         min_size=MIN_ROWS if test is None else 1,
     )
-    shares = []
-    if test is None:
-        for owner, indices in enumerate(parts):
-            keep, held_out = train_test_split(
-                indices, train.strata(), config.test_share, derive_seed(seed, "test", owner)
-            )
-            shares.append((train.select(keep), train.select(held_out)))
-    else:
+    if test is not None:
         tests = partition(test, config.owners, "iid", seed=derive_seed(seed, "test"))
-        shares = [(train.select(a), test.select(b)) for a, b in zip(parts, tests, strict=True)]
-    return tuple(shares)
+        return Shares(train, parts, test, tests)
+    kinds = np.asarray(train.strata(), dtype=np.int64)
+    pairs = [
+        train_test_split(rows, kinds, config.test_share, derive_seed(seed, "test", owner))
+        for owner, rows in enumerate(parts)
+    ]
+    return Shares(train, [keep for keep, _ in pairs], None, [out for _, out in pairs])
+
+
+def share_key(config: RunConfig) -> ShareKey:
+    """Return the arguments of :func:`simulated_shares` for a run's owners."""
+    task = task_of(config)
+    labels = task.column(task.announced(config.model))
+    return config.data, config.seed, task.labelled, labels
 
 
 def simulated_data(config: RunConfig, owner: int) -> tuple[TextDataset, TextDataset]:
@@ -107,10 +174,8 @@ def simulated_data(config: RunConfig, owner: int) -> tuple[TextDataset, TextData
         DataError: a label is of none of the classes that the run announces; names the owner and
             the row; and as :func:`simulated_shares`.
     """
-    task = task_of(config)
-    names = task.announced(config.model)
-    labels = task.column(names)
-    train, test = simulated_shares(config.data, config.seed, task.labelled, labels)[owner]
+    train, test = simulated_shares(*share_key(config))[owner]
+    names = task_of(config).announced(config.model)
     if not names:
         return train, test
     try:

@@ -22,7 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedsplit.errors import ConfigError, PolicyError, check
-from fedsplit.owners.naming import HOME_VARIABLE, POLICY_VARIABLE, SIMULATION_VARIABLE
+from fedsplit.owners.naming import (
+    HOME_VARIABLE,
+    POLICY_VARIABLE,
+    SHARED_VARIABLE,
+    SIMULATION_VARIABLE,
+)
 from fedsplit.owners.policy.rules import POLICY_FILE, Policy
 from fedsplit.privacy.secret import OwnerSecret
 
@@ -101,7 +106,16 @@ class OwnerHome:
         """Return where the bundle with that digest lives (whether or not it is there yet)."""
         if not digest.isalnum():
             raise ConfigError(f"bottom digest {digest[:80]!r}: must be hexadecimal")
-        return self.root / "bottoms" / digest
+        return self.received("bottoms") / digest
+
+    def received(self, kind: str) -> Path:
+        """Return the folder of what a server handed out, ``bottoms`` or ``emulators``, by digest.
+
+        Simulated owners of one machine may share it (``$FEDSPLIT_SIMULATION_SHARED``): what is in
+        it is named by its content, the same for all of them, and has been public from the start.
+        """
+        shared = os.environ.get(SHARED_VARIABLE) if in_simulation() else None
+        return Path(shared) / kind if shared else self.root / kind
 
     def evict(self, kind: str, keep: str, node_config: Mapping[str, object]) -> None:
         """Remove the received folders that were used longest ago, beyond the node config's bounds.
@@ -120,7 +134,9 @@ class OwnerHome:
             whole = isinstance(value, int) and not isinstance(value, bool)
             check(whole and value >= 1, f"node config {key}", value, "an integer >= 1")  # type: ignore[operator]
             bounds.append(int(value))  # type: ignore[call-overload]
-        folder = self.root / kind
+        folder = self.received(kind)
+        if folder != self.root / kind:  # the others' too
+            return
         with contextlib.suppress(OSError):
             os.utime(folder / keep)
         used: list[tuple[float, Path]] = []

@@ -12,6 +12,7 @@ from fedsplit.errors import ConfigError
 HOME_VARIABLE = "FEDSPLIT_HOME"
 POLICY_VARIABLE = "FEDSPLIT_POLICY"
 SIMULATION_VARIABLE = "FEDSPLIT_SIMULATION"
+SHARED_VARIABLE = "FEDSPLIT_SIMULATION_SHARED"
 
 
 def owner_name(node_config: Mapping[str, object]) -> str:

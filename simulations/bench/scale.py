@@ -3,8 +3,10 @@
 One round of split tuning with a tiny classifier, in which every sampled owner takes one step with
 two texts, so that nearly all of the time is what a simulation adds: starting the owner's code,
 session, ledger, messages, waves.  The round's own seconds count, those until its owners could be
-asked do not.  Memory is the largest sum, over all processes of the run, of what each has alone and
-its part of what it shares (PSS).  A killed run is taken up at the next row with ``--rows``.
+asked do not.  ``cpu_seconds_per_owner`` are the processor seconds of all processes of the run in
+the round, which other work on the machine hardly moves.  Memory is the largest sum, over the same
+processes, of what each has alone and its part of what it shares (PSS).  A killed bench goes on with
+the next row where ``--rows`` names the file of those that are finished.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,14 +42,14 @@ from simulations.core.cells import CellStore, Row
 from simulations.core.settings import numbers
 from simulations.core.tables import make_table
 from simulations.runtime.federated import ENGINES, simulate
-from simulations.runtime.federation import Federation
+from simulations.runtime.hosts.launch import MOST_AT_ONCE
+from simulations.runtime.launcher import Launcher
 from simulations.runtime.machine import commit, limited_threads, machine
 from simulations.runtime.watchdog import marked_processes
 from strategies.base_model import load_base
 from strategies.split_tuning.cohort import pad_rows
 
 TEXTS, BATCH, CLASSES = 4, 2, 3  # of an owner, of a step, of the task
-MOST_AT_ONCE = 200  # sessions of one server, with room for those that end
 WORDS = [f"w{i}" for i in range(400)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LOOK_S = 1.0
@@ -153,11 +154,12 @@ def measure(config: RunConfig, engine: str) -> list[Row]:
         RunError: the run failed, or not all of its owners finished the round.
     """
     began = time.perf_counter()
-    peak = [0.0]
+    watchers: list[Watcher] = []
     with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder, ExitStack() as stack:
 
-        def on_start(federation: Federation) -> None:
-            stack.enter_context(watched(federation, peak))
+        def on_start(launched: Launcher) -> None:
+            watchers.append(Watcher(launched, Path(folder) / "server" / "progress.json"))
+            stack.callback(watchers[0].stop)
 
         ran, server = simulate(config, Path(folder), engine=engine, on_start=on_start)
     round_ = server["rounds"][0]["train"]
@@ -173,7 +175,8 @@ def measure(config: RunConfig, engine: str) -> list[Row]:
         "wave": ran.session.wave,
         "seconds_per_owner": round_["wall_s"] / sampled,
         "compute_seconds_per_owner": compute_seconds(config, ran.session.wave),
-        "peak_mib": max(peak),
+        "cpu_seconds_per_owner": watchers[0].cpu_s / sampled,
+        "peak_mib": watchers[0].peak_mib,
         "messages": server.get("hosts", {}).get("messages", 2 * (sampled + asked)),
         "start_s": time.perf_counter() - began - round_["wall_s"],
     }
@@ -209,27 +212,51 @@ def compute_seconds(config: RunConfig, wave: int, repeats: int = 5) -> float:
     return (time.perf_counter() - began) / repeats / (len(rows) / BATCH)
 
 
-@contextmanager
-def watched(federation: Federation, peak: list[float]) -> Iterator[None]:
-    """Note the memory (MiB) of a federation's processes while the block runs."""
-    mark, folder = federation.processes.mark, str(federation.processes.root)
-    over = threading.Event()
+class Watcher:
+    """Looks at a simulation's processes while it runs: their memory, and their work in the round.
 
-    def look() -> None:
-        while not over.wait(LOOK_S):
-            total = 0
-            for process in marked_processes(mark, folder):
+    Args:
+        launched: the simulation.
+        page: of its server, which says when the round begins and ends.
+
+    Attributes:
+        peak_mib: largest sum of the processes' memory.
+        cpu_s: processor seconds of all of them, while the round went on.
+    """
+
+    def __init__(self, launched: Launcher, page: Path) -> None:
+        self.peak_mib = self.cpu_s = 0.0
+        self._mark, self._folder = launched.processes.mark, str(launched.processes.root)
+        self._page = page
+        self._spent: dict[int, float] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no longer."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        begun: float | None = None
+        while not self._over.wait(LOOK_S):
+            memory = 0
+            for process in marked_processes(self._mark, self._folder):
                 with suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            peak.append(total / 2**20)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+                    times = process.cpu_times()
+                    self._spent[process.pid] = times.user + times.system
+                    memory += process.memory_full_info().pss
+            self.peak_mib = max(self.peak_mib, memory / 2**20)
+            spent = sum(self._spent.values())
+            with suppress(OSError, ValueError):
+                page = json.loads(self._page.read_bytes())
+                if begun is None and page["status"] == "running":
+                    begun = spent
+                if page["rounds_done"]:
+                    begun = -1.0
+            if begun is not None and begun >= 0.0:
+                self.cpu_s = spent - begun
 
 
 def growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -247,12 +274,22 @@ def table(figures: dict[str, Any]) -> Table:
     told = [
         (
             *(row[name] for name in ("owners", "sampled", "wave")),
-            *(f"{row[n]:.4f}" for n in ("seconds_per_owner", "compute_seconds_per_owner")),
+            *(f"{row[f'{n}seconds_per_owner']:.4f}" for n in ("", "cpu_", "compute_")),
             *(f"{row['peak_mib']:.0f}", row["messages"], f"{row['start_s']:.0f}"),
         )
         for row in figures["rows"]
     ]
-    heads = ("owners", "sampled", "wave", "s/owner", "its compute", "MiB", "messages", "start, s")
+    heads = (
+        "owners",
+        "sampled",
+        "wave",
+        "s/owner",
+        "cpu s",
+        "own compute s",
+        "MiB",
+        "messages",
+        "start, s",
+    )
     more = figures.get("mib_per_registered_owner")
     title = f"engine {figures['engine']}"
     if more is not None:

@@ -42,6 +42,7 @@ RAY = {
 }
 # Ray's processes listen on every interface, and run what a peer sends them unless it shows a token.
 RAY_AUTH_MODE, RAY_AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"
+RAY_AUTH_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 LOCAL_HOSTS = "127.0.0.1,localhost,::1"
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import RunError, check
+from fedsplit.errors import RunError, check, one_of
 from simulations.runtime.certificates import make_certificates
 from simulations.runtime.deployment import Deployment
-from simulations.runtime.federation import Federation, OnLine
+from simulations.runtime.federation import Federation
+from simulations.runtime.hosts.launch import MOST_AT_ONCE, HostedSimulation
+from simulations.runtime.launcher import Launcher, OnLine
 from simulations.runtime.ledgers import sent_by_owners
-from simulations.runtime.simulation import Simulation
+from simulations.runtime.simulation import Simulation, actors_at_once
 
-OnStart = Callable[[Federation], None]
+OnStart = Callable[[Launcher], None]
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 6 * 3600.0
-ENGINES = ("flower",)
+ENGINES = ("hosts", "flower")
 
 
 def owner_environment(folder: Path) -> dict[str, str]:
@@ -41,25 +43,39 @@ def simulate(
     folder: Path,
     *,
     cpus_per_owner: float = 0.5,
-    engine: str = "flower",
+    engine: str = ENGINES[0],
+    ray_address: str = "",
     on_line: OnLine | None = None,
     on_start: OnStart | None = None,
 ) -> tuple[RunConfig, dict[str, Any]]:
     """Run ``config`` with simulated owners on Ray.
 
+    Both engines give the same model for the same settings, bit for bit.
+
     Args:
-        config: the run's settings.
+        config: the run's settings; ``session.wave`` 0 becomes the number of owners that Flower's
+            engine would work for at once.
         folder: the run's folder; the server's files go to ``folder/server``.
         cpus_per_owner: cores one owner counts as.
+        engine: ``hosts``: a few processes for all owners (:class:`HostedSimulation`); ``flower``:
+            Flower's own (:class:`Simulation`).
+        ray_address: of a cluster that the hosts are to be on; empty: this machine.
         on_line: see :meth:`Federation.run`.
+        on_start: called with the runtime when its processes may start.
 
     Returns:
         The settings as they were run, and the content of ``server.json``; with ``sent``, see
-        :func:`simulations.runtime.ledgers.sent_by_owners`.
+        :func:`simulations.runtime.ledgers.sent_by_owners`, and ``hosts`` of the engine of that
+        name: their number, and the batches of messages to and from them.
 
     Raises:
+        ConfigError: a parameter out of its range, or a cluster for Flower's engine.
         RunError: the run failed; names the component and its log.
     """
+    one_of("engine", engine, ENGINES)
+    if engine == "hosts":
+        return _hosted(config, folder, cpus_per_owner, ray_address, on_line, on_start)
+    check(not ray_address, "ray_address", ray_address, "empty with engine=flower")
     simulation = Simulation(
         config.data.owners,
         cpus_per_client=cpus_per_owner,
@@ -68,6 +84,43 @@ def simulate(
     )
     config = simulation_config(config, simulation.actors, folder / "server")
     return config, _run(simulation, config, folder, on_line, on_start)
+
+
+def _hosted(
+    config: RunConfig,
+    folder: Path,
+    cpus_per_owner: float,
+    address: str,
+    on_line: OnLine | None,
+    on_start: OnStart | None,
+) -> tuple[RunConfig, dict[str, Any]]:
+    one_of("strategy", config.strategy, ("split-tuning", "offsite-tuning"))
+    hosted = HostedSimulation(
+        config.data.owners,
+        cpus_per_client=cpus_per_owner,
+        address=address,
+        env=owner_environment(folder / "homes"),
+        **_shared(config, folder),
+    )
+    usual = actors_at_once(config.data.owners, cpus_per_owner)
+    most = MOST_AT_ONCE if config.session.wave else usual
+    config = simulation_config(config, most, folder / "server")
+    _clear(folder)
+    with hosted:
+        if on_start is not None:
+            on_start(hosted)
+        hosted.run(config, folder / "homes", timeout_s=TIMEOUT_S, on_line=on_line)
+    content = read_server(folder / "server")
+    facts = json.loads((folder / "server" / "hosts.json").read_bytes())
+    sent = facts.pop("sent")
+    content |= {"hosts": facts, "sent": sent_by_owners(folder / "homes") if sent is None else sent}
+    _clear(folder, "homes", "homes-shared")
+    return config, content
+
+
+def _clear(folder: Path, *names: str) -> None:
+    for old in names or ("server", "homes", "homes-shared"):
+        shutil.rmtree(folder / old, ignore_errors=True)
 
 
 def deploy(
@@ -108,15 +161,14 @@ def _run(
     on_line: OnLine | None,
     on_start: OnStart | None = None,
 ) -> dict[str, Any]:
-    for old in ("server", "homes"):
-        shutil.rmtree(folder / old, ignore_errors=True)
+    _clear(folder)
     with federation:
         if on_start is not None:
             on_start(federation)
         federation.run(ROOT, config.to_flat(), timeout_s=TIMEOUT_S, on_line=on_line)
     content = read_server(folder / "server")
     content["sent"] = sent_by_owners(folder / "homes")
-    shutil.rmtree(folder / "homes", ignore_errors=True)  # bottoms and simulated state
+    _clear(folder, "homes")  # bottoms and simulated state
     return content
 
 

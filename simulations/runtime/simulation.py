@@ -19,6 +19,16 @@ ENGINE_MAX_THREADS = 32
 ENGINE_EXTRA_THREADS = 4
 
 
+def actors_at_once(supernodes: int, cpus_per_client: float) -> int:
+    """Return how many owners Flower's engine works for at the same time on this machine."""
+    return min(
+        supernodes,
+        math.floor(machine_cores() / cpus_per_client + 1e-9),
+        ENGINE_MAX_THREADS,
+        (os.cpu_count() or 1) + ENGINE_EXTRA_THREADS,
+    )
+
+
 class Simulation(Federation):
     """Many owners on one machine, by Flower's simulation engine on Ray.
 
@@ -73,12 +83,7 @@ class Simulation(Federation):
         super().__init__(log_dir, env, server_threads, threads)
         self.supernodes = supernodes
         self.gpus_per_client = gpus_per_client
-        self.actors = min(
-            supernodes,
-            math.floor(cores / cpus_per_client + 1e-9),
-            ENGINE_MAX_THREADS,
-            (os.cpu_count() or 1) + ENGINE_EXTRA_THREADS,
-        )
+        self.actors = actors_at_once(supernodes, cpus_per_client)
 
     def _start(self) -> None:
         more = {

@@ -23,7 +23,7 @@ Scalar = bool | int | float | str
 
 APP_COMMANDS = ("flwr-simulation", "flwr-serverapp")
 STARTED = re.compile(r"Successfully started run (\d+)")
-ACTOR = re.compile(r"^\((?:ClientAppActor|raylet|pid|autoscaler)\b[^)]*\) ?(.*)$")
+ACTOR = re.compile(r"^\((?:ClientAppActor|OwnerHostActor|raylet|pid|autoscaler)\b[^)]*\) ?(.*)$")
 
 
 @dataclass(frozen=True)

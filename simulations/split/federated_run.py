@@ -16,7 +16,7 @@ from simulations.core.owner_samples import OwnerSamples, data_digest, label_name
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
-from simulations.runtime.federated import simulate
+from simulations.runtime.federated import ENGINES, simulate
 from simulations.runtime.ledgers import sent_by_owners
 from simulations.split.centralised import CentralisedTwin, TwinReport
 from simulations.split.results_table import print_table
@@ -25,7 +25,13 @@ from strategies.base_model import load_base
 
 # Numbers of an evaluation that are no scores of the task's.
 AVERAGES = ("num-examples", "owners", "loss", "accuracy", "share-touched", "targets")
-OPTIONS: dict[str, Any] = {"cpus-per-owner": 0.5, "twin": True, "attack-samples": 400}
+OPTIONS: dict[str, Any] = {
+    "cpus-per-owner": 0.5,
+    "engine": ENGINES[0],
+    "ray-address": "",
+    "twin": True,
+    "attack-samples": 400,
+}
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
@@ -51,10 +57,14 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
 
         progress.stage(f"federated run, {config.data.owners} owners")
         began = time.perf_counter()
-        cpus = options["cpus-per-owner"]
         try:
             config, server = simulate(
-                config, folder.path, cpus_per_owner=cpus, on_line=progress.on_line
+                config,
+                folder.path,
+                cpus_per_owner=options["cpus-per-owner"],
+                engine=options["engine"],
+                ray_address=options["ray-address"],
+                on_line=progress.on_line,
             )
         except RunError:  # what left by then is told all the same
             folder.record(sent=sent_by_owners(folder.path / "homes"))

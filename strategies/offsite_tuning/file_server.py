@@ -27,7 +27,7 @@ class FileServer:
     """
 
     def __init__(self, files: Mapping[str, bytes], digest: str, deadline_s: float) -> None:
-        self._files = files
+        self.files = files
         self._digest = digest
         self._deadline = deadline_s
         self._lock = threading.Lock()
@@ -45,7 +45,7 @@ class FileServer:
         try:
             link.send(Kind.WELCOME, welcome_header(self._digest, "fp32", "fp32"))
             link.expect(Kind.NEED, self._deadline)
-            send_files(link, self._files)
+            send_files(link, self.files)
             link.send(Kind.BYE, {"reason": "done"})
         except FedsplitError as error:
             log.warning("files for %s: %s: %s", hello.owner, type(error).__name__, error)
@@ -53,4 +53,4 @@ class FileServer:
             return
         with self._lock:
             self.sent += 1
-            self.bytes_down += sum(map(len, self._files.values()))
+            self.bytes_down += sum(map(len, self.files.values()))

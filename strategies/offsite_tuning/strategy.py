@@ -34,7 +34,7 @@ from ..rounds.recorder import Recorder
 from ..rounds.replies import Accepted, average, check_weights, collect, node_of, read_reply
 from ..rounds.report import natural
 from ..rounds.round_context import RoundContext
-from ..rounds.run_strategy import RunStrategy
+from ..rounds.run_strategy import HandedOut, RunStrategy
 from ..sessions.offers import Offers
 from .export import export
 from .flights import BufferedGrid, Flight, Flights
@@ -97,6 +97,11 @@ class OffsiteTuning(RunStrategy):
     def initial_arrays(self) -> ArrayRecord:
         """The adapters as they are now: what a start begins with."""
         return self.parts.adapters()
+
+    @property
+    def handed_out(self) -> HandedOut:
+        """The emulator."""
+        return HandedOut("emulators", self.parts.digest, self.parts.files.files)
 
     def write_results(self) -> None:
         """Export the adapters and the plugged-in model, as the settings say.

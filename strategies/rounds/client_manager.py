@@ -145,6 +145,7 @@ class ClientManager:
 
     def ask_names(self, grid: Grid, nodes: list[int]) -> None:
         """Ask nodes whose names are unknown for them; a node that does not answer stays unknown."""
+        self.owners.take_known(grid)
         unknown = [n for n in nodes if n not in self.names]
         if not unknown:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flwr.app import Message, Metadata
@@ -98,6 +98,12 @@ class PollingGrid(Grid):
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         """Make a message as the grid does."""
         return self._grid.create_message(*args, **kwargs)
+
+    @property
+    def owner_names(self) -> Mapping[int, str]:
+        """Return the names of the nodes' owners, as far as the grid below knows them itself."""
+        known: Mapping[int, str] = getattr(self._grid, "owner_names", {})
+        return known
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the nodes that are connected."""

@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
@@ -36,6 +37,21 @@ from .round_context import ResumePoint, RoundContext
 from .run_checkpoint import RunCheckpoint, SavedParts, open_states
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HandedOut:
+    """Files that every owner gets.
+
+    Attributes:
+        kind: ``bottoms`` or ``emulators``.
+        digest: of the files, by which owners verify them.
+        files: contents by name.
+    """
+
+    kind: str
+    digest: str
+    files: Mapping[str, bytes]
 
 
 class RunStrategy(Strategy):
@@ -171,6 +187,11 @@ class RunStrategy(Strategy):
     @abstractmethod
     def initial_arrays(self) -> ArrayRecord:
         """What owners train, as it is now: what a start begins with."""
+
+    @property
+    @abstractmethod
+    def handed_out(self) -> HandedOut:
+        """What sessions give to an owner that has no copy of it: a bottom, or an emulator."""
 
     @property
     def rounds_left(self) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -134,6 +134,22 @@ class OwnerNames:
         """Return the nodes that are connected, in order."""
         self._connected = node_keys(grid)
         return sorted(self._connected)
+
+    def take_known(self, grid: Grid) -> None:
+        """Take the names that the grid itself knows (a simulation's): nobody need be asked.
+
+        Raises:
+            SessionError: see :meth:`claim`.
+        """
+        told: Mapping[int, str] = getattr(grid, "owner_names", {})
+        known = {node: name for node, name in told.items() if node not in self.names}
+        if self.names or len(set(known.values())) < len(known):
+            for node, name in known.items():
+                self.claim(node, name)
+            return
+        for node, name in known.items():  # thousands, and none of them can be another's
+            self.keys.claim(name, (self._connected or {}).get(node, ""))
+        self.names.update(known)
 
     def claim(self, node: int, name: str) -> None:
         """Give a node the name that it says its owner has.

@@ -48,7 +48,7 @@ from ..rounds.replies import (
 from ..rounds.report import natural
 from ..rounds.round_context import ResumePoint, RoundContext
 from ..rounds.run_checkpoint import tensors_of
-from ..rounds.run_strategy import RunStrategy
+from ..rounds.run_strategy import HandedOut, RunStrategy
 from ..secure_aggregation.averaging import check_weight
 from ..sessions.offers import Offers
 from ..sessions.owner_session import OwnerSession, welcome_header
@@ -118,6 +118,12 @@ class SplitTuning(RunStrategy):
     def initial_arrays(self) -> ArrayRecord:
         """What owners train, as it is now: what a start begins with."""
         return self.checkpoint.arrays or self.parts.initial
+
+    @property
+    def handed_out(self) -> HandedOut:
+        """The bottom, with the owners' head if they hold it."""
+        bundle = self.parts.model.bundle
+        return HandedOut("bottoms", bundle.digest, bundle.files)
 
     def write_results(self) -> None:
         """Write what was trained, and the transcript, as the settings say.
@@ -257,6 +263,8 @@ class SplitTuning(RunStrategy):
         if round_ is None or asked.message_type != round_.context.mode:  # asked for its name
             return
         why = reason_of(reply) if reply.has_error() else "it replied without a session"
+        if reply.has_error():  # its session, if it has one, has nobody at the other end
+            round_.abandon([asked.dst_node_id], why)
         round_.stop_expecting(asked.dst_node_id, why)
 
     def _is_waiting_for(self, nodes: set[int]) -> bool:

@@ -224,3 +224,30 @@ def test_a_policys_refusal_names_its_rules_and_no_value(real: Path) -> None:
 def test_a_simulation_is_told_everything(simulated: Path) -> None:
     assert "gout" in str(tellable(DataError("text='gout'")))
     assert "gout" in str(tellable(KeyError("gout")))
+
+
+# ---- what is received ---------------------------------------------------------------------------
+
+
+def test_only_simulated_owners_share_what_they_received(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    monkeypatch.setenv("FEDSPLIT_SIMULATION_SHARED", str(shared))
+    home = OwnerHome(real)
+    assert home.bottom_dir("ab") == real / "bottoms" / "ab"
+    assert home.received("emulators") == real / "emulators"
+    monkeypatch.setenv("FEDSPLIT_SIMULATION", "1")
+    assert home.bottom_dir("ab") == shared / "bottoms" / "ab"
+    assert home.received("emulators") == shared / "emulators"
+
+
+def test_one_owners_bounds_do_not_remove_what_others_share(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDSPLIT_SIMULATION_SHARED", str(tmp_path / "shared"))
+    home = OwnerHome(simulated / "owner-0")
+    for digest in ("aa", "bb"):
+        home.bottom_dir(digest).mkdir(parents=True)
+    home.evict("bottoms", "aa", {"cache-count": 1})
+    assert home.bottom_dir("bb").is_dir()

@@ -105,18 +105,21 @@ class Ledger:
     Args:
         folder: the owner's home.
         sync_every: lines without representations that share one fsync; 1 = each has its own.
+        durable: whether lines are on the disk before what they describe leaves; without it a power
+            cut may lose them, though no crash of the process does.  For simulations.
 
     Raises:
         ConfigError: ``sync_every`` out of range.
         LedgerError: it cannot be read or written, or its chain is broken: then nothing may leave.
     """
 
-    def __init__(self, folder: Path, *, sync_every: int = 1) -> None:
+    def __init__(self, folder: Path, *, sync_every: int = 1, durable: bool = True) -> None:
         whole = isinstance(sync_every, int) and not isinstance(sync_every, bool)
         bound = f"an integer in [1, {MOST_WAITING}] (lines)"
         check(whole and 1 <= sync_every <= MOST_WAITING, "ledger-sync", sync_every, bound)
         self.path = folder / LEDGER
         self._sync_every = sync_every
+        self._durable = durable
         self._waiting = 0
         self.totals = Totals()
         self._folder = folder
@@ -234,9 +237,9 @@ class Ledger:
     def _repair(self, tail: bytes) -> None:
         """Move the torn last line aside: it was never complete, so what it describes never left."""
         _write_all(self._fd(TORN), tail)
-        os.fsync(self._fd(TORN))
+        self._fsync(TORN)
         os.ftruncate(self._fd(LEDGER), self._at.end)
-        os.fsync(self._fd(LEDGER))
+        self._fsync(LEDGER)
 
     def _check_head(self) -> None:
         head = read_head(self._folder)
@@ -257,7 +260,7 @@ class Ledger:
         try:
             _write_all(fd, line)
             if not wait:
-                os.fsync(fd)
+                self._fsync(LEDGER)
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, self._at.end)
@@ -269,9 +272,13 @@ class Ledger:
 
     def _sync(self) -> None:
         if self._waiting:
-            os.fsync(self._fd(LEDGER))
+            self._fsync(LEDGER)
             self._waiting = 0
             self._tell_head()
+
+    def _fsync(self, name: str) -> None:
+        if self._durable:
+            os.fsync(self._fd(name))
 
     def _tell_head(self) -> None:
         """Note where the ledger ends: behind the disk, never ahead of it."""

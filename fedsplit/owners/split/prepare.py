@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,10 +55,20 @@ from fedsplit.tasks import task_of
 log = logging.getLogger(__name__)
 
 
+# A process may work for several owners at once.  Of those that want a bottom one loads it, and a
+# tokenizer cannot be asked while another thread sets its truncation.
+_loading, _tokenising = threading.Lock(), threading.Lock()
+
+
+def _bottom(folder: Path) -> tuple[Bottom, Any]:
+    with _loading:
+        return _loaded(folder)
+
+
 # Loading a bottom and tokenising take seconds and are the same for every message of a run; the
 # caches save that where one process serves several messages, and nothing relies on them.
 @lru_cache(maxsize=4)
-def _bottom(folder: Path) -> tuple[Bottom, Any]:
+def _loaded(folder: Path) -> tuple[Bottom, Any]:
     bottom, tokenizer = unpack_bottom(folder)
     check_alone(bottom)
     largest = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
@@ -311,13 +322,13 @@ def _tokenised(
     cell = _samples(texts.digest, split, identity.name, folder, key, limits)
     if not cell:
         order = slot_order(identity.secret, split, len(texts))
-        cell.append(
-            tokenise_set(
+        with _tokenising:
+            found = tokenise_set(
                 tokenizer,
                 texts,
                 task=task_of(config),
                 max_tokens=config.model.max_tokens,
                 order=order,
             )
-        )
+        cell.append(found)
     return cell[0]

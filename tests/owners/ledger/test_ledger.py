@@ -205,6 +205,27 @@ def test_lines_that_share_a_sync_never_outrun_it(
             Ledger(tmp_path, sync_every=wrong)  # type: ignore[arg-type]
 
 
+def test_a_simulations_ledger_is_the_same_but_for_waiting_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_module, "now", lambda: "2026-01-01T00:00:00.000Z")
+    folders = [tmp_path / name for name in ("durable", "quick")]
+    for folder in folders:
+        folder.mkdir()
+        if folder.name == "quick":
+            monkeypatch.setattr(ledger_module.os, "fsync", None)
+        with Ledger(folder, durable=folder.name == "durable") as ledger:
+            for i in range(4):
+                put(ledger, entry(i))
+        with (folder / LEDGER).open("ab") as file:
+            file.write(b'{"torn')  # repaired without the disk too
+        with Ledger(folder, durable=folder.name == "durable") as ledger:
+            put(ledger, entry(4))
+        assert len(list(read_ledger(folder))) == 6
+    for name in (LEDGER, HEAD, TORN):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1
+
+
 def test_a_torn_last_line_is_moved_aside_and_told(tmp_path: Path) -> None:
     base = write(tmp_path / "base", 3)
     head = (base / HEAD).read_bytes()
