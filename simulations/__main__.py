@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from simulations.core.settings import Experiment
 
 RayAddress = Annotated[
-    str, typer.Option(help="a Ray cluster for the owners, HOST:PORT; default: this machine")
+    str, typer.Option(help="a Ray cluster to run on, HOST:PORT; default: this machine")
 ]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -172,12 +172,13 @@ def sweep(
         Path | None, typer.Option(help="the sweep's folder; an unfinished one is continued")
     ] = None,
     force: Annotated[bool, typer.Option(help="also continue a completed sweep")] = False,
+    ray_address: RayAddress = "",
 ) -> None:
     """Run an experiment over axes of settings and seeds; a killed sweep continues in its folder."""
     from simulations.core.settings import load_experiment
     from simulations.sweep.plan import as_sweep, parse_axis
 
-    loaded = load_experiment(experiment, set_ or [])
+    loaded = load_experiment(experiment, _on_cluster(set_, ray_address))
     _carry_out(
         as_sweep(loaded, dict(map(parse_axis, axis or [])), seeds, workers), out, force=force
     )

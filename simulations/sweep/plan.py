@@ -169,8 +169,9 @@ def as_sweep(
     """
     check(experiment.kind in ("split", "sweep"), "kind", experiment.kind, "split or sweep")
     options = dict(experiment.options) if experiment.kind == "sweep" else {}
-    if "attack-samples" in experiment.options:
-        options["attack-samples"] = experiment.options["attack-samples"]
+    for name in ("attack-samples", "ray-address"):
+        if name in experiment.options:
+            options[name] = experiment.options[name]
     groups = list(options.get("cells", [])) or [{}]
     options["cells"] = [{**group, **{k: list(v) for k, v in axes.items()}} for group in groups]
     if seeds:

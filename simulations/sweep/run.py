@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ OPTIONS: dict[str, Any] = {
     "cells": [],
     "known": "",
     "public-text": "",
+    "ray-address": "",
 }
 
 
@@ -58,7 +60,8 @@ def run(
         experiment: of the kind ``sweep``.
         folder: of the run.
         console: where tables and progress go.
-        runner: carries out the cells; None: :func:`run_cells`, on Ray.
+        runner: carries out the cells; None: :func:`run_cells`, on Ray here or on the cluster of
+            ``options.ray-address``.
 
     Raises:
         ConfigError: a bad option, or a setting out of range in any cell, before anything runs.
@@ -86,7 +89,8 @@ def run(
     with RunProgress(console) as progress:
         progress.stage("cells")
         work = folder.path / "work"
-        for cell, row in (runner or run_cells)(missing, work, options["attack-samples"], workers):
+        runner = runner or partial(run_cells, address=options["ray-address"])
+        for cell, row in runner(missing, work, options["attack-samples"], workers):
             rows[cell.key] = row = {**row, "key": cell.key}
             if not row.get("error"):
                 store.save({"cell": cell.key}, [row])
@@ -138,9 +142,17 @@ def earlier_rows(folder: Path, known: str) -> Iterator[tuple[dict[str, str], lis
 
 
 def run_cells(
-    cells: Sequence[Cell], work: Path, attack_samples: int, workers: int
+    cells: Sequence[Cell], work: Path, attack_samples: int, workers: int, address: str = ""
 ) -> Iterator[tuple[Cell, dict[str, Any]]]:
     """Run cells on Ray and yield each with its row as it comes; a broken one's row has ``error``.
+
+    Args:
+        cells: to be run.
+        work: folder of their files, which are removed.
+        attack_samples: see :func:`run_cell`.
+        workers: cells at once.
+        address: of a cluster, whose nodes find models and data under the same names; empty: one of
+            this sweep's own.
 
     Raises:
         RunError: Ray cannot be started.
@@ -148,7 +160,7 @@ def run_cells(
     if not cells:
         return
     # A cluster of this sweep alone; Ray reads this once, when it is imported.
-    if "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ:
+    if not address and "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ:
         os.environ.update({**ray_credentials(), **os.environ})
     import ray
 
@@ -160,14 +172,16 @@ def run_cells(
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(
-            num_cpus=workers,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": environment},
-        )
+        if address:
+            from simulations.runtime.hosts.ray_hosts import runtime_environment
+
+            del environment["PYTHONPATH"]
+            ray.init(address, runtime_env=runtime_environment(environment), **quiet)
+        else:
+            runtime = {"env_vars": environment}
+            ray.init(num_cpus=workers, include_dashboard=False, runtime_env=runtime, **quiet)
     except Exception as error:  # Ray raises many kinds
         raise RunError(f"Ray cannot be started: {type(error).__name__}: {error}") from None
     try:

@@ -114,26 +114,35 @@ def join(address: str, hosts: int, variables: Mapping[str, str], folder: Path) -
     Raises:
         RunError: no cluster answers there, or none of its nodes has a processor.
     """
-    runtime: dict[str, Any] = {"env_vars": dict(variables)}
     common = {"include_dashboard": None, "log_to_driver": True, "logging_level": "WARNING"}
     if not address:
         ray.init(
             num_cpus=hosts,
             object_store_memory=STORE_BYTES,
-            runtime_env=runtime,
+            runtime_env={"env_vars": dict(variables)},
             _temp_dir=str(folder),
             **{**common, "include_dashboard": False},
         )
         return [ray.get_runtime_context().get_node_id()] * hosts
-    # The nodes need the packages that this project asks for; the project itself goes along.
-    packages = (fedsplit, strategies, simulations)
-    runtime["py_modules"] = [str(Path(str(p.__file__)).parent) for p in packages]
-    runtime["excludes"] = ["__pycache__", "*.pyc"]
     try:
-        ray.init(address=address, runtime_env=runtime, **common)
+        ray.init(address=address, runtime_env=runtime_environment(variables), **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"ray-address={address!r}: no cluster answers: {error}") from None
     return places([node for node in ray.nodes() if node["Alive"]])
+
+
+def runtime_environment(variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return the runtime environment of a cluster's processes: the project, and ``variables``.
+
+    The nodes need the packages that the project asks for.
+    """
+    packages = (fedsplit, strategies, simulations)
+    modules = [str(Path(str(package.__file__)).parent) for package in packages]
+    return {
+        "env_vars": dict(variables),
+        "py_modules": modules,
+        "excludes": ["__pycache__", "*.pyc"],
+    }
 
 
 def places(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
