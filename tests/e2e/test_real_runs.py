@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
-from simulations.runtime.federated import deploy, simulate
+from simulations.runtime.federated import ENGINES, deploy, simulate
 from simulations.runtime.local_run import run_in_process
 from tests.tiny_models import save_texts, save_tiny_bert
 
@@ -67,6 +69,21 @@ def test_simulation_and_deployment_agree(settings: dict[str, Any], tmp_path: Pat
         assert all(not row["train"]["lost"] for row in server["rounds"])
         assert server["rounds"][0]["train"]["row_bytes"] > 0
         assert server["rounds"][1]["train"]["row_bytes"] == 0
+
+
+@pytest.mark.timeout(600)
+def test_both_engines_give_the_same_model_bit_for_bit(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = RunConfig.from_flat({**settings, "data.owners": 3, "split.bottom": "joint"})
+    found = {}
+    for engine in ENGINES:
+        _, server = simulate(config, tmp_path / engine, engine=engine)
+        assert all(not row["train"]["lost"] for row in server["rounds"])
+        found[engine] = load_file(tmp_path / engine / "server" / "top.safetensors")
+    hosts, flower = (found[engine] for engine in ENGINES)
+    assert hosts.keys() == flower.keys()
+    assert all(torch.equal(hosts[name], flower[name]) for name in hosts)
 
 
 @pytest.mark.timeout(600)
