@@ -4,9 +4,10 @@ One round of split tuning with a tiny classifier, in which every sampled owner t
 two texts, so that nearly all of the time is what a simulation adds: starting the owner's code,
 session, ledger, messages, waves.  The round's own seconds count, those until its owners could be
 asked do not.  ``cpu_seconds_per_owner`` are the processor seconds of all processes of the run in
-the round, which other work on the machine hardly moves.  Memory is the largest sum, over the same
-processes, of what each has alone and its part of what it shares (PSS).  A killed bench goes on with
-the next row where ``--rows`` names the file of those that are finished.
+the round, which other work on the machine hardly moves; its own compute is given in the same.
+Memory is the largest sum, over these processes, of what each has alone and its part of what it
+shares (PSS).  A killed bench goes on with the next row where ``--rows`` names the file of those
+that are finished.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from torch import Tensor, nn
 from typer import Option
 
 from fedsplit.config import RunConfig, Scalar
@@ -50,6 +51,7 @@ from strategies.base_model import load_base
 from strategies.split_tuning.cohort import pad_rows
 
 TEXTS, BATCH, CLASSES = 4, 2, 3  # of an owner, of a step, of the task
+WIDTH = 32
 WORDS = [f"w{i}" for i in range(400)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 LOOK_S = 1.0
@@ -125,26 +127,58 @@ def scale_config(folder: Path, owners: int, sampled: int, wave: int) -> RunConfi
 
 def save_tiny_classifier(folder: Path) -> None:
     """Write a BERT of two blocks with random weights and a tokenizer of whole words."""
+    folder.mkdir()
     vocabulary = {word: number for number, word in enumerate(SPECIAL + WORDS)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    words.save(str(folder / "tokenizer.json"))
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=len(vocabulary),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            max_position_embeddings=32,
-            num_labels=CLASSES,
-        )
-        BertForSequenceClassification(config).save_pretrained(folder)
+    config = {
+        "model_type": "bert",
+        "architectures": ["BertForSequenceClassification"],
+        "vocab_size": len(vocabulary),
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * WIDTH,
+        "max_position_embeddings": 32,
+        "num_labels": CLASSES,
+    }
+    for name, content in (
+        ("config.json", config),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names}),
+    ):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    save_file(random_bert(len(vocabulary)), folder / "model.safetensors", {"format": "pt"})
+
+
+def random_bert(vocabulary: int) -> dict[str, Tensor]:
+    """Return the tensors of a BERT of two blocks, by their names in a checkpoint."""
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings": (vocabulary, WIDTH),
+        "embeddings.position_embeddings": (32, WIDTH),
+        "embeddings.token_type_embeddings": (2, WIDTH),
+        "pooler.dense": (WIDTH, WIDTH),
+    }
+    norms = ["embeddings.LayerNorm"]
+    for block in ("encoder.layer.0", "encoder.layer.1"):
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes[f"{block}.attention.{part}"] = (WIDTH, WIDTH)
+        shapes[f"{block}.intermediate.dense"] = (2 * WIDTH, WIDTH)
+        shapes[f"{block}.output.dense"] = (WIDTH, 2 * WIDTH)
+        norms += [f"{block}.attention.output.LayerNorm", f"{block}.output.LayerNorm"]
+    found: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        found[f"bert.{name}.weight"] = 0.02 * torch.randn(shape, generator=generator)
+        if not name.endswith("embeddings"):
+            found[f"bert.{name}.bias"] = torch.zeros(shape[0])
+    for name in norms:
+        found |= {f"bert.{name}.weight": torch.ones(WIDTH), f"bert.{name}.bias": torch.zeros(WIDTH)}
+    return found
 
 
 def measure(config: RunConfig, engine: str) -> list[Row]:
@@ -184,7 +218,7 @@ def measure(config: RunConfig, engine: str) -> list[Row]:
 
 
 def compute_seconds(config: RunConfig, wave: int, repeats: int = 5) -> float:
-    """Return an owner's share of what the same step costs in one process without a federation.
+    """Return an owner's share of the processor seconds of the same step without a federation.
 
     Its texts through the bottom, and its part of a wave's step of the top: forward, loss, backward
     and optimizer.
@@ -199,7 +233,7 @@ def compute_seconds(config: RunConfig, wave: int, repeats: int = 5) -> float:
     began = 0.0
     with limited_threads(1):
         for repeat in range(1 + repeats):  # the first is not counted
-            began = time.perf_counter() if repeat == 1 else began
+            began = time.process_time() if repeat == 1 else began
             hidden = []
             for at in range(0, len(rows), BATCH):
                 found = loaded.tokenizer([row["text"] for row in rows[at : at + BATCH]])
@@ -209,7 +243,7 @@ def compute_seconds(config: RunConfig, wave: int, repeats: int = 5) -> float:
             nn.functional.cross_entropy(top(*pad_rows(hidden)), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return (time.perf_counter() - began) / repeats / (len(rows) / BATCH)
+    return (time.process_time() - began) / repeats / (len(rows) / BATCH)
 
 
 class Watcher:

@@ -217,7 +217,7 @@ def gather_sent(hosts: Sequence[RayHost]) -> list[dict[str, Any]]:
         with contextlib.suppress(RayError):
             for row in ray.get(host.actor.sent.remote(), timeout=ASK_S):
                 found[str(row["owner"])] = row
-    return list(found.values())
+    return [found[name] for name in sorted(found)]
 
 
 def stop_hosts(hosts: Sequence[RayHost]) -> None:
