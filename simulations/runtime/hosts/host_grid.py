@@ -104,7 +104,8 @@ class HostGrid(Grid):
         Raises:
             RunError: no host is left.
         """
-        ids, batches = [], {}
+        ids: list[str] = []
+        batches: dict[str, tuple[Host, list[Order]]] = {}
         load: Counter[str] = Counter()
         for message in messages:
             ids.append(str(uuid4()))

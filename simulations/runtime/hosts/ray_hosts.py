@@ -114,14 +114,15 @@ def join(address: str, hosts: int, variables: Mapping[str, str], folder: Path) -
     Raises:
         RunError: no cluster answers there, or none of its nodes has a processor.
     """
-    common = {"include_dashboard": None, "log_to_driver": True, "logging_level": "WARNING"}
+    common: dict[str, Any] = {"log_to_driver": True, "logging_level": "WARNING"}
     if not address:
         ray.init(
             num_cpus=hosts,
             object_store_memory=STORE_BYTES,
             runtime_env={"env_vars": dict(variables)},
             _temp_dir=str(folder),
-            **{**common, "include_dashboard": False},
+            include_dashboard=False,
+            **common,
         )
         return [ray.get_runtime_context().get_node_id()] * hosts
     try:
@@ -181,7 +182,8 @@ def start_hosts(
         RunError: a host did not come up.
     """
     data = ray.put(shares)
-    cls = ray.remote(num_cpus=1, max_concurrency=CALLS, max_restarts=0)(OwnerHostActor)
+    remote: Any = ray.remote
+    cls = remote(num_cpus=1, max_concurrency=CALLS, max_restarts=0)(OwnerHostActor)
     hosts = []
     for number, node in enumerate(nodes):
         place = NodeAffinitySchedulingStrategy(node_id=node, soft=False)

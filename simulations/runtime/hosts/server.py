@@ -28,6 +28,7 @@ from simulations.runtime.certificates import make_certificates
 from simulations.runtime.hosts.host_grid import HostGrid
 from simulations.runtime.hosts.owner_host import HostSettings
 from simulations.runtime.hosts.ray_hosts import (
+    RayHost,
     addresses,
     gather_sent,
     hand_out,
@@ -81,7 +82,7 @@ def main(path: Path) -> None:
     kind = pick(KINDS, config.strategy, "strategy")
     nodes = join(told.address, told.hosts, told.variables, Path(told.scratch) / "ray")
     config = reachable(config, Path(told.scratch)) if told.address else config
-    hosts = []
+    hosts: list[RayHost] = []
     try:
         wave = config.session.wave
         # All owners of a wave are connected at once; offsite owners come and go.

@@ -117,7 +117,7 @@ def carry_out(config: RunConfig, grid: Any, *, shared: bool) -> dict[str, torch.
     return {n: t for path in found for n, t in load_file(path).items()}
 
 
-def hosted(config: RunConfig, homes: Path, **lasts: int) -> HostGrid:
+def hosted(config: RunConfig, homes: Path, **lasts: int) -> Any:
     """Return a grid over two hosts; ``b=3``: host b is gone after three replies."""
     told = HostSettings(config, 7, WAVE)
     hosts = [InProcess(n, told, homes, lasts.get(n, 10**9)) for n in ("a", "b")]
