@@ -60,6 +60,8 @@ from .session_round import SessionRound
 
 log = logging.getLogger(__name__)
 
+APPLICATION_ERRORS = 100  # from here on codes are the ClientApp's, which has told its session why
+
 
 class SplitTuning(RunStrategy):
     """Trains the top with owners that keep the bottom, their text and their labels.
@@ -263,7 +265,8 @@ class SplitTuning(RunStrategy):
         if round_ is None or asked.message_type != round_.context.mode:  # asked for its name
             return
         why = reason_of(reply) if reply.has_error() else "it replied without a session"
-        if reply.has_error():  # its session, if it has one, has nobody at the other end
+        if reply.has_error() and reply.error.code < APPLICATION_ERRORS:
+            # Flower's own: the app has gone without a word, and its session has nobody in it.
             round_.abandon([asked.dst_node_id], why)
         round_.stop_expecting(asked.dst_node_id, why)
 
