@@ -29,7 +29,7 @@ from fedsplit.owners.naming import HOME_VARIABLE, SHARED_VARIABLE, SIMULATION_VA
 from simulations.runtime.hosts.host_grid import HostLost
 from simulations.runtime.hosts.owner_host import HostSettings, Order, OwnerHost
 
-START_S = 180.0
+START_S = 600.0
 ASK_S = 60.0
 MOST_ON_A_NODE = 16
 STORE_BYTES = 512 << 20  # of a cluster of our own
