@@ -27,6 +27,7 @@ from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.robust import RobustConfig
 from fedsplit.config.run import RunConfig, Scalar
 from fedsplit.config.secure import SecureConfig
+from fedsplit.config.server import ServerConfig
 from fedsplit.config.serving import ServingConfig
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "RunConfig",
     "Scalar",
     "SecureConfig",
+    "ServerConfig",
     "ServingConfig",
     "SessionConfig",
     "SplitConfig",

@@ -29,6 +29,7 @@ from fedsplit.config.offsite import OffsiteConfig
 from fedsplit.config.privacy import PrivacyConfig
 from fedsplit.config.robust import RobustConfig
 from fedsplit.config.secure import SecureConfig
+from fedsplit.config.server import ServerConfig
 from fedsplit.config.serving import ServingConfig
 from fedsplit.errors import ConfigError, check
 
@@ -56,6 +57,7 @@ class RunConfig:
     robust: RobustConfig = field(default_factory=RobustConfig)
     secure: SecureConfig = field(default_factory=SecureConfig)
     buffer: BufferConfig = field(default_factory=BufferConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         check(0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2^63)")
@@ -115,6 +117,7 @@ _GROUPS: dict[str, type] = {
     "robust": RobustConfig,
     "secure": SecureConfig,
     "buffer": BufferConfig,
+    "server": ServerConfig,
 }
 _TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 

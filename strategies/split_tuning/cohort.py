@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import FedsplitError
-from fedsplit.models.splitting.heads import select_positions
 from fedsplit.observe import bound
-from fedsplit.tasks import task_of
 
 from ..rounds.report import CohortReport
 from ..rounds.round_context import Position, RoundContext
-from ..sessions.length_buckets import LengthBuckets
 from ..sessions.owner_session import Batch, OwnerSession
 from .gradient_bounds import GradientBounds
 from .model import SplitModel
 from .optimisation import Optimisation
+from .top_step import Forward
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -38,7 +36,8 @@ class Cohort:
     """Runs the sessions of connected owners against one top.
 
     Args:
-        model: the cut model; its top answers, or the owners' head on the top's hidden states.
+        model: the cut model.
+        forward: computes with its top: answers, or hidden states for the owners' head.
         optimisation: the top's optimizer.
         config: the run's settings.
         on_step: called after every step of training with the round.
@@ -47,18 +46,16 @@ class Cohort:
     def __init__(
         self,
         model: SplitModel,
+        forward: Forward,
         optimisation: Optimisation,
         config: RunConfig,
         on_step: Callable[[RoundContext], None],
     ) -> None:
-        self._top = model.top
-        self._buckets = LengthBuckets(model.top)
         self._optimisation = optimisation
         self._config = config
         self._joint = config.split.bottom == "joint"
-        self._positions, self._tail = model.positions, model.tail
-        tokens = self._positions == "all" if self._positions else task_of(config).per_token
-        self._per_token = tokens  # logits for every token, or for every text
+        self._forward, self._tail = forward, model.tail
+        self._per_token = forward.per_token
         self._denoise = model.denoise
         self._denoise_gradients = model.denoise_gradients
         self._on_step = on_step
@@ -71,7 +68,7 @@ class Cohort:
         resumed = context.resumed_here()
         count = max(len(groups), resumed.groups if resumed else 0)
         began = time.perf_counter()
-        self._top.train(not self._tail)
+        self._forward.train(not self._tail)
         context.waiting = [m.name for m in sessions]
         for index, group in enumerate(groups, start=count - len(groups)):
             context.waiting = context.waiting[len(group) :]
@@ -111,10 +108,10 @@ class Cohort:
         """Do one step and return the sessions that are still there, with their batches."""
         clock = time.perf_counter()
         hidden, mask = self._padded(batches)
-        if self._joint:
-            hidden.requires_grad_()
-        with torch.set_grad_enabled(not self._tail):  # with a tail nothing here is trained
-            rows = self._rows(hidden, mask)  # (R, C)
+        texts = [len(batch.rows) for _, batch in batches]
+        learn = not self._tail  # with a tail nothing here is trained
+        forward = self._forward(hidden, mask, texts, learn=learn, joint=self._joint)
+        rows = forward.rows  # (R, C)
         parts = self._parts(batches, rows)
         report.compute_s += time.perf_counter() - clock
 
@@ -139,6 +136,7 @@ class Cohort:
         clock = time.perf_counter()
         total = sum(weight for _, (_, weight) in gradients)
         received = dict(gradients)
+        back = None
         if not self._tail:
             pieces = []
             for session in order:
@@ -152,21 +150,21 @@ class Cohort:
             scale = self._optimisation.scale(total)
             upward = torch.cat(pieces).to(rows)
             self._optimisation.begin()
-            torch.autograd.backward([rows], [upward if scale == 1.0 else upward * scale])
+            back = forward.backward(upward if scale == 1.0 else upward * scale)
             self._optimisation.end(total, progress)
         report.steps += 1
         report.compute_s += time.perf_counter() - clock
         kept = [m for m, _ in gradients]
         if self._joint:
-            assert hidden.grad is not None
-            flat = torch.split(hidden.grad[mask.bool()], [sum(b.lengths) for _, b in batches])
-            back = dict(zip(order, flat, strict=True))
+            assert back is not None
+            flat = torch.split(back[mask.bool()], [sum(b.lengths) for _, b in batches])
+            own = dict(zip(order, flat, strict=True))
             kept = [
                 m
                 for m, _ in self._each(
                     kept,
                     # The owner steps its own bottom by the gradient of its own mean loss.
-                    lambda m: m.send_hidden_gradient(order[m], back[m] * (total / received[m][1])),
+                    lambda m: m.send_hidden_gradient(order[m], own[m] * (total / received[m][1])),
                     report,
                 )
             ]
@@ -178,7 +176,7 @@ class Cohort:
         """Answer the sessions' held-out batches; nothing is learned from them."""
         report, window = context.report.cohort, self._config.session.window
         began = time.perf_counter()
-        self._top.eval()
+        self._forward.train(False)
         live = [m for m, _ in self._each(sessions, lambda m: m.start(window), report)]
         while live:
             answered = self._answer(self._each(live, lambda m: m.batch(), report), report)
@@ -194,7 +192,8 @@ class Cohort:
             return []
         with torch.inference_mode():
             hidden, mask = self._padded(batches)
-            rows = self._rows(hidden, mask)
+            texts = [len(batch.rows) for _, batch in batches]
+            rows = self._forward(hidden, mask, texts, learn=False, joint=False).rows
         order = dict(batches)
         parts = self._parts(batches, rows)
         sent = self._each(list(order), lambda m: m.send_logits(order[m], parts[m]), report)
@@ -209,23 +208,12 @@ class Cohort:
             rows = self._denoise(keys, rows)
         return pad_rows(rows)
 
-    def _rows(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return what goes down as rows: logits (B, C) or (tokens, V), or final hidden states."""
-        if self._positions:
-            states = self._top.hidden_states(hidden, mask, tail=self._tail)
-            return select_positions(states, mask, self._positions).float()
-        if not self._per_token:
-            answers: Tensor = self._buckets(hidden, mask)
-            return answers
-        logits: Tensor = self._top(hidden, mask)
-        return logits[mask.to(logits.device).bool()]
-
     def _parts(
         self, batches: list[tuple[OwnerSession, Batch]], rows: Tensor
     ) -> dict[OwnerSession, Tensor]:
         """Cut rows into each session's own."""
         counts = [sum(b.lengths) if self._per_token else len(b.slots) for _, b in batches]
-        parts = torch.split(rows.detach(), counts)
+        parts = torch.split(rows, counts)
         return dict(zip([m for m, _ in batches], parts, strict=True))
 
     def _each(

@@ -26,10 +26,12 @@ from fedsplit.models.trained.weights import Trained, load_owners
 from fedsplit.privacy import build_mechanism
 from fedsplit.privacy.labels.table import averages_head, head_at_owner, tail_blocks
 from fedsplit.settings import check_settings
+from fedsplit.tasks import task_of
 
 from ..base_model import AUTOCASTS, DTYPES, load_base, read_base
 from .denoising import CohortDenoiser, build_denoiser
 from .gradient_denoising import GradientDenoiser, build_gradient_denoiser
+from .top_step import TopRows
 
 
 @dataclass
@@ -131,14 +133,40 @@ def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) 
     )
     denoise = build_denoiser(config, bottom, halves.tokenizer, mechanism)
     denoise_gradients = build_gradient_denoiser(config, head)
-    trainable = make_trainable(top, config.train.method, **method_options(config.train))
-    if head is not None:
-        trainable = trained_without_head(trainable)
+    trainable = _choose_trained(config, halves)
     if trained is not None:
         trainable.load(trained.top)
-    place(top, config.model.device, DTYPES[config.model.dtype])
-    top.autocast = AUTOCASTS[config.model.autocast]
+    _place(config, top, config.server.device_of(0) or config.model.device)
     return SplitModel(halves.digest, top, trainable, bundle, denoise, denoise_gradients, head)
+
+
+def _choose_trained(config: RunConfig, halves: Halves) -> Trainable:
+    trainable = make_trainable(halves.top, config.train.method, **method_options(config.train))
+    return trainable if halves.head is None else trained_without_head(trainable)
+
+
+def _place(config: RunConfig, top: Top, device: str) -> None:
+    place(top, device, DTYPES[config.model.dtype])
+    top.autocast = AUTOCASTS[config.model.autocast]
+
+
+def top_rows(config: RunConfig, top: Top, head: Head | None) -> TopRows:
+    """Return what computes the rows that go down to owners."""
+    positions = "" if head is None else positions_read(head)
+    per_token = positions == "all" if positions else task_of(config).per_token
+    return TopRows(top, positions, 0 if head is None else head.blocks, per_token)
+
+
+def build_replica(config: RunConfig, worker: int) -> TopRows:
+    """Load and cut the base model for a worker of the top, on its own device.
+
+    Raises:
+        ConfigError, ModelError, UnsupportedModelError: see :func:`load_halves`.
+    """
+    halves = load_halves(config)
+    _choose_trained(config, halves)
+    _place(config, halves.top, config.server.device_of(worker) or config.model.device)
+    return top_rows(config, halves.top, halves.head)
 
 
 def owners_parameters(

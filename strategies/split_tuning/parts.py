@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import ModelError
+from fedsplit.errors import ModelError, RunError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.tasks import task_of
@@ -24,8 +24,10 @@ from ..rounds.recorder import Recorder
 from ..rounds.run_checkpoint import below, under
 from ..sessions.setup import open_transport
 from ..sessions.transports import StreamTransport
-from .model import SplitModel, assemble, load_halves, owners_parameters
+from .model import SplitModel, assemble, load_halves, owners_parameters, top_rows
 from .optimisation import Optimisation
+from .replicas import Replicas
+from .top_step import Forward, ForwardHere
 
 
 @dataclass
@@ -34,6 +36,7 @@ class ServerParts:
 
     Attributes:
         model: the cut model, its trainable part chosen.
+        forward: computes with the top, in one process or several.
         optimisation: the optimizer of that part.
         initial: what owners train and the server averages, as it starts; often empty.
         authenticator: admits sessions of this run.
@@ -43,6 +46,7 @@ class ServerParts:
     """
 
     model: SplitModel
+    forward: Forward
     optimisation: Optimisation
     initial: ArrayRecord
     authenticator: SessionAuthenticator
@@ -77,6 +81,7 @@ class ServerParts:
         """Close all sessions and the port."""
         if self.stream is not None:
             self.stream.close()
+        self.forward.close()
 
 
 def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerParts:
@@ -127,4 +132,24 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder) -> ServerPar
         trainable_share=model.trainable.share,
         trained_parameters=sum(p.numel() for p in parameters),
     )
-    return ServerParts(model, optimisation, initial, authenticator, watch, recorder, stream)
+    try:
+        forward = open_forward(config, model)
+    except RunError:
+        if stream is not None:
+            stream.close()
+        raise
+    return ServerParts(
+        model, forward, optimisation, initial, authenticator, watch, recorder, stream
+    )
+
+
+def open_forward(config: RunConfig, model: SplitModel) -> Forward:
+    """Return what computes with the top, as ``server.*`` says.
+
+    Raises:
+        RunError: a worker does not start.
+    """
+    rows = top_rows(config, model.top, model.head)
+    if config.server.workers == 1:
+        return ForwardHere(rows)
+    return Replicas(rows, config)

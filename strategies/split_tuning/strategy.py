@@ -98,7 +98,7 @@ class SplitTuning(RunStrategy):
         # (digest, whose); without an announced list the first owner's is everyone's
         self._classes = (names_digest(names), "the announced ones") if names else None
         self._sessions: SessionRound | None = None
-        self._cohort = Cohort(parts.model, parts.optimisation, config, self._on_step)
+        self._cohort = Cohort(parts.model, parts.forward, parts.optimisation, config, self._on_step)
 
     @classmethod
     def build(
