@@ -145,6 +145,8 @@ def test_one_owner_is_the_servers_own(rows: TopRows, two: Replicas) -> None:
 def test_a_run_with_two_workers_is_a_run_with_one(make_config: Any, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"train__rounds": 1, "output__transcript": False, "data__owners": 3}
     settings |= {"session__wave_wait_s": 120.0, "session__deadline_s": 120.0}
+    # AdamW makes steps of a full size of gradients that are rounding alone (keys' biases).
+    settings |= {"train__optimizer": "sgd", "train__lr": 0.1}
     alone = run_local(make_config(**settings, output__dir=str(tmp_path / "one")))
     shared = run_local(
         make_config(**settings, server__workers=2, output__dir=str(tmp_path / "two"))
@@ -152,7 +154,7 @@ def test_a_run_with_two_workers_is_a_run_with_one(make_config: Any, tmp_path: Pa
     one, two = alone.state, shared.state
     assert one.keys() == two.keys()
     for name, wanted in one.items():
-        torch.testing.assert_close(two[name], wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(two[name], wanted, rtol=1e-5, atol=1e-6)
     assert not shared.strategy.parts.forward._processes  # type: ignore[attr-defined]
 
 
