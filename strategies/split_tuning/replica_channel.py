@@ -70,6 +70,10 @@ class Channel:
             raise OSError(f"{len(data)} of {size} bytes came")
         return data
 
+    def wait_for_ever(self) -> None:
+        """Lift the bound on how long the other end may take."""
+        self._end.settimeout(None)
+
     def close(self) -> None:
         """Close this end."""
         self._reader.close()

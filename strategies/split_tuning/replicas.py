@@ -57,6 +57,7 @@ class Replicas:
             whole = {**dict(self._top.named_parameters()), **dict(self._top.named_buffers())}
             for channel in self._channels:
                 channel.receive()
+                channel.wait_for_ever()  # a step takes what it takes; an end is seen at once
                 channel.send(whole, do="take")
         except RunError:
             self.close()
@@ -66,7 +67,7 @@ class Replicas:
         mine, other = socket.socketpair()
         mine.settimeout(START_S)
         told = json.dumps({"run": config.to_flat(), "worker": number})
-        command = [sys.executable, "-m", f"{__package__}.replica_worker", str(other.fileno())]
+        command = [sys.executable, "-P", "-m", f"{__package__}.replica_worker", str(other.fileno())]
         path = os.pathsep.join(entry for entry in sys.path if entry)
         with other:
             process = subprocess.Popen(

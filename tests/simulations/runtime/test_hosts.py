@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from flwr.app import Message, RecordDict
 from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import RunError
+from fedsplit.errors import ConfigError, RunError
 from fedsplit.settings import read_settings
+from simulations.runtime.federated import simulate
 from simulations.runtime.hosts.host_grid import HostGrid, HostLost
+from simulations.runtime.hosts.launch import HostedSimulation
 from simulations.runtime.hosts.owner_host import HostSettings, Order, OwnerHost
 from simulations.runtime.hosts.ray_hosts import places
 from simulations.runtime.hosts.server import KINDS, reachable
 from simulations.runtime.local_grid import LocalGrid
+from simulations.runtime.machine import machine_cores
+from simulations.runtime.watchdog import marked_processes
 from tests.tiny_models import save_texts, save_tiny_bert, save_tiny_llama
 
 OWNERS, WAVE = 6, 4
@@ -256,3 +261,53 @@ def test_the_session_server_listens_where_the_clusters_owners_reach_it(
 
     assert config.session.host == wanted
     assert ("FEDSPLIT_TLS_CERT" in os.environ) == (wanted == "10.0.0.1")
+
+
+def test_what_a_simulation_cannot_be_is_refused(settings: Any, tmp_path: Path) -> None:
+    config = settings("run")
+    with pytest.raises(ConfigError, match="engine='x': must be one of"):
+        simulate(config, tmp_path, engine="x")
+    with pytest.raises(ConfigError, match="ray_address='a:1': must be empty with engine=flower"):
+        simulate(config, tmp_path, engine="flower", ray_address="a:1")
+    with pytest.raises(ConfigError, match="strategy='serving'"):
+        simulate(replace(config, strategy="serving"), tmp_path)
+    with pytest.raises(ConfigError, match="owners=0: must be >= 1"):
+        HostedSimulation(0, log_dir=tmp_path)
+    for wrong in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="cpus_per_client"):
+            HostedSimulation(4, cpus_per_client=wrong, log_dir=tmp_path)
+
+
+def test_hosts_are_at_most_one_for_each_core_and_owner(tmp_path: Path) -> None:
+    cores = machine_cores()
+    assert HostedSimulation(1000, cpus_per_client=0.01, log_dir=tmp_path).hosts == cores
+    assert HostedSimulation(1000, cpus_per_client=cores, log_dir=tmp_path).hosts == 1
+    assert HostedSimulation(1, cpus_per_client=0.5, log_dir=tmp_path).hosts == 1
+
+
+def test_a_cluster_gets_the_callers_token_and_nothing_else_of_rays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    monkeypatch.setenv("RAY_ADDRESS", "somebody:1")
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    theirs = HostedSimulation(4, log_dir=tmp_path, address="a:1")
+    own = HostedSimulation(4, log_dir=tmp_path)
+    wanted = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
+    assert theirs._credentials() == wanted
+    assert own._credentials().keys() == wanted.keys()
+    assert own._credentials()["RAY_AUTH_TOKEN"] != "t" * 64
+
+
+def test_a_run_that_fails_says_why_and_leaves_no_process(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simulations.runtime.hosts.launch.SERVER", "no.such.module")
+    lines: list[str] = []
+    simulation = HostedSimulation(2, log_dir=tmp_path / "log")
+    with simulation, pytest.raises(RunError, match=r"serverapp: the run failed \(exit code 1\)"):
+        mark = simulation.processes.mark
+        simulation.run(settings("run"), tmp_path, on_line=lambda line: lines.append(line.text))
+    assert any("No module named" in line for line in lines)
+    assert marked_processes(mark) == []

@@ -73,6 +73,27 @@ def test_a_name_is_its_first_keys_even_when_that_node_is_gone() -> None:
         names.claim(2, "carol")
 
 
+def test_names_that_the_grid_knows_are_claimed_as_if_they_were_said() -> None:
+    keys = [key() for _ in range(3)]
+    nodes = grid(**{f"n{n}": k for n, k in enumerate(keys, 1)})
+    names = OwnerNames()
+    names.connected(nodes)
+    names.take_known(nodes)  # a real grid knows none
+    assert names.names == {}
+    nodes.owner_names = {1: "alice", 2: "bob"}
+    names.take_known(nodes)
+    assert names.names == {1: "alice", 2: "bob"}
+    nodes.owner_names = {1: "other", 2: "bob", 3: "bob"}  # node 1 has its name
+    with pytest.raises(SessionError, match="another node has it already"):
+        names.take_known(nodes)
+    assert names.names == {1: "alice", 2: "bob"}
+    twice = OwnerNames()
+    twice.connected(nodes)
+    nodes.owner_names = {2: "bob", 3: "bob"}
+    with pytest.raises(SessionError, match="another node has it already"):
+        twice.take_known(nodes)
+
+
 def test_the_servers_list_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alice, other = key(), key()
     (tmp_path / "alice").mkdir()
