@@ -240,7 +240,7 @@ def compute_seconds(config: RunConfig, wave: int, repeats: int = 5) -> float:
                 ids = [torch.tensor(x[: config.model.max_tokens]) for x in found["input_ids"]]
                 with torch.no_grad():
                     hidden += represent(bottom, ids)
-            nn.functional.cross_entropy(top(*pad_rows(hidden)), labels).backward()
+            torch.autograd.backward(nn.functional.cross_entropy(top(*pad_rows(hidden)), labels))
             optimizer.step()
             optimizer.zero_grad()
     return (time.process_time() - began) / repeats / (len(rows) / BATCH)

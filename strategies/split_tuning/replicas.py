@@ -99,9 +99,10 @@ class Replicas:
         for number, (part, of) in enumerate(parts):
             if number and len(part):
                 channel = self._channels[number - 1]
-                facts = {"learn": learn, "joint": joint, "training": self._training}
-                facts["seed"] = derive_seed(self._seed, "worker", number, self._steps)
-                channel.send({"hidden": part, "mask": of, **self._news(number)}, do="step", **facts)
+                tensors = {"hidden": part, "mask": of, **self._news(number)}
+                seed = derive_seed(self._seed, "worker", number, self._steps)
+                modes = {"learn": learn, "joint": joint, "training": self._training}
+                channel.send(tensors, do="step", seed=seed, **modes)
                 busy.append(channel)
         first = self._here(parts[0][0].clone(), parts[0][1], texts, learn=learn, joint=joint)
         rows = [first.rows, *(channel.receive()[1]["rows"].to(first.rows) for channel in busy)]

@@ -129,7 +129,7 @@ def join(address: str, hosts: int, variables: Mapping[str, str], folder: Path) -
         ray.init(address=address, runtime_env=runtime_environment(variables), **common)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunError(f"ray-address={address!r}: no cluster answers: {error}") from None
-    return places([node for node in ray.nodes() if node["Alive"]])
+    return places(alive_nodes())
 
 
 def runtime_environment(variables: Mapping[str, str]) -> dict[str, Any]:
@@ -164,7 +164,19 @@ def places(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def addresses() -> set[str]:
     """Return the addresses of the cluster's nodes."""
-    return {str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+    return {str(node["NodeManagerAddress"]) for node in alive_nodes()}
+
+
+def own_address() -> str:
+    """Return this machine's address, as the cluster knows it."""
+    util: Any = ray.util
+    return str(util.get_node_ip_address())
+
+
+def alive_nodes() -> list[Mapping[str, Any]]:
+    """Return the cluster's nodes that are there."""
+    cluster: Any = ray
+    return [node for node in cluster.nodes() if node["Alive"]]
 
 
 def start_hosts(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from fedsplit import storage
@@ -33,6 +32,7 @@ from simulations.runtime.hosts.ray_hosts import (
     gather_sent,
     hand_out,
     join,
+    own_address,
     start_hosts,
     stop_hosts,
 )
@@ -114,7 +114,7 @@ def reachable(config: RunConfig, scratch: Path) -> RunConfig:
     With nodes on other machines it listens where they reach this one, with a certificate made for
     the run; whoever named a host, or certificates, has decided.
     """
-    own = ray.util.get_node_ip_address()
+    own = own_address()
     others = {address for address in addresses() if address != own and not is_loopback(address)}
     if not others or not is_loopback(config.session.host):
         return config

@@ -252,7 +252,7 @@ def test_the_session_server_listens_where_the_clusters_owners_reach_it(
 ) -> None:
     module = "simulations.runtime.hosts.server"
     monkeypatch.setattr(f"{module}.addresses", lambda: nodes)
-    monkeypatch.setattr(f"{module}.ray.util.get_node_ip_address", lambda: "10.0.0.1")
+    monkeypatch.setattr(f"{module}.own_address", lambda: "10.0.0.1")
     for name in ("CERT", "KEY", "CA"):
         monkeypatch.setenv(f"FEDSPLIT_TLS_{name}", "")  # put back after the test
         monkeypatch.delenv(f"FEDSPLIT_TLS_{name}")
@@ -306,8 +306,9 @@ def test_a_run_that_fails_says_why_and_leaves_no_process(
     monkeypatch.setattr("simulations.runtime.hosts.launch.SERVER", "no.such.module")
     lines: list[str] = []
     simulation = HostedSimulation(2, log_dir=tmp_path / "log")
-    with simulation, pytest.raises(RunError, match=r"serverapp: the run failed \(exit code 1\)"):
+    with simulation:
         mark = simulation.processes.mark
-        simulation.run(settings("run"), tmp_path, on_line=lambda line: lines.append(line.text))
+        with pytest.raises(RunError, match=r"serverapp: the run failed \(exit code 1\)"):
+            simulation.run(settings("run"), tmp_path, on_line=lambda line: lines.append(line.text))
     assert any("No module named" in line for line in lines)
     assert marked_processes(mark) == []
