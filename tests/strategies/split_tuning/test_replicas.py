@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsplit.config import RunConfig
-from fedsplit.errors import ConfigError, RunError
+from fedsplit.errors import ConfigError, FedsplitError, RunError
 from fedsplit.settings import read_settings
+from strategies.split_tuning import replica_worker
 from strategies.split_tuning.model import build_replica
-from strategies.split_tuning.replica_channel import trained
+from strategies.split_tuning.replica_channel import Channel, trained
 from strategies.split_tuning.replicas import Replicas, deal
 from strategies.split_tuning.top_step import Forward, ForwardHere, TopRows
 from tests.strategies.run_local import run_local
@@ -158,22 +162,49 @@ def test_a_run_with_two_workers_is_a_run_with_one(make_config: Any, tmp_path: Pa
     assert not shared.strategy.parts.forward._processes  # type: ignore[attr-defined]
 
 
-def test_a_worker_that_is_gone_is_named(
-    config: RunConfig, rows: TopRows, step: tuple[Tensor, Tensor, Tensor]
+def test_a_worker_that_is_gone_is_named() -> None:
+    mine, other = socket.socketpair()
+    channel = Channel(mine, "worker 1 of the top")
+    other.sendall(b"\0\0")  # less than a frame
+    other.close()
+    with pytest.raises(RunError, match="worker 1 of the top is gone"):
+        channel.receive()
+    with pytest.raises(RunError, match="worker 1 of the top is gone"):
+        channel.send({"hidden": torch.zeros(3)}, do="step")
+    channel.close()
+
+
+def test_what_a_worker_cannot_load_is_told(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replicas = Replicas(rows, config)
-    try:
-        replicas._processes[0].kill()
-        with pytest.raises(RunError, match="worker 1 of the top is gone"):
-            taken(replicas, rows, step)
-    finally:
-        replicas.close()
-
-
-def test_what_a_worker_cannot_load_is_told(config: RunConfig, rows: TopRows) -> None:
-    broken = RunConfig.from_flat({**config.to_flat(), "model.name": "/no/such/model"})
+    told = {"run": {**config.to_flat(), "model.name": "/no/such/model"}, "worker": 1}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(told)))
+    mine, other = socket.socketpair()
+    channel = Channel(mine, "worker 1 of the top")
+    with pytest.raises(FedsplitError, match="no/such/model"):
+        replica_worker.main(other.detach())
     with pytest.raises(RunError, match=r"worker 1 of the top failed: .*no/such/model"):
-        Replicas(rows, broken)
+        channel.receive()
+    channel.close()
+
+
+def test_frames_carry_every_number_as_it_is() -> None:
+    mine, other = socket.socketpair()
+    one, two = Channel(mine, "one"), Channel(other, "two")
+    sent = {
+        "rows": torch.randn(3, 5).T,
+        "mask": torch.arange(4),
+        "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+    }
+    one.send(sent, do="step", seed=2**63 - 1, joint=True)
+    facts, found = two.receive()
+    assert facts == {"do": "step", "seed": 2**63 - 1, "joint": True}
+    assert found.keys() == sent.keys()
+    assert all(torch.equal(found[n], sent[n]) and found[n].dtype == sent[n].dtype for n in sent)
+    one.send(ready=True)
+    assert two.receive() == ({"ready": True}, {})
+    for channel in (one, two):
+        channel.close()
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu,cpu", "cpu,gpu", "cuda:x,cpu"])
