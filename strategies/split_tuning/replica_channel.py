@@ -6,6 +6,7 @@ that end with either of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -76,6 +77,8 @@ class Channel:
 
     def close(self) -> None:
         """Close this end."""
+        with contextlib.suppress(OSError):  # the other end has gone already
+            self._end.shutdown(socket.SHUT_RDWR)
         self._reader.close()
         self._end.close()
 
