@@ -50,6 +50,14 @@ def _check_buffer(config: RunConfig) -> None:
     check(good or size == 0, "buffer.size", size, bound)
 
 
+def _check_server(config: RunConfig) -> None:
+    server = config.server
+    good = not server.devices or len(server.devices.split(",")) == server.workers
+    check(
+        good, "server.devices", server.devices, f"one for each of server.workers={server.workers}"
+    )
+
+
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_task,
     _check_trainable,
@@ -57,6 +65,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     _check_offsite,
     check_secure,
     _check_buffer,
+    _check_server,
 )
 """One check per family of tables; each raises ``ConfigError``."""
 

@@ -120,7 +120,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "robust.weight-cap": ([-1.0, 0.5, float("nan")], [0.0, 1.0, 1e6]),
     "robust.malicious": ([-1, 10_001], [0, 10_000]),
     "server.workers": ([0, 65], [1, 64]),
-    "server.devices": (["gpu", "cpu,cpu"], ["", "cpu"]),
+    "server.devices": (["gpu", "cuda:x", "cpu,"], ["", "cpu", "cuda:1"]),
     "offsite.proximal": ([-1.0, float("inf")], [0.0, 1e6]),
     "offsite.method": (["ia3", ""], ["full", "lora", "bottleneck", "bitfit", "prefix"]),
     "offsite.rank": ([0, 65_537], [1, 65_536]),

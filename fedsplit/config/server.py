@@ -27,10 +27,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check(1 <= self.workers <= 64, "server.workers", self.workers, "in [1, 64]")
         named = self.devices.split(",") if self.devices else []
-        good = not named or len(named) == self.workers
-        good = good and all(_DEVICE.fullmatch(name) for name in named)
-        bound = f"empty, or server.workers={self.workers} of cpu, cuda, cuda:N"
-        check(good, "server.devices", self.devices, bound)
+        good = all(_DEVICE.fullmatch(name) for name in named)
+        check(good, "server.devices", self.devices, "empty, or of cpu, cuda, cuda:N")
 
     def device_of(self, worker: int) -> str:
         """Return a worker's device; empty: ``model.device``."""
