@@ -128,9 +128,7 @@ def keep_shares(key: ShareKey, shares: Shares) -> None:
     _shared[key] = shares
 
 
-def _share_out(
-    config: DataConfig, seed: int, labelled: bool, labels: LabelColumn | None
-) -> Shares:
+def _share_out(config: DataConfig, seed: int, labelled: bool, labels: LabelColumn | None) -> Shares:
     kind, asked = reading(config, labelled=labelled)
     train, test = load_splits(
         kind,
