@@ -51,7 +51,7 @@ def drawn_targets(work: LanguageModelSplit, lr: float, kept: float, attacked: in
         attacked: steps whose targets are read, evenly spread.
     """
     bottom, top, head = work.cut()
-    channel = _channel(LinearHead.of(head).weight, kept)  # (V, V), row = true
+    channel = channel_of(LinearHead.of(head).weight, kept)  # (V, V), row = true
     secret = OwnerSecret.for_simulation(work.seed, "lm-frontier")
     optimizer = torch.optim.AdamW(server_blocks(top), lr, weight_decay=0.0)
     reading = Reading()
@@ -59,7 +59,7 @@ def drawn_targets(work: LanguageModelSplit, lr: float, kept: float, attacked: in
     for step in range(work.steps):
         texts = [text for owner in work.owners for text in owner[step]]
         _, logits, targets = forward(bottom, top, head, texts)
-        drawn = _drawn(channel, targets, secret, step)
+        drawn = draw_targets(channel, targets, secret, step)
         if step in read_at:
             log = logits.detach().log_softmax(1)
             found = (log + channel[:, drawn].T.clamp_min(1e-30).log()).argmax(1)
@@ -71,7 +71,7 @@ def drawn_targets(work: LanguageModelSplit, lr: float, kept: float, attacked: in
 
 
 @torch.no_grad()
-def _channel(matrix: Tensor, kept: float) -> Tensor:
+def channel_of(matrix: Tensor, kept: float) -> Tensor:
     """Return the law of drawn targets whose tokens stay themselves with mean probability ``kept``.
 
     Beta is found by bisection.
@@ -85,7 +85,7 @@ def _channel(matrix: Tensor, kept: float) -> Tensor:
     return torch.softmax(-high * distance, dim=1)
 
 
-def _drawn(channel: Tensor, targets: Tensor, secret: OwnerSecret, step: int) -> Tensor:
+def draw_targets(channel: Tensor, targets: Tensor, secret: OwnerSecret, step: int) -> Tensor:
     """Return what is drawn for each target, (R,)."""
     at = torch.from_numpy(secret.stream("drawn", step).uniform(len(targets)))  # (R,)
     found = []

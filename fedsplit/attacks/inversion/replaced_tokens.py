@@ -34,8 +34,8 @@ from fedsplit.privacy.mechanisms.base import Mechanism
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import numpy_generator
 
-FITTED = 1000
-"""Played tokens that the channel's coefficients are fitted to at most."""
+FITTED = (500, 1024)
+"""Played tokens and alternatives that the channel's four coefficients are fitted to at most."""
 _CHUNK = 256
 
 
@@ -168,7 +168,7 @@ class ReplacedTokens(TokenAttack):
         v, r = torch.cat(pairs, dim=1)  # (n,) both
         size = min(self.alternatives, len(sent))
         drawn = torch.from_numpy(generator.choice(len(sent), size, replace=False))
-        weights = _fitted(true, sent, v[:FITTED], r[:FITTED], drawn)
+        weights = _fitted(true, sent, v[: FITTED[0]], r[: FITTED[0]], drawn[: FITTED[1]])
         with torch.no_grad():
             totals = [
                 _utility(part, sent, drawn, weights).logsumexp(1)
@@ -228,7 +228,7 @@ def _fitted(true: Tensor, sent: Tensor, v: Tensor, r: Tensor, drawn: Tensor) -> 
     twice[:, -2][r == v] = -torch.inf  # it is the token itself, which stands in the last column
     found = torch.zeros(4, requires_grad=True)
     chosen = torch.where(r == v, distance.shape[1] - 1, distance.shape[1] - 2)
-    optimizer = torch.optim.LBFGS([found], max_iter=60, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([found], max_iter=30, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from fedsplit.errors import ConfigError
+from fedsplit.privacy.secret import OwnerSecret
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, load_experiment
 from simulations.split.lm_frontier import PROTECTIONS, run, with_shares
+from simulations.split.lm_private_schemes import channel_of, draw_targets
 from tests.tiny_models import save_texts, save_tiny_llama
+
+SECRET = OwnerSecret.for_simulation(0, "targets")
 
 OWN: dict[str, Any] = {"seeds": 1, "tokens": 480, "held-out": 200, "lr": 3e-3, "lr-tail": 3e-3}
 
@@ -45,6 +50,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], di
         "own-tail:1",
         "row-noise:1e6",
         "raw-row-noise:1e-3",
+        "drawn-targets:0.9999",
+        "drawn-targets:0",
+        "dp-tail:1e-3",
     ]
     options = OWN | {
         "data": [f"texts={texts}"],
@@ -81,6 +89,34 @@ def test_a_tail_of_ones_own_tells_what_the_base_tells(rows: Any) -> None:
     assert own["token_recovery"] < 0.2
     assert min(own["gain"], averaged["gain"]) > 0
     assert own["joint_recovery"] == averaged["joint_recovery"] == 1.0, "rows are in the clear"
+
+
+def test_targets_that_stay_teach_as_exact_ones_and_are_read(rows: Any) -> None:
+    kept, drowned = rows["drawn-targets", 0.9999], rows["drawn-targets", 0]
+    assert kept["token_recovery"] > 0.99
+    assert kept["gain_share"] == pytest.approx(1.0, abs=0.15)
+    assert drowned["token_recovery"] == pytest.approx(drowned["guess"], abs=0.02)
+    assert drowned["gain"] < 0.2 * kept["gain"]
+
+
+def test_a_channel_of_targets_is_metric_private() -> None:
+    matrix = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    law, distance = channel_of(matrix, 0.3), torch.cdist(matrix, matrix)
+    assert torch.allclose(law.sum(1), torch.ones(40))
+    assert float(law.diagonal().mean()) == pytest.approx(0.3, abs=1e-3)
+    ratio = (law[:, None] / law[None]).log().abs().amax(2)  # (y, y')
+    beta = float((law[0, 0] / law[0, 1]).log() / distance[0, 1])
+    assert bool((ratio <= 2 * beta * distance + 1e-3).all())
+    drawn = draw_targets(law, torch.full((20_000,), 7), SECRET, 0)
+    shares = torch.bincount(drawn, minlength=40) / 20_000
+    assert torch.allclose(shares, law[7], atol=0.015)
+    assert torch.equal(drawn, draw_targets(law, torch.full((20_000,), 7), SECRET, 0))
+
+
+def test_private_sums_of_little_noise_teach_a_tail(rows: Any) -> None:
+    tail = rows["dp-tail", 1e-3]
+    assert tail["gain"] > 0
+    assert tail["token_recovery"] < 0.2
 
 
 def test_the_share_is_of_the_same_data_and_seed() -> None:
