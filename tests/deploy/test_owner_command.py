@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
@@ -27,6 +28,10 @@ from fedsplit.deploy.start import pinned_digest, sole, start
 from fedsplit.errors import ConfigError
 from fedsplit.models import load, pack_bottom, split
 from fedsplit.owners.app_digest import digest_of_bundle
+from fedsplit.owners.home import OwnerHome
+from fedsplit.owners.identity import OwnerIdentity
+from fedsplit.owners.secure_aggregation.peers import identity_key, identity_of
+from fedsplit.privacy.secret import OwnerSecret
 from tests.deploy.runbook import ROOT
 from tests.tiny_models import save_tiny_bert
 
@@ -247,6 +252,18 @@ def test_nothing_starts_without_a_pinned_digest_or_beside_another(etc: Path) -> 
     (etc / "owner.toml").write_text("")
     with pytest.raises(ConfigError, match=r"app\.digest: must be set"):
         start(node, etc / "owner.toml")
+
+
+def test_the_identity_command_prints_the_key_that_other_owners_write_down(etc: Path) -> None:
+    asked = ["owner", "identity", "--node", str(etc / "node.toml")]
+    first, again = (CliRunner().invoke(app_cli, asked) for _ in range(2))
+    assert first.exit_code == 0, first.output
+    assert first.output == again.output
+    secret = OwnerSecret.load_or_create(etc / "home" / "noise.secret")
+    identity = OwnerIdentity("bank", OwnerHome(etc / "home"), secret, {})
+    assert first.output.strip() == identity_of(identity)
+    key = Ed25519PrivateKey.from_private_bytes(identity_key(identity))
+    assert key.public_key().public_bytes_raw().hex() == first.output.strip()
 
 
 def test_init_writes_a_file_once(tmp_path: Path) -> None:
