@@ -23,7 +23,7 @@ from fedsplit.config import RunConfig
 from fedsplit.errors import PrivacyError
 from fedsplit.privacy.secure_aggregation.numbers import Summed
 
-from ..secure_aggregation.averaging import average_sum
+from ..secure_aggregation.averaging import average_sum, check_mean
 from ..secure_aggregation.masked_round import MaskedRound
 from ..sessions.offers import Offers
 from ..sessions.representation_cache import RepresentationCache
@@ -83,6 +83,8 @@ class RunStrategy(Strategy):
     ) -> None:
         self.config = config
         self.averaging = averaging or make_averaging(config)
+        if config.secure.aggregation:
+            check_mean(self.averaging)
         self.recorder = parts.recorder
         self.watch = parts.watch
         self.clients = ClientManager(config, parts.watch)

@@ -8,21 +8,45 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import (
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedYogi,
+    Strategy,
+)
 from torch import Tensor
 
-from fedsplit.errors import PrivacyError
+from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy.secure_aggregation.numbers import Summed
 from fedsplit.wire.messages import REPORT, WEIGHTS, weights_record
 
 from ..rounds.aggregate import tensors
-from ..rounds.averaging import WEIGHT
+from ..rounds.averaging import WEIGHT, MeasuredFedAdam
 from ..rounds.lineage_watch import LineageWatch
 
 ONLY_SUMS = (
     "secure aggregation: owners' updates are not seen; the average alone is judged, and nobody can "
     "be named"
 )
+
+MEANS = (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi, MeasuredFedAdam)
+"""Strategies whose step depends on the owners' mean alone."""
+
+
+def check_mean(averaging: Strategy) -> None:
+    """Check that a strategy can do with the mean of the owners' updates.
+
+    Raises:
+        ConfigError: it chooses among single updates, clips them, or adds noise for their number.
+    """
+    if type(averaging) not in MEANS:
+        raise ConfigError(
+            f"averaging={type(averaging).__name__}: must be one of "
+            f"{', '.join(kind.__name__ for kind in MEANS)} with secure.aggregation, where the "
+            "server sees no single update"
+        )
 
 
 def average_sum(

@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAvg,
+    FedMedian,
+)
 
-from fedsplit.errors import PrivacyError
+from fedsplit.config import RunConfig
+from fedsplit.errors import ConfigError, PrivacyError
 from fedsplit.privacy.secure_aggregation.numbers import Summed
 from fedsplit.wire.secure_sum import MASKED
-from strategies.secure_aggregation.averaging import check_weight
+from strategies.rounds.averaging import make_averaging
+from strategies.rounds.robust_rules import RULES
+from strategies.secure_aggregation.averaging import check_mean, check_weight
 from tests.strategies.run_local import run_local
 
 FREE = {"robust__clip": 0.0, "robust__weight_cap": 0.0, "robust__screen": False}
@@ -45,6 +53,16 @@ def test_what_split_owners_average_is_the_plain_average(
     assert max(float(np.abs(one[n].numpy() - moved[n].numpy()).max()) for n in one) > 1e-4
     trained = [r for r in masked.grid.replies if r.metadata.message_type == "train"]
     assert [list(r.content.array_records) for r in trained] == [[MASKED]] * 4
+
+
+def test_a_strategy_that_needs_single_updates_is_refused() -> None:
+    check_mean(FedAvg())
+    check_mean(make_averaging(RunConfig()))
+    robust = FedMedian()
+    noisy = DifferentialPrivacyServerSideFixedClipping(FedAvg(), 1.0, 1.0, 3)
+    for strategy in (robust, noisy, RULES["krum"](1, "targets")):
+        with pytest.raises(ConfigError, match=type(strategy).__name__):
+            check_mean(strategy)
 
 
 def test_a_weight_that_the_server_did_not_count_is_noticed() -> None:
