@@ -89,6 +89,7 @@ def measure(
     noise.min_ratio, clipped rows, its least k.
     """
     from fedsplit.attacks.measuring import measure as attackers
+    from fedsplit.config import RunConfig
     from fedsplit.data import load_splits
     from fedsplit.models import load
     from fedsplit.owners.home import OwnerHome
@@ -96,17 +97,22 @@ def measure(
     from fedsplit.owners.policy.weakest import weakest_settings
     from fedsplit.owners.split.by_hand import measure_by_hand
     from fedsplit.settings import read_settings
-    from fedsplit.tasks import task_of
+    from fedsplit.tasks import announced_column, task_of, task_type
 
     policy = Policy.load(path)
-    task = "sequence-classification" if label_column else "causal-lm"
+    given = _given(setting or [])
+    usual = "sequence-classification" if label_column else "causal-lm"
+    task = str(given.get("model.task", usual))
     weakest = {"model.name": model, "model.task": task, **weakest_settings(policy, task)}
+    column = None
+    if label_column and not task_type(task).exclusive:  # what labels mean is the settings' to say
+        column = announced_column(RunConfig.from_flat({"model.task": task, **given}))
     texts, _ = load_splits(
-        "file", path=str(data), text_column=text_column, label_column=label_column
+        "file", path=str(data), text_column=text_column, label_column=label_column, column=column
     )
-    if texts.labels:
+    if texts.labels and column is None:
         weakest["model.labels"] = max([2, *(int(label) + 1 for label in texts.labels)])
-    config = read_settings({**weakest, **_given(setting or [])})
+    config = read_settings({**weakest, **given})
     loaded = load(model, config.model.task, num_labels=task_of(config).outputs)
     secret = OwnerHome(owner_home(home)).secret(config.seed, "owner")
     found = measure_by_hand(

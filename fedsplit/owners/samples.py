@@ -68,6 +68,14 @@ class Samples:
             at += int(ids.shape[0])
         return torch.cat(keep), torch.cat(following)
 
+    @property
+    def classes(self) -> Tensor | None:
+        """The labels, (N,) int64, where each text is of one class; else None."""
+        one = (
+            self.labels is not None and self.labels.dtype == torch.int64 and self.labels.dim() == 1
+        )
+        return self.labels if one else None
+
     def target_count(self, slot: int) -> int:
         """Return how many targets one text has."""
         return 1 if self.labels is not None else len(self.predicting(slot))

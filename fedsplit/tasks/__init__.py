@@ -12,6 +12,14 @@ Examples:
 from __future__ import annotations
 
 from fedsplit.tasks.base import CrossEntropy, Task
-from fedsplit.tasks.table import TASKS, check_task, task_of, task_type
+from fedsplit.tasks.table import TASKS, announced_column, check_task, task_of, task_type
 
-__all__ = ["TASKS", "CrossEntropy", "Task", "check_task", "task_of", "task_type"]
+__all__ = [
+    "TASKS",
+    "CrossEntropy",
+    "Task",
+    "announced_column",
+    "check_task",
+    "task_of",
+    "task_type",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedsplit.config import RunConfig
+from fedsplit.data.label_column import LabelColumn
 from fedsplit.registry import pick
 from fedsplit.tasks.base import Task
 from fedsplit.tasks.causal_lm import CausalLM
@@ -34,6 +35,16 @@ def task_of(config: RunConfig) -> Task:
         ConfigError: there is no such task.
     """
     return task_type(config.model.task).of(config.model)
+
+
+def announced_column(config: RunConfig) -> LabelColumn | None:
+    """Return how labels are read by a run's settings alone; None: its texts have none.
+
+    Raises:
+        ConfigError: there is no such task, or the settings do not say what its labels mean.
+    """
+    task = task_of(config)
+    return task.column(task.announced(config.model))
 
 
 def check_task(config: RunConfig) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fedsplit.config import RunConfig
@@ -108,9 +107,8 @@ def _owners(owners: list[OwnerSamples]) -> list[dict[str, Any]]:
     for owner in owners:
         row: dict[str, Any] = {"name": owner.name, "train": len(owner.train)}
         row |= {"test": len(owner.test), "tokens": sum(owner.train.lengths)}
-        labels = owner.train.labels
-        if labels is not None and labels.dtype == torch.int64 and labels.dim() == 1:
-            row["labels"] = labels.bincount().tolist()
+        if (classes := owner.train.classes) is not None:
+            row["labels"] = classes.bincount().tolist()
         rows.append(row)
     return rows
 

@@ -31,9 +31,9 @@ def _parts(owners: Sequence[OwnerSamples]) -> list[tuple[tuple[str, str], PartSa
 def write_truth_file(folder: Path, owners: Sequence[OwnerSamples]) -> Path:
     """Write ``truth.safetensors``, which ``fedsplit attack inversion FOLDER`` scores against."""
     labels = {
-        key: dict(enumerate(map(int, held.labels)))
+        key: dict(enumerate(classes.tolist()))
         for key, held in _parts(owners)
-        if held.labels is not None
+        if (classes := held.classes) is not None
     }
     write_truth(folder / TRUTH, truth_of(owners), labels)
     return folder / TRUTH

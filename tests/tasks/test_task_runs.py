@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fedsplit.attacks.transcripts import read_true_labels
 from fedsplit.cli import app_cli
 from fedsplit.config import RunConfig
 from fedsplit.models.trained.whole import whole_of_run
@@ -19,6 +20,7 @@ from fedsplit.owners.serving.inference import ask
 from fedsplit.settings import check_settings
 from simulations.core.owner_samples import owner_samples
 from simulations.split.centralised import CentralisedTwin
+from simulations.split.transcript_attacks import write_truth_file
 from strategies.base_model import load_base
 from tests.strategies.conftest import make_config, run_locally, texts, tiny_bert
 from tests.strategies.serving.test_serving import served
@@ -64,7 +66,7 @@ def evaluated(run: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("transport", ["stream", "messages"])
 def test_a_federation_is_its_centralised_twin(
-    make: Any, run_locally: Any, task: str, transport: str
+    make: Any, run_locally: Any, task: str, transport: str, tmp_path: Path
 ) -> None:
     config = make(
         task, split__k=1, train__optimizer="sgd", train__lr=0.1, session__transport=transport
@@ -84,6 +86,8 @@ def test_a_federation_is_its_centralised_twin(
     for key, value in told.items():
         assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
     assert not any(key.split("-")[-1].isdigit() for row in found["owners"].values() for key in row)
+    owners = owner_samples(config, load_base(config).tokenizer)
+    assert read_true_labels(write_truth_file(tmp_path, owners)) == {}  # no classes
 
 
 @pytest.mark.parametrize("protection", ["client-head", "client-head+row-noise", "client-tail"])
