@@ -225,7 +225,7 @@ class Policy:
         for part in self.rules.get("labels.require", ()):
             if part not in parts:
                 found.append(Breach("labels.require", asked, f"one with {part}"))
-        if task_type(str(flat["model.task"])).exclusive:
+        if task_type(str(flat["model.task"])).named:
             found.append(self._exactly("labels.classes", flat["model.labels"]))
         for part in parts:
             protection = LABEL_PROTECTIONS.get(part)
