@@ -95,8 +95,8 @@ def load_trained(path: Path, belongs: Mapping[str, str]) -> Trained:
 
 def usual_settings() -> dict[str, str]:
     """Return what a checkpoint that is older than a setting means by it: the default."""
-    later = ("model.label-range", "labels.tail-blocks", "labels.tail-weights")
-    later += tuple(key for key in BELONGS if ".lora-" in key)
+    later = ["model.label-range", "labels.tail-blocks", "labels.tail-weights"]
+    later += [key for key in BELONGS if ".lora-" in key]
     flat = RunConfig().to_flat()
     return {key: str(flat[key]) for key in later}
 
