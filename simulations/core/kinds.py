@@ -33,6 +33,7 @@ KINDS: dict[str, Kind] = {
     "task-parity": _kind("split.task_parity"),
     "sap-depth": _kind("split.inversion_by_depth"),
     "attributes": _kind("split.attribute_inference"),
+    "instruct": _kind("split.instruct"),
     "label-leakage": _kind("split.label_leakage"),
     "lm-leakage": _kind("split.lm_leakage"),
     "lm-peers": _kind("peers.side_by_side"),

@@ -1,10 +1,10 @@
 """Both halves straight from a checkpoint's files: each reads what it holds, and nothing twice.
 
 ``load`` and ``split`` hold the whole model, in the dtype asked for, before anything is dropped.
-Here the family's code is laid out without memory, and each half is given its own tensors: the top
-holds its blocks, the bottom's are mapped from the files where their dtype is the one asked for, so
-that embedding rows that are never looked up take no memory.  The halves, the digest and the check
-of the law are those of ``load`` and ``split``, bit for bit.
+Here the family's code is laid out without memory, and each half is given its own tensors, mapped
+from the files where their dtype is the one asked for: what is never looked up or trained takes no
+memory of its own, and a step on a tensor gives it some.  The halves, the digest and the check of
+the law are those of ``load`` and ``split``, bit for bit.
 
 This needs a plain checkpoint: every weight in the files under the model's own name.  Families whose
 weights are converted on the way, new heads and quantised files are left to ``load``.
@@ -85,8 +85,8 @@ def read_halves(
     check(isinstance(k, int) and 0 <= k < anatomy.num_layers, "k", k, bound)
     lower, upper = whole, _Skeleton(found, dtype, attn, files)
     digest = whole.digest()
-    lower.fill(lambda p: p.of_base and (p.block is None or p.block < k), mapped=True)
-    upper.fill(lambda p: not p.embedding if p.block is None else p.block >= k, mapped=False)
+    lower.fill(lambda p: p.of_base and (p.block is None or p.block < k))
+    upper.fill(lambda p: not p.embedding if p.block is None else p.block >= k)
     for one in (lower, upper):
         give_pad_token(one.model, found.tokenizer, str(name_or_path))
         if dropout is not None:
@@ -148,12 +148,10 @@ class _Skeleton:
         saved = self.model.state_dict()
         return {name: b for name, b in self.model.named_buffers() if name in saved}
 
-    def _read(self, name: str, *, mapped: bool) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         tensor = self._files.get(name)
         same = not tensor.is_floating_point() or tensor.dtype == self._dtype
-        if same:
-            return tensor if mapped else tensor.clone()
-        return tensor.to(self._dtype)
+        return tensor if same else tensor.to(self._dtype)
 
     def digest(self) -> str:
         """Return the digest of the base's weights, one of them in memory at a time."""
@@ -163,7 +161,7 @@ class _Skeleton:
         aliases = self._aliases()
         sha = hashlib.sha256()
         for name in sorted(base.state_dict()):
-            tensor = self._read(aliases.get(prefix + name, prefix + name), mapped=True)
+            tensor = self._read(aliases.get(prefix + name, prefix + name))
             flat: Any = tensor.contiguous().reshape(-1)
             sha.update(f"{name}\0{flat.dtype}\0{tuple(tensor.shape)}\0".encode())
             sha.update(memoryview(flat.view(torch.uint8).numpy()))
@@ -179,7 +177,7 @@ class _Skeleton:
             first.setdefault(id(parameter), name)
         return found
 
-    def fill(self, wanted: Callable[[_Place], bool], *, mapped: bool) -> None:
+    def fill(self, wanted: Callable[[_Place], bool]) -> None:
         """Read the weights at wanted places; the others become zeros without memory.
 
         A tied parameter is wanted if it is at any of its places.
@@ -191,14 +189,14 @@ class _Skeleton:
             first = aliases.get(name, name)
             if first not in new:
                 if first in held:
-                    value = self._read(first, mapped=mapped)
+                    value = self._read(first)
                 else:
                     value = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
                 new[first] = nn.Parameter(value, value.is_floating_point())
             self._put(name, new[first])
         for name in self._buffers():
             module, _, leaf = name.rpartition(".")
-            self.model.get_submodule(module)._buffers[leaf] = self._read(name, mapped=False)
+            self.model.get_submodule(module)._buffers[leaf] = self._read(name)
         self._real = held
 
     def join(self, other: _Skeleton) -> None:
