@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+LARGEST = 1e15  # a float holds every whole number up to it
 _INDEX = r"(\d|[1-9]\d{1,3})"
 _KEY = re.compile(rf"([a-z]{{2,20}})-{_INDEX}(?:-{_INDEX})?")
 
@@ -19,19 +20,21 @@ _KEY = re.compile(rf"([a-z]{{2,20}})-{_INDEX}(?:-{_INDEX})?")
 class Family:
     """One family of additive numbers.
 
-    No number of a family exceeds the report's number of targets in size.
+    Unless it is unbounded, no number of a family exceeds the report's number of targets in size.
 
     Attributes:
         name: lower-case letters.
         sizes: for each of the one or two indices, the bound below which it is.
         whole: whether its numbers count something: integers, 0 or more.
         all_targets: whether a report's numbers of the family are its targets together.
+        bounded: whether the number of targets bounds them: not where they count what has no target.
     """
 
     name: str
     sizes: tuple[int, ...]
     whole: bool = True
     all_targets: bool = False
+    bounded: bool = True
 
     def has(self, key: str) -> bool:
         """Whether ``key`` is one of the family's."""
@@ -43,10 +46,12 @@ class Family:
     def fault(self, metrics: Mapping[str, float], targets: float) -> str | None:
         """Return what is wrong with a report's numbers of this family, or None."""
         own = {key: value for key, value in metrics.items() if self.has(key)}
+        most = targets if self.bounded else LARGEST
         for key, value in own.items():
-            low = 0.0 if self.whole else -targets
-            if not low <= value <= targets:
-                return f"{key}={value}: must be in [{low:g}, {targets:g}], the targets"
+            low = 0.0 if self.whole else -most
+            if not low <= value <= most:
+                what = ", the targets" if self.bounded else ""
+                return f"{key}={value}: must be in [{low:g}, {most:g}]{what}"
             if self.whole and value % 1:
                 return f"{key}={value}: must be a whole number"
         if own and self.all_targets and sum(own.values()) != targets:

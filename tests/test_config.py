@@ -168,6 +168,7 @@ FREE_TEXT = {
     "model.label-names",
     "model.label-range",
     "model.device",
+    "train.class-weights",
     "train.lora-targets",
     "session.host",
     "privacy.public-text",

@@ -24,6 +24,8 @@ LAYERS = {
     "fedsplit.config": 0,
     "fedsplit.registry": 0,
     "fedsplit.confusion": 0,
+    "fedsplit.entities": 0,
+    "fedsplit.score_levels": 0,
     "fedsplit.sums": 0,
     "fedsplit.rank_counts": 0,
     "fedsplit.statistics": 0,

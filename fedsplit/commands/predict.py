@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
 def predict(
     text: Annotated[str, typer.Argument(help="one text; leave out with --file")] = "",
     file: Annotated[
-        Path | None, typer.Option(help="texts: CSV, JSON lines, Parquet, or lines of plain text")
+        Path | None,
+        typer.Option(help="texts: CSV, JSON lines, Parquet, lines of plain text; words: CoNLL too"),
     ] = None,
     column: Annotated[str, typer.Option(help="column with the text")] = "text",
     out: Annotated[
@@ -45,14 +46,14 @@ def predict(
     system: Annotated[str, typer.Option(help="with --chat: the system's message")] = "",
     home: Home = None,
 ) -> None:
-    """Ask a serving model: classes for texts, or a continuation of one text.
+    """Ask a serving model: classes for texts, tags for words, or a continuation of one text.
 
     The bottom and the noise are here, the top at the model owner; your policy and ledger apply.
     """
     from fedsplit.attacks.measuring import measure
     from fedsplit.data import parse_class_names
     from fedsplit.owners.serving.generation import sampler
-    from fedsplit.owners.serving.inference import ask, generate
+    from fedsplit.owners.serving.inference import ask, generate, tag
     from fedsplit.owners.serving.offers import serving_config
     from fedsplit.tasks import task_type
 
@@ -85,14 +86,23 @@ def predict(
             raise ConfigError(
                 f"--chat: must be left out, {model.task} answers with {task_type(model.task).words}"
             )
-        places, texts = _texts(text, file, column)
+        words = task_type(model.task).form == "words"
+        places, texts = _texts(text, file, column, words)
         asked = [number for number, one in enumerate(texts) if one.strip()]
-        scores, task, answered = ask(root, [texts[number] for number in asked], measure)
+        wanted = [texts[number] for number in asked]
+        if words:
+            tagged, task, answered = tag(root, wanted, measure)
+        else:
+            scores, task, answered = ask(root, wanted, measure)
         names = parse_class_names(classes or model.label_names, "--classes") if task.named else ()
-        if names and len(names) != scores.shape[1]:
-            raise ConfigError(f"--classes: must be {scores.shape[1]} names, not {len(names)}")
+        if names and len(names) != task.outputs:
+            raise ConfigError(f"--classes: must be {task.outputs} names, not {len(names)}")
         rows = [_row(*row, task.answer_columns) for row in zip(places, texts, strict=True)]
-        for number, answer in zip(asked, task.answers(scores, names), strict=True):
+        if words:
+            answers = [task.answer_words(*one, names) for one in tagged]
+        else:
+            answers = task.answers(scores, names)
+        for number, answer in zip(asked, answers, strict=True):
             rows[number] |= answer
         for cut in answered.cut:
             rows[asked[cut]]["cut"] = True
@@ -116,7 +126,7 @@ def predict(
     )
 
 
-def _texts(text: str, file: Path | None, column: str) -> tuple[list[str], list[str]]:
+def _texts(text: str, file: Path | None, column: str, words: bool) -> tuple[list[str], list[str]]:
     """Return (where each text is, texts), a blank one for each blank row."""
     if bool(text) == (file is not None):
         raise ConfigError("predict: must be given either one text or --file")
@@ -124,7 +134,7 @@ def _texts(text: str, file: Path | None, column: str) -> tuple[list[str], list[s
         return ["text"], [text]
     from fedsplit.data import read_rows
 
-    table = read_rows(str(file), column)
+    table = read_rows(str(file), column, words=words)
     return [place.removeprefix(f"{file}:") for place in table.places], list(table.texts)
 
 

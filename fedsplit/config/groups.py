@@ -100,6 +100,9 @@ class TrainConfig:
             (magnitudes trained beside directions); as PEFT has them.
         accumulate: cohort steps whose gradients make one step of the top; what owners train
             themselves is stepped each time.
+        class_weights: what a target's loss is multiplied by in training, a number for each class in
+            order, separated by commas, each in [0.01, 100]; empty: 1 for all.  The mean is over
+            targets, not over weights, so that owners' means add up to the mean of all.
         optimizer: ``adamw`` or ``sgd``.
         lr: peak learning rate of the top (1/step).
         head_lr: learning rate of a fresh classification head; 0 = same as ``lr``.
@@ -128,6 +131,7 @@ class TrainConfig:
     lora_targets: str = ""
     lora_form: str = "lora"
     accumulate: int = 1
+    class_weights: str = ""
     optimizer: str = "adamw"
     lr: float = 1e-4
     head_lr: float = 1e-3

@@ -15,8 +15,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from fedsplit.data import conversations, docstring_questions, docstrings, files, hub
+from fedsplit.data import (
+    choices,
+    conversations,
+    docstring_questions,
+    docstrings,
+    files,
+    hub,
+    tagged,
+)
 from fedsplit.data.batches import epoch_batches
 from fedsplit.data.dataset import TextDataset, build
 from fedsplit.data.label_column import ClassColumn, LabelColumn
@@ -64,11 +73,13 @@ __all__ = [
 ]
 
 DATASETS: dict[str, Source] = {
+    "choices": choices.SOURCE,
     "docstrings": docstrings.SOURCE,
     "docstring-questions": docstring_questions.SOURCE,
     "file": files.SOURCE,
     "hub": hub.SOURCE,
     "instructions": conversations.SOURCE,
+    "tagged": tagged.SOURCE,
 }
 """kind -> its source; a new kind is a file and a row here."""
 
@@ -200,17 +211,23 @@ def load_splits(
     return train, test[0] if test else None
 
 
-def read_rows(path: str, text_column: str = "text") -> Table:
+def read_rows(path: str, text_column: str = "text", *, words: bool = False) -> Table:
     """Read a file's texts for inference: every row, blank ones too, each line of plain text.
 
     Training leaves blank rows out and joins lines to passages; whoever asks for answers wants one
     for each row.
 
+    Args:
+        path: of one file.
+        text_column: column with the texts.
+        words: whether it is words that are asked about: CoNLL files and lists are then read too.
+
     Raises:
         DataError: ``path`` is a folder of splits, or something is missing or malformed.
     """
     request = Request(path, text_column, "", passage_words=0)
-    source = DATASETS["file"]
+    listed = text_column in tagged.WORDS or Path(path).suffix.lower() in tagged.CONLL[:-1]
+    source = DATASETS["tagged" if words and listed else "file"]
     splits = source.splits(request)
     if splits != ("train",):
         raise DataError(f"{path}: must be one file, not a folder with splits {', '.join(splits)}")

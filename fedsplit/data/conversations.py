@@ -11,7 +11,7 @@ model is the tokenizer's chat template's matter (:mod:`fedsplit.models.chat_temp
 | ``instruction``, ``instances`` | one conversation for each instance's ``input`` and ``output`` |
 | ``instruction``, ``input``, ``output`` | one conversation |
 | ``question``, ``answers`` | the first answer completes |
-| ``question``, ``choices``, ``answer`` | the choice of that number completes |
+| those of a question with choices (:mod:`fedsplit.data.choices`) | the right choice completes |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedsplit.data import files, hub
+from fedsplit.data.choices import is_question, question_of
 from fedsplit.data.table import Request, Source, Table, Value
 from fedsplit.errors import DataError
 
@@ -61,8 +62,8 @@ def conversations_of(where: str, row: Mapping[str, Any]) -> Iterator[list[Messag
             yield _checked(where, _messages(where, key, row[key]))
             return
     if {"prompt", "completion"} <= row.keys():
-        asked = _side(where, row, "prompt", "user")
-        yield _checked(where, [*asked, *_side(where, row, "completion", ASSISTANT)])
+        before = _side(where, row, "prompt", "user")
+        yield _checked(where, [*before, *_side(where, row, "completion", ASSISTANT)])
     elif {"instruction", "instances"} <= row.keys():
         instances = row["instances"]
         if not isinstance(instances, list) or not instances:
@@ -76,8 +77,10 @@ def conversations_of(where: str, row: Mapping[str, Any]) -> Iterator[list[Messag
     elif {"question", "answers"} <= row.keys() and isinstance(row["answers"], list):
         answer = row["answers"][0] if row["answers"] else None
         yield _checked(where, [("user", row["question"]), (ASSISTANT, answer)])
-    elif {"question", "choices", "answer"} <= row.keys():
-        yield _checked(where, [("user", row["question"]), (ASSISTANT, _choice(where, row))])
+    elif is_question(row):
+        asked = question_of(where, row)
+        right = asked.choices[asked.answer]
+        yield _checked(where, [("user", asked.question), (ASSISTANT, right)])
     else:
         raise DataError(
             f"{where}: columns {', '.join(map(str, row))}: must have messages, prompt and "
@@ -91,14 +94,6 @@ def _instructed(where: str, instruction: Any, row: Mapping[str, Any]) -> list[Me
         raise DataError(f"{where}: instruction and input: must be texts")
     asked = f"{instruction}\n\n{given}" if given.strip() else instruction
     return _checked(where, [("user", asked), (ASSISTANT, row.get("output"))])
-
-
-def _choice(where: str, row: Mapping[str, Any]) -> Any:
-    choices, answer = row["choices"], row["answer"]
-    good = isinstance(choices, list) and type(answer) is int and 0 <= answer < len(choices)
-    if not good:
-        raise DataError(f"{where}: answer={answer!r:.60}: must be the number of one of choices")
-    return choices[answer]
 
 
 def _side(where: str, row: Mapping[str, Any], key: str, role: str) -> list[tuple[Any, Any]]:

@@ -33,6 +33,7 @@ class TextDataset:
         columns: further columns of n values each (author, age ...), which never leave the owner.
         name: where the data came from, for messages; not part of the content.
         chat: whether the texts are conversations (:mod:`fedsplit.data.conversations`).
+        choices: whether they are questions with choices (:mod:`fedsplit.data.choices`).
         places: where each row is ("file:line"), for messages; not part of the content.
         column: what kind of labels these are; not part of the content.
 
@@ -47,6 +48,7 @@ class TextDataset:
     columns: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     name: str = "dataset"
     chat: bool = False
+    choices: bool = False
     places: tuple[str, ...] = ()
     column: LabelColumn = field(default_factory=ClassColumn)
 
@@ -102,6 +104,8 @@ class TextDataset:
         ]
         if self.chat:
             parts.append(("chat", (True,)))
+        if self.choices:
+            parts.append(("choices", (True,)))
         parts += [(f"column:{column}", self.columns[column]) for column in sorted(self.columns)]
         for name, values in parts:
             hasher.update(json.dumps([name, list(values)]).encode())
@@ -127,6 +131,7 @@ class TextDataset:
             columns={c: tuple(v[row] for row in rows) for c, v in self.columns.items()},
             name=self.name,
             chat=self.chat,
+            choices=self.choices,
             places=tuple(self.places[row] for row in rows) if self.places else (),
             column=self.column,
         )
@@ -176,6 +181,7 @@ def build(table: Table, names: tuple[str, ...], column: LabelColumn | None = Non
             columns=columns,
             name=table.name,
             chat=table.chat,
+            choices=table.choices,
             places=tuple(table.place(row) for row in keep),
         )
     column = column or ClassColumn(names)

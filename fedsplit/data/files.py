@@ -139,7 +139,7 @@ def _files(request: Request) -> dict[str, list[Path]]:
     return data_files(Path(request.path), READERS)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of_file(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line with its end), UTF-8, each at most ``MAX_LINE`` bytes."""
     with path.open("rb") as file:
         number = 0
@@ -156,7 +156,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_json_lines(path: Path, request: Request) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines_of_file(path):
         if not line.strip():
             continue
         try:
@@ -175,7 +175,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _read_csv(path: Path, request: Request) -> Iterator[Row]:
-    return read_delimited(path, lambda: (line for _, line in _lines(path)), request)
+    return read_delimited(path, lambda: (line for _, line in lines_of_file(path)), request)
 
 
 def _read_parquet(path: Path, request: Request) -> Iterator[Row]:
@@ -210,10 +210,10 @@ def _read_text(path: Path, request: Request) -> Iterator[Row]:
             "set label_column='' for language modelling"
         )
     if not request.passage_words:
-        for number, line in _lines(path):
+        for number, line in lines_of_file(path):
             yield f"{path}:{number}", {request.text_column: line.rstrip("\r\n")}
         return
-    texts = passages((line for _, line in _lines(path)), request.passage_words)
+    texts = passages((line for _, line in lines_of_file(path)), request.passage_words)
     for number, text in enumerate(texts, start=1):
         yield f"{path}:passage {number}", {request.text_column: text}
 

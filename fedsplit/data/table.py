@@ -101,6 +101,7 @@ class Table:
         name: where it came from, for messages.
         label_names: the names of the classes, when the source itself fixes their order.
         chat: whether texts are conversations (:mod:`fedsplit.data.conversations`).
+        choices: whether they are questions with choices (:mod:`fedsplit.data.choices`).
         places: where each row is ("file:line"), for messages; empty: the row's number says it.
     """
 
@@ -110,6 +111,7 @@ class Table:
     name: str = ""
     label_names: tuple[str, ...] = ()
     chat: bool = False
+    choices: bool = False
     places: tuple[str, ...] = ()
 
     def place(self, row: int) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedsplit.data import MIN_ROWS, ClassColumn, TextDataset
+from fedsplit.data.choices import from_text
 from fedsplit.data.table import MissingColumn
+from fedsplit.data.tag_column import TagColumn
 from fedsplit.deploy.node import NodeFile
 from fedsplit.errors import DataError, FedsplitError
 from fedsplit.owners.class_names import own_classes
@@ -31,7 +33,9 @@ def look_at_data(node: NodeFile) -> Iterator[Finding]:
         text = f"{len(set(train.texts))} different texts: must be >= {MIN_ROWS} to hold some out"
         yield "data", "fail", text
     yield _lengths(node.home, train)
-    if not train.chat:
+    if train.choices:
+        yield _choices(train)
+    elif not train.chat:
         yield _labels(node)
 
 
@@ -71,11 +75,19 @@ def _last_bottom(home: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
+def _choices(train: TextDataset) -> Finding:
+    counts = [len(choices) for _, choices in map(from_text, train.texts)]
+    text = f"questions with {min(counts)} to {max(counts)} choices, for multiple-choice"
+    return "labels", "ok", text
+
+
 def _labels(node: NodeFile) -> Finding:
     names = own_classes(node.home, node.node)
     column = str(node.node.get("label-column", "label"))
+    tagged = node.node.get("data-kind") == "tagged"
+    kind, what = (TagColumn, "tags of words") if tagged else (ClassColumn, "classes")
     try:
-        train, test = read_own(node.node, ClassColumn(names), labelled=True)
+        train, test = read_own(node.node, kind(names), labelled=True)
     except MissingColumn:
         return "labels", "ok", f"no column {column!r}: texts alone, for a language model"
     except DataError as error:
@@ -88,9 +100,12 @@ def _labels(node: NodeFile) -> Finding:
             parts = [part.within(names) for part in parts]
         except FedsplitError as error:
             return "labels", "fail", str(error)
-    counts = Counter(parts[0].label_names[label] for part in parts for label in part.labels)
+    counts: Counter[str] = Counter()
+    for part in parts:
+        found = part.column.counts(part.labels, part.label_names)
+        counts.update({name: count for name, count in found if count})
     listed = ", ".join(f"{name} {n}" for name, n in counts.most_common(MOST_CLASSES))
-    text = f"{len(counts)} classes in {column!r}: {listed}"
+    text = f"{len(counts)} {what} in {column!r}: {listed}"
     if len(counts) > MOST_CLASSES:
         text += f" and {len(counts) - MOST_CLASSES} more"
     if names or all(name.isdigit() for name in counts):

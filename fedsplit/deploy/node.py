@@ -166,7 +166,7 @@ def _node(folder: Path, content: Any) -> dict[str, Scalar]:
         found[name] = value
         if name in _NODE_PATHS:
             kind, path = content.get("data-kind", "file"), _path(folder, name, value)
-            if kind == "file" or (kind == "instructions" and path.exists()):  # else a hub's name
+            if kind == "file" or (kind != "hub" and path.exists()):  # else a hub's name
                 found[name] = str(path)
     owner_name(found)
     node_config_text(found)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit import storage
+from fedsplit.data.choices import question_of
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.evaluation.prompts import Prompt
 
@@ -349,21 +350,23 @@ def _from_data(path: Path) -> LocalTask:
 
 
 def _question(row: Mapping[str, Any], place: str) -> Doc:
-    question = row.get("question")
+    answers, question = row.get("answers"), row.get("question")
+    if answers is None or "choices" in row:
+        asked = question_of(place, row)
+        choices = list(asked.choices)
+        return _check_doc(
+            {"question": asked.question, "choices": choices, "answer": asked.answer}, place
+        )
     if not isinstance(question, str) or not question:
         raise DataError(f"{place}: question={question!r}: must be a text")
-    answers = row.get("answers")
-    if answers is not None and "choices" not in row:
-        if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
-            raise DataError(f"{place}: answers={answers!r}: must be texts, none empty")
-        kept: list[str] = []
-        # An answer that begins with another right one is greedy only if that one is.
-        for answer in sorted(answers):
-            if not kept or not answer.startswith(kept[-1]):
-                kept.append(answer)
-        doc: Doc = {"question": question, "choices": kept, "answer": list(range(len(kept)))}
-    else:
-        doc = {"question": question, "choices": row.get("choices"), "answer": row.get("answer")}
+    if not isinstance(answers, list) or not all(isinstance(a, str) and a for a in answers):
+        raise DataError(f"{place}: answers={answers!r}: must be texts, none empty")
+    kept: list[str] = []
+    # An answer that begins with another right one is greedy only if that one is.
+    for answer in sorted(answers):
+        if not kept or not answer.startswith(kept[-1]):
+            kept.append(answer)
+    doc: Doc = {"question": question, "choices": kept, "answer": list(range(len(kept)))}
     return _check_doc(doc, place)
 
 

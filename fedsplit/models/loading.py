@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 HEADS: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
     "causal-lm": AutoModelForCausalLM,
 }
 """Head -> transformers' class of models with it; a task names its own."""

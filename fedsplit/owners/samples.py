@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from fedsplit.data import SEPARATOR, TextDataset
-from fedsplit.data.conversations import from_text
+from fedsplit.data.choices import from_text as from_choices
+from fedsplit.data.conversations import ASSISTANT, from_text, to_text
 from fedsplit.errors import DataError
 from fedsplit.models.chat_template import encode
-from fedsplit.tasks import Task, task_type
+from fedsplit.owners.alignment import align, tagged_words
+from fedsplit.tasks import ChoiceGroups, TaggedWords, Task, task_type
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ class Samples:
         completions: one flag per token, (T_i,) per slot: whether it is to be predicted; None: of a
             language model's text every token but the first is.  It never leaves the owner.
         raw: the texts themselves, for the owner's measurement of itself; empty of conversations.
+        words: of texts whose words have tags (``labels`` is None then); which tokens have a target
+            never leaves the owner.
+        choices: of an evaluation of questions with choices.
     """
 
     ids: tuple[Tensor, ...]
@@ -41,6 +46,8 @@ class Samples:
     texts: tuple[bytes, ...]
     completions: tuple[Tensor, ...] | None = None
     raw: tuple[str, ...] = field(default=(), repr=False)
+    words: TaggedWords | None = None
+    choices: ChoiceGroups | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,6 +67,8 @@ class Samples:
         """
         if self.labels is not None:
             return None, self.labels[list(slots)]
+        if self.words is not None:
+            return self._tagged(slots)
         keep, following, at = [], [], 0
         for slot in slots:
             ids, own = self.ids[slot], self.predicting(slot)
@@ -76,9 +85,32 @@ class Samples:
         )
         return self.labels if one else None
 
+    def _tagged(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the rows of words' first tokens, and the words' tags."""
+        assert self.words is not None
+        keep, tags, at = [], [], 0
+        for slot in slots:
+            words = self.words.texts[slot]
+            known = words[words[:, 0] >= 0]
+            keep.append(at + known[:, 0])
+            tags.append(known[:, 1])
+            at += int(self.ids[slot].shape[0])
+        return torch.cat(keep), torch.cat(tags)
+
     def target_count(self, slot: int) -> int:
         """Return how many targets one text has."""
+        if self.words is not None:
+            return int((self.words.texts[slot][:, 0] >= 0).sum())
         return 1 if self.labels is not None else len(self.predicting(slot))
+
+    def about(self, slots: Sequence[int]) -> TaggedWords | ChoiceGroups | None:
+        """Return what a task is told of some slots beside their targets, in their order."""
+        if self.words is not None:
+            return replace(self.words, texts=tuple(self.words.texts[slot] for slot in slots))
+        if self.choices is not None:
+            at = list(slots)
+            return ChoiceGroups(self.choices.questions[at], self.choices.characters[at])
+        return None
 
     @property
     def lengths(self) -> list[int]:
@@ -153,7 +185,7 @@ def tokenise(
         targets = task.tensor(labels, where)
     encoded = _encode(tokenizer, texts, max_tokens)
     shortest = shortest or (1 if labels is not None else 2)
-    fill = [getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")]
+    fill = _fillers(tokenizer)
     for place, ids in zip(where, encoded, strict=True):
         missing = shortest - len(ids)
         if missing <= 0:
@@ -211,6 +243,81 @@ def tokenise_chat(
     )
 
 
+def tokenise_words(
+    tokenizer: Any, data: TextDataset, *, max_tokens: int, order: np.ndarray | None = None
+) -> Samples:
+    """Tokenise texts whose words have tags (:mod:`fedsplit.owners.alignment`) into slots.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        data: the owner's, with tags as labels.
+        max_tokens: longer texts are cut.
+        order: see :func:`tokenise`.
+
+    Raises:
+        DataError: there are no tags, or another number than of words; names the place.
+        ModelError: the tokenizer cannot tell which characters a token covers.
+    """
+    if not data.labels:
+        raise DataError(f"{data.name}: 0 tags: must be one for each word (data.kind=tagged)")
+    rows = range(len(data)) if order is None else [int(row) for row in order]
+    found = align(tokenizer, [data.texts[row] for row in rows], max_tokens)
+    fill = next(filter(lambda token: token is not None, _fillers(tokenizer)), 0)
+    return Samples(
+        tuple(torch.tensor(text.ids or (fill,), dtype=torch.int64) for text in found),
+        None,
+        tuple(text_identity(data.texts[row]) for row in rows),
+        raw=tuple(data.texts[row] for row in rows),
+        words=TaggedWords(
+            data.label_names,
+            tuple(
+                tagged_words(data.place(row), text, data.labels[row])
+                for row, text in zip(rows, found, strict=True)
+            ),
+        ),
+    )
+
+
+def tokenise_choices(
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_tokens: int,
+    order: np.ndarray | None = None,
+    every: bool = False,
+) -> Samples:
+    """Tokenise questions with choices into slots: each a conversation that a choice completes.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        texts: the owner's (:mod:`fedsplit.data.choices`), the right choice first.
+        max_tokens: see :func:`tokenise_chat`.
+        order: permutation of the texts.
+        every: lay out every choice, in slots that follow each other; else the right one alone.
+
+    Raises:
+        DataError: no text, one that is no question, or a choice without tokens.
+        ModelError: as :func:`tokenise_chat`.
+    """
+    asked = [from_choices(text) for text in texts]
+    if order is not None:
+        asked = [asked[row] for row in order]
+    pairs = [
+        (number, question, choice)
+        for number, (question, choices) in enumerate(asked)
+        for choice in (choices if every else choices[:1])
+    ]
+    laid = [to_text([("user", question), (ASSISTANT, choice)]) for _, question, choice in pairs]
+    samples = tokenise_chat(tokenizer, laid, max_tokens=max_tokens)
+    if not every:
+        return samples
+    groups = ChoiceGroups(
+        torch.tensor([number for number, _, _ in pairs], dtype=torch.int64),
+        torch.tensor([len(choice) for _, _, choice in pairs], dtype=torch.int64),
+    )
+    return replace(samples, choices=groups)
+
+
 def tokenise_set(
     tokenizer: Any,
     data: TextDataset,
@@ -218,15 +325,30 @@ def tokenise_set(
     task: Task | None,
     max_tokens: int,
     order: np.ndarray | None = None,
+    every_choice: bool = False,
 ) -> Samples:
     """Tokenise a data set of any form into slots, with a task's labels, if it has any.
 
-    See :func:`tokenise` and :func:`tokenise_chat`.
+    See :func:`tokenise`, :func:`tokenise_chat`, :func:`tokenise_words`, :func:`tokenise_choices`;
+    ``every_choice`` is that one's ``every``.
 
     Raises:
-        DataError: conversations where labels are wanted, and as those two.
+        DataError: conversations where labels are wanted, questions with choices where none are or
+            the other way round, and as those.
         ModelError: as :func:`tokenise_chat`.
     """
+    if task is not None and data.choices != (task.form == "choices"):
+        needed = "questions with choices" if task.form == "choices" else "other than choices"
+        raise DataError(
+            f"{data.name}: must be {needed} for model.task={task.name} (data.kind; node config "
+            "data-kind)"
+        )
+    if task is not None and data.choices:
+        return tokenise_choices(
+            tokenizer, data.texts, max_tokens=max_tokens, order=order, every=every_choice
+        )
+    if task is not None and task.form == "words":
+        return tokenise_words(tokenizer, data, max_tokens=max_tokens, order=order)
     if data.chat:
         if task is not None and task.labelled:
             raise DataError(f"{data.name}: conversations: must be of a causal-lm, without labels")
@@ -278,6 +400,11 @@ def _encoded(tokenizer: Any, texts: Sequence[str], most: int | None) -> tuple[An
         return tokenizer(first, second, **cut), parts
     whole = [lines_of(text) for text in texts]
     return tokenizer(whole, **cut), [[text] for text in whole]
+
+
+def _fillers(tokenizer: Any) -> list[int | None]:
+    """Return the tokens that a text too short is filled up with, the first that is there."""
+    return [getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")]
 
 
 def _knows_pairs(tokenizer: Any) -> bool:

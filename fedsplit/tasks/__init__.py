@@ -11,12 +11,14 @@ Examples:
 
 from __future__ import annotations
 
-from fedsplit.tasks.base import CrossEntropy, Task
+from fedsplit.tasks.base import ChoiceGroups, CrossEntropy, TaggedWords, Task
 from fedsplit.tasks.table import TASKS, announced_column, check_task, task_of, task_type
 
 __all__ = [
     "TASKS",
+    "ChoiceGroups",
     "CrossEntropy",
+    "TaggedWords",
     "Task",
     "announced_column",
     "check_task",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,39 @@ to every float, and what crafted logits could add is only how much a loss says o
 
 CLIPPED = 25.0
 """Distance from the mean beyond which an owner may have clipped a logit."""
+
+
+@dataclass(frozen=True)
+class TaggedWords:
+    """Words of some texts and their tags.
+
+    Attributes:
+        names: of the tags, by index.
+        texts: for each text its words, (W, 2) int64: position of the word's first token, or -1 for
+            a word without one, and the tag's index.
+    """
+
+    names: tuple[str, ...]
+    texts: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class ChoiceGroups:
+    """Texts of which each is one choice of a question; the right one comes first.
+
+    Attributes:
+        questions: (N,) int64, the question that each text belongs to; a question's texts are
+            together.
+        characters: (N,) of each text's choice.
+    """
+
+    questions: Tensor
+    characters: Tensor
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many texts each question has, in order."""
+        return list(torch.unique_consecutive(self.questions, return_counts=True)[1].tolist())
 
 
 class Task(ABC):
@@ -41,6 +75,7 @@ class Task(ABC):
         exclusive: whether each text is of exactly one of C classes.  What is done to labels class
             by class (randomised response, Marvell, statistics of words over classes) needs that.
         named: whether its outputs are classes with names.
+        form: of the data sets it is for: ``texts``, ``words`` (that have labels each), ``choices``.
         metric: the headline among the scores of a run.
         outputs: numbers in a row of the output; None: as many as the vocabulary has.
     """
@@ -53,6 +88,7 @@ class Task(ABC):
     per_token: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
     named: ClassVar[bool] = False
+    form: ClassVar[str] = "texts"
     metric: ClassVar[str]
     terms_setting: ClassVar[str] = ""
     """Setting of ``model`` (and key of an owner's node config) with what labels mean."""
@@ -140,8 +176,16 @@ class Task(ABC):
     def losses(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Return each target's own loss, (N,), of rows of output (N, C)."""
 
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Multiply losses of training by each target's class's weight.
+
+        Raises:
+            NotImplementedError: the task has no classes.
+        """
+        raise NotImplementedError(f"{self.name} has no classes")
+
     def loss(self, scores: Tensor, targets: Tensor, transition: Tensor | None = None) -> Tensor:
-        """Return the mean loss over targets.
+        """Return the mean loss over targets that training steps follow.
 
         Args:
             scores: rows of output, (N, C).
@@ -178,15 +222,26 @@ class Task(ABC):
         """Return the additive numbers that owners may report of an evaluation."""
         return ()
 
-    def count(self, scores: Tensor, targets: Tensor, parts: Sequence[int]) -> dict[str, float]:
+    def count(
+        self, scores: Tensor, targets: Tensor, parts: Sequence[int], about: object = None
+    ) -> dict[str, float]:
         """Return the additive numbers of some texts, by their keys; zeros may be left out.
 
         Args:
             scores: rows of output, (N, C).
             targets: (N, ...).
             parts: how many of the N targets each text has, in order.
+            about: what more is known of the texts: :class:`TaggedWords`, :class:`ChoiceGroups`.
         """
         return {}
+
+    def averaged(self, about: object) -> list[bool] | None:
+        """Return which texts of an evaluation the mean loss is of; None: all of them.
+
+        Args:
+            about: as :meth:`count` is told.
+        """
+        return None
 
     def scores(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Return what owners' numbers, added up, say of all their texts together; JSON-able."""
@@ -224,12 +279,31 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{self.name} answers with text")
 
+    def answer_words(
+        self, words: Sequence[str], scores: Sequence[Tensor | None], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return what the rows of output of a text's words say, JSON-able; one key per column.
+
+        Args:
+            words: of the text.
+            scores: row of output (C,) of each word; None: the model saw no token of it.
+            names: of the classes; empty: they have none.
+        """
+        raise NotImplementedError(f"{self.name} answers about whole texts")
+
 
 class CrossEntropy(Task):
     """A task whose targets are each one of C classes, or one token: softmax and cross-entropy."""
 
     row_bound: float | None = 2.0**0.5
     """A row is p - q, both distributions: q the label, or what a drawn one may stand for."""
+    weights: Tensor | None = None
+    """(C,), of the classes in training; None: 1 for all."""
+
+    def weigh(self, weights: Sequence[float]) -> None:
+        """See :meth:`Task.weigh`."""
+        self.weights = torch.tensor(weights)
+        self.row_bound = 2.0**0.5 * max(weights)
 
     def bounded(self, scores: Tensor) -> Tensor:
         """Return logits with each within ``MAX_LOGIT`` of its row's mean."""
@@ -251,7 +325,13 @@ class CrossEntropy(Task):
         return functional.cross_entropy(scores.float(), targets, reduction="none")
 
     def loss(self, scores: Tensor, targets: Tensor, transition: Tensor | None = None) -> Tensor:
-        """See :meth:`Task.loss`; drawn labels: forward correction (arXiv 1609.03683)."""
+        """See :meth:`Task.loss`; drawn labels: forward correction (arXiv 1609.03683).
+
+        With weights the mean is still over targets, not over weights: owners' means, weighted by
+        their targets, are then the mean of all.
+        """
+        if self.weights is not None:
+            return (self.losses(scores, targets) * self.weights[targets]).mean()
         if transition is None:
             return functional.cross_entropy(scores.float(), targets)
         drawn = scores.float().softmax(dim=1) @ transition.float()  # (N, C)
@@ -262,10 +342,12 @@ class CrossEntropy(Task):
         return scores.argmax(dim=1) == targets
 
     def unexplained(self, rows: Tensor, scores: Tensor) -> Tensor:
-        """See :meth:`Task.unexplained`: an honest row is p - its label's unit vector."""
+        """See :meth:`Task.unexplained`: an honest row is p - its label's unit vector, weighted."""
         honest = scores.softmax(dim=1)  # (N, C)
         label = rows.argmin(dim=1, keepdim=True)  # the only negative number of an honest row
-        unit = -torch.ones(label.shape)
-        away: Tensor = (rows - honest.scatter_add_(1, label, unit)).norm(dim=1)
+        honest = honest.scatter_add_(1, label, -torch.ones(label.shape))
+        if self.weights is not None:
+            rows = rows / self.weights[label]
+        away: Tensor = (rows - honest).norm(dim=1)
         # Owners clip logits that are further from their mean than any honest one.
         return torch.where(scores.amax(dim=1) - scores.mean(dim=1) < CLIPPED, away, 0.0)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedsplit import confusion
+from fedsplit import confusion, score_levels
 from fedsplit.config import ModelConfig, RunConfig
 from fedsplit.data.label_column import ClassColumn, LabelColumn
 from fedsplit.data.labels import names_digest, numerals, parse_class_names
@@ -106,23 +106,34 @@ class Classification(CrossEntropy):
         return torch.tensor([int(label) for label in labels], dtype=torch.int64)
 
     def families(self) -> tuple[Family, ...]:
-        """Return counts (true class, predicted class)."""
+        """Return counts (true class, predicted class); of two classes, (true class, score)."""
+        if self.outputs == 2:
+            return (confusion.FAMILY, score_levels.FAMILY)
         return (confusion.FAMILY,)
 
-    def count(self, scores: Tensor, targets: Tensor, parts: Sequence[int]) -> dict[str, float]:
+    def count(
+        self, scores: Tensor, targets: Tensor, parts: Sequence[int], about: object = None
+    ) -> dict[str, float]:
         """Return the counts of true and predicted classes; none with many classes."""
         classes = scores.shape[1]
         if classes > confusion.MOST_CLASSES:
             return {}
         pairs = targets * classes + scores.argmax(dim=1)
         table = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-        return confusion.to_report(table.numpy())
+        found = confusion.to_report(table.numpy())
+        if classes == 2:
+            margins = (scores[:, 1] - scores[:, 0]).double()
+            found |= score_levels.to_report(targets.numpy(), margins.numpy())
+        return found
 
     def scores(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Return the scores of the added counts, recalls by class, and the counts themselves."""
         table = confusion.of_reports([sums])
         found: dict[str, Any] = dict(confusion.scores(table))
         found.pop("accuracy", None)  # the average that every owner reports
+        curve = score_levels.area(sums)
+        if curve is not None:
+            found["auc"], found["auc-error"] = curve
         found["recalls"] = confusion.recalls(table).tolist()
         found["confusion"] = table.tolist()
         return found

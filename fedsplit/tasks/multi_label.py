@@ -207,7 +207,9 @@ class MultiLabel(Task):
         size = (min(self.outputs or 0, MOST_COUNTED),)
         return (Family(RIGHT, size), Family(WRONG, size), Family(MISSED, size))
 
-    def count(self, scores: Tensor, targets: Tensor, parts: Sequence[int]) -> dict[str, float]:
+    def count(
+        self, scores: Tensor, targets: Tensor, parts: Sequence[int], about: object = None
+    ) -> dict[str, float]:
         """Return the counts per class; none with many classes."""
         if scores.shape[1] > MOST_COUNTED:
             return {}

@@ -199,7 +199,9 @@ class Regression(Task):
             Family("level", (STEPS + 1, STEPS + 1), all_targets=True),
         )
 
-    def count(self, scores: Tensor, targets: Tensor, parts: Sequence[int]) -> dict[str, float]:
+    def count(
+        self, scores: Tensor, targets: Tensor, parts: Sequence[int], about: object = None
+    ) -> dict[str, float]:
         """Return sums of powers, on the scale of [-1, 1], and counts of levels."""
         label, told = targets.double(), scores[:, 0].double().clamp(-1.0, 1.0)
         found = {

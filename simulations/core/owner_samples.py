@@ -49,6 +49,7 @@ def owner_samples(config: RunConfig, tokenizer: Any) -> list[OwnerSamples]:
                 task=task_of(config),
                 max_tokens=config.model.max_tokens,
                 order=slot_order(secret, split, len(texts)),
+                every_choice=split != "train",
             )
             for split, texts in (("train", train), ("test", test))
         ]

@@ -20,7 +20,7 @@ from fedsplit.models.adapters.trainable import make_trainable, method_options
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.owners.samples import Samples
-from fedsplit.owners.split.schedule import train_steps
+from fedsplit.owners.split.schedule import evaluation_steps, train_steps
 from fedsplit.seeding import derive_seed
 from fedsplit.sums import add_up
 from fedsplit.tasks import task_of
@@ -113,9 +113,8 @@ class CentralisedTwin:
         ids, mask = padded(samples)
         with torch.set_grad_enabled(self.joint and torch.is_grad_enabled()):
             hidden = self.bottom(ids, mask)
-        # The server pads texts with one row of output as little.
-        logits = self.top(hidden, mask) if self.task.per_token else self._buckets(hidden, mask)
-        rows = logits[mask.bool()] if self.task.per_token else logits
+        tokens = self.task.per_token  # the server pads as little
+        rows = self._buckets.tokens(hidden, mask) if tokens else self._buckets(hidden, mask)
         kept, targets, at = [], [], 0
         for own, slots in samples:
             keep, wanted = own.targets_of(slots)
@@ -188,22 +187,27 @@ class CentralisedTwin:
     def evaluate(self) -> dict[str, Any]:
         """Return loss, accuracy and scores over all owners' held-out samples."""
         self.top.eval()
-        size = 2 * self.config.train.batch_size
+        size = self.config.train.batch_size
         loss, count, right = 0.0, 0, 0
         told, sums = True, dict[str, float]()
         with torch.inference_mode():
             for owner in self.owners.values():
-                n = len(owner.test)
-                for at in range(0, n, size):
-                    slots = list(range(at, min(at + size, n)))
-                    scores, targets = self.logits([(owner.test, slots)])
+                held = owner.test
+                together = None if held.choices is None else held.choices.sizes
+                for batch in evaluation_steps(len(held), size, together):
+                    slots = [int(slot) for slot in batch]
+                    scores, targets = self.logits([(held, slots)])
+                    parts, about = [held.target_count(s) for s in slots], held.about(slots)
+                    sums = add_up([sums, self.task.count(scores, targets, parts, about)])
+                    averaged = self.task.averaged(about)
+                    if averaged is not None:
+                        own = torch.tensor(averaged).repeat_interleave(torch.tensor(parts))
+                        scores, targets = scores[own], targets[own]
                     loss += float(self.task.losses(scores, targets).sum())
                     hits = self.task.right(scores, targets)
                     told = hits is not None
                     right += 0 if hits is None else int(hits.sum())
                     count += int(targets.shape[0])
-                    parts = [owner.test.target_count(slot) for slot in slots]
-                    sums = add_up([sums, self.task.count(scores, targets, parts)])
         found: dict[str, Any] = {"loss": loss / count}
         if told:
             found["accuracy"] = right / count

@@ -46,11 +46,12 @@ class Batcher:
     """Answers requests from many threads, one forward at a time.
 
     Args:
-        forward: B tensors (T_i, d) -> answers (B, ...), row per text.
+        forward: B tensors (T_i, d) -> answers (B, ...), row per text, or per token of the texts.
         max_batch: texts per forward at most (one request may be larger).
         max_wait_ms: how long the first of a batch waits for others; nobody waits while the top is
             busy anyway.
         depth: requests that may wait; more are refused, so that memory is bounded.
+        per_token: whether answers have a row per token.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Batcher:
         max_batch: int,
         max_wait_ms: float,
         depth: int = 1024,
+        per_token: bool = False,
     ) -> None:
         self._forward = forward
+        self._per_token = per_token
         self._max = max_batch
         self._wait = max_wait_ms / 1000
         self._jobs: queue.Queue[_Job | None] = queue.Queue(depth)
@@ -71,7 +74,7 @@ class Batcher:
         self._thread.start()
 
     def answer(self, rows: Sequence[Tensor], timeout_s: float) -> Tensor:
-        """Return the answers for one owner's texts (B, ...).
+        """Return the answers for one owner's texts (B, ...), or for their tokens.
 
         Raises:
             SessionError: too many requests wait, or the answer did not come in time.
@@ -148,6 +151,8 @@ class Batcher:
             answers = self._forward(rows)
         self.report.forwards += 1
         self.report.texts += len(rows)
-        parts = torch.split(answers, [len(job.rows) for job in batch])
+        tokens = self._per_token
+        counts = [sum(map(len, job.rows)) if tokens else len(job.rows) for job in batch]
+        parts = torch.split(answers, counts)
         for job, part in zip(batch, parts, strict=True):
             job.future.set_result(part)

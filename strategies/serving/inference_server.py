@@ -74,10 +74,13 @@ class InferenceServer:
         self.names = OwnerNames()
         self._open: Counter[int] = Counter()
         self._lock = threading.Lock()
+        tokens = self._positions == "all" if self._positions else task_of(config).per_token
+        self._per_token = tokens
         self.batcher = Batcher(
             self._forward,
             max_batch=config.serving.max_batch,
             max_wait_ms=config.serving.max_wait_ms,
+            per_token=tokens,
         )
 
     def start(self) -> None:
@@ -158,12 +161,13 @@ class InferenceServer:
                 return
 
     def _forward(self, rows: Sequence[Tensor]) -> Tensor:
-        """Return what goes down per text (B, C): logits, or what the owner's head reads."""
+        """Return what goes down, per text or token: logits, or what the owner's head reads."""
         hidden, mask = pad_rows(self._denoise.once(rows) if self._denoise is not None else rows)
         if self._positions:
             states = self._top.hidden_states(hidden, mask, tail=self._tail)
             return select_positions(states, mask, self._positions).float().cpu()
-        logits: Tensor = self._buckets(hidden, mask)
+        answer = self._buckets.tokens if self._per_token else self._buckets
+        logits: Tensor = answer(hidden, mask)
         return logits.float().cpu()
 
     # ---- generation -------------------------------------------------------------------------

@@ -37,12 +37,12 @@ def groups_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 class LengthBuckets(nn.Module):
-    """A classifier's top that pads less; what it returns is what the top returns.
+    """A top that pads less; what it returns is what the top returns.
 
     Each text's logits depend on that text alone, so grouping changes nothing but rounding.
 
     Args:
-        top: (hidden (B, T, d), mask (B, T), right-padded) -> logits (B, C).
+        top: (hidden (B, T, d), mask (B, T), right-padded) -> logits (B, C), or (B, T, C).
     """
 
     def __init__(self, top: nn.Module) -> None:
@@ -51,15 +51,31 @@ class LengthBuckets(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return logits (B, C) in the order of ``hidden``."""
+        parts, back = self._grouped(hidden, mask)
+        if len(parts) == 1:
+            return parts[0][0]
+        return torch.cat([logits for logits, _ in parts])[back.to(parts[0][0].device)]
+
+    def tokens(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Return logits (tokens, C) of the tokens that the mask keeps, text by text."""
+        parts, back = self._grouped(hidden, mask)
+        kept = [logits[own.to(logits.device).bool()] for logits, own in parts]
+        if len(parts) == 1:
+            return kept[0]
+        counts = [int(n) for _, own in parts for n in own.sum(dim=1)]
+        rows = torch.split(torch.cat(kept), counts)
+        return torch.cat([rows[at] for at in back.tolist()])
+
+    def _grouped(self, hidden: Tensor, mask: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Return (each group's logits and mask, where each text is among the groups' texts)."""
         lengths = mask.sum(dim=1).tolist()
         groups = groups_by_length(lengths)
         if len(groups) == 1:
-            whole: Tensor = self.top(hidden, mask)
-            return whole
+            return [(self.top(hidden, mask), mask)], torch.arange(len(lengths))
         parts = []
         for group in groups:
             longest = max(1, lengths[group[-1]])
             index = torch.tensor(group, device=hidden.device)
-            parts.append(self.top(hidden[index, :longest], mask[index, :longest]))
-        back = torch.tensor([i for group in groups for i in group]).argsort()
-        return torch.cat(parts)[back.to(parts[0].device)]
+            own = mask[index, :longest]
+            parts.append((self.top(hidden[index, :longest], own), own))
+        return parts, torch.tensor([i for group in groups for i in group]).argsort()

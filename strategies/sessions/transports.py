@@ -6,9 +6,9 @@ import ipaddress
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -155,6 +155,14 @@ class _MessageLink(Link):
         self._transport = transport
         self.node = node
         self.exchange = 0
+
+    def send(self, kind: Kind, header: Mapping[str, Any], body: bytes = b"") -> None:
+        """Send a frame; BYE stays here, as no owner of a session that is over waits for a message.
+
+        With others' sessions still under way it would go to the owner all the same, and be refused.
+        """
+        if kind is not Kind.BYE:
+            super().send(kind, header, body)
 
     def _next(self, timeout_s: float) -> bytes:
         while self.incoming.empty() and not self.closed:

@@ -26,7 +26,7 @@ from fedsplit.config import RunConfig
 from fedsplit.data import names_digest
 from fedsplit.errors import LineageError, ModelError, RunError, SessionError
 from fedsplit.models.trained import FILE
-from fedsplit.models.trained.weights import identity, save_trained
+from fedsplit.models.trained.weights import described, save_trained
 from fedsplit.tasks import task_of
 from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
@@ -135,7 +135,7 @@ class SplitTuning(RunStrategy):
         """
         output = self.config.output
         if output.dir and output.save:
-            belongs = identity(self.config, self.parts.model.base_digest)
+            belongs = described(self.config, self.parts.model.base_digest)
             trained = self.parts.model.trainable.state()
             owners = tensors_of(self.checkpoint.arrays)
             save_trained(Path(output.dir) / FILE, trained, owners, belongs)

@@ -40,11 +40,10 @@ class TopRows:
         if self._positions:
             states = self.top.hidden_states(hidden, mask, tail=self._tail)
             return select_positions(states, mask, self._positions).float()
-        if not self.per_token:
-            answers: Tensor = self._buckets(hidden, mask)
-            return answers
-        logits: Tensor = self.top(hidden, mask)
-        return logits[mask.to(logits.device).bool()]
+        if self.per_token:
+            return self._buckets.tokens(hidden, mask)
+        answers: Tensor = self._buckets(hidden, mask)
+        return answers
 
 
 class Step(Protocol):

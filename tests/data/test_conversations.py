@@ -72,7 +72,7 @@ def test_forms(row: dict[str, Any], expected: list[Any]) -> None:
         ({"instruction": "a", "instances": []}, r"instances=\[\]: must be a list"),
         ({"instruction": 3, "output": "a"}, "must be texts"),
         ({"question": "a", "answers": []}, "content=None: must be a text"),
-        ({"question": "a", "choices": ["b"], "answer": 1}, "answer=1: must be the number"),
+        ({"question": "a", "choices": ["b"], "answer": 1}, "answer=1: must be a number in 0..0"),
     ],
 )
 def test_malformed_rows_are_named(row: dict[str, Any], message: str) -> None:

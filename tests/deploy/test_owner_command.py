@@ -45,6 +45,8 @@ owner = "bank"
 data-path = "data.jsonl"
 """
 ROWS = "".join(f'{{"text": "note {i}", "label": {i % 2}}}\n' for i in range(6))
+TAGS = '{"tokens": ["a", "b"], "tags": ["O", "O"]}\n{"tokens": ["c"], "tags": ["I-x"]}\n'
+TAGGED = 'data-kind = "tagged"\n'
 POLICY = '[app]\ndigest = "' + "a" * 64 + '"\n[noise]\nmin_ratio = 2.0\n'
 
 
@@ -135,6 +137,10 @@ def test_a_certificate_for_another_name_fails(etc: Path, server: int) -> None:
         (ROWS[:30], "", "data", FAIL, "1 different texts: must be >= 2"),
         (ROWS.replace(": 0", ': "no"'), "", "labels", WARN, "their order is not agreed"),
         (ROWS.replace(": 0", ": null"), "", "labels", FAIL, "data.jsonl:1: label=None"),
+        (TAGS, TAGGED, "data", OK, "2 texts to train on"),
+        (TAGS, TAGGED + 'label-names = "O, I-x"', "labels", OK, "2 tags of words in 'label': O 2"),
+        (TAGS, TAGGED + 'label-names = "O"', "labels", FAIL, "data.jsonl:2: label='I-x'"),
+        (TAGS, 'data-kind = "choices"', "data", FAIL, "data.jsonl:1: choices: are missing"),
         (
             ROWS.replace("note 3", "no\xe9"),
             "",

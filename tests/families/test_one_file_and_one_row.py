@@ -221,7 +221,7 @@ def _colours(request: Request, split: str) -> Table:
 
 
 def test_a_data_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="dataset='colours': must be one of docstring"):
+    with pytest.raises(ConfigError, match="dataset='colours': must be one of choices, docstring"):
         load_dataset("colours")
     monkeypatch.setitem(DATASETS, "colours", Source(lambda request: ("train",), _colours))
 

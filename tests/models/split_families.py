@@ -10,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
@@ -31,6 +32,7 @@ PLAIN = COMMON | {"bos_token_id": 1, "eos_token_id": 2}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_experts": 4}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 CLASSIFY = {"sequence-classification": AutoModelForSequenceClassification}
+TAG = {"token-classification": AutoModelForTokenClassification}
 GENERATE = {"causal-lm": AutoModelForCausalLM}
 BOTH = CLASSIFY | GENERATE
 
@@ -55,9 +57,9 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "bert": Family("bert", ENCODER, CLASSIFY),
-    "roberta": Family("roberta", ENCODER, CLASSIFY),
-    "distilbert": Family("distilbert", COMMON, CLASSIFY, {"hidden_dim": 24}),
+    "bert": Family("bert", ENCODER, CLASSIFY | TAG),
+    "roberta": Family("roberta", ENCODER, CLASSIFY | TAG),
+    "distilbert": Family("distilbert", COMMON, CLASSIFY | TAG, {"hidden_dim": 24}),
     "electra": Family("electra", ENCODER, CLASSIFY, {"embedding_size": 8}),
     "mpnet": Family("mpnet", ENCODER, CLASSIFY),
     "deberta": Family(
@@ -66,7 +68,7 @@ FAMILIES: dict[str, Family] = {
     "deberta-v2": Family(
         "deberta-v2",
         ENCODER,
-        CLASSIFY,
+        CLASSIFY | TAG,
         {
             "relative_attention": True,
             "pos_att_type": "c2p|p2c",
@@ -82,12 +84,12 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(
         "modernbert",
         ENCODER,
-        CLASSIFY,
+        CLASSIFY | TAG,
         {"cls_token_id": 1, "sep_token_id": 2, "eos_token_id": 2, "bos_token_id": 1},
     ),
-    "llama": Family("llama", DECODER, BOTH),
+    "llama": Family("llama", DECODER, BOTH | TAG),
     "llama-tied": Family("llama", DECODER, GENERATE, {"tie_word_embeddings": True}),
-    "gpt2": Family("gpt2", PLAIN, BOTH, {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2": Family("gpt2", PLAIN, BOTH | TAG, {"scale_attn_by_inverse_layer_idx": True}),
     "gpt2-untied": Family("gpt2", PLAIN, GENERATE, {"tie_word_embeddings": False}),
     "gpt_bigcode": Family("gpt_bigcode", PLAIN, BOTH),
     "gpt_neo": Family(
@@ -97,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("gptj", PLAIN, BOTH, {"rotary_dim": 4}, True),
     "codegen": Family("codegen", PLAIN, GENERATE, {"rotary_dim": 4}, True),
     "opt": Family("opt", PLAIN, BOTH, {"ffn_dim": 24, "word_embed_proj_dim": 8, "layerdrop": 0.5}),
-    "bloom": Family("bloom", PLAIN, BOTH, eager=True),
+    "bloom": Family("bloom", PLAIN, BOTH | TAG, eager=True),
     "falcon-rotary": Family("falcon", PLAIN, BOTH, {"alibi": False}),
     "falcon-alibi": Family("falcon", PLAIN, BOTH, {"alibi": True}),
     "mpt": Family("mpt", PLAIN, BOTH, {"d_model": 16, "n_heads": 4, "n_layers": 3}, True),
@@ -142,7 +144,7 @@ def tiny(name: str, task: str, **changes: Any) -> PreTrainedModel:
     """Return a random model of a family, in evaluation mode, weights drawn far from zero."""
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type, **(family.base | family.extra | changes))
-    if task == "sequence-classification":
+    if task != "causal-lm":
         config.num_labels = 3
     model = random_model(config, family.tasks[task], experts_implementation="eager")
     found: PreTrainedModel = model.to(family.dtype)

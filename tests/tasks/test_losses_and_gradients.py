@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
 from fedsplit.errors import ConfigError
@@ -170,3 +171,46 @@ def test_what_is_done_class_by_class_is_refused_where_there_is_no_one_class(name
             read_settings({**about, "labels.protection": other})
     with pytest.raises(ConfigError, match=r"privacy\.cti='purity': must be off or"):
         read_settings({**about, "privacy.cti": "purity"})
+
+
+def _weighted(weights: str, **changes: Any) -> Any:
+    flat = {"model.labels": 3, "train.class-weights": weights, **changes}
+    return read_settings(flat)
+
+
+def test_weighted_losses_of_owners_add_up_to_that_of_all() -> None:
+    task = task_of(_weighted("1,0.5,20"))
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(12, 3, generator=generator).requires_grad_()
+    targets = torch.randint(0, 3, (12,), generator=generator)
+
+    whole = task.loss(scores, targets)
+    parts = [task.loss(scores[a:b], targets[a:b]) * (b - a) / 12 for a, b in ((0, 5), (5, 12))]
+
+    weights = torch.tensor([1.0, 0.5, 20.0])
+    expected = functional.cross_entropy(scores, targets, weights, reduction="sum") / 12
+    assert float(whole) == pytest.approx(float(sum(parts)), rel=1e-6)
+    assert float(whole) == pytest.approx(float(expected), rel=1e-6)
+    (rows,) = torch.autograd.grad(whole, [scores])
+    assert float(task.unexplained(rows * 12, scores.detach()).max()) < 1e-5
+    assert float((rows * 12).norm(dim=1).max()) <= task.row_bound
+    plain = task_of(_weighted(""))
+    assert float(plain.unexplained(rows * 12, scores.detach()).max()) > plain.tolerance
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes"),
+    [
+        ("1,2", {}),
+        ("1,2,x", {}),
+        ("1,2,nan", {}),
+        ("0,1,1", {}),
+        ("1,1,101", {}),
+        ("1,1,1", {"model.task": "causal-lm"}),
+        ("1,1,1", {"model.task": "regression", "model.label-range": "0,1"}),
+        ("1,1,1", {"labels.protection": "randomised-response", "labels.debias": True}),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(weights: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.class-weights"):
+        _weighted(weights, **changes)

@@ -146,7 +146,7 @@ def make_trainable(top: Top, method: str, **options: Any) -> Trainable:
         chosen = row.choose(top, settings, head, used)
     if row.adds:
         object.__setattr__(top, "_adapted", method)
-        if top.task == "sequence-classification":
+        if top.task != "causal-lm":
             chosen |= head
     for parameter in top.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
@@ -201,7 +201,7 @@ def _bitfit(top: Top, options: PlainOptions, head: set[int], used: set[int]) -> 
             f"trainable='bitfit': the blocks of {type(top.model).__name__} have no biases; "
             "use lora, ia3 or adapter"
         )
-    return biases | (head if top.task == "sequence-classification" else set())
+    return biases | (head if top.task != "causal-lm" else set())
 
 
 def _lora(top: Top, options: LoraOptions, head: set[int], used: set[int]) -> set[int]:

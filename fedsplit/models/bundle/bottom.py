@@ -268,7 +268,7 @@ def _check_about(about: Mapping[str, Any]) -> None:
         raise ModelError(f"fedsplit.json: widen={widen!r}: must be float32 where it is there")
     if type(k) is not int or not 0 <= k < MAX_LAYERS:
         raise ModelError(f"fedsplit.json: k={k!r}: must be an integer in 0..{MAX_LAYERS - 1}")
-    if task not in (None, "sequence-classification", "causal-lm"):
+    if task not in (None, "sequence-classification", "token-classification", "causal-lm"):
         raise ModelError(f"fedsplit.json: task={task!r}: must be a known task")
     for key, allowed in (("attention", ATTENTION), ("experts", EXPERTS)):
         if about.get(key) not in allowed:

@@ -13,7 +13,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from fedsplit.errors import FedsplitError, ModelError
 from fedsplit.models.anatomy import probe
@@ -38,6 +43,7 @@ from fedsplit.models.splitting.structure import Pass, Slot, ZeroEmbedding, cut
 HEAD_FILES = ("head.json", "head.safetensors")
 AUTO: dict[str, Any] = {
     "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
     "causal-lm": AutoModelForCausalLM,
 }
 MAX_CLASSES = 100_000

@@ -8,7 +8,7 @@ mode too where dropout is 0: the halves draw their dropout separately).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,9 @@ class Upper(nn.Module):
         model: the Hugging Face model, cut down.
         slot: where the hidden states wait for the block that takes them.
         hidden_size: width d of what enters.
-        num_labels: C of a classifier, else None.
+        num_labels: C of a classifier, of texts or of tokens, else None.
         vocab: V of a language model, else None.
+        per_token: whether it has a row of logits for every token, not one for every text.
         autocast: what matrix products are computed in while weights stay as they are; None = in
             the weights' own dtype.
     """
@@ -92,14 +93,17 @@ class Upper(nn.Module):
         self.hidden_size = probe(model).hidden_size
         self.num_labels: int | None = None
         self.vocab: int | None = None
+        self.per_token = False
         self.autocast: torch.dtype | None = None
         pad = text_config(model).pad_token_id
         self._pad = 0 if pad is None else int(pad)
 
     @property
     def task(self) -> str:
-        """``"causal-lm"`` when it scores a vocabulary, else ``"sequence-classification"``."""
-        return "sequence-classification" if self.vocab is None else "causal-lm"
+        """``causal-lm`` when it scores a vocabulary, else the classification of texts or tokens."""
+        if self.vocab is not None:
+            return "causal-lm"
+        return "token-classification" if self.per_token else "sequence-classification"
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the logits for ``hidden``.
@@ -109,9 +113,9 @@ class Upper(nn.Module):
             attention_mask: (B, T), 1 for tokens and 0 for padding on either side; None: no padding.
 
         Returns:
-            Logits (B, C) or (B, T, V), float32 at least.  A decoder's classifier pools the last
-            position that the mask keeps (Hugging Face: the last token that is not the pad id,
-            which differs only for texts that really contain the pad token).
+            Logits (B, C), (B, T, C) or (B, T, V), float32 at least.  A decoder's classifier of
+            texts pools the last position that the mask keeps (Hugging Face: the last token that is
+            not the pad id, which differs only for texts that really contain the pad token).
 
         Raises:
             ConfigError: if the shapes are not (B, T, d) and (B, T).
@@ -147,7 +151,11 @@ class Upper(nn.Module):
         return torch.where(mask.bool(), other, self._pad)
 
     def learn_outputs(self) -> set[int]:
-        """Run a tiny batch; set ``num_labels``/``vocab``; return ids of the parameters it used."""
+        """Run a tiny batch; set ``num_labels``/``vocab``; return ids of the parameters it used.
+
+        Of two heads with a row per token, a language model's is the one that the family calls its
+        output embeddings.
+        """
         mask = padded_batch(1, torch.device("cpu"))[1]
         reference = next(self.model.parameters())
         hidden = torch.randn(
@@ -156,7 +164,9 @@ class Upper(nn.Module):
         with probing(self):
             logits = self(hidden.requires_grad_(), mask)
             used = leaves_of(logits)
-        if logits.ndim == 3:
+        self.per_token = logits.ndim == 3
+        outputs: Any = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if self.per_token and outputs is not None:
             self.num_labels, self.vocab = None, int(logits.shape[-1])
         else:
             self.num_labels, self.vocab = int(logits.shape[-1]), None
@@ -223,7 +233,7 @@ def split(
     leave it alone.
 
     Args:
-        model: a Hugging Face sequence classifier or causal language model.
+        model: a Hugging Face classifier of texts or tokens, or a causal language model.
         k: number of blocks in the bottom, 0 <= k <= L - 1.
         verify: check that guarantee on a tiny padded batch before returning.
         share_tied: let both halves hold the same tensor where both need it.

@@ -81,7 +81,8 @@ def positions_read(head: Upper) -> str:
     """Return which final hidden states of a right-padded text the head's logits depend on.
 
     ``first`` or ``last`` (the last that the mask keeps): that row alone, given as a text of one
-    token, yields the very same logits; ``all``: anything else, and every language model.  Found by
+    token, yields the very same logits; ``all``: anything else, and every head with a row of logits
+    per token (language models, classifiers of tokens).  Found by
     the gradient of the logits, then checked on the row alone.
     """
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])

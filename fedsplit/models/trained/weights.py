@@ -32,6 +32,7 @@ BELONGS = (
     *("labels.protection", "labels.tail-blocks", "labels.tail-weights"),
     *("train.lora-rank", "train.lora-alpha", "train.lora-targets", "train.lora-form"),
 )
+NAMES = "model.label-names"  # told beside them: an exported model says what its outputs mean
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ def identity(config: RunConfig, base_digest: str) -> dict[str, str]:
     return {"base": base_digest} | {key: str(flat.get(key, "")) for key in BELONGS}
 
 
+def described(config: RunConfig, base_digest: str) -> dict[str, str]:
+    """Return what a checkpoint says of itself: what it belongs to, and what its outputs mean."""
+    return identity(config, base_digest) | {NAMES: config.model.label_names}
+
+
 def save_trained(
     path: Path,
     top: Mapping[str, Tensor],
@@ -65,7 +71,7 @@ def save_trained(
         path: the file.
         top: the top's trained parameters.
         owners: averaged weights of what owners trained.
-        belongs: from :func:`identity`.
+        belongs: from :func:`described`.
 
     Raises:
         RunError: it cannot be written.
@@ -95,7 +101,7 @@ def load_trained(path: Path, belongs: Mapping[str, str]) -> Trained:
 
 def usual_settings() -> dict[str, str]:
     """Return what a checkpoint that is older than a setting means by it: the default."""
-    later = ["model.label-range", "labels.tail-blocks", "labels.tail-weights"]
+    later = ["model.label-range", NAMES, "labels.tail-blocks", "labels.tail-weights"]
     later += [key for key in BELONGS if ".lora-" in key]
     flat = RunConfig().to_flat()
     return {key: str(flat[key]) for key in later}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedsplit.config import TrainConfig
+from fedsplit.config import ModelConfig, TrainConfig
 from fedsplit.errors import ModelError, RunError, UnsupportedModelError
 from fedsplit.models.adapters.bottleneck import NAME as BOTTLENECK
 from fedsplit.models.adapters.files import save_adapter, save_peft
@@ -36,6 +36,7 @@ from fedsplit.models.splitting.halves import Bottom, Top, split
 from fedsplit.models.splitting.heads import Head, detach_head, head_parameters
 from fedsplit.models.trained import FILE
 from fedsplit.models.trained.weights import (
+    NAMES,
     Trained,
     load_owners,
     read_trained,
@@ -44,6 +45,11 @@ from fedsplit.models.trained.weights import (
 from fedsplit.tasks import task_type
 
 ABOUT = "export.json"
+PEFT_TASKS = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+}
 HEAD, TAIL = "client-head", "client-tail"  # label protections with which owners hold the head
 
 
@@ -111,7 +117,7 @@ class WholeModel:
                     self.peft.tensors,
                     folder / "adapter",
                     self.loaded.source,
-                    task="CAUSAL_LM" if self.top.task == "causal-lm" else "SEQ_CLS",
+                    task=PEFT_TASKS[self.top.task],
                 )
                 about["adapter"] = {"format": "peft", "on": self.loaded.source}
             model.save_pretrained(folder / "model", state_dict=state)
@@ -159,7 +165,11 @@ def whole_of_run(folder: Path, base: str = "") -> WholeModel:
         )
     except (KeyError, ValueError) as error:
         raise ModelError(f"{folder / FILE}: does not say what it belongs to: {error}") from None
-    loaded = load(name, task, num_labels=task_type(task).outputs_of(labels))
+    about = ModelConfig(task=task, labels=labels, label_names=settings[NAMES])
+    names = task_type(task).of(about).announced(about) if task_type(task).named else ()
+    loaded = load(
+        name, task, num_labels=task_type(task).outputs_of(labels), label_names=names or None
+    )
     if loaded.digest != digest:
         raise ModelError(f"{name}: digest {loaded.digest}: must be {digest}, the run's base")
     parts, tail = protection.split("+"), 0
@@ -298,7 +308,7 @@ def _peft_form(top: Top, injected: Any, head: set[str]) -> PeftForm:
         for name, parameter in top.model.named_parameters()
         if ".lora_" in name or ".ia3_" in name
     }
-    if top.task == "sequence-classification":
+    if top.task != "causal-lm":
         settings["modules_to_save"] = sorted({whole_name(top, n).rpartition(".")[0] for n in head})
         tensors |= {
             whole_name(top, n): p.detach().clone()

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fedsplit.data.conversations import to_text
+from fedsplit.data.tagged import join_words, words_of
 from fedsplit.errors import ConfigError, DataError, PrivacyError, check
 from fedsplit.models.chat_template import encode_prompt
 from fedsplit.models.positions import check_length
+from fedsplit.owners.alignment import LOST, AlignedText, align
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
@@ -102,13 +104,53 @@ def ask(
         PolicyError: the owner's rules forbid it; nothing has left.
         SessionError: no model serves this owner, or the session failed.
     """
+    rows, task, answered = _ask(root, texts, measure, "texts")
+    return torch.cat(rows), task, answered
+
+
+def tag(
+    root: Path, texts: Sequence[str], measure: Measure | None = None
+) -> tuple[list[tuple[list[str], list[Tensor | None]]], Task, Answered]:
+    """Ask the model about every word of some texts.
+
+    Args:
+        root: the owner's home.
+        texts: at least one, none of them blank; their words are apart by white space.
+        measure: see :func:`ask`.
+
+    Returns:
+        For each text its words and their rows of output (C,), None for a word without a token (the
+        text was cut before it, or the tokenizer makes nothing of it); the task; what it cost.
+
+    Raises:
+        As :func:`ask`, and ModelError for a tokenizer that cannot tell words.
+    """
+    joined = [join_words(f"text {n + 1}", text.split()) for n, text in enumerate(texts)]
+    aligned: list[AlignedText] = []
+    rows, task, answered = _ask(root, joined, measure, "words", aligned)
+    found = []
+    for text, own, at in zip(joined, rows, aligned, strict=True):
+        each = [None if position == LOST else own[position] for position in at.first]
+        found.append((words_of(text), each))
+    return found, task, answered
+
+
+def _ask(
+    root: Path,
+    texts: Sequence[str],
+    measure: Measure | None,
+    form: str,
+    aligned: list[AlignedText] | None = None,
+) -> tuple[list[Tensor], Task, Answered]:
+    """Return each text's rows of output; ``aligned`` gets where each one's words are."""
     if not 1 <= len(texts) <= MOST_TEXTS:
         raise DataError(f"texts={len(texts)}: must be in [1, {MOST_TEXTS}]")
     offer = take_offer(root)
     model, task = offer.config.model, task_of(offer.config)
-    if not task.labelled:
-        known = " or ".join(name for name, other in TASKS.items() if other.labelled)
-        raise ConfigError(f"model.task={model.task!r}: must be {known}, to answer about texts")
+    if not task.labelled or task.form != form:
+        known = [n for n, other in TASKS.items() if other.labelled and other.form == form]
+        names = " or ".join(known)
+        raise ConfigError(f"model.task={model.task!r}: must be {names}, to answer about {form}")
     outputs = task.outputs or 1
     cut: list[int] = []
 
@@ -116,17 +158,16 @@ def ask(
         parts = inference_parts(accepted)
         lengths = token_counts(parts.tokenizer, texts)
         cut.extend(n for n, length in enumerate(lengths) if length > model.max_tokens)
-        samples = tokenise(
-            parts.tokenizer,
-            texts,
-            None,
-            max_tokens=model.max_tokens,
-            shortest=1,
-        )
+        most = model.max_tokens
+        samples = tokenise(parts.tokenizer, texts, None, max_tokens=most, shortest=1)
+        if aligned is not None:
+            aligned[:] = align(parts.tokenizer, texts, most)
         head = received_head(accepted.config, accepted.bottom_folder)
         return PredictionOwner(
             parts.bottom,
-            OutputReader(samples, classify=True, head=head, classes=outputs),
+            OutputReader(
+                samples, classify=not task.per_token, head=head, classes=outputs, exact=True
+            ),
             evaluation_steps(len(samples), accepted.config.train.batch_size),
             parts.perturber,
             classes=outputs,
@@ -135,7 +176,7 @@ def ask(
         )
 
     owner, answered = _run(root, offer, build, measure)
-    return owner.scores(), task, replace(answered, cut=tuple(cut))
+    return owner.rows(), task, replace(answered, cut=tuple(cut))
 
 
 def generate(

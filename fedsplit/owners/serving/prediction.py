@@ -49,9 +49,14 @@ class PredictionOwner(BatchSession):
             logits = self.reader.logits(values, slots)
         if logits.shape[1] != self._classes:
             raise FrameError(f"LOGITS with {logits.shape[1]} classes: must be {self._classes}")
-        self._logits.update(zip(slots, logits, strict=True))
+        own = torch.split(logits, 1) if self.reader.classify else self.reader.rows(logits, slots)
+        self._logits.update(zip(slots, own, strict=True))
         yield from self._advance()
 
     def scores(self) -> Tensor:
         """Return a row of output for each text, (texts, C), once every text is answered."""
-        return torch.stack([self._logits[slot] for slot in range(len(self.samples))])
+        return torch.cat(self.rows())
+
+    def rows(self) -> list[Tensor]:
+        """Return each text's rows of output, (1, C) or (T, C), once every text is answered."""
+        return [self._logits[slot] for slot in range(len(self.samples))]

@@ -120,12 +120,20 @@ class LabelSide:
         parameters = list(self.reader.parameters.values()) if train else []
         with torch.set_grad_enabled(train):
             scores, targets = self._scores(values, slots)
+        each = self._each(scores, targets, slots) if self._per_text else None
+        sums: dict[str, float] = {}
+        if not train:
+            parts, about = [self.targets(slot) for slot in slots], self.samples.about(slots)
+            sums = self.task.count(scores, targets, parts, about)
+            averaged = self.task.averaged(about)
+            if averaged is not None:
+                own = torch.tensor(averaged).repeat_interleave(torch.tensor(parts))
+                scores, targets = scores[own], targets[own]
+        with torch.set_grad_enabled(train):
             loss = self._loss(scores, targets, train)
         hits = self.task.right(scores, targets)
         right = None if hits is None else int(hits.sum())
-        each = self._each(scores, targets, slots) if self._per_text else None
         if not train:
-            sums = self.task.count(scores, targets, [self.targets(slot) for slot in slots])
             return Answer(float(loss), float(len(targets)), right, torch.empty(0), [], each, sums)
         if self.withholds:
             gradient, head = values.new_empty(0, values.shape[1]), _gradients(loss, parameters)
@@ -145,6 +153,9 @@ class LabelSide:
         keep, _ = self.samples.targets_of(slots)
         if keep is None:
             return self._shield(gradient, targets, slots, output)
+        if self.samples.words is not None:  # where words begin must not show by rows without noise
+            known = torch.zeros(len(gradient), dtype=targets.dtype).index_put((keep,), targets)
+            return self._shield(gradient, known, slots, output)
         sent = torch.zeros_like(gradient)  # rows without a target, such as a text's last token
         sent[keep] = self._shield(gradient[keep], targets, slots, output)
         return sent
@@ -220,7 +231,9 @@ class LabelSide:
         return self.task.bounded(values) if self.reader.head is None else bounded_hidden(values)
 
     def _loss(self, scores: Tensor, targets: Tensor, train: bool) -> Tensor:
-        return self.task.loss(scores, targets, self._transition if train else None)
+        if not train:
+            return self.task.losses(scores, targets).mean()
+        return self.task.loss(scores, targets, self._transition)
 
     def _scores(self, values: Tensor, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return one row of scores per target, and the targets."""

@@ -28,6 +28,7 @@ class OutputReader:
         trained: whether the head's parameters are trained (all float ones).
         classes: numbers in a row of output that the parties agreed on, or entries of the
             vocabulary at least; 0: any number.
+        exact: whether there are exactly so many; None: where a text has one row.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class OutputReader:
         head: Head | None = None,
         trained: bool = False,
         classes: int = 0,
+        exact: bool | None = None,
     ) -> None:
         self.samples = samples
         self.classes = classes
+        self.exact = classify if exact is None else exact
         self.classify = classify
         self.head = None if head is None else head.eval()
         self.positions = "all" if head is None else positions_read(head)
@@ -68,7 +71,7 @@ class OutputReader:
         if len(shape) != 2 or shape[0] != rows or not fewest <= shape[1] <= MAX_CLASSES:
             raise FrameError(f"LOGITS shape {shape}: must be ({rows}, classes)")
         least = self.classes
-        if least and not (shape[1] == least if self.classify else shape[1] >= least):
+        if least and not (shape[1] == least if self.exact else shape[1] >= least):
             raise FrameError(f"LOGITS with {shape[1]} classes: must be {least}, as agreed")
 
     def logits(self, values: Tensor, slots: Sequence[int]) -> Tensor:

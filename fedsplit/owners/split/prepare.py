@@ -129,7 +129,8 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
         views = len(set(epochs)) if joint else 1  # a bottom that moves shows new rows each time
     else:
-        batches, views = evaluation_steps(len(chosen), config.train.batch_size), 1
+        together = None if chosen.choices is None else chosen.choices.sizes
+        batches, views = evaluation_steps(len(chosen), config.train.batch_size, together), 1
     if joint:
         bottom = unpack_bottom(folder)[0]  # the cached one must stay as it was received
         for parameter in bottom.parameters():
@@ -329,6 +330,7 @@ def _tokenised(
                 task=task_of(config),
                 max_tokens=config.model.max_tokens,
                 order=order,
+                every_choice=split != "train",
             )
         cell.append(found)
     return cell[0]

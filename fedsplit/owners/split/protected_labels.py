@@ -73,6 +73,7 @@ def protected_labels(
         head=head,
         trained=owner_trains_head(config),
         classes=task.outputs or vocabulary,
+        exact=task.outputs is not None,
     )
     settings = {k: v for k, v in config.to_flat().items() if k.startswith("labels.")}
     side = LabelSide(

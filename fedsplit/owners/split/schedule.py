@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedsplit.config import TrainConfig
@@ -49,7 +51,24 @@ def train_steps(
     return batches, epochs
 
 
-def evaluation_steps(n: int, batch_size: int) -> list[np.ndarray]:
-    """Return all ``n`` samples in order, in batches twice the training size (no gradients kept)."""
+def evaluation_steps(
+    n: int, batch_size: int, together: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """Return all ``n`` samples in order, in batches twice the training size (no gradients kept).
+
+    Args:
+        n: samples.
+        batch_size: of training.
+        together: sizes of groups of samples, in order, that must share a batch; None: there are no
+            groups.  A group larger than a batch is one.
+    """
     size = 2 * batch_size
-    return [np.arange(at, min(at + size, n)) for at in range(0, n, size)]
+    if together is None:
+        return [np.arange(at, min(at + size, n)) for at in range(0, n, size)]
+    steps, first, count = [], 0, 0
+    for group in together:
+        if count and count + group > size:
+            steps.append(np.arange(first, first + count))
+            first, count = first + count, 0
+        count += group
+    return [*steps, np.arange(first, first + count)] if count else steps

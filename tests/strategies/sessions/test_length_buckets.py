@@ -49,3 +49,16 @@ def test_logits_and_gradients_are_those_of_the_padded_batch(tiny_bert: Path) -> 
     assert len(groups_by_length(lengths)) > 1
     for whole, grouped in zip(*found, strict=True):
         assert torch.allclose(whole, grouped, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_of_tokens_are_those_of_the_padded_batch(tiny_bert: Path) -> None:
+    loaded = load(str(tiny_bert), "token-classification", num_labels=3, dropout=0.0)
+    _, top = split(loaded.model, 1)
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([3, 16, 4, 15, 3, 16, 5, 2] * 6, [7, 7]):
+        rows = [torch.randn(n, top.hidden_size, generator=generator) for n in lengths]
+        hidden, mask = pad_rows(rows)
+        with torch.no_grad():
+            whole, grouped = top(hidden, mask)[mask.bool()], LengthBuckets(top).tokens(hidden, mask)
+        assert grouped.shape == (sum(lengths), 3)
+        assert torch.allclose(whole, grouped, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,126 @@
+"""Classification of words: entities (BIO or IO tags), parts of speech."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsplit import entities
+from fedsplit.config import ModelConfig, RunConfig
+from fedsplit.data.label_column import LabelColumn
+from fedsplit.data.tag_column import TagColumn
+from fedsplit.sums import Family, split_key
+from fedsplit.tasks.base import CrossEntropy, TaggedWords
+from fedsplit.tasks.classification import OWN, agreed_names, announced_names, check_names
+
+ENTITIES = Family("entities", (len(entities.KINDS), entities.MOST_TYPES), bounded=False)
+WORDS = Family("words", (2,), bounded=False)
+"""Words that were tagged rightly, and all of them, those without a token too."""
+
+
+class TokenClassification(CrossEntropy):
+    """One of C tags per word, at the word's first token: cross-entropy; entity-F1 from counts.
+
+    Which tokens have a target stays with the owner: the others' rows of the output get no gradient,
+    or nothing but noise where gradients get any.
+
+    What leaves in an evaluation, where the owner's policy lets it: entities by type
+    (:mod:`fedsplit.entities`) and words, as counts.  A word that a cut took away, or that the
+    tokenizer makes nothing of, counts as tagged ``O``.
+    """
+
+    name: ClassVar[str] = "token-classification"
+    words: ClassVar[str] = "tags"
+    head: ClassVar[str] = "token-classification"
+    per_token: ClassVar[bool] = True
+    named: ClassVar[bool] = True
+    form: ClassVar[str] = "words"
+    metric: ClassVar[str] = "entity-f1"
+    terms_setting: ClassVar[str] = OWN
+    answer_columns: ClassVar[tuple[str, ...]] = ("words", "tags")
+
+    @classmethod
+    def check_settings(cls, config: RunConfig) -> None:
+        """See :func:`fedsplit.tasks.classification.check_names`."""
+        check_names(config)
+
+    @classmethod
+    def outputs_of(cls, labels: int) -> int:
+        """Return one logit per tag."""
+        return labels
+
+    def announced(self, model: ModelConfig) -> tuple[str, ...]:
+        """Return the announced names of tags."""
+        return announced_names(model)
+
+    def agreed(self, model: ModelConfig, own: str) -> tuple[str, ...]:
+        """See :func:`fedsplit.tasks.classification.agreed_names`."""
+        return agreed_names(model, own)
+
+    def column(self, agreed: Sequence[str]) -> LabelColumn:
+        """Return one tag per word; without names, an integer below their number is one."""
+        return TagColumn(tuple(agreed), self.outputs or 0)
+
+    def families(self) -> tuple[Family, ...]:
+        """Return counts of entities (kind of count, type) and of words."""
+        return (ENTITIES, WORDS)
+
+    def count(
+        self,
+        scores: Tensor,
+        targets: Tensor,
+        parts: Sequence[int],
+        about: object = None,
+    ) -> dict[str, float]:
+        """Return the counts of some texts' words, and of their entities where tags name types."""
+        if not isinstance(about, TaggedWords):
+            return {}
+        words = about
+        outside = words.names.index(entities.OUTSIDE) if entities.OUTSIDE in words.names else -1
+        true, predicted = [], []
+        for own, guessed in zip(
+            words.texts, torch.split(scores.argmax(dim=1), list(parts)), strict=True
+        ):
+            tags = torch.full((len(own),), outside, dtype=torch.int64)
+            tags[own[:, 0] >= 0] = guessed
+            true.append(own[:, 1].tolist())
+            predicted.append(tags.tolist())
+        right = sum(
+            a == b for text in zip(true, predicted, strict=True) for a, b in zip(*text, strict=True)
+        )
+        found = {"words-0": float(right), "words-1": float(sum(map(len, true)))}
+        if entities.types_of(words.names):
+            table = entities.count(words.names, true, predicted)
+            found |= {"entities-0-0": 0.0} | entities.to_sums(table)
+        return found
+
+    def scores(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Return accuracy over all words, the entities' scores, and F1 of each type in order."""
+        found: dict[str, Any] = {}
+        if sums.get("words-1"):
+            found["word-accuracy"] = sums.get("words-0", 0.0) / sums["words-1"]
+        if any((key := split_key(k)) is not None and key[0] == ENTITIES.name for k in sums):
+            counts = entities.of_sums(sums)
+            found |= entities.scores(counts)
+            found["entity-f1-by-type"] = entities.f1(counts[0]).tolist()
+        return found
+
+    def answer_words(
+        self, words: Sequence[str], scores: Sequence[Tensor | None], names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return words, their most probable tags (none for a word not seen), and probabilities."""
+        tags: list[Any] = []
+        probabilities: list[float | None] = []
+        for row in scores:
+            if row is None:
+                tags.append(None)
+                probabilities.append(None)
+                continue
+            own = torch.softmax(row.double(), dim=0)
+            best = int(own.argmax())
+            tags.append(names[best] if names else best)
+            probabilities.append(float(own[best]))
+        return {"words": list(words), "tags": tags, "probabilities": probabilities}
