@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsplit.owners.home import in_simulation
-from fedsplit.owners.ledger.reports import PRIVATE, counts_leave, is_private
+from fedsplit.owners.ledger.reports import PRIVATE, is_private, sums_that_leave
 from fedsplit.owners.policy.rules import Policy
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.sums import is_sum
@@ -78,8 +78,8 @@ class SessionReport:
         """Return the metrics as they may leave."""
         if not self.allowed:
             return {key: value for key, value in metrics.items() if not is_private(key)}
-        if not counts_leave(self._policy, metrics):
-            metrics = {key: value for key, value in metrics.items() if not is_sum(key)}
+        leave = sums_that_leave(self._policy, metrics)
+        metrics = {k: value for k, value in metrics.items() if not is_sum(k) or k in leave}
         if self.epsilon is None:
             return dict(metrics)
         told = sorted(PRIVATE & metrics.keys())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedsplit.confusion import coarse
+from fedsplit.confusion import coarse, is_count
 from fedsplit.owners.home import in_simulation
 from fedsplit.owners.ledger.disclosure import Averages
 from fedsplit.owners.ledger.spending import ReportTotals
@@ -37,7 +37,7 @@ def report_breaches(
     ):
         shown = "no noise" if asked.epsilon is None else asked.epsilon
         found.append(Breach("reports.epsilon", shown, f"<= {rules['reports.epsilon']:g}"))
-    if any(map(is_sum, told)) and not counts_leave(policy, asked.metrics):
+    if set(filter(is_sum, told)) - sums_that_leave(policy, asked.metrics):
         found.append(Breach("reports.counts", "counts of classes", "none"))
     counted: dict[str, float] = {"reports.max_per_day": ever.days.get(today, 0) + 1}
     if "reports.max_epsilon" in rules:
@@ -57,15 +57,18 @@ def is_private(key: str) -> bool:
     return key in PRIVATE or is_sum(key)
 
 
-def counts_leave(policy: Policy, metrics: Mapping[str, float | int]) -> bool:
-    """Whether a report's additive numbers (counts of classes ...) may leave.
+def sums_that_leave(policy: Policy, metrics: Mapping[str, float | int]) -> set[str]:
+    """Return the additive numbers of a report (counts of classes ...) that may leave.
 
     Exact ones, so not beside noise.  Without any policy only counts of classes that single no text
     out (:func:`fedsplit.confusion.coarse`); simulated owners' labels are the experimenter's.
     """
     rules = policy.rules
+    sums = set(filter(is_sum, metrics))
     if "reports.epsilon" in rules or rules.get("reports.allow") is False:
-        return False
+        return set()
     if rules:
-        return bool(rules.get("reports.counts", False))
-    return in_simulation() or coarse(metrics)
+        return sums if rules.get("reports.counts", False) else set()
+    if in_simulation():
+        return sums
+    return set(filter(is_count, sums)) if coarse(metrics) else set()
