@@ -22,6 +22,7 @@ from fedsplit.attacks.gradients.next_tokens import (
     RANKED,
     head_of,
     logits_of,
+    of_language,
     reads_logits,
     unaided_guesses,
 )
@@ -78,6 +79,7 @@ class Matching(TokenAttack):
     def applies(self, view: View) -> bool:
         """Return whether gradients came back, and what they went through is known."""
         known = view.public.head is not None or reads_logits(view)
+        known = known and of_language(view)
         return super().applies(view) and view.public.bottom is not None and known
 
     def read(self, view: View) -> Inversion:

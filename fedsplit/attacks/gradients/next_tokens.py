@@ -27,6 +27,10 @@ class NextTokenAttack(TokenAttack):
 
     needs: ClassVar[tuple[str, ...]] = ("steps",)
 
+    def applies(self, view: View) -> bool:
+        """Return whether gradients of a language model's next tokens came back."""
+        return super().applies(view) and of_language(view)
+
     @abstractmethod
     def scores(self, view: View, sample: int) -> Tensor:
         """Return one sample's scores, the best token's highest: rows 0 .. T - 2, ``(T - 1, V)``."""
@@ -48,6 +52,12 @@ class NextTokenAttack(TokenAttack):
     def unaided_guess(self, view: View) -> Sequence[Tensor]:
         """Return the model's own top-1 for what the server received; no gradient is read."""
         return unaided_guesses(view)
+
+
+def of_language(view: View) -> bool:
+    """Return whether rows of gradients are about next tokens (not tags), as far as is known."""
+    bottom = view.public.bottom
+    return getattr(bottom, "task", None) in (None, "causal-lm")
 
 
 def unaided_guesses(view: View) -> list[Tensor]:

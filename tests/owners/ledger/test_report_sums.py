@@ -18,10 +18,10 @@ REPORT = {"loss": 0.3, "targets": 40.0, **CLASSES, **FINER}
     ("rules", "leaving"),
     [
         ({}, CLASSES),
-        ({"reports.min_texts": 1}, {}),
-        ({"reports.counts": True}, {**CLASSES, **FINER}),
-        ({"reports.counts": True, "reports.epsilon": 1.0}, {}),
-        ({"reports.counts": True, "reports.allow": False}, {}),
+        ({"min_texts": 1}, {}),
+        ({"counts": True}, {**CLASSES, **FINER}),
+        ({"counts": True, "epsilon": 1.0}, {}),
+        ({"counts": True, "allow": False}, {}),
     ],
 )
 def test_finer_counts_than_those_of_classes_need_a_rule(
@@ -29,7 +29,7 @@ def test_finer_counts_than_those_of_classes_need_a_rule(
 ) -> None:
     monkeypatch.delenv("FEDSPLIT_SIMULATION", raising=False)
 
-    assert sums_that_leave(Policy(rules), REPORT) == set(leaving)
+    assert sums_that_leave(Policy(rules and {"reports": rules}), REPORT) == set(leaving)
 
 
 def test_simulated_owners_report_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForTokenClassification
 from typer.testing import CliRunner
 
+from fedsplit.attacks.labels.leakage import labels_from_logit_gradients
 from fedsplit.cli import app_cli
 from fedsplit.entities import count, scores
 from fedsplit.errors import ConfigError, DataError
@@ -29,6 +30,7 @@ from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.tasks import TaggedWords, task_of
 from simulations.core.owner_samples import owner_samples
 from simulations.split.centralised import CentralisedTwin
+from simulations.split.transcript_attacks import attack_transcript
 from strategies.base_model import load_base
 from tests.strategies.serving.test_serving import served
 
@@ -224,7 +226,18 @@ def test_noise_on_gradients_hides_which_tokens_have_a_target(tags: Any) -> None:
 
     assert plain.weight == noisy.weight == 2  # the word that was cut away has no target
     assert plain.gradient.abs().sum(1).nonzero().flatten().tolist() == [1, 3]
+    assert labels_from_logit_gradients(plain.gradient[[1, 3]]).tolist() == [1, 2]  # every tag
     assert bool((noisy.gradient.abs().sum(1) > 0).all())
+
+
+def test_attackers_read_words_whose_tags_are_learnt(tags: Any, run_locally: Any) -> None:
+    config = tags(train__rounds=1)
+    run = run_locally(config)
+    shares = owner_samples(config, load_base(config).tokenizer)
+
+    found = attack_transcript(config, run.folder / "transcript.safetensors", shares, samples=100)
+
+    assert found["embedding_inversion"]["success"] == 1.0
 
 
 def _whole(config: Any, text: str) -> torch.Tensor:
