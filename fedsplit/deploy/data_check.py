@@ -10,11 +10,11 @@ from pathlib import Path
 from fedsplit.data import MIN_ROWS, ClassColumn, TextDataset
 from fedsplit.data.choices import from_text
 from fedsplit.data.table import MissingColumn
-from fedsplit.data.tag_column import TagColumn
 from fedsplit.deploy.node import NodeFile
 from fedsplit.errors import DataError, FedsplitError
 from fedsplit.owners.class_names import own_classes
 from fedsplit.owners.data_source import read_own
+from fedsplit.tasks.token_classification import TagColumn
 
 MOST_CLASSES = 12  # listed with their counts
 Finding = tuple[str, str, str]  # (what was looked at, "ok", "warn" or "fail", what was found)

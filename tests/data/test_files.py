@@ -217,7 +217,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "pickle"}, "dataset='pickle': must be one of choices, docstrings, file, hub"),
+        ({"kind": "pickle"}, "dataset='pickle': must be one of choices, docstring"),
         ({"limit": 0}, "limit=0"),
         ({"text_column": ""}, "text_column=''"),
         ({"columns": ("text",)}, "columns="),
