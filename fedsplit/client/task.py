@@ -20,6 +20,7 @@ from fedsplit.owners.ledger.disclosure import Averages, Weights, Words
 from fedsplit.owners.ledger.session import SessionFacts
 from fedsplit.owners.naming import owner_name
 from fedsplit.owners.own_log import own_log
+from fedsplit.owners.samples import tokenising
 from fedsplit.owners.secure_aggregation.part import SumPart
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy.empirical import Exposed, Reading
@@ -151,7 +152,8 @@ def run_attackers(exposed: Exposed) -> list[Reading]:
     """
     from fedsplit.attacks.measuring import measure
 
-    return measure(exposed)
+    with tokenising:
+        return measure(exposed)
 
 
 def averaged_weights(message: Message) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,10 @@ from fedsplit.owners.alignment import align, tagged_words
 from fedsplit.tasks import ChoiceGroups, TaggedWords, Task, task_type
 
 log = logging.getLogger(__name__)
+
+# A tokenizer keeps the truncation that it was last asked for, so that of several threads with the
+# same one (simulated owners of one process) one at a time may use it.
+tokenising = threading.RLock()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +29,7 @@ from fedsplit.owners.label_recovery import RULE as RECOVERY
 from fedsplit.owners.label_recovery import LabelRecovery
 from fedsplit.owners.measuring import OwnTexts
 from fedsplit.owners.reports import SessionReport
-from fedsplit.owners.samples import Samples, tokenise_set
+from fedsplit.owners.samples import Samples, tokenise_set, tokenising
 from fedsplit.owners.split.label_side import LabelSide
 from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.protected_labels import label_channel, protected_labels
@@ -55,20 +54,10 @@ from fedsplit.tasks import task_of
 log = logging.getLogger(__name__)
 
 
-# A process may work for several owners at once.  Of those that want a bottom one loads it, and a
-# tokenizer cannot be asked while another thread sets its truncation.
-_loading, _tokenising = threading.Lock(), threading.Lock()
-
-
-def _bottom(folder: Path) -> tuple[Bottom, Any]:
-    with _loading:
-        return _loaded(folder)
-
-
 # Loading a bottom and tokenising take seconds and are the same for every message of a run; the
 # caches save that where one process serves several messages, and nothing relies on them.
 @lru_cache(maxsize=4)
-def _loaded(folder: Path) -> tuple[Bottom, Any]:
+def _bottom(folder: Path) -> tuple[Bottom, Any]:
     bottom, tokenizer = unpack_bottom(folder)
     check_alone(bottom)
     largest = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=0)
@@ -107,6 +96,11 @@ def build_split_owner(task: OwnerTask) -> SplitOwner:
         DataError, ConfigError, ModelError, PrivacyError, UnsupportedModelError: whatever is wrong,
             before anything leaves.
     """
+    with tokenising:  # and, of several threads that want a bottom, one loads it
+        return _build_split_owner(task)
+
+
+def _build_split_owner(task: OwnerTask) -> SplitOwner:
     config, identity, offer = task.config, task.identity, task.offer
     mode, round_, folder = offer.mode, offer.round, task.bottom_folder
     if mode not in ("train", "evaluate"):
@@ -213,6 +207,11 @@ def inference_parts(task: OwnerTask) -> InferenceParts:
     Raises:
         DataError, ConfigError, ModelError, PrivacyError: whatever is wrong, before anything leaves.
     """
+    with tokenising:
+        return _inference_parts(task)
+
+
+def _inference_parts(task: OwnerTask) -> InferenceParts:
     config, identity, folder = task.config, task.identity, task.bottom_folder
     identity.home.evict("bottoms", folder.name, identity.node_config)
     bottom, tokenizer = _bottom(folder)
@@ -323,8 +322,8 @@ def _tokenised(
     cell = _samples(texts.digest, split, identity.name, folder, key, limits)
     if not cell:
         order = slot_order(identity.secret, split, len(texts))
-        with _tokenising:
-            found = tokenise_set(
+        cell.append(
+            tokenise_set(
                 tokenizer,
                 texts,
                 task=task_of(config),
@@ -332,5 +331,5 @@ def _tokenised(
                 order=order,
                 every_choice=split != "train",
             )
-        cell.append(found)
+        )
     return cell[0]

@@ -301,7 +301,7 @@ def test_a_process_that_starts_anew_for_each_message_gives_the_same_model(
         nonlocal forgotten
         forgotten += len(message_session._LIVE)
         message_session._LIVE.clear()
-        prepare._loaded.cache_clear()
+        prepare._bottom.cache_clear()
         prepare._samples.cache_clear()
         return answer(self, frames)
 

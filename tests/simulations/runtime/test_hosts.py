@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, RunError
+from fedsplit.owners.split import prepare
 from fedsplit.settings import read_settings
 from simulations.runtime.federated import simulate
 from simulations.runtime.hosts.host_grid import HostGrid, HostLost
@@ -312,3 +315,28 @@ def test_a_run_that_fails_says_why_and_leaves_no_process(
             simulation.run(settings("run"), tmp_path, on_line=lambda line: lines.append(line.text))
     assert any("No module named" in line for line in lines)
     assert marked_processes(mark) == []
+
+
+def test_owners_of_a_process_use_a_tokenizer_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its truncation is the last asked for: a second thread would change the first one's."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def busy(task: Any) -> Any:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return task
+
+    monkeypatch.setattr(prepare, "_build_split_owner", busy)
+    monkeypatch.setattr(prepare, "_inference_parts", busy)
+    entries: list[Any] = [prepare.build_split_owner, prepare.inference_parts] * 3
+    threads = [threading.Thread(target=entry, args=(None,)) for entry in entries]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 6
