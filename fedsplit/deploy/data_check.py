@@ -14,6 +14,9 @@ from fedsplit.deploy.node import NodeFile
 from fedsplit.errors import DataError, FedsplitError
 from fedsplit.owners.class_names import own_classes
 from fedsplit.owners.data_source import read_own
+from fedsplit.tasks.multi_label import ClassSetColumn
+from fedsplit.tasks.regression import OWN as RANGE
+from fedsplit.tasks.regression import TERMS, NumberColumn, parse_range
 from fedsplit.tasks.token_classification import TagColumn
 
 MOST_CLASSES = 12  # listed with their counts
@@ -82,7 +85,10 @@ def _choices(train: TextDataset) -> Finding:
 
 
 def _labels(node: NodeFile) -> Finding:
+    agreed = str(node.node.get(RANGE, ""))
     names = own_classes(node.home, node.node)
+    if agreed or names[:1] == (TERMS,):  # its own, or the first that was announced
+        return _numbers(node, agreed or ",".join(names[1:]))
     column = str(node.node.get("label-column", "label"))
     tagged = node.node.get("data-kind") == "tagged"
     kind, what = (TagColumn, "tags of words") if tagged else (ClassColumn, "classes")
@@ -93,6 +99,10 @@ def _labels(node: NodeFile) -> Finding:
     except DataError as error:
         if "plain text has none" in str(error):
             return "labels", "ok", "plain text has none: for a language model"
+        if "must be a name or an integer" in str(error):
+            return _numbers(node)
+        if "whose labels are lists" in str(error):
+            return _sets(node, names)
         return "labels", "fail", str(error)
     parts = [train] if test is None else [train, test]
     if names:
@@ -109,5 +119,36 @@ def _labels(node: NodeFile) -> Finding:
     if len(counts) > MOST_CLASSES:
         text += f" and {len(counts) - MOST_CLASSES} more"
     if names or all(name.isdigit() for name in counts):
+        return "labels", "ok", text
+    return "labels", "warn", f"{text}; their order is not agreed: label-names, or the run's list"
+
+
+def _numbers(node: NodeFile, agreed: str = "") -> Finding:
+    """Say what a column of numbers holds, for a regression; ``agreed``: their range, if known."""
+    try:
+        column = NumberColumn(*parse_range(agreed, f"node config {RANGE}")) if agreed else None
+        train, test = read_own(node.node, column or NumberColumn(), labelled=True)
+    except FedsplitError as error:
+        return "labels", "fail", str(error)
+    labels = [label for part in (train, test) if part is not None for label in part.labels]
+    text = f"numbers from {min(labels):g} to {max(labels):g}, for a regression"
+    if column is None:
+        return "labels", "warn", f"{text}; their range is not agreed: {RANGE}, or the run's"
+    return "labels", "ok", f"{text} within {column.low:g} to {column.high:g}"
+
+
+def _sets(node: NodeFile, names: tuple[str, ...]) -> Finding:
+    """Say which classes a column of lists holds, for multi-label classification."""
+    try:
+        train, test = read_own(node.node, ClassSetColumn(names), labelled=True)
+        parts = [part.within(names or part.label_names) for part in (train, test) if part]
+    except FedsplitError as error:
+        return "labels", "fail", str(error)
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(dict(part.column.counts(part.labels, part.label_names)))
+    listed = ", ".join(f"{name} {n}" for name, n in counts.most_common(MOST_CLASSES))
+    text = f"sets of {len(counts)} classes: {listed}"
+    if names:
         return "labels", "ok", text
     return "labels", "warn", f"{text}; their order is not agreed: label-names, or the run's list"

@@ -32,6 +32,8 @@ from fedsplit.sums import Family, split_key
 from fedsplit.tasks.base import Task
 
 OWN = "label-range"
+TERMS = "numbers"
+"""First of what the parties agree on, before both ends of the range."""
 MOST = 3.0
 """Bound on a score; labels are within [-1, 1]."""
 STEPS = 50
@@ -152,8 +154,9 @@ class Regression(Task):
         return 1
 
     def announced(self, model: ModelConfig) -> tuple[str, ...]:
-        """Return both ends of the range."""
-        return tuple(f"{end!r}" for end in parse_range(model.label_range, f"model.{OWN}"))
+        """Return both ends of the range, after :data:`TERMS`."""
+        ends = parse_range(model.label_range, f"model.{OWN}")
+        return (TERMS, *(f"{end!r}" for end in ends))
 
     def agreed(self, model: ModelConfig, own: str) -> tuple[str, ...]:
         """Return both ends of the range, which an owner's own must equal."""

@@ -141,6 +141,18 @@ def test_a_certificate_for_another_name_fails(etc: Path, server: int) -> None:
         (TAGS, TAGGED + 'label-names = "O, I-x"', "labels", OK, "2 tags of words in 'label': O 2"),
         (TAGS, TAGGED + 'label-names = "O"', "labels", FAIL, "data.jsonl:2: label='I-x'"),
         (TAGS, 'data-kind = "choices"', "data", FAIL, "data.jsonl:1: choices: are missing"),
+        (ROWS.replace(": 0", ": 0.5"), "", "labels", WARN, "numbers from 0.5 to 1, for a reg"),
+        (ROWS, 'label-range = "0,5"', "labels", OK, "for a regression within 0 to 5"),
+        (ROWS, 'label-range = "0,0.7"', "labels", FAIL, "label=1: must be in [0, 0.7]"),
+        (ROWS, 'label-range = "0"', "labels", FAIL, "node config label-range='0': must be"),
+        (ROWS.replace(": 0", ': ["a", "b"]'), "", "labels", WARN, "sets of 3 classes: 1 3, a 3"),
+        (
+            ROWS.replace(": 0", ': ["a", "b"]'),
+            'label-names = "a, b"',
+            "labels",
+            FAIL,
+            "data.jsonl:2: label='1': must be one of",
+        ),
         (
             ROWS.replace("note 3", "no\xe9"),
             "",
