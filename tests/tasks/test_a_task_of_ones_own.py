@@ -58,7 +58,9 @@ class Ordinal(Task):
     def families(self) -> tuple[Family, ...]:
         return (Family("off", (STEPS + 1,), all_targets=True),)
 
-    def count(self, scores: Tensor, targets: Tensor, parts: Sequence[int]) -> dict[str, float]:
+    def count(
+        self, scores: Tensor, targets: Tensor, parts: Sequence[int], about: object = None
+    ) -> dict[str, float]:
         off = ((scores > 0).sum(1) - targets.sum(1)).abs().long()
         return {f"off-{i}": float(n) for i, n in enumerate(off.bincount().tolist()) if n}
 
