@@ -39,6 +39,8 @@ RAY = {
     "RAY_COLOR_PREFIX": "0",
     # Ray would start a set of workers without the job's environment first, and throw them away.
     "RAY_prestart_worker_first_driver": "0",
+    # Owners' work is the run's work: at Ray's 15 it comes to a stand beside anything else.
+    "RAY_worker_niceness": "0",
 }
 # Ray's processes listen on every interface, and run what a peer sends them unless it shows a token.
 RAY_AUTH_MODE, RAY_AUTH_TOKEN = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"

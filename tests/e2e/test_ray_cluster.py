@@ -68,6 +68,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNode
     folder = Path(f"/tmp/fs-{os.getpid()}")  # a socket's path must be short
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "0"}
+    quick["RAY_worker_niceness"] = "0"  # Ray's is 15: beside other work hosts would never start
     env = {**rest, **token, **quick, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
     folder.mkdir()
     process = subprocess.Popen(
