@@ -143,7 +143,7 @@ def test_two_nodes_give_the_model_of_one_and_tell_no_token(
     logs = [p for p in cluster.folder.rglob("logs/*") if p.is_file()]
     assert logs
     token = re.compile(r"[0-9a-f]{32}\.[0-9.]+\.[0-9a-f]{64}")  # as fedsplit.wire.tokens has it
-    assert token.fullmatch(TokenBook(1).issue(1, 1, "train"))
+    assert token.fullmatch(TokenBook().issue(1, 1, 1, "train"))
     for path in [*logs, *(tmp_path / "two" / "log").iterdir()]:
         assert not token.search(path.read_text(errors="replace")), path
 
