@@ -67,6 +67,46 @@ def _equal_seqeval(names: tuple[str, ...], drawn: list[list[tuple[int, int]]], s
         assert found[f"{before}entity-macro-f1"] == pytest.approx(np.nan_to_num(macro), abs=1e-12)
 
 
+def _conlleval(tags: list[str]) -> set[tuple[str, int, int]]:
+    """Return entities by conlleval's questions: does one end here, does one begin here?"""
+    found, open_at = set(), None
+    before = ("O", "")
+    for at, tag in enumerate([*tags, "O"]):
+        mark, _, kind = tag.partition("-")
+        inside = mark == "I" and before[0] in "BI" and before[1] == kind
+        if before[0] != "O" and not inside:
+            found.add((before[1], open_at, at - 1))
+        if mark != "O" and not inside:
+            open_at = at
+        before = (mark, kind)
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from(BIO), max_size=14))
+def test_entities_equal_conllevals(tags: list[str]) -> None:
+    assert entities(tags) == _conlleval(tags)
+    # Strictly: those that begin with B-; an I- that begins one elsewhere is none.
+    strict = {one for one in _conlleval(tags) if tags[one[1]].startswith("B-")}
+    assert entities(tags, "strict") == strict
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts(BIO))
+def test_scores_are_those_of_the_sets_of_entities(drawn: list[list[tuple[int, int]]]) -> None:
+    sides = [[[pair[side] for pair in text] for text in drawn] for side in (0, 1)]
+    true, told = (
+        {(n, *one) for n, text in enumerate(side) for one in _conlleval([BIO[t] for t in text])}
+        for side in sides
+    )
+    found = scores(count(BIO, *sides))
+
+    assert found["entity-precision"] == pytest.approx(len(true & told) / max(len(told), 1))
+    assert found["entity-recall"] == pytest.approx(len(true & told) / max(len(true), 1))
+    both = len(true) + len(told)
+    assert found["entity-f1"] == pytest.approx(2 * len(true & told) / max(both, 1))
+
+
 @settings(max_examples=40, deadline=None)
 @given(texts(BIO), texts(BIO))
 def test_owners_counts_add_up_to_those_of_all_texts(
