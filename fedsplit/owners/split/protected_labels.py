@@ -93,11 +93,14 @@ def label_channel(side: LabelSide, train: Samples) -> LabelChannel | None:
     """Return what a training session's gradients would tell of labels; None: none leave."""
     if side.withholds:
         return None
+    truth = None if train.labels is None else side.task.truth(train.labels)
+    if train.words is not None:  # not told apart text by text: each gradient tells all of its tags
+        truth = torch.zeros(len(train), dtype=torch.int64)
     reader, lengths = side.reader, train.lengths
     return LabelChannel(
         side.told,
         width=reader.classes if reader.head is None else reader.head.hidden_size,
         rows=lambda slots: len(slots) if reader.per_sample else sum(lengths[s] for s in slots),
-        truth=None if train.labels is None else side.task.truth(train.labels),
+        truth=truth,
         protection=side.protection,
     )

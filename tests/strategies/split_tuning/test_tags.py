@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fedsplit.attacks.labels.leakage import labels_from_logit_gradients
 from fedsplit.cli import app_cli
 from fedsplit.entities import count, scores
-from fedsplit.errors import ConfigError, DataError
+from fedsplit.errors import ConfigError, DataError, FedsplitError
 from fedsplit.models import split
 from fedsplit.models.adapters.trainable import make_trainable
 from fedsplit.models.loading import local_tokenizer
@@ -228,6 +228,26 @@ def test_noise_on_gradients_hides_which_tokens_have_a_target(tags: Any) -> None:
     assert plain.gradient.abs().sum(1).nonzero().flatten().tolist() == [1, 3]
     assert labels_from_logit_gradients(plain.gradient[[1, 3]]).tolist() == [1, 2]  # every tag
     assert bool((noisy.gradient.abs().sum(1) > 0).all())
+
+
+@pytest.mark.parametrize(
+    "rules", ["[labels]\nmax_recovery = 0.9\n", "[measure]\nmax_label_recovery = 0.5\n"]
+)
+def test_rules_about_labels_take_every_tag_as_read(
+    tags: Any, run_locally: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rules: str
+) -> None:
+    policy = tmp_path / "owner.toml"
+    policy.write_text(rules)
+    policy.chmod(0o600)
+    monkeypatch.setenv("FEDSPLIT_POLICY", str(policy))
+
+    with pytest.raises(FedsplitError):
+        run_locally(tags(train__rounds=1))
+
+    rounds = json.loads((tmp_path / "server" / "server.json").read_text())["rounds"]
+    lost = rounds[0]["train"]["lost"]
+    assert len(lost) == 3
+    assert all("PolicyError" in reason for reason in lost.values()), lost
 
 
 def test_attackers_read_words_whose_tags_are_learnt(tags: Any, run_locally: Any) -> None:
