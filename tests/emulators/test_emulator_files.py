@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -121,6 +123,24 @@ def test_half_precision(tmp_path: Path) -> None:
     again = load_emulator(tmp_path / "e")
     assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16}
     assert torch.equal(_logits(again), _logits(emulator))
+
+
+def test_owners_that_share_a_cache_may_receive_at_once(tmp_path: Path) -> None:
+    saved = save_emulator(_mixed(tiny()), tmp_path / "e")
+    files = {p.name: p.read_bytes() for p in saved.folder.iterdir()}
+    cache = tmp_path / "cache"
+    for _ in range(5):
+        start = Barrier(4)
+
+        def one(_: int, start: Barrier = start) -> Path:
+            start.wait()
+            return receive(files, cache, saved.digest)
+
+        with ThreadPoolExecutor(4) as pool:
+            (folder,) = set(pool.map(one, range(4)))
+        assert folder_digest(folder) == saved.digest
+        assert [p.name for p in cache.iterdir()] == [saved.digest]
+        shutil.rmtree(cache)
 
 
 def test_the_cache_keeps_what_came_and_checks_it(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_attention_choice(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"task": "translation"}, "model.task='translation': must be one of causal-lm, multi-label"),
+        ({"task": "translation"}, "model.task='translation': must be one of causal-lm"),
         ({"num_labels": 1}, "num_labels=1: must be >= 2"),
         ({"num_labels": 3, "label_names": ["a", "b"]}, "label_names=.*must be 3 names"),
         ({"task": "causal-lm", "num_labels": 3}, "num_labels=3: must be None for task"),
