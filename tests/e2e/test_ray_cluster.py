@@ -152,8 +152,9 @@ def test_two_nodes_give_the_model_of_one_and_tell_no_token(
 def test_a_killed_node_costs_its_owners_part_of_a_round(
     settings: dict[str, Any], cluster: TwoNodes, tmp_path: Path
 ) -> None:
-    config = RunConfig.from_flat({**settings, "train.rounds": 3, "train.max-steps": 40})
-    config = RunConfig.from_flat({**config.to_flat(), "train.epochs": 40})
+    # The page is written once a second, and a node takes a moment to die: rounds of many seconds.
+    long = {"train.rounds": 3, "train.max-steps": 400, "train.epochs": 400}
+    config = RunConfig.from_flat({**settings, **long})
     page = tmp_path / "run" / "server" / "progress.json"
 
     def kill_in_the_second_round() -> None:
