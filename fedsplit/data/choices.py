@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
@@ -155,13 +155,21 @@ def splits(request: Request) -> tuple[str, ...]:
     return files.splits(request) if files.is_there(request) else hub.splits(request)
 
 
+def rows(request: Request, split: str) -> Iterator[files.Row]:
+    """Yield the rows of one split, each with its place.
+
+    Raises:
+        DataError: see :func:`fedsplit.data.files.rows` and :func:`fedsplit.data.hub.rows`.
+    """
+    return files.rows(request, split) if files.is_there(request) else hub.rows(request, split)
+
+
 def read(request: Request, split: str) -> Table:
     """Read one split; columns go by the table's names, whatever ``text_column`` says.
 
     Raises:
         DataError: as :func:`splits` and :func:`question_of`.
     """
-    rows = files.rows if files.is_there(request) else hub.rows
     texts: list[str] = []
     places: list[str] = []
     columns: dict[str, list[Value]] = {column: [] for column in request.columns}

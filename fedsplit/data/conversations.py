@@ -20,8 +20,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedsplit.data import files, hub
-from fedsplit.data.choices import is_question, question_of
+from fedsplit.data import files
+from fedsplit.data.choices import is_question, question_of, rows, splits
 from fedsplit.data.table import Request, Source, Table, Value
 from fedsplit.errors import DataError
 
@@ -129,15 +129,6 @@ def _checked(where: str, messages: list[tuple[Any, Any]]) -> list[Message]:
     return messages
 
 
-def splits(request: Request) -> tuple[str, ...]:
-    """Return the splits at ``request.path``, a file, a folder, or a hub's ``owner/name``.
-
-    Raises:
-        DataError: see :func:`fedsplit.data.files.splits` and :func:`fedsplit.data.hub.splits`.
-    """
-    return files.splits(request) if files.is_there(request) else hub.splits(request)
-
-
 def read(request: Request, split: str) -> Table:
     """Read one split: a row may give several samples, each with the row's further columns.
 
@@ -148,7 +139,6 @@ def read(request: Request, split: str) -> Table:
         raise DataError(
             f"label_column={request.label_column!r}: must be '' for instructions (causal-lm)"
         )
-    rows = files.rows if files.is_there(request) else hub.rows
     texts: list[str] = []
     places: list[str] = []
     columns: dict[str, list[Value]] = {column: [] for column in request.columns}

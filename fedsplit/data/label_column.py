@@ -68,8 +68,8 @@ class LabelColumn(ABC):
 
 
 @dataclass(frozen=True)
-class ClassColumn(LabelColumn):
-    """One class per text, by name (:mod:`fedsplit.data.labels`).
+class NamedColumn(LabelColumn):
+    """Classes by name (:mod:`fedsplit.data.labels`).
 
     Attributes:
         agreed: the parties' names of the classes, in order; empty: none were named.
@@ -78,6 +78,10 @@ class ClassColumn(LabelColumn):
 
     agreed: tuple[str, ...] = ()
     classes: int = 0
+
+
+class ClassColumn(NamedColumn):
+    """One class per text."""
 
     def names(self, tables: Sequence[Table], more: Callable[[], list[Table]]) -> tuple[str, ...]:
         """See :func:`fedsplit.data.labels.agreed_first`."""

@@ -14,7 +14,7 @@ from fedsplit.data.label_column import ClassColumn, LabelColumn
 from fedsplit.data.labels import names_digest, numerals, parse_class_names
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.sums import Family
-from fedsplit.tasks.base import CrossEntropy
+from fedsplit.tasks.base import CrossEntropy, Task
 
 OWN = "label-names"
 MOST_CLASSES = 100_000
@@ -61,19 +61,10 @@ def agreed_names(model: ModelConfig, own_text: str) -> tuple[str, ...]:
     return announced or own or numerals(model.labels)
 
 
-class Classification(CrossEntropy):
-    """One of C classes per text: cross-entropy; accuracy, F1 and the rest from counts.
+class NamedClasses(Task):
+    """Base of the tasks with one output for each of C classes, whose names the parties agree on."""
 
-    What leaves in an evaluation, where the owner's policy lets it: counts of true and predicted
-    classes (:mod:`fedsplit.confusion`).
-    """
-
-    name: ClassVar[str] = "sequence-classification"
-    words: ClassVar[str] = "classes"
-    head: ClassVar[str] = "sequence-classification"
-    exclusive: ClassVar[bool] = True
     named: ClassVar[bool] = True
-    metric: ClassVar[str] = "accuracy"
     terms_setting: ClassVar[str] = OWN
 
     @classmethod
@@ -93,6 +84,20 @@ class Classification(CrossEntropy):
     def agreed(self, model: ModelConfig, own: str) -> tuple[str, ...]:
         """See :func:`agreed_names`."""
         return agreed_names(model, own)
+
+
+class Classification(NamedClasses, CrossEntropy):
+    """One of C classes per text: cross-entropy; accuracy, F1 and the rest from counts.
+
+    What leaves in an evaluation, where the owner's policy lets it: counts of true and predicted
+    classes (:mod:`fedsplit.confusion`).
+    """
+
+    name: ClassVar[str] = "sequence-classification"
+    words: ClassVar[str] = "classes"
+    head: ClassVar[str] = "sequence-classification"
+    exclusive: ClassVar[bool] = True
+    metric: ClassVar[str] = "accuracy"
 
     def column(self, agreed: Sequence[str]) -> LabelColumn:
         """Return one class per cell; without names, an integer below their number is one."""

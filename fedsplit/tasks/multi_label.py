@@ -12,21 +12,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsplit.config import ModelConfig, RunConfig
-from fedsplit.data.label_column import LabelColumn
+from fedsplit.config import RunConfig
+from fedsplit.data.label_column import LabelColumn, NamedColumn
 from fedsplit.data.labels import class_name, is_missing, numerals, unknown_class
 from fedsplit.data.table import Cell, Table
 from fedsplit.errors import DataError, check
 from fedsplit.sums import Family, split_key
-from fedsplit.tasks.base import MAX_LOGIT, Task
-from fedsplit.tasks.classification import OWN, agreed_names, announced_names, check_names
+from fedsplit.tasks.base import MAX_LOGIT
+from fedsplit.tasks.classification import NamedClasses
 
 MOST_COUNTED = 256
 """Classes whose counts are reported."""
@@ -34,17 +33,8 @@ RIGHT, WRONG, MISSED = "right", "wrong", "missed"
 _SEPARATORS = re.compile(r"[;|]")
 
 
-@dataclass(frozen=True)
-class ClassSetColumn(LabelColumn):
-    """Any number of classes per cell, by name (:func:`fedsplit.data.labels.class_name`).
-
-    Attributes:
-        agreed: the parties' names of the classes, in order; empty: none were named.
-        classes: number of classes where nobody named them; 0: not known.
-    """
-
-    agreed: tuple[str, ...] = ()
-    classes: int = 0
+class ClassSetColumn(NamedColumn):
+    """Any number of classes per cell, by name (:func:`fedsplit.data.labels.class_name`)."""
 
     def names(self, tables: Sequence[Table], more: Callable[[], list[Table]]) -> tuple[str, ...]:
         """Return the agreed names, then those of other classes that occur, sorted.
@@ -120,7 +110,7 @@ class ClassSetColumn(LabelColumn):
         return list(zip(names, found, strict=True))
 
 
-class MultiLabel(Task):
+class MultiLabel(NamedClasses):
     """Any of C classes per text: the mean over classes of binary cross-entropy.
 
     A class is predicted where its logit is above 0; a text is right where all of its classes are.
@@ -130,9 +120,7 @@ class MultiLabel(Task):
     words: ClassVar[str] = "sets of classes"
     head: ClassVar[str] = "sequence-classification"
     problem: ClassVar[str] = "multi_label_classification"
-    named: ClassVar[bool] = True
     metric: ClassVar[str] = "micro-f1"
-    terms_setting: ClassVar[str] = OWN
     answer_columns: ClassVar[tuple[str, ...]] = ("classes",)
 
     def __init__(self, outputs: int | None) -> None:
@@ -144,23 +132,10 @@ class MultiLabel(Task):
 
     @classmethod
     def check_settings(cls, config: RunConfig) -> None:
-        """See :func:`fedsplit.tasks.classification.check_names`."""
-        check_names(config)
+        """See :func:`fedsplit.tasks.classification.check_names`; at most 10,000 classes."""
+        super().check_settings(config)
         labels = config.model.labels
         check(labels <= 10_000, "model.labels", labels, "<= 10000 for multi-label")
-
-    @classmethod
-    def outputs_of(cls, labels: int) -> int:
-        """Return one logit per class."""
-        return labels
-
-    def announced(self, model: ModelConfig) -> tuple[str, ...]:
-        """Return the announced names."""
-        return announced_names(model)
-
-    def agreed(self, model: ModelConfig, own: str) -> tuple[str, ...]:
-        """See :func:`fedsplit.tasks.classification.agreed_names`."""
-        return agreed_names(model, own)
 
     def column(self, agreed: Sequence[str]) -> LabelColumn:
         """Return sets of classes."""

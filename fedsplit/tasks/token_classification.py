@@ -4,38 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsplit import entities
-from fedsplit.config import ModelConfig, RunConfig
-from fedsplit.data.label_column import LabelColumn
+from fedsplit.data.label_column import LabelColumn, NamedColumn
 from fedsplit.data.labels import agreed_first, class_indices, is_labelled
 from fedsplit.data.table import Table, Value
 from fedsplit.errors import DataError
 from fedsplit.sums import Family, split_key
 from fedsplit.tasks.base import CrossEntropy, TaggedWords
-from fedsplit.tasks.classification import OWN, agreed_names, announced_names, check_names
+from fedsplit.tasks.classification import NamedClasses
 
 ENTITIES = Family("entities", (len(entities.KINDS), entities.MOST_TYPES), bounded=False)
 WORDS = Family("words", (2,), bounded=False)
 """Words that were tagged rightly, and all of them, those without a token too."""
 
 
-@dataclass(frozen=True)
-class TagColumn(LabelColumn):
-    """One tag per word, by name, as :mod:`fedsplit.data.labels` has names of classes.
-
-    Attributes:
-        agreed: the parties' names of the tags, in order; empty: none were named.
-        classes: number of tags where nobody named them; 0: not known.
-    """
-
-    agreed: tuple[str, ...] = ()
-    classes: int = 0
+class TagColumn(NamedColumn):
+    """One tag per word, by name: the tags are the classes."""
 
     def names(self, tables: Sequence[Table], more: Callable[[], list[Table]]) -> tuple[str, ...]:
         """See :func:`fedsplit.data.labels.agreed_first`."""
@@ -102,7 +92,7 @@ def _of_words(table: Table) -> Table:
     return replace(table, texts=(), labels=flat, columns={}, places=tuple(places))
 
 
-class TokenClassification(CrossEntropy):
+class TokenClassification(NamedClasses, CrossEntropy):
     """One of C tags per word, at the word's first token: cross-entropy; entity-F1 from counts.
 
     Which tokens have a target stays with the owner: the others' rows of the output get no gradient,
@@ -117,29 +107,9 @@ class TokenClassification(CrossEntropy):
     words: ClassVar[str] = "tags"
     head: ClassVar[str] = "token-classification"
     per_token: ClassVar[bool] = True
-    named: ClassVar[bool] = True
     form: ClassVar[str] = "words"
     metric: ClassVar[str] = "entity-f1"
-    terms_setting: ClassVar[str] = OWN
     answer_columns: ClassVar[tuple[str, ...]] = ("words", "tags")
-
-    @classmethod
-    def check_settings(cls, config: RunConfig) -> None:
-        """See :func:`fedsplit.tasks.classification.check_names`."""
-        check_names(config)
-
-    @classmethod
-    def outputs_of(cls, labels: int) -> int:
-        """Return one logit per tag."""
-        return labels
-
-    def announced(self, model: ModelConfig) -> tuple[str, ...]:
-        """Return the announced names of tags."""
-        return announced_names(model)
-
-    def agreed(self, model: ModelConfig, own: str) -> tuple[str, ...]:
-        """See :func:`fedsplit.tasks.classification.agreed_names`."""
-        return agreed_names(model, own)
 
     def column(self, agreed: Sequence[str]) -> LabelColumn:
         """Return one tag per word; without names, an integer below their number is one."""
