@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from fedsplit.sums import Family, split_key
+from fedsplit.sums import Family
 
 Counts = npt.NDArray[np.int64]
 
@@ -35,14 +35,9 @@ def to_report(counts: Counts) -> dict[str, float]:
     }
 
 
-def _pair(key: str) -> tuple[int, ...] | None:
-    found = split_key(key)
-    return found[1] if found is not None and FAMILY.has(key) else None
-
-
 def of_reports(reports: Sequence[Mapping[str, float]], classes: int = 0) -> Counts:
     """Return the sum of several reports' counts, (C, C) with C at least ``classes``."""
-    told = [(at, value) for row in reports for key, value in row.items() if (at := _pair(key))]
+    told = [told for row in reports for told in FAMILY.of(row).items()]
     classes = max([classes, *(1 + max(at) for at, _ in told)])
     found = np.zeros((classes, classes), dtype=np.int64)
     for at, value in told:

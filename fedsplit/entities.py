@@ -21,6 +21,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from fedsplit.sums import Family
+
 Counts = npt.NDArray[np.int64]
 Entity = tuple[str, int, int]  # (type, first word, last word)
 
@@ -30,7 +32,7 @@ COUNTED = ("right", "predicted", "true")
 KINDS = tuple((mode, counted) for mode in MODES for counted in COUNTED)
 MOST_TYPES = 64  # whose counts are reported
 _TAG = re.compile(r"([BI])-(.+)", re.DOTALL)
-_KEY = re.compile(r"entities-(\d)-(\d|[1-9]\d)")
+FAMILY = Family("entities", (len(KINDS), MOST_TYPES), bounded=False)
 
 
 def types_of(names: Sequence[str]) -> tuple[str, ...]:
@@ -106,13 +108,12 @@ def to_sums(counts: Counts) -> dict[str, float]:
 
 def of_sums(sums: Mapping[str, float], types: int = 0) -> Counts:
     """Return the counts that :func:`to_sums` wrote, (modes, types, 3) with ``types`` at least."""
-    found = [(match, value) for key, value in sums.items() if (match := _KEY.fullmatch(key))]
-    types = max([types, *(1 + int(match[2]) for match, _ in found)])
+    found = FAMILY.of(sums)
+    types = max([types, *(1 + kind for _, kind in found)])
     counts = np.zeros((len(MODES), types, len(COUNTED)), dtype=np.int64)
-    for match, value in found:
-        mode, counted = divmod(int(match[1]), len(COUNTED))
-        if mode < len(MODES):
-            counts[mode, int(match[2]), counted] = int(value)
+    for (row, kind), value in found.items():
+        mode, counted = divmod(row, len(COUNTED))
+        counts[mode, kind, counted] = int(value)
     return counts
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fedsplit.sums import Family, split_key
+from fedsplit.sums import Family
 
 LEVELS = 64
 RANGE = 12.0  # nats: scores beyond it are in the outer levels
@@ -42,10 +42,8 @@ def area(sums: Mapping[str, float]) -> tuple[float, float] | None:
     None where one of the classes has no text, or nothing was counted.
     """
     table = np.zeros((2, LEVELS))
-    for key, value in sums.items():
-        found = split_key(key)
-        if found is not None and FAMILY.has(key):
-            table[found[1]] += value
+    for at, value in FAMILY.of(sums).items():
+        table[at] += value
     negative, positive = table
     pairs = negative.sum() * positive.sum()
     if not pairs:

@@ -43,6 +43,14 @@ class Family:
             return False
         return all(index < size for index, size in zip(found[1], self.sizes, strict=True))
 
+    def of(self, sums: Mapping[str, float]) -> dict[tuple[int, ...], float]:
+        """Return the family's numbers among others, by their indices."""
+        return {
+            found[1]: value
+            for key, value in sums.items()
+            if self.has(key) and (found := split_key(key)) is not None
+        }
+
     def fault(self, metrics: Mapping[str, float], targets: float) -> str | None:
         """Return what is wrong with a report's numbers of this family, or None."""
         own = {key: value for key, value in metrics.items() if self.has(key)}

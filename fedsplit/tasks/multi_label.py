@@ -23,7 +23,7 @@ from fedsplit.data.label_column import LabelColumn, NamedColumn
 from fedsplit.data.labels import class_name, is_missing, numerals, unknown_class
 from fedsplit.data.table import Cell, Table
 from fedsplit.errors import DataError, check
-from fedsplit.sums import Family, split_key
+from fedsplit.sums import Family
 from fedsplit.tasks.base import MAX_LOGIT
 from fedsplit.tasks.classification import NamedClasses
 
@@ -204,10 +204,9 @@ class MultiLabel(NamedClasses):
         (``zero_division=0``).
         """
         table = torch.zeros(3, self.outputs or 1, dtype=torch.float64)
-        for key, value in sums.items():
-            found = split_key(key)
-            if found is not None and found[0] in (RIGHT, WRONG, MISSED):
-                table[(RIGHT, WRONG, MISSED).index(found[0]), found[1][0]] = value
+        for row, family in zip(table, self.families(), strict=True):
+            for at, value in family.of(sums).items():
+                row[at] = value
         right, wrong, missed = table
         whole = table.sum(1)
         return {

@@ -28,7 +28,7 @@ from fedsplit.data.labels import HIDDEN, class_name, is_missing
 from fedsplit.data.table import Table
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.rank_counts import rank_correlation
-from fedsplit.sums import Family, split_key
+from fedsplit.sums import Family
 from fedsplit.tasks.base import Task
 
 OWN = "label-range"
@@ -38,6 +38,8 @@ MOST = 3.0
 """Bound on a score; labels are within [-1, 1]."""
 STEPS = 50
 """Levels of a range, without the first: counts are of the nearest one."""
+MOMENTS = Family("moment", (3, 3), whole=False)
+LEVELS = Family("level", (STEPS + 1, STEPS + 1), all_targets=True)
 READ_STEPS = 20
 """The same for readers of gradients: a label is read if its twentieth of the range is."""
 STRATA = 5
@@ -197,10 +199,7 @@ class Regression(Task):
 
     def families(self) -> tuple[Family, ...]:
         """Return moments (powers of label and prediction) and counts (their nearest levels)."""
-        return (
-            Family("moment", (3, 3), whole=False),
-            Family("level", (STEPS + 1, STEPS + 1), all_targets=True),
-        )
+        return (MOMENTS, LEVELS)
 
     def count(
         self, scores: Tensor, targets: Tensor, parts: Sequence[int], about: object = None
@@ -225,11 +224,7 @@ class Regression(Task):
         predictions; Spearman's is within ``spearman-error`` of theirs
         (:mod:`fedsplit.rank_counts`).  A coefficient that is not defined is 0.
         """
-        table: dict[tuple[int, int], float] = {}
-        for key, value in sums.items():
-            found = split_key(key)
-            if found is not None and found[0] == "level" and len(found[1]) == 2:
-                table[found[1][0], found[1][1]] = value
+        table = {(i, j): times for (i, j), times in LEVELS.of(sums).items()}
         n = sum(table.values())
         if not n:
             return {}

@@ -15,11 +15,10 @@ from fedsplit.data.label_column import LabelColumn, NamedColumn
 from fedsplit.data.labels import agreed_first, class_indices, is_labelled
 from fedsplit.data.table import Table, Value
 from fedsplit.errors import DataError
-from fedsplit.sums import Family, split_key
+from fedsplit.sums import Family
 from fedsplit.tasks.base import CrossEntropy, TaggedWords
 from fedsplit.tasks.classification import NamedClasses
 
-ENTITIES = Family("entities", (len(entities.KINDS), entities.MOST_TYPES), bounded=False)
 WORDS = Family("words", (2,), bounded=False)
 """Words that were tagged rightly, and all of them, those without a token too."""
 
@@ -117,7 +116,7 @@ class TokenClassification(NamedClasses, CrossEntropy):
 
     def families(self) -> tuple[Family, ...]:
         """Return counts of entities (kind of count, type) and of words."""
-        return (ENTITIES, WORDS)
+        return (entities.FAMILY, WORDS)
 
     def count(
         self,
@@ -153,7 +152,7 @@ class TokenClassification(NamedClasses, CrossEntropy):
         found: dict[str, Any] = {}
         if sums.get("words-1"):
             found["word-accuracy"] = sums.get("words-0", 0.0) / sums["words-1"]
-        if any((key := split_key(k)) is not None and key[0] == ENTITIES.name for k in sums):
+        if entities.FAMILY.of(sums):
             counts = entities.of_sums(sums)
             found |= entities.scores(counts)
             found["entity-f1-by-type"] = entities.f1(counts[0]).tolist()
