@@ -403,6 +403,7 @@ def test_what_keeps_the_rules_is_not(module: str, text: str) -> None:
         ("fedsplit.config", "flwr ray torch transformers"),
         ("fedsplit.wire.message_types", "flwr ray torch"),
         ("fedsplit.client_app", "ray torch transformers"),
+        ("fedsplit.owners.ledger.chain", "flwr ray torch transformers numpy grpc"),
         ("fedsplit.deploy.start", "flwr ray torch transformers numpy grpc"),  # it stays for weeks
     ],
 )
