@@ -177,7 +177,8 @@ def test_an_average_carries_no_labels(
     none = owner("[reports]\nallow = false\n", name="none", count=30)
     silent = server.split(none, settings(), bundles["bottom"], packed, "evaluate")
     assert not {"loss", "accuracy"} & silent.metrics.keys()
-    # Little noise: that of the template moves most averages below zero, where all are reported alike.
+    # Little noise: that of the template moves most averages below zero, and all of these are
+    # reported alike.
     rules = "[reports]\nepsilon = 60.0\nmax_per_day = 6\nmax_epsilon = 600.0\n"
     noisy = owner(rules, name="noisy", count=30)
     told = [
