@@ -4,9 +4,11 @@ Each cell is one federation in this process: the real strategy, owners and sessi
 owners lie (:mod:`simulations.poison.liars`).  Rows: ``loss`` is the honest owners' mean loss on
 their own held-out text after the last round (nats), ``honest_loss`` the same owners' where nobody
 lies; ``named`` the liars that were charged, quarantined or lost, of ``colluders``; ``false_alarms``
-the rounds in which an honest owner was, or the gate refused an honest average.  ``trigger`` is the
-loss on the backdoor's sentence.  ``change_since_base`` and so on are the largest of an honest
-owner's tensor, ``quality`` the largest rise of the public loss in a round, in units of the base's.
+the rounds in which an honest owner was, or the gate refused an honest average; ``alike`` the liars
+that weighed less in some round since their changes were alike, ``alike_honest`` the honest owners
+that did.  ``trigger`` is the loss on the backdoor's sentence.  ``change_since_base`` and so on are
+the largest of an honest owner's tensor, ``quality`` the largest rise of the public loss in a round,
+in units of the base's.
 """
 
 from __future__ import annotations
@@ -133,11 +135,13 @@ def row_of(content: Mapping[str, Any], liars: set[str], rounds: int) -> Row:
         RunError: it was never evaluated.
     """
     named: set[str] = set()
+    alike: set[str] = set()
     alarms, worst, loss, trigger = 0, dict.fromkeys(SINCE, 0.0), None, None
     owners: dict[str, dict[str, float]] = {}
     for row in content["rounds"]:
         blamed = blamed_in(row)
         named |= blamed & liars
+        alike |= {n for n, part in contributions_of(row).items() if part.get("alike", 1.0) < 1.0}
         verdict = row.get("lineage", {}).get("verdict", "in_lineage")
         alarms += bool(blamed - liars) or (not liars and verdict != "in_lineage")
         for owner, found in row.get("lineage", {}).get("owners", {}).items():
@@ -160,6 +164,8 @@ def row_of(content: Mapping[str, Any], liars: set[str], rounds: int) -> Row:
         "excess": None,
         "named": len(named),
         "false_alarms": int(alarms),
+        "alike": len(alike & liars),
+        "alike_honest": len(alike - liars),
         "trigger": trigger if trigger is not None and math.isfinite(trigger) else None,
         "public_loss": losses[-1] if losses else None,
         "quality": max(rises) / base if base and rises else None,
@@ -171,6 +177,12 @@ def loss_without(row: Row, liars: int) -> float:
     """Return an honest federation's mean loss over the owners that do not lie in another one."""
     names = {f"owner-{i}" for i in range(liars)}
     return mean_loss(found for name, found in row["owners"].items() if name not in names)
+
+
+def contributions_of(row: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """Return what became of each owner's change in a round."""
+    found: Mapping[str, Mapping[str, Any]] = row.get("lineage", {}).get("contributions", {})
+    return found
 
 
 def blamed_in(row: Mapping[str, Any]) -> set[str]:
@@ -192,7 +204,7 @@ def mean_loss(rows: Iterable[Mapping[str, float]]) -> float:
 def print_rows(console: Console, rows: list[Row]) -> None:
     """Print what each federation came to."""
     heads = ["strategy", "case", "colluders", "rounds", "loss", "honest_loss", "excess", "named"]
-    heads += ["false_alarms", "trigger", "public_loss"]
+    heads += ["false_alarms", "alike", "alike_honest", "trigger", "public_loss"]
     lines = ([_shown(row[head]) for head in heads] for row in rows)
     console.print(make_table(heads, lines, title="What liars reach", left=2))
 

@@ -37,12 +37,15 @@ class Lie:
         gradients: what its gradients are multiplied by (split tuning).
         targets: the number of targets that it claims; 0 = the true one.
         trigger: it trains on a sentence of its own choice, in the norm of honest work.
+        noise: random noise on its change, in units of the change's norm, another for each liar, so
+            that liars' changes are no more alike than honest ones'.
     """
 
     weights: float = 1.0
     gradients: float = 1.0
     targets: float = 0.0
     trigger: bool = False
+    noise: float = 0.0
 
 
 LIES: dict[str, Lie] = {
@@ -51,6 +54,7 @@ LIES: dict[str, Lie] = {
     "scale": Lie(weights=-1000.0, gradients=-4000.0),
     "false counts": Lie(weights=-1.0, targets=1e29),
     "backdoor": Lie(trigger=True),
+    "disguised backdoor": Lie(trigger=True, noise=1.5),
 }
 """Case -> what its liars do."""
 
@@ -62,10 +66,12 @@ class LyingGrid:
     Attributes:
         lie: what they do.
         liars: their indices.
+        sent: changes that were lied about so far.
     """
 
     lie: Lie
     liars: frozenset[int] = field(default_factory=frozenset)
+    sent: int = 0
 
     def grid(self, config: RunConfig, run_id: int) -> LocalGrid:
         """Return the grid; everyone else is honest."""
@@ -84,13 +90,19 @@ class LyingGrid:
 
     def change(self, message: Message, reply: Message) -> None:
         """Change what a liar replies to its train message."""
-        if WEIGHTS in reply.content.array_records and self.lie.weights != 1.0:
+        if WEIGHTS in reply.content.array_records and (self.lie.weights != 1.0 or self.lie.noise):
             start = message.content.array_records[WEIGHTS]
             sent = reply.content.array_records[WEIGHTS]
+            generator = np.random.default_rng((message.metadata.dst_node_id, self.sent))
+            self.sent += 1
             for name, array in list(sent.items()):
                 begun = start[name].numpy()
-                moved = begun + self.lie.weights * (array.numpy() - begun)
-                sent[name] = Array(moved.astype(np.float32))
+                change = self.lie.weights * (array.numpy() - begun)
+                if self.lie.noise:
+                    drawn = generator.normal(size=begun.shape)
+                    size = self.lie.noise * np.linalg.norm(change) / np.linalg.norm(drawn)
+                    change = change + size * drawn
+                sent[name] = Array((begun + change).astype(np.float32))
         if self.lie.targets:
             reply.content.metric_records[REPORT]["targets"] = self.lie.targets
 

@@ -2,21 +2,24 @@
 
 Nothing here believes an owner's word.  Weights are cut to a multiple of the round's median, changes
 scaled down to a multiple of the round's median norm (as FLAME does, arXiv 2101.02281, algorithm 1),
-and a change that points against the others' is left out.  All three are relative to the owners of
-the same round, so the guarantee needs an honest majority among them:
+a change that points against the others' is left out, and changes that are more alike than the
+round's others weigh together about as much as one (the idea of FoolsGold, arXiv 1808.04866, with
+the round's own likeness as the measure).  All four are relative to the owners of the same round, so
+the guarantee needs an honest majority among them:
 
     with f of n owners lying, the honest ones of equal weight and the plain mean, what liars add is
     at most ``f cap clip / (n - f + f cap)`` times the largest honest norm, whatever they send.
 
 What breaks it: colluders that are half of the round or more; and changes of honest norm, weight and
-direction, such as a backdoor trained in.
+direction that are no more alike than honest ones, such as a backdoor trained in by one owner, or by
+several that add noise of their own.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -43,6 +46,11 @@ median absolute one), or that of a random direction's cosine, 1 / sqrt(weights),
 Nobody was that far off in 6,000 honest rounds drawn by a test (4 to 30 owners, pairwise cosines of
 0 to 0.64): at most 5 false alarms in 10,000 rounds with 95 % confidence, under that model."""
 
+LEAST_SPREAD = 0.02
+"""Spread of cosines at least: equal owners' need not be told apart more finely."""
+PIECE = 1 << 22
+"""Weights of all owners together that are compared at once."""
+
 
 @dataclass
 class Contribution:
@@ -55,6 +63,7 @@ class Contribution:
         weight: its weight as counted.
         weighed: its weight in the average.
         agreement: cosine with the sum of the other owners' directions; None for fewer than two.
+        alike: what its weight was multiplied by, others' changes being like its own; None if none's.
         reason: what is held against the owner; empty for what honest owners do.
     """
 
@@ -64,6 +73,7 @@ class Contribution:
     weight: float = 1.0
     weighed: float = 1.0
     agreement: float | None = None
+    alike: float | None = None
     reason: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +95,8 @@ def bound_contributions(
     """Bound every owner's weights, norm and direction in place; return what became of each.
 
     Replies whose ``share`` is 0 are not to be averaged.  Memory is two copies of the weights,
-    however many owners there are.
+    however many owners there are, and 32 MiB; time is quadratic in the number of owners with
+    ``screen`` (n^2 d multiplications for d weights).
 
     Args:
         replies: by owner, with checked weights and the same metrics each.
@@ -96,7 +107,10 @@ def bound_contributions(
     norms = {name: _norm(_changes(reply, start)) for name, reply in replies.items()}
     median = statistics.median(norms.values()) if norms else 0.0
     agreements = _agreements(replies, start, norms)
-    opposed = find_opposed(agreements, sum(value.size for value in start.values()))
+    opposed = find_opposed(agreements, weights_of(start))
+    alike: Mapping[str, float] = {}
+    if config.screen:
+        alike = likeness_weights(*_cosines(replies, start, norms), weights_of(start))
     found: dict[str, Contribution] = {}
     for name, reply in replies.items():
         row = Contribution(norms[name], norms[name] / median if median else float(norms[name] > 0))
@@ -108,6 +122,10 @@ def bound_contributions(
             row.share, row.reason = 0.0, opposed[name]
         elif row.share < 1.0:
             _scale(reply, start, row.share)
+        if name in alike:
+            row.alike = alike[name]
+            row.weighed *= row.alike
+            _weigh(reply, row.alike)
         found[name] = row
     return found
 
@@ -157,6 +175,67 @@ def _agreements(
         others = max(square - 2 * along + 1.0, 1e-12)  # |sum - own|^2
         found[owner] = (along - 1.0) / float(np.sqrt(others))
     return found
+
+
+def _cosines(
+    replies: Mapping[str, Message], start: Arrays, norms: Mapping[str, float]
+) -> tuple[list[str], NDArray]:
+    """Return the owners that changed anything and the cosines of their changes: (n, n)."""
+    moved = [name for name, norm in norms.items() if norm > 0]
+    found = np.zeros((len(moved), len(moved)))
+    for tensor, begun in start.items():
+        flat = begun.reshape(-1)
+        sent = [replies[o].content.array_records[WEIGHTS][tensor].numpy().ravel() for o in moved]
+        step = max(1, PIECE // max(1, len(moved)))
+        for at in range(0, flat.size, step):
+            part = slice(at, at + step)
+            rows = [
+                (own[part] - flat[part]) / norms[name]
+                for own, name in zip(sent, moved, strict=True)
+            ]
+            piece = np.stack(rows).astype(np.float32)  # (n, step): units, so nothing overflows
+            found += piece @ piece.T
+    return moved, found
+
+
+def weights_of(arrays: Arrays) -> int:
+    """Return how many numbers arrays hold together."""
+    return sum(value.size for value in arrays.values())
+
+
+def likeness_weights(owners: Sequence[str], cosines: NDArray, weights: int) -> dict[str, float]:
+    """Return what the weights of owners whose changes are alike are to be multiplied by.
+
+    The round's own likeness r is the median, over owners, of each one's median cosine to the
+    others, and its spread s likewise: with more honest owners than not, both are honest ones'.  Two
+    changes are alike if their cosine c is more than ``r + DEVIATIONS s``; an owner's factor is
+    ``1 / (1 + sum of (c - r) / (1 - r))`` over those alike to it, so that k equal changes weigh as
+    one, and honest owners whose texts are a little alike lose little.
+
+    Args:
+        owners: names; of fewer than five nobody is weighed down, since two are no minority.
+        cosines: of their changes, (n, n).
+        weights: dimensions of a change; random directions' cosines spread by 1 / sqrt(weights).
+    """
+    count = len(owners)
+    if count <= FEWEST:
+        return {}
+    others = cosines[~np.eye(count, dtype=bool)].reshape(count, count - 1)
+    medians = np.median(others, axis=1)
+    spreads = 1.4826 * np.median(np.abs(others - medians[:, None]), axis=1)
+    usual, spread = float(np.median(medians)), float(np.median(spreads))
+    spread = max(spread, LEAST_SPREAD, 1.0 / math.sqrt(max(1, weights)))
+    alike = np.where(others > usual + DEVIATIONS * spread, others - usual, 0.0).sum(axis=1)
+    factors = 1.0 / (1.0 + alike / max(1.0 - usual, LEAST_SPREAD))
+    return {name: float(f) for name, f in zip(owners, factors, strict=True) if f < 1.0}
+
+
+def _weigh(reply: Message, factor: float) -> None:
+    """Multiply what weighs a reply in an average."""
+    for record in reply.content.metric_records.values():
+        for key in COUNTS:
+            if isinstance(value := record.get(key), int | float):
+                record[key] = factor * float(value)
 
 
 def _share(row: Contribution, clip: float, median: float) -> float:
