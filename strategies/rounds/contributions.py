@@ -63,7 +63,7 @@ class Contribution:
         weight: its weight as counted.
         weighed: its weight in the average.
         agreement: cosine with the sum of the other owners' directions; None for fewer than two.
-        alike: what its weight was multiplied by, others' changes being like its own; None if none's.
+        alike: what its weight was multiplied by for changes like its own; None where none was.
         reason: what is held against the owner; empty for what honest owners do.
     """
 
@@ -183,10 +183,12 @@ def _cosines(
     """Return the owners that changed anything and the cosines of their changes: (n, n)."""
     moved = [name for name, norm in norms.items() if norm > 0]
     found = np.zeros((len(moved), len(moved)))
+    if not moved:
+        return moved, found
     for tensor, begun in start.items():
         flat = begun.reshape(-1)
         sent = [replies[o].content.array_records[WEIGHTS][tensor].numpy().ravel() for o in moved]
-        step = max(1, PIECE // max(1, len(moved)))
+        step = max(1, PIECE // len(moved))
         for at in range(0, flat.size, step):
             part = slice(at, at + step)
             rows = [

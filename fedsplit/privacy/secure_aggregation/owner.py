@@ -69,7 +69,7 @@ class Peer:
     Attributes:
         name: public name.
         identity: its identity key.
-        sealing: its key for sealed shares.
+        sealing: the secret key that shares between it and this owner are sealed with.
         masking: its key for masks.
         counted: whether its key is one that counts toward the fewest owners of a sum.
         shares: of its seed and its mask key, that it gave this owner; empty: it gave none.
@@ -162,12 +162,14 @@ class OwnerSide:
         self._at = roster.digests.index(own)
         places = {digest: at for at, digest in enumerate(roster.digests)}
         found: dict[int, Peer] = {}
+        sealing: dict[int, bytes] = {}  # public halves
         for advert in adverts:
             advert.check(self.occasion)
             at = places.get(advert.digest(self.occasion))
             if at is None:
                 raise PrivacyError(f"keys of {advert.name!r}: not those that the roster names")
-            kept = advert.name, advert.identity, advert.sealing, advert.masking
+            sealing[at] = advert.sealing
+            kept = advert.name, advert.identity, b"", advert.masking
             found[at] = Peer(*kept, counted=counts(advert))
         if sorted(found) != roster.around(self._at):
             raise PrivacyError(
@@ -187,11 +189,15 @@ class OwnerSide:
                 f"{2 * roster.threshold - roster.degree} of {roster.degree}, at threshold "
                 f"{roster.threshold}: together they could take a mask off"
             )
+        for at, public in sealing.items():  # once: both directions are sealed with the same key
+            purpose = pair_purpose(roster, self._at, at, "seal")
+            found[at] = replace(found[at], sealing=agree(self._sealing, public, purpose))
+        self._sealing = b""
         points = {at: at + 1 for at in found}
         seeds = shamir.split(self._seed, roster.threshold, list(points.values()))
         keys_ = shamir.split(self._masking, roster.threshold, list(points.values()))
         sealed = {
-            at: seal(self._sealing_key(at, True), seeds[x] + keys_[x], self._about(self._at, at))
+            at: seal(found[at].sealing, seeds[x] + keys_[x], self._about(self._at, at))
             for at, x in points.items()
         }
         self.phase = SHARED
@@ -213,10 +219,11 @@ class OwnerSide:
         for at, text in sealed.items():
             if at not in self._peers:
                 raise PrivacyError(f"sealed shares of owner {at}: not a neighbour")
-            shares = unseal(self._sealing_key(at, False), text, self._about(at, self._at))
+            shares = unseal(self._peers[at].sealing, text, self._about(at, self._at))
             if len(shares) != 2 * shamir.SHARE_BYTES:
                 raise PrivacyError(f"shares of {self._peers[at].name!r}: of another length")
             self._peers[at] = replace(self._peers[at], shares=shares)
+        self._peers = {at: replace(peer, sealing=b"") for at, peer in self._peers.items()}
         self._check_enough(list(sealed), "neighbours with shares")
 
     def mask(self, vector: NDArray) -> NDArray:
@@ -233,7 +240,7 @@ class OwnerSide:
             if peer.shares:
                 pair = agree(self._masking, peer.masking, pair_purpose(self._whole, self._at, at))
                 add_mask(found, pair, 1 if self._at < at else -1)
-        self._sealing = self._masking = self._seed = b""
+        self._masking = self._seed = b""
         return found
 
     # ---- 3: who is in the sum ---------------------------------------------------------------
@@ -378,17 +385,20 @@ class OwnerSide:
                 f"is of {self.fewest} owners"
             )
 
-    def _sealing_key(self, at: int, outward: bool) -> bytes:
-        ends = (self._at, at) if outward else (at, self._at)
-        purpose = self.occasion.label("seal") + self._about(*ends)
-        return agree(self._sealing, self._peers[at].sealing, purpose)
-
     def _about(self, sender: int, receiver: int) -> bytes:
         return self._whole.digest + sender.to_bytes(4, "little") + receiver.to_bytes(4, "little")
 
 
-def pair_purpose(roster: Roster, one: int, other: int) -> bytes:
-    """Return what the secret behind two owners' common mask is bound to."""
+def pair_purpose(roster: Roster, one: int, other: int, use: str = "pair") -> bytes:
+    """Return what a secret of two owners is bound to.
+
+    Args:
+        roster: of their sum.
+        one: an owner's index.
+        other: the other's.
+        use: ``pair``: their common mask; ``seal``: the shares that they send each other, whose
+            direction is in what each is sealed about.
+    """
     low, high = sorted((one, other))
     ends = low.to_bytes(4, "little") + high.to_bytes(4, "little")
-    return roster.occasion.label("pair") + roster.digest + ends
+    return roster.occasion.label(use) + roster.digest + ends

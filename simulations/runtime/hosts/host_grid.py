@@ -152,20 +152,29 @@ class HostGrid(Grid):
                         self._ready[asked] = reply
         except HostLost as error:
             self._lose(host, left.values(), error)
+        except Exception as error:  # a defect: its replies so far count, and nobody waits for more
+            log.exception("host %s: its batch of %d messages ended", host.name, len(orders))
+            reason = f"host {host.name} of this owner failed: {type(error).__name__}"
+            self._answer_for(left.values(), ErrorCode.UNKNOWN, reason)
 
-    def _lose(self, host: Host, unanswered: Iterable[Message], error: HostLost) -> None:
-        """Answer for the owners of a host that is gone; they will live elsewhere."""
+    def _answer_for(self, unanswered: Iterable[Message], code: int, reason: str) -> None:
+        """Answer messages with an error in their owners' place."""
         replies = {}
         for message in unanswered:
-            reason = f"host {host.name} of this owner is gone"
-            reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, reason), reply_to=message)
+            reply = Message(Error(code, reason), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
             replies[message.metadata.message_id] = reply
         with self._lock:
+            self._ready.update(replies)
+
+    def _lose(self, host: Host, unanswered: Iterable[Message], error: HostLost) -> None:
+        """Answer for the owners of a host that is gone; they will live elsewhere."""
+        with self._lock:  # first, so that nobody is sent back to it
             known = host in self.hosts
             self.hosts = [other for other in self.hosts if other is not host]
             self._lives_in = {o: h for o, h in self._lives_in.items() if h is not host}
-            self._ready.update(replies)
             rest = len(self.hosts)
+        reason = f"host {host.name} of this owner is gone"
+        self._answer_for(unanswered, ErrorCode.NODE_UNAVAILABLE, reason)
         if known:
             log.warning("host %s is gone (%s): %d are left", host.name, error, rest)

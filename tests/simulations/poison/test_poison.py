@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.errors import RunError
+from fedsplit.wire.messages import WEIGHTS, weights_record
 from simulations.poison.federations import blamed_in, loss_without, row_of
+from simulations.poison.liars import LIES, LyingGrid
 
 
 def round_of(**lineage: Any) -> dict[str, Any]:
@@ -46,6 +51,31 @@ def test_a_refused_honest_average_is_a_false_alarm() -> None:
     rounds = [{"lineage": {"verdict": "not_shown"}}, EVALUATED]
     assert row_of({"rounds": rounds}, set(), 2)["false_alarms"] == 1
     assert row_of({"rounds": rounds}, {"owner-0"}, 2)["false_alarms"] == 0
+
+
+def test_owners_whose_changes_weighed_less_are_counted_apart_from_the_named() -> None:
+    parts = {"owner-0": {"alike": 0.4}, "owner-1": {"alike": 0.9}, "owner-2": {"weighed": 5.0}}
+    row = row_of({"rounds": [round_of(contributions=parts), EVALUATED]}, {"owner-0"}, 2)
+    assert (row["alike"], row["alike_honest"]) == (1, 1)
+    assert (row["named"], row["false_alarms"]) == (0, 0)
+
+
+def test_a_disguised_liars_changes_are_longer_and_hardly_alike() -> None:
+    start = {"w": np.linspace(-1, 1, 4000, dtype=np.float32)}
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+    sent, lying = [], LyingGrid(LIES["disguised backdoor"], frozenset({0, 1}))
+    asked = Message(RecordDict({WEIGHTS: weights_record(start)}), 17, "train")
+    for _ in range(2):
+        reply = Message(
+            RecordDict({WEIGHTS: weights_record({"w": start["w"] + 0.01})}), reply_to=asked
+        )
+        lying.change(asked, reply)
+        sent.append(reply.content.array_records[WEIGHTS]["w"].numpy() - start["w"])
+    sizes = [float(np.linalg.norm(change)) for change in sent]
+    cosine = float(sent[0] @ sent[1]) / (sizes[0] * sizes[1])
+    honest = 0.01 * 4000**0.5
+    assert all(1.7 < size / honest < 1.9 for size in sizes)
+    assert 0.2 < cosine < 0.4
 
 
 def test_the_honest_loss_is_of_the_owners_that_do_not_lie() -> None:

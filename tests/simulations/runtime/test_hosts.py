@@ -225,6 +225,30 @@ def test_an_owner_that_breaks_does_not_hold_up_the_others(
     assert {reply.error.reason for reply in replies} == {"MemoryError"}
 
 
+class Torn:
+    """A host whose code breaks after its first replies."""
+
+    name = "torn"
+
+    def answer(self, orders: Sequence[Order]) -> Iterator[list[Message]]:
+        yield [Message(RecordDict(), reply_to=orders[0].message)]
+        raise ValueError("a defect")
+
+
+def test_replies_that_came_before_a_host_failed_count_and_nobody_waits_for_the_rest() -> None:
+    grid = HostGrid([Torn()], 3, 7)
+    nodes = list(grid.get_node_ids())
+    asked = [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
+
+    replies = list(grid.send_and_receive(asked, timeout=20.0))
+
+    assert [reply.has_error() for reply in replies].count(False) == 1
+    told = {reply.error.reason for reply in replies if reply.has_error()}
+    assert told == {"host torn of this owner failed: ValueError"}
+    assert len(replies) == 3
+    assert [host.name for host in grid.hosts] == ["torn"]
+
+
 def node(name: str, cpus: float) -> dict[str, Any]:
     return {"NodeID": name, "Resources": {"CPU": cpus} if cpus else {}}
 

@@ -16,7 +16,12 @@ from fedsplit.config.robust import AVERAGINGS
 from fedsplit.wire.messages import WEIGHTS, weights_record
 from strategies.rounds.aggregate import average_owners
 from strategies.rounds.averaging import adds_noise, make_averaging, set_current_arrays
-from strategies.rounds.contributions import bound_contributions, capped, find_opposed
+from strategies.rounds.contributions import (
+    bound_contributions,
+    capped,
+    find_opposed,
+    likeness_weights,
+)
 from strategies.rounds.lineage_watch import LineageWatch
 
 SIZE = (40, 50)
@@ -139,6 +144,77 @@ def test_directions_of_honest_owners_raise_no_alarm(owners: int) -> None:
             others = units.sum(0) - units
             cosines = (units * others).sum(1) / np.linalg.norm(others, axis=1)
             assert not find_opposed({str(i): float(c) for i, c in enumerate(cosines)}, 300)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("colluders", [2, 3])
+def test_colluders_of_one_direction_weigh_together_as_about_one(
+    colluders: int, noise: float
+) -> None:
+    changes = honest(10, shared=0.5)
+    (aim,) = honest(1, seed=9)
+    for i, own in enumerate(honest(colluders, seed=10, shared=0.0)):
+        changes[i] = {n: aim[n] + noise * own[n] for n in START}
+    found, row = averaged([reply(i, c) for i, c in enumerate(changes)])
+    assert found is not None
+    assert row["charged"] == {}, "honest owners may have the same texts: nobody is blamed for it"
+    parts = row["contributions"]
+    assert {name for name in parts if "alike" in parts[name]} == {f"o{i}" for i in range(colluders)}
+    together = sum(parts[f"o{i}"]["weighed"] for i in range(colluders))
+    assert 80.0 < together < 140.0, "an owner weighs 100"
+    others, plain = mean(changes[colluders:]), mean(changes)
+    assert norm(found, others) < 0.65 * norm(plain, others)
+
+
+def test_honest_owners_of_like_texts_lose_little_and_are_not_blamed() -> None:
+    changes = honest(10, shared=0.4)
+    pair = honest(2, seed=7, shared=0.8)  # of the same texts
+    own = {n: 0.9 * pair[0][n] + 0.4 * changes[0][n] for n in START}
+    changes[0], changes[1] = own, {n: 0.6 * own[n] + 0.8 * pair[1][n] for n in START}
+    row = averaged([reply(i, c) for i, c in enumerate(changes)])[1]
+    assert row["charged"] == {}
+    assert all(part["share"] == 1.0 for part in row["contributions"].values())
+    assert min(part["weighed"] for part in row["contributions"].values()) > 50.0
+
+
+def cosines(rows: np.ndarray) -> np.ndarray:
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return units @ units.T
+
+
+@pytest.mark.parametrize("owners", [5, 10, 30])
+def test_honest_changes_are_hardly_ever_too_much_alike(owners: int) -> None:
+    generator = np.random.default_rng(owners)
+    names, weighed = [str(i) for i in range(owners)], 0
+    for shared in (0.0, 0.2, 0.4, 0.8):
+        for _ in range(100):
+            common, own = generator.normal(size=2000), generator.normal(size=(owners, 2000))
+            rows = shared * common + (1 - shared**2) ** 0.5 * own
+            weighed += bool(likeness_weights(names, cosines(rows), 2000))
+    assert weighed <= 2, "of 400 rounds, and nobody is blamed then either"
+
+
+def test_groups_of_owners_of_equal_size_weigh_the_same() -> None:
+    generator = np.random.default_rng(0)
+    groups = np.repeat(generator.normal(size=(5, 3000)), 2, axis=0)  # five authors, two owners each
+    rows = 0.6 * groups + 0.8 * generator.normal(size=(10, 3000))
+    found = likeness_weights([str(i) for i in range(10)], cosines(rows), 3000)
+    assert len(found) == 10
+    assert max(found.values()) - min(found.values()) < 0.05
+    # Most owners are of one kind: they are the measure, and the few others are no more alike.
+    common = np.concatenate([np.repeat(groups[:1], 7, axis=0), np.repeat(groups[2:3], 3, axis=0)])
+    rows = 0.6 * common + 0.8 * generator.normal(size=(10, 3000))
+    assert not likeness_weights([str(i) for i in range(10)], cosines(rows), 3000)
+
+
+def test_a_copy_of_the_rounds_mean_weighs_less_and_leaves_the_others_equal() -> None:
+    changes = honest(10, shared=0.4)
+    changes[0] = mean(changes[1:])
+    row = averaged([reply(i, c) for i, c in enumerate(changes)])[1]
+    weights = {name: part["weighed"] for name, part in row["contributions"].items()}
+    others = [weight for name, weight in weights.items() if name != "o0"]
+    assert weights["o0"] < min(others)
+    assert max(others) < 1.1 * min(others)
 
 
 def test_few_owners_are_bounded_and_nobody_is_blamed() -> None:
