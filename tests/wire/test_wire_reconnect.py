@@ -239,6 +239,33 @@ def test_the_oldest_of_the_most_crowded_address_makes_room() -> None:
     echo.server.stop()
 
 
+def test_256_silent_streams_from_four_addresses_leave_an_owner_its_place() -> None:
+    """On the first version they took all the places that there were."""
+    echo = Echo(max_waiting=64)
+    silent = [Silent() for _ in range(512)]
+    for at, link in enumerate(silent[:256]):
+        echo.server._make_room(link, f"10.0.0.{at % 4}")  # type: ignore[arg-type]
+    owner = Silent()
+    echo.server._make_room(owner, "192.0.2.1")  # type: ignore[arg-type]
+    for at, link in enumerate(silent[256:]):
+        echo.server._make_room(link, f"10.0.0.{at % 4}")  # type: ignore[arg-type]
+    assert owner.closed == 0, "its address is the least crowded"
+    assert owner in echo.server._waiting
+    assert len(echo.server._waiting) == 64
+    assert sum(link.closed for link in silent) == 512 - 63
+    echo.server._waiting.clear()
+    echo.server.stop()
+
+
+class Silent:
+    """A stream that never says anything."""
+
+    closed = 0
+
+    def fail(self, error: Exception) -> None:
+        self.closed += 1
+
+
 class Waiting:
     """A stream that has said nothing yet."""
 
