@@ -91,6 +91,11 @@ def _bound(
     row["charged"] = {name: part.reason for name, part in found.items() if part.reason}
     for name, reason in row["charged"].items():
         log.warning("round %d: %s: %s", row["round"], name, reason)
+    if alike := [name for name, part in found.items() if part.alike is not None]:
+        told = ", ".join(alike)
+        log.warning(
+            "round %d: changes more alike than the others' weigh less: %s", row["round"], told
+        )
     return [name for name, part in found.items() if part.share > 0]
 
 
