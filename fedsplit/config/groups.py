@@ -101,8 +101,11 @@ class TrainConfig:
         accumulate: cohort steps whose gradients make one step of the top; what owners train
             themselves is stepped each time.
         class_weights: what a target's loss is multiplied by in training, a number for each class in
-            order, separated by commas, each in [0.01, 100]; empty: 1 for all.  The mean is over
-            targets, not over weights, so that owners' means add up to the mean of all.
+            order, separated by commas, each in [0.01, 100]; ``balanced``: every owner's own, by its
+            own counts; empty: 1 for all.  The mean is over targets, not over weights, so that
+            owners' means add up to the mean of all.
+        sampler: ``uniform`` (every text once an epoch), or ``balanced``: of each class as many
+            draws, which shows the labels and is refused where they are to be hidden.
         optimizer: ``adamw`` or ``sgd``.
         lr: peak learning rate of the top (1/step).
         head_lr: learning rate of a fresh classification head; 0 = same as ``lr``.
@@ -132,6 +135,7 @@ class TrainConfig:
     lora_form: str = "lora"
     accumulate: int = 1
     class_weights: str = ""
+    sampler: str = "uniform"
     optimizer: str = "adamw"
     lr: float = 1e-4
     head_lr: float = 1e-3
@@ -155,6 +159,7 @@ class TrainConfig:
         check(self.max_steps >= 0, "train.max-steps", self.max_steps, ">= 0 (0 = no bound)")
         check(bool(self.method), "train.method", self.method, "a method's name")
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        one_of("train.sampler", self.sampler, ("uniform", "balanced"))
         one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
         one_of("train.lora-form", self.lora_form, ("lora", "rslora", "dora"))
         check(1 <= self.lora_rank <= 65_536, "train.lora-rank", self.lora_rank, "in [1, 65536]")

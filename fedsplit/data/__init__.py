@@ -26,7 +26,7 @@ from fedsplit.data import (
     hub,
     tagged,
 )
-from fedsplit.data.batches import epoch_batches
+from fedsplit.data.batches import balanced_batches, epoch_batches
 from fedsplit.data.dataset import TextDataset, build
 from fedsplit.data.label_column import ClassColumn, LabelColumn
 from fedsplit.data.labels import (
@@ -59,6 +59,7 @@ __all__ = [
     "Table",
     "TextDataset",
     "Value",
+    "balanced_batches",
     "balanced_groups",
     "docstrings_are_public",
     "epoch_batches",

@@ -5,7 +5,13 @@ from __future__ import annotations
 from fedsplit.config import RunConfig
 from fedsplit.errors import check
 from fedsplit.privacy.contributing_tokens import PUBLIC_STATISTICS, STATISTICS
-from fedsplit.privacy.labels.table import check_labels, owner_trains_head, shows_text
+from fedsplit.privacy.labels.table import (
+    check_labels,
+    owner_trains_head,
+    parts_of,
+    said,
+    shows_text,
+)
 from fedsplit.privacy.mechanisms.table import mechanism_type
 from fedsplit.tasks import task_type
 
@@ -28,8 +34,29 @@ def check_privacy(config: RunConfig) -> None:
         "texts are not each of one class",
     )
     check_labels(config)
+    _check_sampler(config)
     _check_text(config)
     _check_dp(config)
+
+
+def _check_sampler(config: RunConfig) -> None:
+    """Refuse draws by class where they show what is to be hidden, or void what is counted."""
+    name, value, asked = "train.sampler", config.train.sampler, config.labels.protection
+    if value == "uniform":
+        return
+    one = config.strategy == "split-tuning" and task_type(config.model.task).exclusive
+    check(one, name, value, "uniform but for texts of one class each (sequence-classification)")
+    parts = parts_of(asked)
+    told = any(p.changes_labels() for p in parts) or said(asked).split("+")[-1] == "none"
+    bound = (
+        f"uniform with labels.protection={asked!r}: how often a slot is drawn tells its class "
+        "('none', 'client-head+none' and 'randomised-response' allow for it)"
+    )
+    check(told, name, value, bound)
+    bound = "uniform with split.bottom='joint', where every draw of a text is one more view of it"
+    check(config.split.bottom == "frozen", name, value, bound)
+    bound = "uniform with dp.noise-multiplier, whose accounting is of draws alike for all texts"
+    check(config.dp.noise_multiplier == 0, name, value, bound)
 
 
 def _check_text(config: RunConfig) -> None:

@@ -12,15 +12,18 @@ Examples:
 from __future__ import annotations
 
 from fedsplit.tasks.base import ChoiceGroups, CrossEntropy, TaggedWords, Task
+from fedsplit.tasks.class_weights import BALANCED, balanced_weights
 from fedsplit.tasks.table import TASKS, announced_column, check_task, task_of, task_type
 
 __all__ = [
+    "BALANCED",
     "TASKS",
     "ChoiceGroups",
     "CrossEntropy",
     "TaggedWords",
     "Task",
     "announced_column",
+    "balanced_weights",
     "check_task",
     "task_of",
     "task_type",

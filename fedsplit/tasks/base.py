@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fedsplit.config import ModelConfig, RunConfig
 from fedsplit.data.label_column import LabelColumn
+from fedsplit.errors import ConfigError
 from fedsplit.sums import Family
 
 MAX_LOGIT = 30.0
@@ -298,12 +299,23 @@ class CrossEntropy(Task):
     row_bound: float | None = 2.0**0.5
     """A row is p - q, both distributions: q the label, or what a drawn one may stand for."""
     weights: Tensor | None = None
-    """(C,), of the classes in training; None: 1 for all."""
+    """(C,), of the classes in training; None: 1 for all, or see ``own_weights``."""
+    own_weights: tuple[float, float] | None = None
+    """Bounds of weights that every owner takes of its own labels; None: they are the run's."""
 
     def weigh(self, weights: Sequence[float]) -> None:
         """See :meth:`Task.weigh`."""
         self.weights = torch.tensor(weights)
         self.row_bound = 2.0**0.5 * max(weights)
+
+    def let_owners_weigh(self, least: float, most: float) -> None:
+        """Say that every owner has weights of its own in [least, most], which it alone knows.
+
+        An owner sets them by :meth:`weigh`.  For the server a row is then honest at any scale
+        between the two.
+        """
+        self.own_weights = least, most
+        self.row_bound = 2.0**0.5 * most
 
     def bounded(self, scores: Tensor) -> Tensor:
         """Return logits with each within ``MAX_LOGIT`` of its row's mean."""
@@ -332,6 +344,8 @@ class CrossEntropy(Task):
         """
         if self.weights is not None:
             return (self.losses(scores, targets) * self.weights[targets]).mean()
+        if self.own_weights is not None:
+            raise ConfigError("train.class-weights='balanced': the owner's weights are not set")
         if transition is None:
             return functional.cross_entropy(scores.float(), targets)
         drawn = scores.float().softmax(dim=1) @ transition.float()  # (N, C)
@@ -348,6 +362,9 @@ class CrossEntropy(Task):
         honest = honest.scatter_add_(1, label, -torch.ones(label.shape))
         if self.weights is not None:
             rows = rows / self.weights[label]
+        elif self.own_weights is not None:  # the scale that fits best
+            along, square = (rows * honest).sum(1), honest.square().sum(1).clamp_min(1e-30)
+            rows = rows / (along / square).clamp(*self.own_weights)[:, None]
         away: Tensor = (rows - honest).norm(dim=1)
         # Owners clip logits that are further from their mean than any honest one.
         return torch.where(scores.amax(dim=1) - scores.mean(dim=1) < CLIPPED, away, 0.0)

@@ -20,10 +20,11 @@ from fedsplit.models.adapters.trainable import make_trainable, method_options
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.owners.samples import Samples
+from fedsplit.owners.split.protected_labels import own_class_weights
 from fedsplit.owners.split.schedule import evaluation_steps, train_steps
 from fedsplit.seeding import derive_seed
 from fedsplit.sums import add_up
-from fedsplit.tasks import task_of
+from fedsplit.tasks import BALANCED, task_of
 from simulations.core.owner_samples import OwnerSamples
 from strategies.base_model import AUTOCASTS, load_base
 from strategies.rounds.report import natural
@@ -85,6 +86,11 @@ class CentralisedTwin:
         check(accumulate == 1, "train.accumulate", accumulate, "1 beside a centralised twin")
         self.config, self.task = config, task_of(config)
         self.owners = {owner.name: owner for owner in owners}
+        self._balanced: dict[int, Tensor] = {}  # by the owner's training samples
+        if config.train.class_weights == BALANCED:
+            for owner in self.owners.values():
+                own = own_class_weights(owner.train, self.task.outputs or 0)
+                self._balanced[id(owner.train)] = torch.tensor(own)
         loaded = load_base(config)
         self.bottom, self.top = split(loaded.model, config.split.k, verify=False)
         self.top.autocast = AUTOCASTS[config.model.autocast]
@@ -131,7 +137,7 @@ class CentralisedTwin:
         if self.bottom_optimizer is not None:
             self.bottom_optimizer.zero_grad(set_to_none=True)
         logits, targets = self.logits(samples)
-        loss = self.task.loss(logits, targets)
+        loss = self._loss(samples, logits, targets)
         torch.autograd.backward([loss])
         self.optimisation.step(progress)
         if self.bottom_optimizer is not None:
@@ -139,6 +145,13 @@ class CentralisedTwin:
                 nn.utils.clip_grad_norm_(self.bottom.parameters(), self.config.train.clip)
             self.bottom_optimizer.step()
         return float(loss.detach())
+
+    def _loss(self, samples: Step, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss, each owner's targets by its own weights where they are balanced."""
+        if not self._balanced:
+            return self.task.loss(logits, targets)
+        weights = [self._balanced[id(own)][own.targets_of(slots)[1]] for own, slots in samples]
+        return (self.task.losses(logits, targets) * torch.cat(weights)).mean()
 
     def schedule(self, waves: Sequence[Sequence[Sequence[str]]]) -> list[tuple[Step, float]]:
         """Return every step with its progress; ``waves``: per round, owners stepped together."""
@@ -152,7 +165,12 @@ class CentralisedTwin:
             for number, group in enumerate(groups):
                 batches = {
                     name: train_steps(
-                        len(self.owners[name].train), config.train, config.seed, name, index + 1
+                        len(self.owners[name].train),
+                        config.train,
+                        config.seed,
+                        name,
+                        index + 1,
+                        self.owners[name].train.classes,
                     )[0]
                     for name in sorted(group, key=natural)
                 }

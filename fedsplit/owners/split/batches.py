@@ -44,6 +44,7 @@ class BatchSession(ABC):
         joint: whether the bottom changes between steps; then every batch is sent anew.
         views: different noises of one text that the session may send.
         own: what the owner measures its own protection on.
+        passes: what part of a pass over the samples each step is; None: its share of them.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class BatchSession(ABC):
         joint: bool = False,
         views: int = 1,
         own: OwnTexts | None = None,
+        passes: Sequence[float] | None = None,
     ) -> None:
         self.bottom = bottom.eval()
         self.reader = reader
         self.samples: Samples = reader.samples
         self.batches = [[int(slot) for slot in batch] for batch in batches]
+        self._passes = passes or [len(batch) / len(self.samples) for batch in self.batches]
         self.perturber = perturber
         lengths = self.samples.lengths
         self.source = Source(bottom, perturber, max(lengths), sum(lengths), joint, own)
@@ -163,7 +166,7 @@ class BatchSession(ABC):
         }
         shown = Representations(
             used=len(slots),
-            epochs=None if self._mode == "predict" else len(slots) / len(self.samples),
+            epochs=None if self._mode == "predict" else self._passes[step],
             texts=self._identities(fresh),
             noises=tuple(view.noise for view in views),
             rows=rows,

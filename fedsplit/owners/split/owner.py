@@ -49,6 +49,7 @@ class SplitOwner(BatchSession):
         dp: DP-SGD for what the owner trains; None: plain steps.
         report: averages as they may leave; None: exact ones.
         own: what the owner measures its own protection on.
+        passes: see :class:`~fedsplit.owners.split.batches.BatchSession`.
 
     Raises:
         ModelError: the bottom is to learn and has nothing to train.
@@ -65,6 +66,7 @@ class SplitOwner(BatchSession):
         dp: DpSettings | None = None,
         report: SessionReport | None = None,
         own: OwnTexts | None = None,
+        passes: Sequence[float] | None = None,
     ) -> None:
         self.report = report
         self.side = side or LabelSide(OutputReader(samples, classify=samples.labels is not None))
@@ -78,6 +80,7 @@ class SplitOwner(BatchSession):
             joint=settings.joint,
             views=settings.views,
             own=own,
+            passes=passes,
         )
         self.settings = settings
         self.loss_sum = 0.0

@@ -33,7 +33,7 @@ from fedsplit.owners.samples import Samples, tokenise_set, tokenising
 from fedsplit.owners.split.label_side import LabelSide
 from fedsplit.owners.split.owner import SplitOwner
 from fedsplit.owners.split.protected_labels import label_channel, protected_labels
-from fedsplit.owners.split.schedule import evaluation_steps, slot_order, train_steps
+from fedsplit.owners.split.schedule import evaluation_steps, passes_of, slot_order, train_steps
 from fedsplit.owners.split.settings import DpSettings, SplitSettings
 from fedsplit.owners.task import OwnerTask
 from fedsplit.privacy import (
@@ -119,8 +119,13 @@ def _build_split_owner(task: OwnerTask) -> SplitOwner:
     report = SessionReport(task.check.policy, identity.secret)
     shown, side = _label_side(task, train, chosen, mode, report)
     perturber = _perturber(config, identity, folder, bottom, tokenizer, train, shown)
+    passes = None
     if mode == "train":
-        batches, epochs = train_steps(len(chosen), config.train, config.seed, identity.name, round_)
+        batches, epochs = train_steps(
+            len(chosen), config.train, config.seed, identity.name, round_, shown
+        )
+        if config.train.sampler != "uniform":
+            passes = passes_of(batches, len(chosen))
         views = len(set(epochs)) if joint else 1  # a bottom that moves shows new rows each time
     else:
         together = None if chosen.choices is None else chosen.choices.sizes
@@ -150,7 +155,7 @@ def _build_split_owner(task: OwnerTask) -> SplitOwner:
     labels = label_channel(side, train) if mode == "train" else None
     public = docstrings_are_public(_data_kind(task))
     own = OwnTexts(tokenizer, lambda: train, labels, config.model.max_tokens, public)
-    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp, report, own)
+    return SplitOwner(bottom, samples, batches, perturber, settings, side, dp, report, own, passes)
 
 
 def _data_kind(task: OwnerTask) -> str:

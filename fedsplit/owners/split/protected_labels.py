@@ -22,7 +22,7 @@ from fedsplit.privacy.labels.table import (
     withholds_gradients,
 )
 from fedsplit.privacy.secret import OwnerSecret
-from fedsplit.tasks import task_of
+from fedsplit.tasks import BALANCED, balanced_weights, task_of
 
 
 def protected_labels(
@@ -67,6 +67,8 @@ def protected_labels(
             share = float(torch.eq(shown, 1).double().mean())
         shield = GradientShield(protection, secret, share)
     samples = replace(train, labels=shown) if mode == "train" else chosen
+    if mode == "train" and config.train.class_weights == BALANCED:
+        task.weigh(own_class_weights(samples, task.outputs or 0))
     reader = OutputReader(
         samples,
         classify=not task.per_token,
@@ -87,6 +89,17 @@ def protected_labels(
         withholds=withholds,
     )
     return shown, side
+
+
+def own_class_weights(samples: Samples, classes: int) -> list[float]:
+    """Return the weights of ``train.class-weights = "balanced"``, by an owner's own targets.
+
+    Args:
+        samples: those that it trains on; with drawn labels the draws.
+        classes: C that the parties agreed on.
+    """
+    _, targets = samples.targets_of(range(len(samples)))
+    return balanced_weights(targets, classes)
 
 
 def label_channel(side: LabelSide, train: Samples) -> LabelChannel | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from fedsplit.config import TrainConfig
-from fedsplit.data.batches import epoch_batches
+from fedsplit.data.batches import balanced_batches, epoch_batches
+from fedsplit.errors import DataError
 from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.seeding import derive_seed
 
@@ -21,7 +24,12 @@ def slot_order(secret: OwnerSecret, split: str, n: int) -> np.ndarray:
 
 
 def train_steps(
-    n: int, config: TrainConfig, seed: int, owner: str, round_: int
+    n: int,
+    config: TrainConfig,
+    seed: int,
+    owner: str,
+    round_: int,
+    classes: Tensor | None = None,
 ) -> tuple[list[np.ndarray], list[int]]:
     """Return the batches of one round and the epoch each belongs to.
 
@@ -34,7 +42,15 @@ def train_steps(
         seed: the run's seed.
         owner: the owner's public name; owners' orders are independent.
         round_: server round, from 1.
+        classes: (n,) each sample's class, as far as anything may be derived from it; needed by
+            ``train.sampler = "balanced"`` alone.
+
+    Raises:
+        DataError: the sampler needs classes and there are none.
     """
+    balanced = config.sampler == "balanced"
+    if balanced and classes is None:
+        raise DataError("train.sampler='balanced': must be uniform, as texts are of no one class")
     per_epoch = -(-n // config.batch_size)
     steps = config.epochs * per_epoch
     if config.max_steps:
@@ -43,12 +59,36 @@ def train_steps(
     batches: list[np.ndarray] = []
     epochs: list[int] = []
     for epoch in range(first // per_epoch, (first + steps - 1) // per_epoch + 1):
-        order = epoch_batches(n, config.batch_size, derive_seed(seed, "batches", owner), epoch)
+        stream = derive_seed(seed, "batches", owner)
+        if balanced and classes is not None:
+            order = balanced_batches(classes.numpy(), config.batch_size, stream, epoch)
+        else:
+            order = epoch_batches(n, config.batch_size, stream, epoch)
         for index, batch in enumerate(order):
             if first <= epoch * per_epoch + index < first + steps:
                 batches.append(batch)
                 epochs.append(epoch)
     return batches, epochs
+
+
+def passes_of(batches: Sequence[np.ndarray], n: int) -> list[float]:
+    """Return what part of a pass over ``n`` samples each batch is, for the owner's budgets.
+
+    Where samples are drawn more than once, passes are those of the sample that was drawn most: what
+    gradients tell of a label adds up over its own draws.  So the parts up to any batch add up to
+    the draws of that sample, or to the share of all samples, whichever is more.
+    """
+    drawn: Counter[int] = Counter()
+    total, charged, most = 0, 0.0, 0
+    found = []
+    for batch in batches:
+        drawn.update(int(slot) for slot in batch)
+        total += len(batch)
+        most = max(most, *(drawn[int(slot)] for slot in batch))
+        now = max(total / n, float(most))
+        found.append(now - charged)
+        charged = now
+    return found
 
 
 def evaluation_steps(
