@@ -8,7 +8,6 @@ import fedsplit
 from fedsplit.commands import (
     compare,
     doctor,
-    evaluate,
     export,
     fingerprint,
     inspect,
@@ -24,6 +23,7 @@ from fedsplit.commands.attacks import extraction as attack_extraction
 from fedsplit.commands.attacks import inversion as attack
 from fedsplit.commands.attacks import lineage as attack_lineage
 from fedsplit.commands.attacks import policy as attack_policy
+from fedsplit.commands.evaluation import evaluate
 from fedsplit.observe.console import console, run_command_line
 
 app_cli = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)

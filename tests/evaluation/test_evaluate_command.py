@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
-from fedsplit.commands.evaluate_subjects import subjects
+from fedsplit.commands.evaluation.subjects import subjects
 from fedsplit.emulators import Emulator, EmulatorPlan, adapter_state, make_compressor, plug_in
 from fedsplit.emulators.build import tune_in_full
 from fedsplit.emulators.compressors.base import Material

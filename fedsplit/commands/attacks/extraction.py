@@ -122,8 +122,8 @@ def emulator_case(
     """
     from fedsplit.attacks import Truth, View
     from fedsplit.attacks.extraction.attack import Gap, Task
-    from fedsplit.commands.evaluate import read_text
-    from fedsplit.commands.evaluate_subjects import read_adapters
+    from fedsplit.commands.evaluation.evaluate import read_text
+    from fedsplit.commands.evaluation.subjects import read_adapters
     from fedsplit.emulators.files import load_emulator
     from fedsplit.emulators.lm import pack
     from fedsplit.errors import ModelError, check

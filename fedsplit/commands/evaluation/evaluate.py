@@ -43,7 +43,7 @@ def evaluate(
 
     Nothing is fetched unless the model or a task is asked for by a hub's name.
     """
-    from fedsplit.commands.evaluate_subjects import is_local, subjects
+    from fedsplit.commands.evaluation.subjects import is_local, subjects
     from fedsplit.errors import check
 
     check(limit >= 0, "--limit", limit, ">= 0")

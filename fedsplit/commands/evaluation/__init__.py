@@ -1,0 +1,1 @@
+"""``fedsplit evaluate``: how good a model or a run is."""
