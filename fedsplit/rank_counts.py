@@ -53,6 +53,20 @@ def rank_correlation(counts: Mapping[tuple[int, int], float]) -> tuple[float, fl
     return found, max(min(high, 1.0) - found, found - max(low, -1.0))
 
 
+def spearman(x: Floats, y: Floats) -> float:
+    """Return Spearman's coefficient of pairs, ties with their mean rank; 0 where it is undefined.
+
+    Args:
+        x, y: (n,) values.
+    """
+    ranks = []
+    for values in (x, y):
+        _, level, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append(_mean_ranks(counts.astype(np.float64))[level])
+    size = float(np.linalg.norm(ranks[0]) * np.linalg.norm(ranks[1]))
+    return max(-1.0, min(1.0, float(ranks[0] @ ranks[1]) / size)) if size else 0.0
+
+
 def _mean_ranks(counts: Floats) -> Floats:
     """Return each level's mean rank, centred: counts @ ranks == 0."""
     below = np.cumsum(counts) - counts

@@ -67,6 +67,7 @@ __all__ = [
     "load_splits",
     "names_digest",
     "numerals",
+    "only_split",
     "parse_class_names",
     "partition",
     "read_rows",
@@ -242,6 +243,15 @@ def _read(source: Source, request: Request, split: str) -> Table:
         name = request.path or "this data set"
         raise DataError(f"split={split!r}: must be one of {', '.join(there)} in {name}")
     return source.read(request, wanted)
+
+
+def only_split(kind: str, path: str) -> str:
+    """Return the split of a path that was named to be tested on: the one to test on, or the only.
+
+    Raises:
+        DataError: there are several and none of :data:`HELD_OUT`, or nothing can be read.
+    """
+    return _only_split(pick(DATASETS, kind, "dataset"), Request(path))
 
 
 def _only_split(source: Source, request: Request) -> str:

@@ -248,6 +248,17 @@ class Task(ABC):
         """Return what owners' numbers, added up, say of all their texts together; JSON-able."""
         return {}
 
+    def exact(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Return scores that need all predictions at once, where a report has counts of them.
+
+        They take the place of :meth:`scores`'s of the same name, where one party has every row.
+
+        Args:
+            scores: rows of output of all texts, (N, C).
+            targets: (N, ...).
+        """
+        return {}
+
     def headline(self, metrics: Mapping[str, Any]) -> float | None:
         """Return :attr:`metric` of averages and scores; None where they do not tell it."""
         value = metrics.get(self.metric)

@@ -13,6 +13,7 @@ from fedsplit.config import ModelConfig, RunConfig
 from fedsplit.data.label_column import ClassColumn, LabelColumn
 from fedsplit.data.labels import names_digest, numerals, parse_class_names
 from fedsplit.errors import ConfigError, DataError, check
+from fedsplit.statistics import auc
 from fedsplit.sums import Family
 from fedsplit.tasks.base import CrossEntropy, Task
 
@@ -141,6 +142,18 @@ class Classification(NamedClasses, CrossEntropy):
             found["auc"], found["auc-error"] = curve
         found["recalls"] = confusion.recalls(table).tolist()
         found["confusion"] = table.tolist()
+        return found
+
+    def exact(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Return the scores of any number of classes, and the area under the ROC curve of two."""
+        classes = scores.shape[1]
+        pairs = targets * classes + scores.argmax(dim=1)
+        table = torch.bincount(pairs, minlength=classes**2).reshape(classes, classes).numpy()
+        found: dict[str, Any] = dict(confusion.scores(table))
+        found["recalls"] = confusion.recalls(table).tolist()
+        margins, positive = (scores[:, -1] - scores[:, 0]).double(), targets == 1
+        if classes == 2 and 0 < int(positive.sum()) < len(targets):
+            found["auc"] = auc(margins[positive].numpy(), margins[~positive].numpy())
         return found
 
     def hypotheses(self, targets: Tensor) -> list[Tensor] | None:

@@ -14,6 +14,7 @@ server, with the head) reads labels of held-out texts off these counts to half a
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fedsplit.data.label_column import LabelColumn
 from fedsplit.data.labels import HIDDEN, class_name, is_missing
 from fedsplit.data.table import Table
 from fedsplit.errors import ConfigError, DataError, check
-from fedsplit.rank_counts import rank_correlation
+from fedsplit.rank_counts import rank_correlation, spearman
 from fedsplit.sums import Family
 from fedsplit.tasks.base import Task
 
@@ -84,6 +85,8 @@ class NumberColumn(LabelColumn):
             value, place = _number(cell), table.place(row)
             if value is None:
                 empty = "; the cell is empty" if is_missing(class_name(cell)) else ""
+                if isinstance(cell, str) and _COMMA.fullmatch(cell.strip()):
+                    empty = "; a decimal comma is written as a point"
                 raise DataError(f"{place}: label={cell!r:.80}: must be a number{empty}")
             if not self.low <= value <= self.high:
                 hidden = " (-1: labels of public test splits are kept back so)"
@@ -245,6 +248,11 @@ class Regression(Task):
             "rmse": math.sqrt(square) * (self.high - self.low) / 2,
         }
 
+    def exact(self, scores: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Return Spearman's coefficient of the labels and the predictions, cut to the range."""
+        told = scores[:, 0].double().clamp(-1.0, 1.0)
+        return {"spearman": spearman(targets.double().numpy(), told.numpy())}
+
     def hypotheses(self, targets: Tensor) -> list[Tensor] | None:
         """Return every twentieth of the range."""
         ends = range(READ_STEPS + 1)
@@ -262,6 +270,7 @@ class Regression(Task):
 
 
 TINY = 1e-12
+_COMMA = re.compile(r"[+-]?\d+,\d+")
 
 
 def _levels(values: Tensor, steps: int) -> list[int]:
@@ -275,7 +284,7 @@ def _number(cell: object) -> float | None:
     if isinstance(cell, bool) or not isinstance(cell, str | int | float):
         return None
     try:
-        value = float(cell)
+        value = float(str(cell).replace("_", "?"))  # Python's own digit groups are none of a file's
     except (ValueError, OverflowError):
         return None
     return value if math.isfinite(value) else None

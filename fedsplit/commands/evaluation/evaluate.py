@@ -37,10 +37,30 @@ def evaluate(
     shots: Annotated[int, typer.Option(help="examples in the prompt; -1: the task's own")] = -1,
     window: Annotated[int, typer.Option(help="longest context of the perplexity, tokens")] = 512,
     seed: Annotated[int, typer.Option(help="of which examples are shown")] = 0,
+    data: Annotated[
+        str, typer.Option(help="texts with labels, for a split run's or an exported folder")
+    ] = "",
+    data_kind: Annotated[
+        str, typer.Option(help="file, tagged, choices, hub; default: by the run's task")
+    ] = "",
+    text_column: Annotated[str, typer.Option(help="with --data; several with commas")] = "text",
+    label_column: Annotated[str, typer.Option(help="with --data")] = "label",
+    delimiter: Annotated[str, typer.Option(help="of CSV files in --data; default: found")] = "",
+    header: Annotated[
+        bool, typer.Option(help="whether CSV files in --data begin with their columns' names")
+    ] = True,
+    split: Annotated[str, typer.Option(help="of a folder in --data; default: to test on")] = "",
+    classes: Annotated[
+        str, typer.Option(help="names of the classes, where only the owners named them")
+    ] = "",
+    max_tokens: Annotated[
+        int, typer.Option(help="longest text of --data; 0: the run's model.max-tokens")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
 ) -> None:
     """Measure how good a model is; a run's folder gives the offsite-tuning papers' columns.
 
+    With --data: loss and scores of what a split run tuned, on texts with labels.
     Nothing is fetched unless the model or a task is asked for by a hub's name.
     """
     from fedsplit.commands.evaluation.subjects import is_local, subjects
@@ -48,7 +68,29 @@ def evaluate(
 
     check(limit >= 0, "--limit", limit, ">= 0")
     check(shots >= -1, "--shots", shots, ">= 0, or -1")
-    check(bool(tasks) or text is not None, "--tasks, --text", (tasks, text), "at least one")
+    check(max_tokens >= 0, "--max-tokens", max_tokens, ">= 0")
+    asked = bool(tasks) or text is not None
+    check(asked or bool(data), "--tasks, --text, --data", (tasks, text, data), "at least one")
+    if data:
+        check(not asked, "--data", data, "without --tasks and --text, which are for texts alone")
+        check(not adapter, "--adapter", adapter, "left out with --data")
+        from fedsplit.commands.evaluation.labels import (
+            Labelled,
+            measure_labelled,
+            tables,
+            tuned_model,
+        )
+
+        given = Labelled(
+            *(data, data_kind, text_column, label_column),
+            *(delimiter, header, split, classes, limit),
+        )
+        found = measure_labelled(tuned_model(model, base, max_tokens), given)
+        for table in tables(found):
+            console.print(table)
+        if out is not None:
+            _write(out, {"schema": 1, "model": model, "data": vars(given), **found})
+        return
     local = [t for t in tasks or [] if Path(t).expanduser().exists()]
     if len(local) == len(tasks or []) and is_local(model) and (not base or is_local(base)):
         # Before transformers and datasets are imported: they read these once.

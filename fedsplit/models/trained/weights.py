@@ -33,6 +33,7 @@ BELONGS = (
     *("train.lora-rank", "train.lora-alpha", "train.lora-targets", "train.lora-form"),
 )
 NAMES = "model.label-names"  # told beside them: an exported model says what its outputs mean
+TOKENS = "model.max-tokens"  # ... and how long the texts were that it learned from
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def identity(config: RunConfig, base_digest: str) -> dict[str, str]:
 
 def described(config: RunConfig, base_digest: str) -> dict[str, str]:
     """Return what a checkpoint says of itself: what it belongs to, and what its outputs mean."""
-    return identity(config, base_digest) | {NAMES: config.model.label_names}
+    return identity(config, base_digest) | {
+        NAMES: config.model.label_names,
+        TOKENS: str(config.model.max_tokens),
+    }
 
 
 def save_trained(
