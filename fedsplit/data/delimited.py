@@ -48,7 +48,9 @@ def read_delimited(
             if not fields:
                 continue
             if header is None:
-                header = fields if request.header else [str(n + 1) for n in range(len(fields))]
+                header = [name.strip() for name in fields]
+                if not request.header:
+                    header = [str(n + 1) for n in range(len(fields))]
                 if len(set(header)) != len(header):
                     raise DataError(f"{where}: header={header}: names must be distinct")
                 _check_columns(where, header, request)
@@ -61,8 +63,20 @@ def read_delimited(
                 )
             yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        more = "; a file that never quotes is read with quotes=false" if request.quotes else ""
-        raise DataError(f"{path}:{reader.line_num}: {error}{more}") from None
+        raise DataError(f"{path}:{reader.line_num}: {_reason(str(error), request)}") from None
+
+
+def _reason(told: str, request: Request) -> str:
+    """Return what is wrong with a line, in words that tell what to do."""
+    if told.startswith("new-line character"):
+        return "a line ends with CR alone: must be LF or CRLF; tr '\\r' '\\n' makes them"
+    if not request.quotes:
+        return told
+    if told.startswith("field larger"):
+        told += ": perhaps a quote that is opened and never closed"
+    elif told == "unexpected end of data":
+        told += ": a quote is opened and never closed"
+    return f"{told}; a file that never quotes is read with quotes=false"
 
 
 def _delimiter(path: Path, lines: Callable[[], Iterator[str]], request: Request) -> str:
@@ -75,7 +89,7 @@ def _delimiter(path: Path, lines: Callable[[], Iterator[str]], request: Request)
             header = next(csv.reader([first], delimiter=delimiter))
         except csv.Error:
             continue
-        if set(request.wanted) <= {*header, SOURCE_COLUMN}:
+        if set(request.wanted) <= {*(name.strip() for name in header), SOURCE_COLUMN}:
             return delimiter
     return usual
 
@@ -87,7 +101,8 @@ def _check_columns(where: str, header: list[str], request: Request) -> None:
             if not request.header:
                 raise error
             raise MissingColumn(
-                f"{error}; a file without a header line is read with header=false, its columns "
+                f"{error}; name the column that is meant (text-column, label-column); a file "
+                "without a header line is read with header=false, its columns "
                 "named 1, 2, ...; another delimiter can be named (data.header, data.delimiter; "
                 "node config header, delimiter)"
             )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -151,8 +153,18 @@ def lines_of_file(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}:{number}: byte {error.start}: must be UTF-8 ({error.reason})"
+                    f"{path}:{number}: byte {error.start}: must be UTF-8 ({error.reason}); "
+                    f"{_instead_of_utf8(raw if number == 1 else b'')}"
                 ) from None
+
+
+def _instead_of_utf8(first: bytes) -> str:
+    """Return what to do about a file that is not UTF-8, by its first bytes."""
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "the file is UTF-16: save it as UTF-8"
+    if first.startswith((b"\x1f\x8b", b"PK\x03\x04")):
+        return "the file is compressed: unpack it"
+    return "save the file as UTF-8, such as with iconv -f WINDOWS-1252 -t UTF-8"
 
 
 def _read_json_lines(path: Path, request: Request) -> Iterator[Row]:
@@ -160,14 +172,37 @@ def _read_json_lines(path: Path, request: Request) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=_refuse_constant)
+            row = json.loads(
+                line, parse_constant=_refuse_constant, object_pairs_hook=_distinct_names
+            )
         except (ValueError, RecursionError) as error:
+            if isinstance(error, ValueError) and line.lstrip().startswith("["):
+                raise _array(path, number) from None
+            told = str(error).partition(";")[0]
             raise DataError(
-                f"{path}:{number}: must be one JSON object on a line ({error})"
+                f"{path}:{number}: must be one JSON object on a line ({told})"
             ) from None
+        if isinstance(row, list):
+            raise _array(path, number)
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: {type(row).__name__}: must be a JSON object")
         yield f"{path}:{number}", row
+
+
+def _array(path: Path, number: int) -> DataError:
+    return DataError(
+        f"{path}:{number}: list: must be a JSON object, one on each line (JSON lines); "
+        "jq -c '.[]' FILE makes them of an array"
+    )
+
+
+def _distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r:.80} is there twice: names must be distinct")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -189,6 +224,8 @@ def _read_parquet(path: Path, request: Request) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise DataError(f"{path}: columns={names}: names must be distinct")
             for column in wanted:
                 if column not in names and column != SOURCE_COLUMN:
                     raise missing_column(str(path), column, names)
@@ -258,7 +295,16 @@ def value_of(where: str, row: Mapping[str, Any], column: str) -> Value:
         return None  # CSV has no other way to leave a cell empty
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    raise DataError(f"{where}: {column}={value!r:.80}: must be a string, a number or a boolean")
+    if isinstance(value, Decimal):  # of a Parquet file: all its digits count
+        return str(value)
+    more = ""
+    if isinstance(value, date | time):
+        more = "; write dates and times as text"
+    elif isinstance(value, Mapping):
+        more = f"; lift one of its fields ({', '.join(map(str, value))[:80]}) to a column"
+    raise DataError(
+        f"{where}: {column}={value!r:.80}: must be a string, a number or a boolean{more}"
+    )
 
 
 def cell_of(where: str, row: Mapping[str, Any], column: str) -> Cell:

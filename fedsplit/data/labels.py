@@ -18,7 +18,7 @@ from fedsplit.errors import DataError, check
 HIDDEN = "-1"
 MOST_NAMED = 20  # names listed in a message
 _MISSING = frozenset({"", "nan", "null", "na", "n/a", "#n/a", "<na>"})
-_INTEGER = re.compile(r"([+-]?)(0|[1-9]\d{0,17})(?:\.0*)?")
+_INTEGER = re.compile(r"([+-]?)(0|[1-9]\d*)(?:\.0*)?")
 # Without leading zeros: "007" is a code, and no number.
 _NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?", re.IGNORECASE)
 _TRUTH = {"true": "1", "false": "0"}

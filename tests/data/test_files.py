@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -171,10 +173,22 @@ def test_an_empty_cell_is_the_same_in_every_format(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\xff", "label": 1}', r"a.jsonl:1: byte 10: must be UTF-8"),
         ("a.jsonl", b'"' + b"x" * (1 << 20), r"a.jsonl:1: line longer than 1048576 bytes"),
         ("a.jsonl", b"", r"a.jsonl: rows=0"),
+        ("a.jsonl", b'{"text": 1, "text": 2}', r"a.jsonl:1: .*'text' is there twice.*distinct"),
+        ("a.jsonl", b'{"text": "x", "label": ' + b"9" * 5000 + b"}", r"Exceeds[^;]*digits\)$"),
+        ("a.jsonl", b'{"text": {"body": "x"}, "label": 1}', r"a.jsonl:1: .*lift one.*\(body\)"),
+        ("a.json", b'[{"text": "x", "label": 1}]', r"a.json:1: list: .*JSON lines.*jq"),
+        ("a.json", b'[\n{"text": "x", "label": 1}\n]', r"a.json:1: list: .*JSON lines.*jq"),
         ("a.csv", b"text,label\nx,1\ny\n", r"a.csv:3: fields=1: must be 2"),
         ("a.csv", b"text,text\nx,1\n", r"a.csv:1: header=.*must be distinct"),
         ("a.csv", b'text,label\n"x,1\n', r"a.csv:2: unexpected end of data"),
         ("a.csv", b'text,label\n"x"y,1\n', r"a.csv:2: "),
+        ("a.csv", b"text,label\rx,1\r", r"a.csv:1: a line ends with CR alone: must be LF or CRLF"),
+        ("a.csv", b"text,label\ncaf\xe9,1\n", r"a.csv:2: byte 3: must be UTF-8.*iconv"),
+        ("a.csv", "text,label\nx,1\n".encode("utf-16"), r"a.csv:1: .*UTF-16: save it as UTF-8"),
+        ("a.csv", b"\x1f\x8b\x08\0", r"a.csv:1: .*compressed: unpack it"),
+        ("a.csv", b"", r"a.csv: rows=0"),
+        ("a.csv", b"text,label\n", r"a.csv: rows=0"),
+        ("a.csv", b"Text;Label\nx;1\n", r"column='text'.*found: Text;Label; name the column"),
         ("a.csv", b"text,label\nx,\n", r"a.csv:2: label=None: .* cell is empty"),
         ("a.csv", b"text,label\n" + b"x" * 140_000 + b",1\n", r"a.csv:2: field larger than"),
         ("a.csv", b"words,label\nx,1\n", r"column='text': is missing; found: words, label"),
@@ -191,6 +205,41 @@ def test_malformed_files_are_named_with_their_line(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_dataset("file", path=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("content", "texts", "names"),
+    [
+        ("\ufefftext,label\r\nx,a\r\ny,b\r\n", ("x", "y"), ("a", "b")),
+        ("text; label \nx, or; a \ny;b\n", ("x, or", "y"), ("a", "b")),
+        ('text,label\n"x\nz",2024-01-02\ny,2024-01-03\n', ("x\nz", "y"), None),
+        # Numbers of patients and the like are no floats: two that differ in one digit are two.
+        ("text,label\nx,12345678901234567890\ny,12345678901234567891\n", ("x", "y"), None),
+    ],
+)
+def test_what_spreadsheets_write_is_read(
+    tmp_path: Path, content: str, texts: tuple[str, ...], names: tuple[str, ...] | None
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode())
+    found = load_dataset("file", path=str(path))
+    assert found.texts == texts
+    assert found.labels == (0, 1)
+    assert names is None or found.label_names == names
+
+
+def test_parquet_has_types_of_its_own(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"text": "x", "label": 0, "day": date(2024, 1, 2)}]
+    rows[0]["sum"] = Decimal("12345678901234567890")
+    path = str(write_parquet(tmp_path / "a.parquet", rows))
+    assert load_dataset("file", path=path, label_column="sum").label_names == (str(rows[0]["sum"]),)
+    with pytest.raises(DataError, match=r"row 1: day=.*2024.*write dates and times as text"):
+        load_dataset("file", path=path, label_column="day")
+    arrow = pytest.importorskip("pyarrow")
+    twice = arrow.table([["x"], [1], ["y"]], names=["text", "label", "text"])
+    pytest.importorskip("pyarrow.parquet").write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b.parquet: columns=.*must be distinct"):
+        load_dataset("file", path=str(tmp_path / "b.parquet"))
 
 
 def test_parquet_columns_are_checked(tmp_path: Path) -> None:
