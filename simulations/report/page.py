@@ -95,6 +95,7 @@ def render(facts: Facts, pictures: Sequence[Path] = ()) -> str:
         noise=words.noise(facts),
         scored=score_rows(facts.get("utility")),
         confusion=confusion_rows(facts),
+        partial=words.partial(facts.get("utility")),
         pictures=[_picture(path) for path in pictures],
         sections=[(key, own[key]) for key in sorted(own, key=_position)],
     )  # fmt: skip

@@ -59,6 +59,35 @@ def figure(metric: str, value: float | None) -> str:
     return score(metric, value)
 
 
+def extent(utility: Mapping[str, Any], figure: str = "scores") -> str:
+    """Return which owners' texts a figure is of, where that is not all; empty: all of them.
+
+    Args:
+        utility: of a run's results.
+        figure: an average (``accuracy``, ``loss``), or ``scores``: whatever comes of counts.
+    """
+    covered = utility.get("covered")
+    own = covered.get(figure) if isinstance(covered, Mapping) else None
+    whole = utility.get("reporting") or 0
+    if not isinstance(own, Mapping) or own["owners"] >= whole:
+        return ""
+    texts = f"{own['texts']:,} of {utility.get('samples', 0):,} texts"
+    return f"{own['owners']} of {whole} owners ({texts})"
+
+
+def partial(utility: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each figure that is not of all owners, with the reason."""
+    found = []
+    for figure, told in (
+        ("accuracy", "Accuracy is of"),
+        ("loss", "The loss is of"),
+        ("scores", "Scores that come of counts (F1, recalls, correlations) are of"),
+    ):
+        if own := extent(utility, figure):
+            found.append(f"{told} {own}: the policies of the others keep theirs back.")
+    return found
+
+
 def noise(facts: Facts) -> str:
     """Return what protected the representations."""
     privacy = facts.get("privacy")
@@ -97,6 +126,8 @@ def _utility(facts: Facts) -> str:
         return ""
     metric = found["metric"]
     text = f"Held-out {metric} is {figure(metric, found['federated'])}"
+    own = extent(found, metric if metric == "accuracy" else "scores")
+    text += f" on the texts of {own}" if own else ""
     beside = []
     if found.get("centralised") is not None:
         beside.append(f"{figure(metric, found['centralised'])} when trained in one place")

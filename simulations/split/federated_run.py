@@ -169,6 +169,7 @@ def _utility(config: RunConfig, server: dict[str, Any], twin: TwinReport | None)
         "centralised": None,
         "baseline": None,
         "samples": last.get("num-examples", 0),
+        "reporting": len(last.get("owners", ())),
         **{key: value for key, value in last.items() if key not in AVERAGES},
     }
     if twin is not None:

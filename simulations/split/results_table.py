@@ -13,6 +13,7 @@ from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
 from simulations.core.units import score
 from simulations.report.score_tables import score_rows
+from simulations.report.words import extent
 from simulations.split.transcript_attacks import FORWARD
 
 # Result -> the attacker in words, from the weakest to the strongest.
@@ -53,14 +54,16 @@ def table_rows(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         "baseline": f"{utility.get('baseline_is', 'nothing learned')}",
     }
     metric = utility["metric"]
+    own = extent(utility)
+    whose = f"texts of {own} together" if own else "all owners' texts together"
     rows = [(f"{metric}, {k}", score(metric, utility[k]), why) for k, why in meanings.items()]
     if "mcc" in utility:
         found = f"{100 * utility['macro-f1']:.1f} %, {utility['mcc']:.3f}"
         worst = 100 * min(utility["recalls"])
-        why = f"of the federated model, all owners' texts together; worst recall {worst:.1f} %"
+        why = f"of the federated model, {whose}; worst recall {worst:.1f} %"
         rows.append(("macro-F1, Matthews' correlation", found, why))
     else:
-        why = "of the federated model, all owners' texts together; in one place: {}"
+        why = f"of the federated model, {whose}; in one place: {{}}"
         found_scores = [s for s in score_rows(utility) if s[0] not in (metric, "spearman-error")]
         rows += [(n, here, why.format(there or "not measured")) for n, here, there in found_scores]
     if "strongest" in privacy:

@@ -101,7 +101,9 @@ def beside(cells: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
                 "federated": mine[metric],
                 "centralised": theirs[metric],
                 "before": theirs.get(f"{metric} before"),
-                "texts": mine["num-examples"],
+                "texts": mine.get("covered", {})
+                .get("scores", {})
+                .get("texts", mine["num-examples"]),
                 "steps": mine["steps"],
                 "centralised_steps": theirs["steps"],
             }

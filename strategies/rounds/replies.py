@@ -162,7 +162,8 @@ def average(
     """Return weighted means of what the owners report, sums of counts, and the owners' own rows.
 
     An owner whose policy keeps an average back has no part in that mean.  Additive numbers are
-    added up; what they score is that of all these owners' texts together.
+    added up; what they score is that of all these owners' texts together.  ``covered`` says how
+    many owners and texts each mean is of, and the ``scores`` of additive numbers.
 
     Args:
         rows: the owners' numbers.
@@ -172,15 +173,32 @@ def average(
     if not rows:
         return {"num-examples": 0, "owners": {}}
     found: dict[str, Any] = {"num-examples": int(sum(r["num-examples"] for r in rows.values()))}
+    covered: dict[str, dict[str, int]] = {}
     for key, weight in _WEIGHTS.items():
         told = {name: row[key] for name, row in rows.items() if key in row}
         if told:
+            covered[key] = _extent(rows, told)
             weights = capped({name: rows[name][weight] for name in told}, cap)
             whole = sum(weights.values())
             found[key] = sum(told[name] * weights[name] for name in told) / whole
     sums = add_up(rows.values())
     if sums:
+        counting = [name for name, row in rows.items() if any(map(is_sum, row))]
+        covered["scores"] = _extent(rows, counting)
+        if len(counting) < len(rows):
+            log.info(
+                "scores by counts are of %(owners)d of %(all)d owners and %(texts)d of %(whole)d "
+                "texts: the others keep their counts back",
+                covered["scores"] | {"all": len(rows), "whole": found["num-examples"]},
+            )
         found |= scores(sums)
         rows = {n: {k: v for k, v in row.items() if not is_sum(k)} for n, row in rows.items()}
+    found["covered"] = covered
     found["owners"] = dict(sorted(rows.items(), key=lambda item: natural(item[0])))
     return found
+
+
+def _extent(rows: Mapping[str, Mapping[str, float]], names: Iterable[str]) -> dict[str, int]:
+    """Return how many owners some are, and how many texts they have."""
+    found = [rows[name]["num-examples"] for name in names]
+    return {"owners": len(found), "texts": int(sum(found))}

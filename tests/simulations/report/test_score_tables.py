@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fedsplit import confusion
 from simulations.core.run_folder import RunFolder
 from simulations.report.facts import read_facts
 from simulations.report.page import write_report
 from simulations.report.score_tables import score_rows
+from simulations.report.words import extent
 from simulations.split.results_table import table_rows
+from strategies.rounds.replies import average
 from tests.simulations.report.runs import HOSTILE, split_results
 
 CLASSES = {
@@ -97,3 +101,31 @@ def test_names_of_classes_are_text_in_the_table(tmp_path: Path) -> None:
     other = folder_of(tmp_path / "b", {**CLASSES, "confusion": [[1] * 40] * 40}, ["no", "yes"])
     assert "which class was taken" not in write_report(other.path).read_text()
     assert read_facts(other.path).get("utility")["confusion"]
+
+
+def test_scores_of_some_owners_say_whose_they_are(tmp_path: Path) -> None:
+    """Counts that a policy keeps back are missing from macro-F1, and the page says so."""
+    counts = confusion.to_report(np.array([[3, 1], [2, 4]]))
+    each: dict[str, dict[str, float]] = {
+        "a": {"num-examples": 10, "targets": 10, "loss": 1.0, "accuracy": 0.7, **counts},
+        "b": {"num-examples": 30, "targets": 30, "loss": 2.0, "accuracy": 0.5},
+        "c": {"num-examples": 20, "targets": 20, "loss": 3.0},
+    }
+    found = average(each, scores=lambda sums: confusion.scores(confusion.of_reports([sums])))
+    assert found["covered"] == {
+        "loss": {"owners": 3, "texts": 60},
+        "accuracy": {"owners": 2, "texts": 40},
+        "scores": {"owners": 1, "texts": 10},
+    }
+    utility = {**CLASSES, "samples": 60, "reporting": 3, "covered": found["covered"]}
+    assert extent(utility) == "1 of 3 owners (10 of 60 texts)"
+    assert extent(utility, "loss") == ""
+    folder = folder_of(tmp_path, utility, ["no", "yes"])
+    page = write_report(folder.path).read_text()
+    assert "Held-out accuracy is 75.0 % on the texts of 2 of 3 owners (40 of 60 texts)" in page
+    assert "are of 1 of 3 owners (10 of 60 texts): the policies of the others keep" in page
+    assert "held-out texts of all owners" not in page
+    told = {name: why for name, _, why in table_rows(folder.results)}
+    assert "1 of 3 owners (10 of 60 texts)" in told["macro-F1, Matthews' correlation"]
+    whole = folder_of(tmp_path / "whole", CLASSES, ["no", "yes"])
+    assert "held-out texts of all owners" in write_report(whole.path).read_text()
