@@ -118,9 +118,10 @@ class Figures:
             return None
         if self.rule == TOKENS:
             return policy.least(self.rule, self.value)
-        count, bound = max(1, self.readings[0].targets), float(policy[self.rule])
+        count, bound = self.readings[0].targets, float(policy[self.rule])
         # Two standard errors of as many independent guesses: draws are made once, not drawn again.
-        chance = 2 * math.sqrt(bound * (1 - bound) / count)
+        # Where nothing was tried (a language model's next tokens) there is no chance in the figure.
+        chance = 2 * math.sqrt(bound * (1 - bound) / count) if count else 0.0
         return None if self.value <= bound + chance else policy.most(self.rule, self.value)
 
     def __str__(self) -> str:

@@ -234,12 +234,11 @@ def tokenise_chat(
     encoded = encode(tokenizer, [from_text(text) for text in texts], max_tokens)
     short = sum(bool(e.lost_prompt) for e in encoded)
     cut = [e.lost_completion for e in encoded if e.lost_completion]
-    if short or cut:
-        log.warning(
-            "of %d conversations, %d lost tokens of their prompts to max_tokens=%d, and %d lost %d "
-            "tokens of their completions",
-            *(len(texts), short, max_tokens, len(cut), sum(cut)),
-        )
+    lost = [f"{short} lost tokens of their prompts"] if short else []
+    lost += [f"{len(cut)} lost {sum(cut)} tokens of their completions"] if cut else []
+    if lost:
+        told = " and ".join(lost)
+        log.warning("of %d conversations, %s to max_tokens=%d", len(texts), told, max_tokens)
     return Samples(
         tuple(torch.tensor(e.ids, dtype=torch.int64) for e in encoded),
         None,

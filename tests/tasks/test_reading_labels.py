@@ -62,6 +62,24 @@ def test_sets_of_classes_count_as_read() -> None:
     assert read("multi-label", "row-noise", **{"labels.noise-ratio": 30.0}) == 1.0
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "multiple-choice"])
+def test_a_language_models_next_tokens_count_as_read(task: str) -> None:
+    """Whoever has the whole model reads them off gradients, so no bound below 1 is kept."""
+    ids = tuple(torch.tensor([2, 5, 7, 3]) for _ in range(9))
+    samples = Samples(ids, None, tuple(text_identity(str(n)) for n in range(9)))
+    for protection in ("none", "row-noise"):
+        config = read_settings({"model.task": task, "labels.protection": protection})
+        channel = label_channel(protected_labels(config, SECRET, samples, samples, 99)[1], samples)
+        assert channel is not None
+        figures = measured_labels(Policy({}), channel, SECRET)
+        for bound, refused in ((0.3, True), (0.75, True), (0.99, True), (1.0, False)):
+            breach = figures.breach(Policy({"measure": {"max_label_recovery": bound}}))
+            assert (breach is not None) is refused, (protection, bound)
+    about = {"labels.protection": "client-tail", "train.method": "head"}
+    config = read_settings({"model.task": task, **about})
+    assert label_channel(protected_labels(config, SECRET, samples, samples, 99)[1], samples) is None
+
+
 @pytest.mark.parametrize(("bound", "code"), [(0.5, 1), (1.0, 0)])
 def test_measuring_by_hand_reads_numbers(tmp_path: Path, bound: float, code: int) -> None:
     model = save_tiny_bert(tmp_path / "model")

@@ -167,7 +167,8 @@ _FIXED: dict[str, Rule] = {
         number(0, 1),
         lambda v: (
             f"At most {100 * v:g} % of a sample of your labels can be read off gradients behind "
-            "the run's label protection, tried here over all allowed passes with made-up outputs."
+            "the run's label protection, tried here over all allowed passes with made-up outputs"
+            + ("; of a language model every next token counts as read." if v < 1 else ".")
         ),
         "What gradients tell of labels is judged only as they leave, by labels.max_recovery.",
         MEASURED,

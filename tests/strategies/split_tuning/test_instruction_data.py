@@ -171,4 +171,9 @@ def test_cuts_are_told_to_the_owner(
         (ids,) = tokenise_chat(tokenizer, texts, max_tokens=6).ids
     assert ids.tolist()[-3:] == [ASSISTANT, 11, END]
     assert "1 lost tokens of their prompts" in caplog.text
-    assert "0 lost 0 tokens of their completions" in caplog.text
+    assert "completions" not in caplog.text  # nothing of them was lost: nothing is said
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        tokenise_chat(tokenizer, ['[["user","w1"],["assistant","w7 w8 w9 w7"]]'], max_tokens=4)
+    assert "1 lost " in caplog.text
+    assert "tokens of their completions to max_tokens=4" in caplog.text
