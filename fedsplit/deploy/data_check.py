@@ -57,7 +57,7 @@ def _lengths(home: Path, train: TextDataset) -> Finding:
     else:
         from fedsplit.models.bundle.bottom import unpack_bottom
         from fedsplit.models.positions import learned_positions
-        from fedsplit.owners.samples import token_counts
+        from fedsplit.owners.own_tokens import token_counts
 
         model, tokenizer = unpack_bottom(bottom)
         lengths, unit = token_counts(tokenizer, train.texts), "tokens of the last model"

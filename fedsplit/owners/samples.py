@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsplit.data import SEPARATOR, TextDataset
+from fedsplit.data import TextDataset
 from fedsplit.data.choices import from_text as from_choices
 from fedsplit.data.conversations import ASSISTANT, from_text, to_text
 from fedsplit.errors import DataError
 from fedsplit.models.chat_template import encode
 from fedsplit.owners.alignment import align, tagged_words
+from fedsplit.owners.own_tokens import encode_texts, fillers
 from fedsplit.tasks import ChoiceGroups, TaggedWords, Task, task_type
 
 log = logging.getLogger(__name__)
@@ -188,9 +189,9 @@ def tokenise(
     if labels is not None:
         task = task or task_type("sequence-classification")(classes)
         targets = task.tensor(labels, where)
-    encoded = _encode(tokenizer, texts, max_tokens)
+    encoded = encode_texts(tokenizer, texts, max_tokens)
     shortest = shortest or (1 if labels is not None else 2)
-    fill = _fillers(tokenizer)
+    fill = fillers(tokenizer)
     for place, ids in zip(where, encoded, strict=True):
         missing = shortest - len(ids)
         if missing <= 0:
@@ -266,7 +267,7 @@ def tokenise_words(
         raise DataError(f"{data.name}: 0 tags: must be one for each word (data.kind=tagged)")
     rows = range(len(data)) if order is None else [int(row) for row in order]
     found = align(tokenizer, [data.texts[row] for row in rows], max_tokens)
-    fill = next(filter(lambda token: token is not None, _fillers(tokenizer)), 0)
+    fill = next(filter(lambda token: token is not None, fillers(tokenizer)), 0)
     return Samples(
         tuple(torch.tensor(text.ids or (fill,), dtype=torch.int64) for text in found),
         None,
@@ -367,51 +368,3 @@ def tokenise_set(
         order=order,
         places=data.places,
     )
-
-
-def token_counts(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Return how many tokens each text has before anything is cut, special ones included."""
-    return [len(ids) for ids in _encode(tokenizer, texts, None)]
-
-
-def lines_of(text: str) -> str:
-    """Return a text for a tokenizer without pairs: its parts as lines."""
-    return text.replace(SEPARATOR, "\n")
-
-
-def encodings(
-    tokenizer: Any, texts: Sequence[str], most: int
-) -> list[tuple[Any, list[str]]] | None:
-    """Return what the tokenizers library says of each text, and the parts that its offsets are of.
-
-    None where the tokenizer is not the library's.
-    """
-    found, parts = _encoded(tokenizer, texts, most)
-    held = getattr(found, "encodings", None)
-    return None if held is None else list(zip(held, parts, strict=True))
-
-
-def _encode(tokenizer: Any, texts: Sequence[str], most: int | None) -> list[list[int]]:
-    found, _ = _encoded(tokenizer, texts, most)
-    return [list(ids) for ids in found["input_ids"]]
-
-
-def _encoded(tokenizer: Any, texts: Sequence[str], most: int | None) -> tuple[Any, list[list[str]]]:
-    cut = {} if most is None else {"truncation": True, "max_length": most}
-    parts = [text.split(SEPARATOR) for text in texts]
-    if all(len(part) == 2 for part in parts) and _knows_pairs(tokenizer):
-        first, second = ([part[side] for part in parts] for side in (0, 1))
-        return tokenizer(first, second, **cut), parts
-    whole = [lines_of(text) for text in texts]
-    return tokenizer(whole, **cut), [[text] for text in whole]
-
-
-def _fillers(tokenizer: Any) -> list[int | None]:
-    """Return the tokens that a text too short is filled up with, the first that is there."""
-    return [getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "pad")]
-
-
-def _knows_pairs(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a token of its own between two texts."""
-    count = getattr(tokenizer, "num_special_tokens_to_add", lambda pair: 0)
-    return bool(count(pair=True) > count(pair=False))

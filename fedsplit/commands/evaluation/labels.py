@@ -137,9 +137,7 @@ def read_labelled(data: Labelled, settings: ModelConfig) -> tuple[TextDataset, T
     """
     if data.classes:
         check(task_type(settings.task).named, "--classes", data.classes, "left out: no classes")
-        task_of(RunConfig(model=settings)).agreed(
-            settings, data.classes
-        )
+        task_of(RunConfig(model=settings)).agreed(settings, data.classes)
         settings = replace(settings, label_names=settings.label_names or data.classes)
     task = task_of(RunConfig(model=settings))
     if not task.labelled and task.form != "choices":

@@ -25,8 +25,9 @@ from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
 from fedsplit.owners.ledger.disclosure import Training
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
+from fedsplit.owners.own_tokens import lines_of
 from fedsplit.owners.reports import SessionReport
-from fedsplit.owners.samples import lines_of, tokenise_chat
+from fedsplit.owners.samples import tokenise_chat
 from fedsplit.owners.split.schedule import train_steps
 from fedsplit.owners.split.settings import DpSettings
 from fedsplit.privacy.secret import OwnerSecret

@@ -24,7 +24,8 @@ from fedsplit.owners.alignment import LOST, AlignedText, align
 from fedsplit.owners.home import OwnerHome
 from fedsplit.owners.identity import OwnerIdentity
 from fedsplit.owners.ledger.chain import Ledger
-from fedsplit.owners.samples import lines_of, text_identity, token_counts, tokenise
+from fedsplit.owners.own_tokens import lines_of, token_counts
+from fedsplit.owners.samples import text_identity, tokenise
 from fedsplit.owners.serving.generation import Choose, GeneratingOwner
 from fedsplit.owners.serving.offers import TakenOffer, take_offer
 from fedsplit.owners.serving.prediction import PredictionOwner
