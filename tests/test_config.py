@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "train.bottom-lr": ([0.0, 10.0], [1e-9]),
     "train.weight-decay": ([-1e-9, float("inf")], [0.0]),
     "train.warmup": ([-0.1, 1.0], [0.0, 0.99]),
+    "train.sampler": (["rare", ""], ["uniform", "balanced"]),
     "train.schedule": (["steps"], ["constant", "linear", "cosine"]),
     "train.lora-rank": ([0], [1]),
     "train.lora-alpha": ([0.0, float("inf")], [1e-3]),

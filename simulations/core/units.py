@@ -20,7 +20,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-SHARES = ("accuracy", "f1", "recall")
+SHARES = ("accuracy", "accuracy-norm", "f1", "recall", "precision")
+NAMES = {
+    "mcc": "Matthews' correlation",
+    "auc": "area under the ROC curve",
+    "auc-error": "the area is known within",
+    "pearson": "Pearson's correlation",
+    "spearman": "Spearman's correlation",
+    "spearman-error": "Spearman's is known within",
+    "r2": "R squared",
+    "rmse": "root mean square error",
+    "choice-accuracy-norm": "choice accuracy by mean likelihood",
+}
+
+
+def score_name(name: str) -> str:
+    """Return a score's name as a person reads it."""
+    return NAMES.get(name, name.replace("-f1", " F1").replace("-", " "))
 
 
 def score(name: str, value: float | None) -> str:

@@ -63,7 +63,7 @@ def _server(facts: Facts, height: int) -> Iterable[str]:
         f'height="{height - 26}" rx="8"/>'
     )
     model = facts.get("model")
-    lines = [_blocks(facts), "labels: none", "texts: none"]
+    lines = [_blocks(facts), "labels: not held", "texts: not held"]
     if model.get("trained_parameters") is not None:
         lines.insert(1, f"tunes {model['trained_parameters']:,}")
         lines.insert(2, "parameters")
@@ -77,6 +77,8 @@ def _server(facts: Facts, height: int) -> Iterable[str]:
         (middle + 18, down, (SERVER - 4, BAR + 14)),
     ):
         tip = 7 if end < start else -7
+        if not words:
+            continue
         yield line(start, at, end, at, "arrow")
         yield f'<path class="tip" d="M{end} {at} l{tip} -4 v8 z"/>'
         yield text((start + end) / 2, at - 5, words, "small middle")
@@ -85,9 +87,7 @@ def _server(facts: Facts, height: int) -> Iterable[str]:
 def _blocks(facts: Facts) -> str:
     if facts.config.get("strategy") == "offsite-tuning":
         return "the full model"
-    k = facts.config.get("split.k", 0)
-    return (
-        f"blocks {k}..., head"
-        if facts.config.get("labels.protection") != "client-head"
-        else (f"blocks {k}...")
-    )
+    k = int(facts.config.get("split.k") or 0)
+    blocks = f"blocks from {k + 1} on" if k else "all blocks"
+    parts = str(facts.config.get("labels.protection")).split("+")
+    return blocks if {"client-head", "client-tail"} & set(parts) else f"{blocks}, head"

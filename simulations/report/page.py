@@ -20,7 +20,7 @@ from simulations.report import words
 from simulations.report.charts import Point, Series, chart
 from simulations.report.facts import Curve, Facts, Row, read_facts
 from simulations.report.holders import picture
-from simulations.report.score_tables import confusion_rows, score_rows
+from simulations.report.score_tables import class_rows, confusion_rows, score_rows
 
 FILE = "report.html"
 FOLDER = Path(__file__).parent
@@ -58,6 +58,7 @@ def environment() -> Environment:
     found.filters |= {
         "cell": cell,
         "words": lambda name: str(name).replace("_", " "),
+        "score_name": lambda name: units.score_name(str(name)),
         "size": units.size,
         "percent": words.percent,
         "duration": units.duration,
@@ -95,6 +96,8 @@ def render(facts: Facts, pictures: Sequence[Path] = ()) -> str:
         noise=words.noise(facts),
         scored=score_rows(facts.get("utility")),
         confusion=confusion_rows(facts),
+        by_class=class_rows(facts),
+        told=words.what_the_server_reads(facts),
         partial=words.partial(facts.get("utility")),
         pictures=[_picture(path) for path in pictures],
         sections=[(key, own[key]) for key in sorted(own, key=_position)],
@@ -107,12 +110,15 @@ def _figures(facts: Facts) -> list[tuple[str, str, str]]:
     utility = facts.get("utility")
     if utility.get("federated") is not None:
         metric = str(utility["metric"])
+        name = units.score_name(metric)
         beside = utility.get("centralised")
         remark = f"centralised {words.figure(metric, beside)}" if beside is not None else ""
-        found.append((words.figure(metric, utility["federated"]), f"held-out {metric}", remark))
+        found.append((words.figure(metric, utility["federated"]), f"held-out {name}", remark))
     if facts.attackers:
         worst = facts.attackers[-1]
-        found.append((words.percent(worst.hidden), "of tokens stay hidden", "from the strongest"))
+        found.append(
+            (words.percent(worst.hidden), "of tokens stay hidden", "from the strongest attacker")
+        )
     if traffic := facts.get("traffic"):
         token = f"{traffic.get('bytes_per_token') or 0:.0f} bytes per token"
         found.append((units.size(traffic.get("bytes_up", 0)), "sent by the owners", token))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedsplit.entities import types_of
 from simulations.core.units import score
 from simulations.report.facts import Facts
 
@@ -28,6 +29,36 @@ def score_rows(utility: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             other = utility.get("centralised") if name == metric else twin.get(name)
             found.append((name, score(name, value), "" if other is None else score(name, other)))
     return found
+
+
+BY_CLASS = {
+    "recalls": "found of it (recall)",
+    "precisions": "right of what was taken for it (precision)",
+    "entity-f1-by-type": "F1",
+}
+
+
+def class_rows(facts: Facts) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Return (headings, for each class, or type of entity, its scores in per cent).
+
+    Empty where no scores by class were reported.
+    """
+    utility = facts.get("utility")
+    found = {
+        told: utility[key] for key, told in BY_CLASS.items() if isinstance(utility.get(key), list)
+    }
+    if not found:
+        return [], []
+    count = len(next(iter(found.values())))
+    known = facts.results.get("classes")
+    names = [str(name) for name in known] if isinstance(known, list) else []
+    if "entity-f1-by-type" in utility:
+        names = list(types_of(names))
+    if len(names) != count:
+        names = [str(number) for number in range(count)]
+    shares = zip(*found.values(), strict=True)
+    rows = [(n, [f"{100 * x:.1f} %" for x in own]) for n, own in zip(names, shares, strict=True)]
+    return list(found), rows
 
 
 def confusion_rows(facts: Facts) -> tuple[list[str], list[tuple[str, list[int]]]]:

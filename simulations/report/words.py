@@ -8,7 +8,7 @@ from typing import Any
 from fedsplit.errors import FedsplitError
 from fedsplit.privacy import MECHANISMS
 from fedsplit.registry import pick
-from simulations.core.units import duration, score, size
+from simulations.core.units import duration, score, score_name, size
 from simulations.report.facts import Facts
 
 ENDED = {
@@ -125,7 +125,7 @@ def _utility(facts: Facts) -> str:
     if found.get("federated") is None:
         return ""
     metric = found["metric"]
-    text = f"Held-out {metric} is {figure(metric, found['federated'])}"
+    text = f"Held-out {score_name(metric)} is {figure(metric, found['federated'])}"
     own = extent(found, metric if metric == "accuracy" else "scores")
     text += f" on the texts of {own}" if own else ""
     beside = []
@@ -133,7 +133,8 @@ def _utility(facts: Facts) -> str:
         beside.append(f"{figure(metric, found['centralised'])} when trained in one place")
     if found.get("baseline") is not None:
         what = found.get("baseline_is") or "nothing learned"
-        beside.append(f"{figure(metric, found['baseline'])} for the {what}")
+        before = "before any training" if what == "zero-shot" else f"for the {what}"
+        beside.append(f"{figure(metric, found['baseline'])} {before}")
     return f"{text}; {' and '.join(beside)}." if beside else f"{text}."
 
 
@@ -141,13 +142,27 @@ def _privacy(facts: Facts) -> str:
     if not facts.attackers:
         return ""
     worst = facts.attackers[-1]
-    how = noise(facts)
+    how, count = noise(facts), len(facts.attackers)
     low, high = (percent(1 - end) for end in reversed(worst.interval))
+    left = "without noise" if how == "none" else f"({how})"
+    which = f"the strongest of {count} attackers" if count > 1 else "the one attacker tried"
     return (
-        f"Texts left as vectors{f' ({how})' if how else ''}; the strongest of "
-        f"{len(facts.attackers)} attackers, {worst.name}, recovers {percent(1 - worst.hidden)} of "
-        f"the tokens ({low} to {high})."
+        f"Texts left as vectors{f' {left}' if how else ''}; {which}, {worst.name}, recovers "
+        f"{percent(1 - worst.hidden)} of the tokens ({low} to {high})."
     )
+
+
+def what_the_server_reads(facts: Facts) -> list[str]:
+    """Return what the model owner can read although it holds none of it; empty: see the attacks."""
+    config, found = facts.config, []
+    if not config or config.get("strategy", "split-tuning") != "split-tuning":
+        return []
+    language = config.get("model.task") in ("causal-lm", "multiple-choice")
+    if config.get("privacy.mechanism") == "none":
+        found.append("The vectors left without noise, so the texts can be read off them.")
+    if str(config.get("labels.protection")).split("+")[-1] in ("none", "auto") and not language:
+        found.append("No label protection was asked for: each gradient tells its text's label.")
+    return found
 
 
 def _traffic(facts: Facts) -> str:

@@ -82,8 +82,15 @@ def evaluate(
         )
 
         given = Labelled(
-            *(data, data_kind, text_column, label_column),
-            *(delimiter, header, split, classes, limit),
+            data,
+            data_kind,
+            text_column,
+            label_column,
+            delimiter,
+            header,
+            split,
+            classes,
+            limit,
         )
         found = measure_labelled(tuned_model(model, base, max_tokens), given)
         for table in tables(found):

@@ -95,7 +95,8 @@ def tuned_model(place: str, base: str = "", max_tokens: int = 0) -> TunedModel:
     tokens = max_tokens or int(settings.get(_TOKENS) or min(most or USUAL_TOKENS, USUAL_TOKENS))
     check(most is None or tokens <= most, "--max-tokens", tokens, f"<= {most}, its positions")
     about = replace(about, max_tokens=tokens)
-    return TunedModel(place, loaded.model.eval(), loaded.tokenizer, about)
+    model: Any = loaded.model
+    return TunedModel(place, model.eval(), loaded.tokenizer, about)
 
 
 def _exported(folder: Path) -> tuple[Any, dict[str, str]]:
