@@ -61,7 +61,8 @@ def _names(runs: Sequence[Facts]) -> list[str]:
 def _row(name: str, facts: Facts) -> dict[str, Any]:
     utility, traffic = facts.get("utility"), facts.get("traffic")
     metric = str(utility.get("metric", ""))
-    row: dict[str, Any] = {"run": name, "status": facts.results["status"], "metric": metric}
+    row: dict[str, Any] = {"run": name, "status": facts.results["status"]}
+    row["metric"] = units.score_name(metric)
     for key in ("federated", "centralised"):
         row[key] = words.figure(metric, utility[key]) if utility.get(key) is not None else ""
     worst = facts.attackers[-1] if facts.attackers else None

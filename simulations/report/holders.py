@@ -35,12 +35,18 @@ def picture(facts: Facts) -> Markup:
 
 
 def _count(owner: Row) -> int:
-    return int(owner.get("train") or 0) + int(owner.get("test") or 0)
+    held = int(owner.get("train") or 0) + int(owner.get("test") or 0)
+    return max(held, sum(owner.get("labels") or ()))
+
+
+def _short(name: str) -> str:
+    """Return a name of 14 characters at most; of several that begin alike, ends tell them apart."""
+    return name if len(name) <= 14 else f"{name[:5]}\N{HORIZONTAL ELLIPSIS}{name[-8:]}"
 
 
 def _owner(owner: Row, top: int, most: int, classes: Sequence[str]) -> Iterable[str]:
     told = f"{int(owner.get('train') or 0):,} texts, {int(owner.get('test') or 0):,} held out"
-    yield text(0, top + 12, str(owner["name"])[:16], "strong")
+    yield text(0, top + 12, _short(str(owner["name"])), "strong")
     yield text(BAR + 8, top + 12, told, "small end")
     counts = owner.get("labels") or [int(owner.get("train") or 0)]
     left = 0.0

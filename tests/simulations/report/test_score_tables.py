@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 from fedsplit import confusion
+from fedsplit.config import RunConfig
 from simulations.core.run_folder import RunFolder
 from simulations.report.facts import read_facts
 from simulations.report.page import write_report
-from simulations.report.score_tables import score_rows
-from simulations.report.words import extent
+from simulations.report.score_tables import class_rows, score_rows
+from simulations.report.words import extent, what_the_server_reads
 from simulations.split.results_table import table_rows
 from strategies.rounds.replies import average
 from tests.simulations.report.runs import HOSTILE, split_results
@@ -129,3 +131,44 @@ def test_scores_of_some_owners_say_whose_they_are(tmp_path: Path) -> None:
     assert "1 of 3 owners (10 of 60 texts)" in told["macro-F1, Matthews' correlation"]
     whole = folder_of(tmp_path / "whole", CLASSES, ["no", "yes"])
     assert "held-out texts of all owners" in write_report(whole.path).read_text()
+
+
+def test_types_of_entities_have_scores_of_their_own(tmp_path: Path) -> None:
+    utility = {"metric": "entity-f1", "federated": 0.4, "samples": 4, "baseline_is": "zero-shot"}
+    utility |= {"baseline": 0.1, "centralised": 0.5, "entity-f1": 0.4, "entity-precision": 0.25}
+    utility["entity-f1-by-type"] = [0.125, 0.5]
+    tags = ["O", "B-person", "I-person", HOSTILE, "B-place"]
+    folder = folder_of(tmp_path, utility, [tag for tag in tags if tag != HOSTILE])
+    assert class_rows(read_facts(folder.path)) == (
+        ["F1"],
+        [("person", ["12.5 %"]), ("place", ["50.0 %"])],
+    )
+    page = write_report(folder.path).read_text()
+    assert "type of entity" in page
+    assert "Held-out entity F1 is 40.0 %" in page
+    assert "10.0 % before any training" in page
+    assert "25.0 %" in page  # a precision is a share, as a recall is
+    other = folder_of(tmp_path / "b", utility, tags)  # names that are none of tags: by number
+    assert [name for name, _ in class_rows(read_facts(other.path))[1]] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"privacy.mechanism": "none", "labels.protection": "none"}, ["vectors", "gradient"]),
+        ({"privacy.mechanism": "none", "labels.protection": "row-noise"}, ["vectors"]),
+        ({"privacy.mechanism": "dchi", "labels.protection": "client-head+none"}, ["gradient"]),
+        ({"privacy.mechanism": "dchi", "labels.protection": "client-tail"}, []),
+        ({"privacy.mechanism": "dchi", "model.task": "causal-lm"}, []),
+    ],
+)
+def test_what_the_model_owner_can_read_is_told(
+    tmp_path: Path, settings: dict[str, Any], told: list[str]
+) -> None:
+    with RunFolder(tmp_path, name="x", kind="split") as folder:
+        folder.write_config(RunConfig.from_flat(settings).to_flat())
+        folder.record(**split_results())
+    found = what_the_server_reads(read_facts(tmp_path))
+    assert len(found) == len(told)
+    assert all(word in sentence for word, sentence in zip(told, found, strict=True))
+    assert all(sentence in html.unescape(write_report(tmp_path).read_text()) for sentence in found)
