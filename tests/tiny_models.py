@@ -91,12 +91,12 @@ def save_tiny_bert(folder: Path, seed: int = 0, classes: int = 3, positions: int
     return folder
 
 
-def save_tiny_llama(folder: Path, seed: int = 0, layers: int = 3) -> Path:
+def save_tiny_llama(folder: Path, seed: int = 0, layers: int = 3, width: int = 32) -> Path:
     """Write a small LLaMA language model with random weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,

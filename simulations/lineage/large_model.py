@@ -1,16 +1,19 @@
 """The kind ``lineage-llm``: one large model, its descendants and strangers, judged one by one.
 
-A cell is one suspect: it is made from the base, compared by the verdict's fingerprint (aligned
-products; for another width, in the directions that both embeddings know) and dropped, so that two
-models are in memory at a time and a killed experiment goes on with the next suspect.
+A cell is one suspect: it is made from the base, compared by every fingerprint of the table and
+dropped, so that two models are in memory at a time and a killed experiment goes on with the next
+suspect.  The verdict's fingerprint (aligned products) reads another width in the directions that
+both embeddings know; those that need equal widths have no value then.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +21,14 @@ from rich.console import Console
 from torch import Tensor
 
 from fedsplit.commands.compare import between_widths
-from fedsplit.errors import check
+from fedsplit.errors import LineageError, check
 from fedsplit.fingerprints import FINGERPRINTS
 from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
+from fedsplit.fingerprints.evidence import public_file
 from fedsplit.fingerprints.gate.verdict import judge
-from fedsplit.fingerprints.view import WeightView
+from fedsplit.fingerprints.portraits import encoder
+from fedsplit.fingerprints.portraits.sheet import draw_sheet
+from fedsplit.fingerprints.view import WeightView, choose_tokens
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import HEADS, LoadedModel, load
 from fedsplit.models.splitting.structure import with_blocks
@@ -47,10 +53,13 @@ OPTIONS: dict[str, Any] = {
     "text": "",
     "other": "",
     "threads": 1,
+    "portrait-size": 128,
 }
 TRAINED = ("fine-tuned", "lora", "further-trained", "vocabulary")
 UNTRAINED = ("pruned", "quantised-8", "quantised-4", "width-pruned", "blocks-dropped")
 MADE = "same shape, new weights"
+PORTRAIT = "portrait"
+OTHERS = tuple(name for name in FINGERPRINTS if name != "score")
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
@@ -61,7 +70,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     check(options["drop"] >= 2, "options.drop", options["drop"], ">= 2")
     for name in options["transforms"]:
         check(name in TRANSFORMS, "options.transforms", name, f"one of {', '.join(TRANSFORMS)}")
-    choosing = ("transforms", "strangers", "threads")
+    choosing = ("transforms", "strangers", "threads", "portrait-size")
     store = CellStore.open(folder, experiment.config, options, choosing)
     setting = LargeModel(experiment.config, {**store.options, **options}, folder.path, store)
     trained = TRAINED if options["steps"] else ()
@@ -70,12 +79,20 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     keys += [{"suspect": f"map {name}"} for name in options["transforms"]]
     keys += [{"suspect": f"stranger {name}"} for name in (MADE, *others)]
     with limited_threads(options["threads"]):
-        rows = run_cells(experiment, folder, console, store, keys, setting.cell)
-    columns = ("suspect", "relation", "width", "score", "z", "verdict", "seconds", "peak_mb")
+        rows = run_cells(
+            experiment, folder, console, store, keys, setting.cell, lambda r: {"rows": facts(r)}
+        )
+        path = folder.path / "sheet.png"
+        folder.record(pictures=draw_portraits(path, setting, rows, options["portrait-size"]))
+    columns = ("suspect", "relation", "width", *OTHERS, "score", "z", "verdict", "seconds")
     shown = ([row[c] for c in columns] for row in map(_rounded, rows))
-    console.print(
-        make_table(columns, shown, title=f"Against {experiment.config.model.name}", left=2)
-    )
+    heads = [name.replace("_", " ") for name in columns]
+    console.print(make_table(heads, shown, title=f"Against {experiment.config.model.name}", left=2))
+
+
+def facts(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without what only the picture needs."""
+    return [{k: v for k, v in row.items() if k != PORTRAIT} for row in rows]
 
 
 @dataclass
@@ -83,32 +100,69 @@ class LargeModel(ExperimentSetting):
     """The base, and what is made of it."""
 
     def cell(self, suspect: str) -> list[Row]:
-        """Return the row of one suspect."""
+        """Return the row of one suspect, and its portrait's vector."""
         began = time.perf_counter()
-        base = self._load(self.config.model.name)
         relation, model = self._made(suspect)
         made = time.perf_counter()
-        ours, theirs = WeightView.of_module(base.model), WeightView.of_module(model)
+        ours, theirs = self.base_view, WeightView.of_module(model)
         if ours.width == theirs.width:
             found = judge(FINGERPRINTS["score"]().compare(ours, theirs), ours.width)
         else:
             found = between_widths(ours, theirs).judgement
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return [
-            {
-                "suspect": suspect,
-                "relation": relation,
-                "width": theirs.width,
-                "blocks": theirs.depth,
-                "score": found.score,
-                "z": found.z,
-                "p": found.p_value,
-                "verdict": found.verdict,
-                "making_s": made - began,
-                "seconds": time.perf_counter() - made,
-                "peak_mb": peak / 1e6,
-            }
-        ]
+        judged = time.perf_counter()
+        row = {
+            "suspect": suspect,
+            "relation": relation,
+            "width": theirs.width,
+            "blocks": theirs.depth,
+            "vocabulary": theirs.vocabulary,
+            **{name: _value(name, ours, theirs) for name in OTHERS},
+            "score": found.score,
+            "z": found.z,
+            "p": found.p_value,
+            "verdict": found.verdict,
+            "making_s": made - began,
+            "seconds": judged - made,
+            PORTRAIT: self.portrait(suspect, theirs),
+            "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
+        }
+        return [row | self._perplexities(suspect, model)]
+
+    @cached_property
+    def base_view(self) -> WeightView:
+        """The base's weights."""
+        return WeightView.of_module(self.loaded.model)
+
+    def portrait(self, suspect: str, view: WeightView) -> list[float]:
+        """Return a portrait's vector, a descendant's on the base's tokens; empty: too narrow."""
+        own = suspect.startswith("stranger ")
+        tokens = None if own else choose_tokens(self.base_view.vocabulary)
+        try:
+            found = public_file.make(view, suspect, tokens=tokens)
+        except LineageError:
+            return []
+        return [float(x) for x in encoder.vector(found)]
+
+    def _perplexities(self, suspect: str, model: Any) -> Row:
+        """Return held-out perplexities of base and suspect, where they read the same tokens."""
+        if suspect.startswith("stranger ") or suspect == "vocabulary":
+            return {"perplexity_base": None, "perplexity": None}
+        base, windows = self._other if suspect == "further-trained" else self._tuning
+        return {"perplexity_base": base, "perplexity": windows.perplexity(model)}
+
+    @cached_property
+    def _tuning(self) -> tuple[float, Windows]:
+        return self._measured(read_texts(self.options["text"], self.options["other"]).tuning)
+
+    @cached_property
+    def _other(self) -> tuple[float, Windows]:
+        return self._measured(read_texts(self.options["text"], self.options["other"]).other)
+
+    def _measured(self, text: str) -> tuple[float, Windows]:
+        """Return the base's held-out perplexity and the windows that it was measured on."""
+        plan = self._plan
+        windows = Windows(self.loaded.tokenizer, text, plan.length, plan.seed)
+        return windows.perplexity(self.loaded.model), windows
 
     def _load(self, name: str) -> LoadedModel:
         sha256 = self.config.model.sha256 if name == self.config.model.name else ""
@@ -191,6 +245,40 @@ CUTS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+def draw_portraits(path: Path, setting: LargeModel, rows: Sequence[Row], size: int) -> list[str]:
+    """Draw the base above its descendants, a column per kind of change, and each stranger.
+
+    Returns the picture's name in a list; an empty one for a base too narrow for a portrait.
+    """
+    base = setting.portrait("base", setting.base_view)
+    if not base:
+        return []
+    drawn = [row for row in rows if row[PORTRAIT]]
+    columns = []
+    for title, names in (("trained", TRAINED), ("cut, rounded", UNTRAINED), ("mapped", ())):
+        mine = [
+            (row["suspect"].removeprefix("map "), row[PORTRAIT])
+            for row in drawn
+            if row["suspect"] in names or (not names and row["relation"] == "function kept")
+        ]
+        if mine:
+            columns.append((title, [("base", base), *mine]))
+    for row in drawn:
+        if row["relation"] == "independent":
+            columns.append(("stranger", [(Path(row["suspect"][9:]).name, row[PORTRAIT])]))
+    draw_sheet(columns, path, size=size)
+    return [path.name]
+
+
+def _value(name: str, ours: WeightView, theirs: WeightView) -> float | None:
+    """Return a fingerprint's value; None where it refuses the pair."""
+    try:
+        return FINGERPRINTS[name]().compare(ours, theirs).value
+    except LineageError:
+        return None
+
+
 def _rounded(row: Row) -> Row:
-    formats = {"score": ".4f", "z": ".1f", "seconds": ".1f", "peak_mb": ".0f"}
-    return {**row, **{name: format(row[name], how) for name, how in formats.items()}}
+    shown = {k: f"{row[k]:.3f}" for k in OTHERS if row[k] is not None}
+    formats = {"score": ".4f", "z": ".1f", "seconds": ".1f"}
+    return {**row, **shown, **{name: format(row[name], how) for name, how in formats.items()}}

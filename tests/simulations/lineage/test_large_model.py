@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from fedsplit.errors import ConfigError
@@ -21,7 +22,7 @@ from tests.tiny_models import save_tiny_llama
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("base"), layers=4)
+    return save_tiny_llama(tmp_path_factory.mktemp("base"), layers=4, width=64)
 
 
 def carry_out(base: Path, folder: Path, *more: str, force: bool = False) -> list[dict[str, Any]]:
@@ -39,12 +40,18 @@ def test_every_suspect_has_a_row_and_none_is_made_twice(
     rows = carry_out(base, tmp_path / "run")
     found = {row["suspect"]: row for row in rows}
     assert list(found) == [*UNTRAINED, "map rotation", f"stranger {MADE}"]
-    assert found["width-pruned"]["width"] == 24
+    assert found["width-pruned"]["width"] == 48
     assert found["blocks-dropped"]["blocks"] == 3
     assert abs(found[f"stranger {MADE}"]["score"]) < 0.5
     for name in ("pruned", "quantised-8", "quantised-4", "map rotation"):
         assert found[name]["score"] > 0.8, name
     assert all(row["seconds"] > 0 and row["peak_mb"] > 0 for row in rows)
+    assert found["map rotation"]["pcs"] < 0.5 < found["map rotation"]["reef"]
+    assert found["width-pruned"]["pcs"] is None
+    unchanged = found["map rotation"]
+    assert unchanged["perplexity"] == pytest.approx(unchanged["perplexity_base"], rel=1e-3)
+    with Image.open(tmp_path / "run" / "sheet.png") as sheet:
+        assert min(sheet.size) > 2 * 128
 
     def never(*_: Any) -> None:
         raise AssertionError("made again")
