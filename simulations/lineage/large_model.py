@@ -8,6 +8,7 @@ both embeddings know; those that need equal widths have no value then.
 
 from __future__ import annotations
 
+import copy
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from fedsplit.fingerprints.portraits import encoder
 from fedsplit.fingerprints.portraits.sheet import draw_sheet
 from fedsplit.fingerprints.view import WeightView, choose_tokens
 from fedsplit.models.anatomy import probe
-from fedsplit.models.loading import HEADS, LoadedModel, load
+from fedsplit.models.loading import HEADS, load
 from fedsplit.models.splitting.structure import with_blocks
 from fedsplit.seeding import derive_seed
 from simulations.core.cells import CellStore, Row, run_cells
@@ -41,6 +42,7 @@ from simulations.core.tables import make_table
 from simulations.lineage.descendants import RATES, RECIPES, Training, Windows, read_texts
 from simulations.runtime.machine import limited_threads
 
+OTHERS = tuple(name for name in FINGERPRINTS if name != "score")
 OPTIONS: dict[str, Any] = {
     "steps": 20,  # of those descendants that are trained; 0: they are left out
     "lr": 1e-4,
@@ -52,6 +54,8 @@ OPTIONS: dict[str, Any] = {
     "strangers": "",  # comma-separated names of independent models; one of the base's shape is made
     "text": "",
     "other": "",
+    "fingerprints": list(OTHERS),  # beside the verdict's; "reef" runs both models
+    "windows": 32,  # of the held-out text that perplexity is measured on
     "threads": 1,
     "portrait-size": 128,
 }
@@ -59,7 +63,6 @@ TRAINED = ("fine-tuned", "lora", "further-trained", "vocabulary")
 UNTRAINED = ("pruned", "quantised-8", "quantised-4", "width-pruned", "blocks-dropped")
 MADE = "same shape, new weights"
 PORTRAIT = "portrait"
-OTHERS = tuple(name for name in FINGERPRINTS if name != "score")
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
@@ -70,21 +73,25 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     check(options["drop"] >= 2, "options.drop", options["drop"], ">= 2")
     for name in options["transforms"]:
         check(name in TRANSFORMS, "options.transforms", name, f"one of {', '.join(TRANSFORMS)}")
+    for name in options["fingerprints"]:
+        check(name in OTHERS, "options.fingerprints", name, f"one of {', '.join(OTHERS)}")
+    check(options["windows"] >= 1, "options.windows", options["windows"], ">= 1")
     choosing = ("transforms", "strangers", "threads", "portrait-size")
     store = CellStore.open(folder, experiment.config, options, choosing)
     setting = LargeModel(experiment.config, {**store.options, **options}, folder.path, store)
     trained = TRAINED if options["steps"] else ()
-    others = [name.strip() for name in options["strangers"].split(",") if name.strip()]
+    strangers = [name.strip() for name in options["strangers"].split(",") if name.strip()]
     keys = [{"suspect": name} for name in (*UNTRAINED, *trained)]
     keys += [{"suspect": f"map {name}"} for name in options["transforms"]]
-    keys += [{"suspect": f"stranger {name}"} for name in (MADE, *others)]
+    keys += [{"suspect": f"stranger {name}"} for name in (MADE, *strangers)]
     with limited_threads(options["threads"]):
         rows = run_cells(
             experiment, folder, console, store, keys, setting.cell, lambda r: {"rows": facts(r)}
         )
         path = folder.path / "sheet.png"
         folder.record(pictures=draw_portraits(path, setting, rows, options["portrait-size"]))
-    columns = ("suspect", "relation", "width", *OTHERS, "score", "z", "verdict", "seconds")
+    others = options["fingerprints"]
+    columns = ("suspect", "relation", "width", *others, "score", "z", "verdict", "seconds")
     shown = ([row[c] for c in columns] for row in map(_rounded, rows))
     heads = [name.replace("_", " ") for name in columns]
     console.print(make_table(heads, shown, title=f"Against {experiment.config.model.name}", left=2))
@@ -116,7 +123,7 @@ class LargeModel(ExperimentSetting):
             "width": theirs.width,
             "blocks": theirs.depth,
             "vocabulary": theirs.vocabulary,
-            **{name: _value(name, ours, theirs) for name in OTHERS},
+            **{name: _value(name, ours, theirs) for name in self.options["fingerprints"]},
             "score": found.score,
             "z": found.z,
             "p": found.p_value,
@@ -148,7 +155,7 @@ class LargeModel(ExperimentSetting):
         if suspect.startswith("stranger ") or suspect == "vocabulary":
             return {"perplexity_base": None, "perplexity": None}
         base, windows = self._other if suspect == "further-trained" else self._tuning
-        return {"perplexity_base": base, "perplexity": windows.perplexity(model)}
+        return {"perplexity_base": base, "perplexity": self._perplexity(windows, model)}
 
     @cached_property
     def _tuning(self) -> tuple[float, Windows]:
@@ -162,23 +169,22 @@ class LargeModel(ExperimentSetting):
         """Return the base's held-out perplexity and the windows that it was measured on."""
         plan = self._plan
         windows = Windows(self.loaded.tokenizer, text, plan.length, plan.seed)
-        return windows.perplexity(self.loaded.model), windows
+        return self._perplexity(windows, self.loaded.model), windows
 
-    def _load(self, name: str) -> LoadedModel:
-        sha256 = self.config.model.sha256 if name == self.config.model.name else ""
-        return load(name, "causal-lm", expected_sha256=sha256 or None)
+    def _perplexity(self, windows: Windows, model: Any) -> float:
+        return windows.perplexity(model, self.options["windows"])
 
     def _made(self, suspect: str) -> tuple[str, Any]:
         """Return (relation, model) of a suspect."""
         kind, _, name = suspect.partition(" ")
         if kind == "stranger":
             if name != MADE:
-                return "independent", self._load(name).model
+                return "independent", load(name, "causal-lm").model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.config.seed, "lineage-llm"))
-                config = self._load(self.config.model.name).model.config
+                config = self.loaded.model.config
                 return "independent", HEADS["causal-lm"].from_config(config).eval()
-        loaded = self._load(self.config.model.name)
+        loaded = copy.deepcopy(self.loaded)
         if kind == "map":
             return "function kept", transform(loaded.model, name).model
         if suspect in CUTS:
@@ -279,6 +285,6 @@ def _value(name: str, ours: WeightView, theirs: WeightView) -> float | None:
 
 
 def _rounded(row: Row) -> Row:
-    shown = {k: f"{row[k]:.3f}" for k in OTHERS if row[k] is not None}
+    shown = {k: f"{row[k]:.3f}" for k in OTHERS if row.get(k) is not None}
     formats = {"score": ".4f", "z": ".1f", "seconds": ".1f"}
     return {**row, **shown, **{name: format(row[name], how) for name, how in formats.items()}}

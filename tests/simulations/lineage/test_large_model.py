@@ -26,7 +26,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def carry_out(base: Path, folder: Path, *more: str, force: bool = False) -> list[dict[str, Any]]:
-    small = ("options.steps=0", 'options.transforms=["rotation"]', "options.threads=1")
+    small = (
+        "options.steps=0",
+        'options.transforms=["rotation"]',
+        "options.threads=1",
+        "options.windows=2",
+    )
     experiment = load_experiment("lineage-llm", [f"model={base}", *small, *more])
     with RunFolder(folder, name="x", kind=experiment.result_kind, force=force) as run_folder:
         KINDS[experiment.kind](experiment, run_folder, Console(quiet=True))
@@ -76,7 +81,13 @@ def test_cuts_run_and_keep_what_they_keep(base: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["options.width=1.0", "options.drop=1", "options.steps=-1", 'options.transforms=["x"]'],
+    [
+        "options.width=1.0",
+        "options.drop=1",
+        "options.steps=-1",
+        'options.transforms=["x"]',
+        'options.fingerprints=["score"]',
+    ],
 )
 def test_options_out_of_range_are_refused(base: Path, tmp_path: Path, change: str) -> None:
     with pytest.raises(ConfigError, match=r"options\.\w+="):
