@@ -13,8 +13,9 @@ from dataclasses import replace
 
 from fedsplit.config import RunConfig, Scalar
 from fedsplit.emulators.settings import check_offsite
-from fedsplit.errors import check
+from fedsplit.errors import check, one_of
 from fedsplit.models.adapters.trainable import TRAINABLE
+from fedsplit.models.frozen_linear import AS_LOADED, FORMS
 from fedsplit.privacy.labels.table import head_at_owner, said
 from fedsplit.privacy.secure_aggregation.settings import check_secure
 from fedsplit.privacy.settings import check_privacy
@@ -56,6 +57,18 @@ def _check_server(config: RunConfig) -> None:
     check(
         good, "server.devices", server.devices, f"one for each of server.workers={server.workers}"
     )
+    stored = server.frozen_weights
+    one_of("server.frozen-weights", stored, (AS_LOADED, *FORMS))
+    if stored != AS_LOADED:
+        told = f"{AS_LOADED} with train.method='all', which trains the matrices that it would round"
+        check(config.train.method != "all", "server.frozen-weights", stored, told)
+    for name, plain in (
+        ("frozen-weights", stored == AS_LOADED),
+        ("checkpointing", not server.checkpointing),
+    ):
+        value = getattr(server, name.replace("-", "_"))
+        told = "its default with offsite-tuning, where owners train (see offsite.checkpointing)"
+        check(plain or config.strategy != "offsite-tuning", f"server.{name}", value, told)
 
 
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (

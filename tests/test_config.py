@@ -122,6 +122,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "robust.malicious": ([-1, 10_001], [0, 10_000]),
     "server.workers": ([0, 65], [1, 64]),
     "server.devices": (["gpu", "cuda:x", "cpu,"], ["", "cpu", "cuda:1"]),
+    "server.frozen-weights": (["", "int4"], ["as-loaded"]),  # the others ask for train.method
     "offsite.proximal": ([-1.0, float("inf")], [0.0, 1e6]),
     "offsite.method": (["ia3", ""], ["full", "lora", "bottleneck", "bitfit", "prefix"]),
     "offsite.rank": ([0, 65_537], [1, 65_536]),

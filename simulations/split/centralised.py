@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedsplit.config import RunConfig
 from fedsplit.errors import check
 from fedsplit.models.adapters.trainable import make_trainable, method_options
+from fedsplit.models.frozen_linear import AS_LOADED, recompute, store_frozen
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.splitting.heads import head_parameters
 from fedsplit.owners.samples import Samples
@@ -97,6 +98,10 @@ class CentralisedTwin:
         self._buckets = LengthBuckets(self.top)
         self.joint = config.split.bottom == "joint"
         self.bottom.eval().requires_grad_(self.joint)
+        if config.server.frozen_weights != AS_LOADED:
+            store_frozen(self.top, config.server.frozen_weights)
+        if config.server.checkpointing:
+            recompute(self.top)
         trainable = make_trainable(self.top, config.train.method, **method_options(config.train))
         head = head_parameters(self.top) if self.task.labelled else set()
         parameters = trainable.parameters()

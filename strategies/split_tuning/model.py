@@ -19,6 +19,7 @@ from fedsplit.models.adapters.trainable import (
 )
 from fedsplit.models.bundle.bottom import Bundle, pack_bottom
 from fedsplit.models.bundle.head import with_head
+from fedsplit.models.frozen_linear import AS_LOADED, recompute, store_frozen
 from fedsplit.models.placing import place
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from fedsplit.models.splitting.heads import Head, detach_head, positions_read
@@ -141,6 +142,8 @@ def assemble(config: RunConfig, halves: Halves, trained: Trained | None = None) 
 
 
 def _choose_trained(config: RunConfig, halves: Halves) -> Trainable:
+    if config.server.frozen_weights != AS_LOADED:
+        store_frozen(halves.top, config.server.frozen_weights)
     trainable = make_trainable(halves.top, config.train.method, **method_options(config.train))
     return trainable if halves.head is None else trained_without_head(trainable)
 
@@ -148,6 +151,8 @@ def _choose_trained(config: RunConfig, halves: Halves) -> Trainable:
 def _place(config: RunConfig, top: Top, device: str) -> None:
     place(top, device, DTYPES[config.model.dtype])
     top.autocast = AUTOCASTS[config.model.autocast]
+    if config.server.checkpointing:
+        recompute(top)
 
 
 def top_rows(config: RunConfig, top: Top, head: Head | None) -> TopRows:

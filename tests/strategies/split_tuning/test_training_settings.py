@@ -11,6 +11,7 @@ from flwr.app import MetricRecord
 from safetensors.torch import load_file
 
 from fedsplit.errors import ConfigError
+from fedsplit.models.trained.whole import whole_of_run
 from fedsplit.settings import read_settings
 from strategies.early_stopping import EarlyStopping
 from strategies.split_tuning.strategy import SplitTuning
@@ -93,6 +94,23 @@ def test_a_run_of_another_lora(make_config: Any, run_locally: Any, form: str) ->
     assert all(".query.lora_" in n for n in names)
     assert any("magnitude" in n for n in names) == (form == "dora")
     assert all(t.shape[0] == 2 for n, t in run.state.items() if ".lora_A." in n)
+
+
+def test_a_run_on_a_stored_top_is_nearly_the_run_on_a_plain_one(
+    make_config: Any, run_locally: Any
+) -> None:
+    losses, names = {}, {}
+    for form, again in (("as-loaded", False), ("int8", True)):
+        settings: dict[str, Any] = {"server__frozen_weights": form, "server__checkpointing": again}
+        settings |= {"session__deadline_s": 120.0, "session__wave_wait_s": 120.0}
+        run = run_locally(make_config(train__method="lora", train__rounds=1, **settings))
+        losses[form] = run.server["rounds"][0]["evaluate"]["metrics"]["loss"]
+        names[form] = set(run.state)
+        whole = whole_of_run(run.folder).loaded.model  # LoRA on the base as it is
+        assert all(torch.isfinite(p).all() for p in whole.parameters())
+    assert names["int8"] == names["as-loaded"]
+    assert losses["int8"] == pytest.approx(losses["as-loaded"], rel=0.02)
+    assert losses["int8"] != losses["as-loaded"]
 
 
 @pytest.mark.parametrize(
