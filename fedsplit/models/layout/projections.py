@@ -400,12 +400,16 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
     LoRA and IA3 layers (recognised by what they offer, not by class) are reported under the names
     that their base layer would have alone, with what the active adapters make of its tensors.
-    Modules that adapters *add* keep their own names.
+    Modules that adapters *add* keep their own names.  Matrices that a linear layer stores in fewer
+    bits are made for this, in full.
     """
     out: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if ".lora_" not in name and ".ia3_" not in name:
             out[name.replace(".base_layer.", ".")] = parameter.detach()
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and "weight" not in layer._parameters:  # made on access
+            out[f"{name}.weight".replace(".base_layer.", ".")] = layer.weight.detach()
     for name, layer in module.named_modules():
         base: Any = getattr(layer, "base_layer", None)
         if isinstance(base, nn.Module) and not getattr(layer, "merged", False):
