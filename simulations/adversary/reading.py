@@ -22,7 +22,8 @@ class Row:
     """One attack's outcome.
 
     Attributes:
-        case: 1 to 10, as the threat model's examples are numbered; 0: an honest session.
+        case: 1 to 10, as the threat model's examples are numbered; 11: masked sums; 0: an honest
+            session.
         variant: which way.
         read: share of ``targets`` that the server read.
         allowance: share that it may read: guessing, or what the policy's floor allows.

@@ -22,6 +22,7 @@ from fedsplit.wire.dial import channel_options
 from fedsplit.wire.frames import SCHEMA, Frame, Kind
 from fedsplit.wire.link import Link
 from fedsplit.wire.messages import OFFER, WEIGHTS, SessionOffer
+from fedsplit.wire.secure_sum import MASKED
 from fedsplit.wire.transfer import send_files
 from simulations.adversary.victim import NODE, Victim
 
@@ -42,6 +43,7 @@ class Taken:
         refusal: the owner's error reply; empty where it answered.
         metrics: of its report.
         weights: tensors of its reply.
+        masked: numbers under masks of its reply, (d,).
         size: bytes of all frames' bodies and headers that left, without a reply's arrays.
     """
 
@@ -50,6 +52,7 @@ class Taken:
     refusal: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    masked: Any = None
     size: int = 0
 
     @property
@@ -347,6 +350,8 @@ def _with_reply(taken: Taken, reply: Message) -> Taken:
     record = reply.content.metric_records.get(REPORT)
     if record is not None:
         taken.metrics = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+    if (masked := reply.content.array_records.get(MASKED)) is not None:
+        taken.masked = next(iter(masked.values())).numpy()
     arrays = reply.content.array_records.get(WEIGHTS)
     if arrays is not None:
         taken.weights = {n: torch.from_numpy(a.numpy().copy()) for n, a in arrays.items()}

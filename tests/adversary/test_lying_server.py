@@ -50,6 +50,17 @@ VARIANTS: dict[str, list[str]] = {
         "server's words in owner's log",
         "owner's words in server's log",
     ],
+    "masked-sums": [
+        "honest sums refused",
+        "messages played again",
+        "cohort of its own",
+        "keys changed on their way",
+        "other neighbours' keys",
+        "settings changed between messages",
+        "all but one dropped",
+        "mask and mask key of one owner",
+        "weights without masks",
+    ],
 }
 # case -> what the owner's code lacks, and which of its variants still read too much
 OPEN: dict[str, tuple[str, set[str]]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from fedsplit.privacy.secure_aggregation import shamir
 from fedsplit.privacy.secure_aggregation.masks import identity_public, new_key
 from fedsplit.privacy.secure_aggregation.numbers import occasion_of
 from fedsplit.privacy.secure_aggregation.owner import OwnerSide
@@ -16,6 +18,8 @@ from fedsplit.privacy.secure_aggregation.roster import Advert
 from fedsplit.settings import read_settings
 from fedsplit.wire import secure_sum as wire
 from fedsplit.wire.message_types import SECURE_TYPE
+from simulations.adversary.cases.masked_cohort import Federation
+from simulations.adversary.context import Field
 from strategies.secure_aggregation.masked_sum import MaskedSum
 from tests.adversary.lying import LyingServer, Owner, settings
 
@@ -91,6 +95,27 @@ def test_owners_of_the_servers_own_do_not_count_where_keys_are_known(
     reply = ask(server, victim, wire.SHARES, **roster_of(found, at))
     # Without a list the first keys are believed: the page on secure aggregation says so.
     assert reply.has_error() is peers
+
+
+def test_an_owner_is_undone_by_both_of_its_secrets_and_by_no_less(tmp_path: Path) -> None:
+    """What the experiment calls read is what would really take the masks off."""
+    with LyingServer() as server:
+        cohort = Federation(Field(tmp_path, server, quick=True)).cohort(5, 1)
+        assert cohort.begun
+        assert cohort.share()
+        cohort.others_share()
+        at, half = cohort.at("victim"), shamir.SHARE_BYTES
+        seeds, keys = {}, {}
+        for name, side in cohort.sides.items():  # as if every honest owner were the server's own
+            side.accept(cohort.sealed_for(name))
+            told = json.loads(side.to_json())["peers"][str(at)]["shares"]
+            share = bytes.fromhex(told)
+            seeds[cohort.at(name) + 1], keys[cohort.at(name) + 1] = share[:half], share[half:]
+        assert cohort.is_undone(seeds, keys)
+        threshold = cohort.roster.threshold
+        fewer = dict(list(keys.items())[: threshold - 1])
+        assert not cohort.is_undone(seeds, fewer)
+        assert not cohort.is_undone(keys, seeds)
 
 
 def test_a_run_without_masks_gets_no_message_of_a_sum(

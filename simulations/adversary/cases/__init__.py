@@ -1,1 +1,1 @@
-"""The ten cases of the threat model, each with its variants, one file per case."""
+"""The cases of the threat model, each with its variants, one file per case."""

@@ -27,6 +27,7 @@ CASES: dict[str, str] = {
     "offsite": "offsite",
     "accounting": "accounting",
     "resources": "resources",
+    "masked-sums": "masked_sums",
 }
 
 
