@@ -179,8 +179,8 @@ class Lies(Federation):
             signed[True][victim] = signature
         # The server's own owner signs both, and gives both of its shares of the victim's.
         state = OwnerSide.from_json(sybil.to_json(), new_key())
-        for kind, survivors in ((True, every), (False, every - {victim})):
-            signed[kind][cohort.at("sybil-0")] = _signature(sybil, survivors)
+        for inside_it, survivors in ((True, every), (False, every - {victim})):
+            signed[inside_it][cohort.at("sybil-0")] = _signature(sybil, survivors)
         own = state._peers[victim].shares
         half, point = shamir.SHARE_BYTES, cohort.at("sybil-0") + 1
         shares = {OWN: {point: own[:half]}, KEY: {point: own[half:]}}
