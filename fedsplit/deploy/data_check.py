@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedsplit.data import MIN_ROWS, ClassColumn, TextDataset
@@ -39,7 +39,7 @@ def look_at_data(node: NodeFile) -> Iterator[Finding]:
     if train.choices:
         yield _choices(train)
     elif not train.chat:
-        yield _labels(node)
+        yield look_at_labels(node.node, own_classes(node.home, node.node))
 
 
 def _texts(given: str, train: TextDataset, test: TextDataset | None) -> str:
@@ -84,16 +84,21 @@ def _choices(train: TextDataset) -> Finding:
     return "labels", "ok", text
 
 
-def _labels(node: NodeFile) -> Finding:
-    agreed = str(node.node.get(RANGE, ""))
-    names = own_classes(node.home, node.node)
+def look_at_labels(node: Mapping[str, object], names: tuple[str, ...] = ()) -> Finding:
+    """Say what a column of labels holds: classes, tags of words, numbers, sets of classes.
+
+    Args:
+        node: an owner's node config.
+        names: of the classes, in order, as far as they are known.
+    """
+    agreed = str(node.get(RANGE, ""))
     if agreed or names[:1] == (TERMS,):  # its own, or the first that was announced
         return _numbers(node, agreed or ",".join(names[1:]))
-    column = str(node.node.get("label-column", "label"))
-    tagged = node.node.get("data-kind") == "tagged"
+    column = str(node.get("label-column", "label"))
+    tagged = node.get("data-kind") == "tagged"
     kind, what = (TagColumn, "tags of words") if tagged else (ClassColumn, "classes")
     try:
-        train, test = read_own(node.node, kind(names), labelled=True)
+        train, test = read_own(node, kind(names), labelled=True)
     except MissingColumn:
         return "labels", "ok", f"no column {column!r}: texts alone, for a language model"
     except DataError as error:
@@ -123,11 +128,11 @@ def _labels(node: NodeFile) -> Finding:
     return "labels", "warn", f"{text}; their order is not agreed: label-names, or the run's list"
 
 
-def _numbers(node: NodeFile, agreed: str = "") -> Finding:
+def _numbers(node: Mapping[str, object], agreed: str = "") -> Finding:
     """Say what a column of numbers holds, for a regression; ``agreed``: their range, if known."""
     try:
         column = NumberColumn(*parse_range(agreed, f"node config {RANGE}")) if agreed else None
-        train, test = read_own(node.node, column or NumberColumn(), labelled=True)
+        train, test = read_own(node, column or NumberColumn(), labelled=True)
     except FedsplitError as error:
         return "labels", "fail", str(error)
     labels = [label for part in (train, test) if part is not None for label in part.labels]
@@ -137,10 +142,10 @@ def _numbers(node: NodeFile, agreed: str = "") -> Finding:
     return "labels", "ok", f"{text} within {column.low:g} to {column.high:g}"
 
 
-def _sets(node: NodeFile, names: tuple[str, ...]) -> Finding:
+def _sets(node: Mapping[str, object], names: tuple[str, ...]) -> Finding:
     """Say which classes a column of lists holds, for multi-label classification."""
     try:
-        train, test = read_own(node.node, ClassSetColumn(names), labelled=True)
+        train, test = read_own(node, ClassSetColumn(names), labelled=True)
         parts = [part.within(names or part.label_names) for part in (train, test) if part]
     except FedsplitError as error:
         return "labels", "fail", str(error)

@@ -231,24 +231,29 @@ def _owner(patient: Patient) -> Iterator[Check]:
 
 
 def _data(patient: Patient) -> Iterator[Check]:
-    from fedsplit.data import load_splits
+    from fedsplit.data.tagged import CONLL
+    from fedsplit.deploy.data_check import look_at_labels
+    from fedsplit.owners.data_source import read_own
 
     if patient.data is None:
         if patient.node is None:
             yield Check("data", SKIPPED, "not looked at", "--data FILE reads one")
         return
-    train, test = load_splits(
-        "file",
-        path=str(patient.data),
-        text_column=patient.text_column,
-        label_column=patient.label_column,
-    )
+    conll = patient.data.suffix.lower() in CONLL[:-1]  # plain text has the last one, too
+    node: dict[str, object] = {
+        "data-path": str(patient.data),
+        "data-kind": "tagged" if conll else "file",
+        "text-column": patient.text_column,
+        "label-column": patient.label_column,
+    }
+    train, test = read_own(node, labelled=False)
     words = sorted(len(text.split()) for text in train.texts)
     text = f"{patient.data}: {len(train)} texts, {words[len(words) // 2]} words in the median"
-    if train.label_names:
-        shown = ", ".join(map(str, train.label_names[:8]))
-        text += f"; {len(train.label_names)} classes: {shown}"
     yield Check("data", OK, text + (f"; {len(test)} to test on" if test is not None else ""))
+    if patient.label_column:
+        what, state, told = look_at_labels(node)
+        todo = "name them in model.label-names (or give model.label-range)" if state == WARN else ""
+        yield Check(what, state, told, todo)
 
 
 def _model(patient: Patient) -> Iterator[Check]:

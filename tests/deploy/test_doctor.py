@@ -92,7 +92,7 @@ def test_data_and_a_model_are_read(tmp_path: Path) -> None:
     model = save_tiny_bert(tmp_path / "bert")
     found = looked_at(Patient(data=data, model=str(model)))
     assert "30 texts" in found["data"].text
-    assert "3 classes: 0, 1, 2" in found["data"].text
+    assert found["labels"].text.startswith("3 classes in 'label': ")
     assert (found["data"].state, found["model"].state) == (OK, OK)
 
     (model / "config.json").write_text("{")
@@ -100,6 +100,32 @@ def test_data_and_a_model_are_read(tmp_path: Path) -> None:
     assert (found["data"].state, found["model"].state) == (FAIL, FAIL)
     assert "none.csv" in found["data"].text
     assert found["GPU"].state == OK
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "state", "told"),
+    [
+        (
+            "a.csv",
+            "text,label\nx,1.5\ny,2.25\n",
+            WARN,
+            "from 1.5 to 2.25, for a regression",
+        ),
+        ("a.jsonl", '{"text": "x", "label": ["a", "b"]}\n', WARN, "sets of 2 classes: a 1, b 1"),
+        ("a.conll", "Ann\tB-who\nran\tO\n", WARN, "2 tags of words in 'label'"),
+        ("a.csv", "text;label\nx;a\ny;b\n", WARN, "2 classes in 'label': a 1, b 1"),
+        ("a.csv", "text,other\nx,a\n", OK, "no column 'label': texts alone"),
+        ("a.csv", "text,label\nx,\ny,b\n", FAIL, "label=None: must be a label; the cell is empty"),
+    ],
+)
+def test_labels_of_every_task_are_told(
+    tmp_path: Path, name: str, content: str, state: str, told: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    found = {x.name: x for x in doctor._data(Patient(data=tmp_path / name))}
+    assert found["data"].state == OK
+    assert found["labels"].state == state
+    assert told in found["labels"].text
 
 
 def test_an_owners_files_are_looked_at_too(tmp_path: Path) -> None:

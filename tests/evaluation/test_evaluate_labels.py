@@ -24,6 +24,7 @@ from fedsplit.commands.evaluation.labels import (
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, ModelError
 from fedsplit.models import load
+from fedsplit.models.adapters.trainable import make_trainable, method_options
 from fedsplit.models.splitting.halves import split
 from fedsplit.models.trained.weights import described, save_trained
 from fedsplit.models.trained.whole import whole_of_run
@@ -72,25 +73,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "llama": save_tiny_llama(tmp_path_factory.mktemp("llama")),
     }
 
-    def make(task: str) -> tuple[Path, RunConfig, Path]:
-        if task in known:
-            return known[task]
+    def make(task: str, method: str = "all") -> tuple[Path, RunConfig, Path]:
+        if (key := f"{task} {method}") in known:
+            return known[key]
         base = str(models["llama" if task == "multiple-choice" else "bert"])
         flat = {"model.name": base, "model.task": task, "model.max-tokens": 16, "split.k": 1}
-        config = read_settings(flat | SETTINGS[task])
+        config = read_settings(flat | SETTINGS[task] | {"train.method": method})
         outputs = task_of(config).outputs
         loaded = load(base, task, num_labels=outputs)
         _, top = split(loaded.model, 1, verify=False)
         generator = torch.Generator().manual_seed(1)
-        state = {n: p.detach().clone() for n, p in top.named_parameters()}
+        trained = make_trainable(top, method, **method_options(config.train))
+        state = {n: p.detach().clone() for n, p in trained.state().items()}
         for tensor in state.values():
             tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
         folder = tmp_path_factory.mktemp(task)
         save_trained(folder / "top.safetensors", state, {}, described(config, loaded.digest))
         path = folder / "held-out.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in _rows(task)))
-        known[task] = folder, config, path
-        return known[task]
+        known[key] = folder, config, path
+        return known[key]
 
     return make
 
@@ -192,6 +194,19 @@ def test_scores_of_a_run_and_of_its_export_are_the_usual_libraries(
     assert not any(key.endswith("-error") for key in found["scores"])
 
 
+def test_adapters_that_no_hugging_face_class_has_are_evaluated_too(
+    made: Any, tmp_path: Path
+) -> None:
+    folder, _, path = made("sequence-classification", "adapter")
+    given = Labelled(str(path))
+    whole_of_run(folder).write(tmp_path)
+    found = [measure_labelled(tuned_model(str(at)), given)["scores"] for at in (folder, tmp_path)]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], abs=1e-6)
+    (tmp_path / "adapter").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="no readable adapter"):
+        tuned_model(str(tmp_path))
+
+
 def test_the_command_says_and_writes_the_scores(made: Any, tmp_path: Path) -> None:
     folder, _, path = made("sequence-classification")
     out = tmp_path / "figures.json"
@@ -210,7 +225,11 @@ def test_the_command_says_and_writes_the_scores(made: Any, tmp_path: Path) -> No
         (["--data", "nowhere.jsonl"], r"nowhere\.jsonl"),
         (["--data", "{path}", "--label-column", "class"], r"column='class': is missing; found: te"),
         (["--data", "{path}", "--data-kind", "files"], r"--data-kind"),
-        (["--data", "{path}", "--classes", "a, b"], r"label-names"),
+        (
+            ["--data", "{path}", "--classes", "a, b"],
+            r"--classes='a, b': must be left out, or the r",
+        ),
+        (["--data", "{path}", "--classes", "a, b, c"], r"--classes=.*: must be 2 names"),
         (["--data", "{path}", "--max-tokens", "99"], r"--max-tokens=99: must be <= 40"),
         (["--data", "{path}", "--text", "{path}"], r"--data"),
         (["--data", "{path}", "--adapter", "x"], r"--adapter"),

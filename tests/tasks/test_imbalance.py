@@ -17,9 +17,11 @@ from torch.nn import functional
 
 from fedsplit.data import balanced_batches
 from fedsplit.errors import ConfigError
+from fedsplit.owners.samples import Samples, text_identity
+from fedsplit.owners.split.protected_labels import own_class_weights
 from fedsplit.owners.split.schedule import passes_of
 from fedsplit.settings import read_settings
-from fedsplit.tasks import balanced_weights, task_of
+from fedsplit.tasks import TaggedWords, balanced_weights, task_of
 from simulations.core.owner_samples import owner_samples
 from simulations.split.centralised import CentralisedTwin
 from strategies.base_model import load_base
@@ -38,6 +40,20 @@ def test_weights_are_scikit_learns(labels: list[int]) -> None:
     found = balanced_weights(torch.tensor(labels), 6)
     assert [found[c] for c in there] == pytest.approx(expected.tolist())
     assert all(found[c] == 1.0 for c in range(6) if c not in there)
+
+
+def test_tags_are_weighed_by_an_owners_own_words() -> None:
+    tags = [[0, 0, 1], [0, 2, 0, 0], [0]]
+    texts = tuple(torch.tensor([[n, t] for n, t in enumerate(own)]) for own in tags)
+    samples = Samples(
+        tuple(torch.arange(len(own)) for own in tags),
+        None,
+        tuple(text_identity(str(own)) for own in tags),
+        words=TaggedWords(("O", "B-a", "I-a"), texts),
+    )
+    flat = np.array([tag for own in tags for tag in own])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=flat)
+    assert own_class_weights(samples, 3) == pytest.approx(expected.tolist())
 
 
 def test_weights_are_cut_to_what_a_server_accepts() -> None:

@@ -13,7 +13,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fedsplit.config import ModelConfig, RunConfig
-from fedsplit.data import DATASETS, TextDataset, load_dataset, only_split
+from fedsplit.data import (
+    DATASETS,
+    TextDataset,
+    load_dataset,
+    names_digest,
+    only_split,
+    parse_class_names,
+)
 from fedsplit.errors import ConfigError, DataError, ModelError, UnsupportedModelError, check
 from fedsplit.models.positions import learned_positions
 from fedsplit.models.trained import is_split_run
@@ -77,6 +84,8 @@ def tuned_model(place: str, base: str = "", max_tokens: int = 0) -> TunedModel:
         ConfigError: a base for an exported model, or more tokens than the model has positions.
     """
     folder = Path(place).expanduser()
+    if not is_split_run(folder) and is_split_run(folder / "server"):
+        folder /= "server"  # of an experiment's own folder
     if is_split_run(folder):
         whole = whole_of_run(folder, base)
         loaded, settings = whole.loaded, whole.settings
@@ -138,7 +147,12 @@ def read_labelled(data: Labelled, settings: ModelConfig) -> tuple[TextDataset, T
     """
     if data.classes:
         check(task_type(settings.task).named, "--classes", data.classes, "left out: no classes")
-        task_of(RunConfig(model=settings)).agreed(settings, data.classes)
+        names = parse_class_names(data.classes, "--classes")
+        known = parse_class_names(settings.label_names, "model.label-names")
+        count = settings.labels
+        check(len(names) == count, "--classes", data.classes, f"{count} names, as the run's")
+        good = not known or names_digest(names) == names_digest(known)
+        check(good, "--classes", data.classes, f"left out, or the run's: {', '.join(known)}")
         settings = replace(settings, label_names=settings.label_names or data.classes)
     task = task_of(RunConfig(model=settings))
     if not task.labelled and task.form != "choices":
@@ -247,7 +261,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
     """Return a measurement for people: one figure a row, and one row a class."""
     scores, digits = dict(found["scores"]), 4
     low_high = scores.pop("accuracy-interval", None)
-    table = Table(title=f"{found['task']}, {scores.pop('texts')} texts", title_justify="left")
+    title = f"{found['task']}, {scores.pop('texts')} texts"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     first = found["headline"]

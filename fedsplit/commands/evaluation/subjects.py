@@ -91,7 +91,10 @@ def _split_columns(folder: Path, base: str) -> Iterator[Subject]:
 
     whole = whole_of_run(folder, base)
     if whole.top.task != "causal-lm":
-        raise ModelError(f"{folder}: trained a {whole.top.task}: must be a causal-lm")
+        raise ModelError(
+            f"{folder}: trained a {whole.top.task}: must be a causal-lm; --data "
+            "measures it on texts with labels"
+        )
     count = sum(p.numel() for p in whole.loaded.model.parameters())
     if base:
         yield _model(base, "", "full, zero-shot")
