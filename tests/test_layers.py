@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -239,15 +240,22 @@ def call_faults(module: str, tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield "from_pretrained without use_safetensors=True", node.lineno
 
 
-def faults(module: str, is_package: bool, text: str) -> list[str]:
+@cache
+def examined(module: str, is_package: bool, text: str) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Return (modules that a module imports, faults); a tree is walked once for several tests."""
     tree = ast.parse(text)
-    found = []
-    for imported, line in imports(module, is_package, tree):
-        for fault in (layer_faults(module, imported), external_faults(module, imported)):
+    imported, found = set(), []
+    for name, line in imports(module, is_package, tree):
+        imported.add(name)
+        for fault in (layer_faults(module, name), external_faults(module, name)):
             if fault:
                 found.append(f"{module}:{line}: {fault}")
     found += [f"{module}:{line}: {fault}" for fault, line in call_faults(module, tree)]
-    return found
+    return frozenset(imported), tuple(found)
+
+
+def faults(module: str, is_package: bool, text: str) -> list[str]:
+    return list(examined(module, is_package, text)[1])
 
 
 def test_every_module_has_a_layer() -> None:
@@ -300,8 +308,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     graph: dict[str, set[str]] = {}
     for name, path in paths.items():
         graph[name] = set()
-        tree = ast.parse(path.read_text())
-        for imported, _ in imports(name, path.name == "__init__.py", tree):
+        for imported in examined(name, path.name == "__init__.py", path.read_text())[0]:
             found = imported if imported in paths else imported.rpartition(".")[0]
             if found in paths and not name.startswith(found):  # a package face resolves its parts
                 graph[name].add(found)

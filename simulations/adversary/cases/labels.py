@@ -102,7 +102,7 @@ def _redrawn(field: Field, variant: str, epsilons: bool) -> Row:
     votes: dict[int, Counter[int]] = {}
     sessions = []
     words = sorted({word for text in victim.texts for word in text.split()})
-    for number in range(31 if field.quick else 90):
+    for number in range(15 if field.quick else 90):
         asked, sent = flat, bundle
         if epsilons:
             asked = flat | {"labels.epsilon": EPSILON - 1e-6 * number}
