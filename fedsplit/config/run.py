@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 from fedsplit.config.buffer import BufferConfig
@@ -96,8 +96,9 @@ class RunConfig:
         """Return the flat form, every key present."""
         flat: dict[str, Scalar] = {"strategy": self.strategy, "seed": self.seed}
         for group in _GROUPS:
-            for name, value in asdict(getattr(self, group)).items():
-                flat[f"{group}.{name.replace('_', '-')}"] = value
+            settings = getattr(self, group)
+            for one in fields(settings):
+                flat[f"{group}.{one.name.replace('_', '-')}"] = getattr(settings, one.name)
         return flat
 
 

@@ -1,6 +1,7 @@
 """``bench memory``: what the server and an owner hold when a large model is cut, and how long it takes.
 
-A random bfloat16 checkpoint is written, and each way runs in a process of its own:
+A random bfloat16 checkpoint is written, and each way runs in a process of its own, forked from one
+that has loaded the libraries and nothing else:
 
 - ``server, whole``: load the model, then split it (what families with converted weights need);
 - ``server, files``: each half straight from the files;
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,8 +70,9 @@ def run(
     }
     figures: dict[str, Any] = {"machine": machine(), "shape": shape, "k": k, "dtype": dtype}
     with tempfile.TemporaryDirectory(prefix="fedsplit-bench-") as folder:
-        figures["parameters"] = _child("write", folder, json.dumps(shape), dtype)["parameters"]
-        figures["ways"] = {way: _child(way, folder, str(k), dtype) for way in WAYS}
+        ways = _children(folder, json.dumps(shape), str(k), dtype)
+    figures["parameters"] = ways.pop("write")["parameters"]
+    figures["ways"] = ways
     rows = [
         (way, *(f"{row[name] / 1e6:.0f}" for name in ("held", "peak", "own")), f"{row['s']:.1f}")
         for way, row in figures["ways"].items()
@@ -110,13 +113,35 @@ WAYS: dict[str, Way] = {
 }
 
 
-def _child(way: str, folder: str, setting: str, dtype: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "simulations.bench.memory", way, folder, setting, dtype]
+def _children(*arguments: str) -> dict[str, dict[str, float]]:
+    """Return what the writing process told, and each way's: folder, shape, k, dtype."""
+    command = [sys.executable, "-m", "simulations.bench.memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
     if done.returncode != 0:
-        raise RunError(f"{way}: exit code {done.returncode}: {done.stderr.strip()[-400:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise RunError(done.stderr.strip()[-400:])
+    return dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+
+
+def _fork_all(folder: str, shape: str, k: str, dtype: str) -> None:
+    """Write the checkpoint, then measure each way; print a line ``[way, figures]`` of each.
+
+    Nothing has been computed here yet, so no threads are lost in a fork.
+    """
+    for way in ("write", *WAYS):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                figures = _work(way, folder, shape if way == "write" else k, dtype)
+                print(json.dumps([way, figures]), flush=True)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            raise SystemExit(f"{way}: exit code {code}")
 
 
 def _work(way: str, folder: str, setting: str, dtype: str) -> dict[str, float]:
@@ -175,4 +200,4 @@ class _Watch:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_work(*sys.argv[1:5])))
+    _fork_all(*sys.argv[1:5])

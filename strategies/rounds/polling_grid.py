@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 log = logging.getLogger(__name__)
 
-LEAST_S, MOST_S = 0.05, 3.0  # between two looks; Flower's own is 3
+LEAST_S, MOST_S = 0.01, 3.0  # between two looks; Flower's own is 3
 SHARE = 0.1  # of the time waited so far: a reply is found at most this much late
 
 

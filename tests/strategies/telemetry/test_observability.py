@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +27,6 @@ from strategies.telemetry.status import Live, quantile
 from strategies.telemetry.tensorboard import EventFile
 from tests.disks import small_files
 
-ROOT = Path(__file__).parents[3]
 BYE = {"reason": "done"}
 
 
@@ -39,9 +37,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def exchange(left: Link, right: Link) -> int:
     """Send one frame each way and return the bytes that ``left`` received."""
     left.send(Kind.BYE, BYE)
-    right.recv(1.0)
+    right.recv(20.0)
     right.send(Kind.BYE, BYE)
-    left.recv(1.0)
+    left.recv(20.0)
     return left.traffic.bytes_in
 
 
@@ -230,7 +228,7 @@ def test_slow_callers_cost_themselves(port: MetricsPort) -> None:
     for caller in slow:
         caller.sendall(b"GET /met")
     assert sum(t.name.startswith("Thread") for t in threading.enumerate()) < 4 * MOST_CALLERS
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while time.monotonic() < until:  # turned away while the slow ones hold the room
         try:
             assert get(port.port, "/metrics")[0] == 200
@@ -302,14 +300,10 @@ def test_a_full_disk_costs_curves_alone(tmp_path: Path) -> None:
     assert dict(read_events(file)) == {("train/loss", 2): 0.25}
 
 
-def test_without_tensorboard_the_extra_is_named(tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['tensorboard'] = None\n"
-        "from pathlib import Path; from strategies.telemetry.tensorboard import EventFile\n"
-        f"EventFile(Path({str(tmp_path)!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert "ConfigError" in done.stderr
-    assert "pip install fedsplit[tensorboard]" in done.stderr
+def test_without_tensorboard_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [*(n for n in sys.modules if n.startswith("tensorboard.")), "tensorboard"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=r"pip install fedsplit\[tensorboard\]"):
+        EventFile(tmp_path)
