@@ -25,6 +25,11 @@ settings.load_profile("fedsplit")
 os.environ.pop("COLUMNS", None)
 
 
+# torch and transformers make hundreds of thousands of objects that stay: looking through them for
+# garbage every 700 new ones takes a good part of a suite's time.
+gc.set_threshold(10_000, 20, 20)
+
+
 def pytest_collection_finish() -> None:
     """Leave what is loaded by now out of every later collection of garbage: it stays for ever."""
     gc.collect()
