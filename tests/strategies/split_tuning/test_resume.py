@@ -268,19 +268,17 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert "do not fit its digest" in told["skipped"][0]
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("train.lr", 0.5), ("seed", 3), ("privacy.eta", 41.0)]
-)
 def test_a_run_of_other_settings_is_refused_by_name(
-    make_config: Any, monkeypatch: pytest.MonkeyPatch, setting: str, value: Any
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(**QUICK)
     interrupt(config, "in the next round", monkeypatch)
     kept = sorted((Path(config.output.dir) / "state").iterdir())
-    other = RunConfig.from_flat({**config.to_flat(), setting: value})
-    with pytest.raises(RunError, match=f"interrupted run with {setting}="):
-        carry_out(other, run_id=9)
-    assert sorted((Path(config.output.dir) / "state").iterdir()) == kept
+    for setting, value in {"train.lr": 0.5, "seed": 3, "privacy.eta": 41.0}.items():
+        other = RunConfig.from_flat({**config.to_flat(), setting: value})
+        with pytest.raises(RunError, match=f"interrupted run with {setting}="):
+            carry_out(other, run_id=9)
+        assert sorted((Path(config.output.dir) / "state").iterdir()) == kept
     where = replace(config, session=replace(config.session, deadline_s=30.0))
     carry_out(where, run_id=10)  # how it is carried out may change
 
