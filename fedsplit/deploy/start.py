@@ -168,8 +168,8 @@ def start(node: NodeFile, policy: Path) -> int:
         ConfigError: the policy pins no digest, or the home is in use.
         RunError: Flower is not installed.
     """
-    pinned_digest(policy)
     with sole(node.home) as flower:
+        pinned_digest(policy)
         runtime = flower / "runtime"
         shutil.rmtree(runtime, ignore_errors=True)
         runtime.mkdir(mode=0o700)

@@ -330,6 +330,8 @@ from fedsplit.deploy.node import NodeFile
 
 etc = Path(sys.argv[1])
 start.find_command = lambda name: str(etc / name)
+if len(sys.argv) > 2:  # the policy has been read elsewhere, by a process that takes seconds
+    start.pinned_digest = lambda policy: sys.argv[2]
 sys.exit(start.start(NodeFile.load(etc / "node.toml"), etc / "owner.toml"))
 """
 STAND_IN = """#!/bin/sh
@@ -341,15 +343,17 @@ echo "$@" > {etc}/{name}.draft
 """
 
 
-def begin(etc: Path, then: str = "exec /bin/sleep 60") -> subprocess.Popen[bytes]:
+def begin(
+    etc: Path, then: str = "exec /bin/sleep 600", *, pinned: tuple[str, ...] = ("a" * 64,)
+) -> subprocess.Popen[bytes]:
     for name in ("flower-supernode", "flower-superexec"):
-        command = then if name == "flower-supernode" else "exec /bin/sleep 60"
+        command = then if name == "flower-supernode" else "exec /bin/sleep 600"
         (etc / name).write_text(STAND_IN.format(etc=etc, name=name, then=command))
         (etc / name).chmod(0o700)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("FEDSPLIT_", "FLWR_"))}
     env |= {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(etc)], env=env)
-    until = time.monotonic() + 30
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(etc), *pinned], env=env)
+    until = time.monotonic() + 60
     while process.poll() is None and not (etc / "flower-superexec.args").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
@@ -358,7 +362,7 @@ def begin(etc: Path, then: str = "exec /bin/sleep 60") -> subprocess.Popen[bytes
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and sh")
 def test_a_start_told_to_end_ends_everything(etc: Path) -> None:
-    process = begin(etc)
+    process = begin(etc, pinned=())
     runtime = etc / "home" / "flower" / "runtime"
     arguments = (etc / "flower-supernode.args").read_text()
     assert "--isolation process" in arguments
@@ -372,7 +376,7 @@ def test_a_start_told_to_end_ends_everything(etc: Path) -> None:
     assert (policy, flower) == (str(etc / "owner.toml"), str(etc / "home" / "flower"))
     assert path == os.environ["PATH"]
     process.terminate()
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert not runtime.exists()
 
 
@@ -388,12 +392,12 @@ def test_a_supernode_that_ends_ends_the_start_with_a_fault(etc: Path, then: str,
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells children on Linux alone")
 def test_a_start_that_is_killed_leaves_no_supernode(etc: Path) -> None:
-    process = begin(etc, "exec /bin/sleep 61")
+    process = begin(etc, "exec /bin/sleep 601")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     process.kill()
-    process.wait(10)
-    until = time.monotonic() + 10
+    process.wait(60)
+    until = time.monotonic() + 60
     while any(_runs(pid) for pid in children):
         assert time.monotonic() < until
         time.sleep(0.05)
