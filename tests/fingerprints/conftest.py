@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
@@ -52,6 +53,12 @@ def build(family: str, seed: int = 0, **changes: Any) -> nn.Module:
     own = {"matrices": 0.05, "vectors": 0.2, "attn_implementation": "eager"}
     model: nn.Module = random_model(config, auto, seed=seed, **own)
     return model
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """Draws from torch's own generator do not depend on the tests that ran before."""
+    torch.manual_seed(31)
 
 
 @pytest.fixture

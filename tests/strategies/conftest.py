@@ -50,8 +50,8 @@ def make_config(
             "data.owners": 3,
             "data.partition": "iid",
             "session.codec": "fp32",
-            "session.wave-wait-s": 20.0,
-            "session.deadline-s": 20.0,
+            "session.wave-wait-s": 120.0,
+            "session.deadline-s": 120.0,
             "output.dir": str(tmp_path / "server"),
             "output.transcript": True,
             # Sums differ in the last bit with the number of threads, which each thread has its own.

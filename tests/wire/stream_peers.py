@@ -22,7 +22,7 @@ RUN = 7
 MAX_FRAME = 1 << 20
 
 
-def eventually(true: Callable[[], bool], within_s: float = 10.0) -> bool:
+def eventually(true: Callable[[], bool], within_s: float = 60.0) -> bool:
     end = time.monotonic() + within_s
     while not true():
         if time.monotonic() > end:

@@ -36,7 +36,7 @@ def test_frames_arrive_in_order_and_are_counted():
 
     for i in range(5):
         left.send(*bye(str(i)))
-    received = [right.recv(1.0) for _ in range(5)]
+    received = [right.recv(20.0) for _ in range(5)]
 
     assert [(f["reason"], f.sequence) for f in received] == [(str(i), i) for i in range(5)]
     assert (left.counters, right.counters) == ((5, 0), (0, 5))
@@ -50,17 +50,17 @@ def test_frames_out_of_sequence_are_refused(sequence: int):
     link.incoming.put_nowait(raw(sequence))
 
     with pytest.raises(FrameError, match=f"sequence {sequence}: must be 0"):
-        link.recv(1.0)
+        link.recv(20.0)
 
 
 def test_repeated_frame_is_refused():
     link = Link(BOUND)
     link.incoming.put_nowait(raw(0))
     link.incoming.put_nowait(raw(0))
-    link.recv(1.0)
+    link.recv(20.0)
 
     with pytest.raises(FrameError, match="sequence 0: must be 1"):
-        link.recv(1.0)
+        link.recv(20.0)
 
 
 def test_counters_move_a_session_to_another_link():
@@ -78,7 +78,7 @@ def test_malformed_frame_surfaces_at_its_reader():
     link.incoming.put_nowait(b"not a frame")
 
     with pytest.raises(FrameError):
-        link.recv(1.0)
+        link.recv(20.0)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, 0.15, -1.0])
@@ -89,7 +89,7 @@ def test_deadline(timeout_s: float):
     with pytest.raises(DeadlineError, match=f"within {timeout_s:g} s"):
         link.recv(timeout_s)
 
-    assert max(0.0, timeout_s) <= time.monotonic() - start < 2.0
+    assert max(0.0, timeout_s) <= time.monotonic() - start < 20.0
     link.incoming.put_nowait(raw(0))
     assert link.recv(0.0).kind is Kind.BYE  # a missed deadline does not end the link
 
@@ -110,10 +110,10 @@ def test_close_delivers_what_is_queued(closer: int):
 
     links[closer].close("enough")
 
-    assert [links[1].recv(1.0)["reason"] for _ in range(3)] == ["0", "1", "2"]
+    assert [links[1].recv(20.0)["reason"] for _ in range(3)] == ["0", "1", "2"]
     for _ in range(2):
         with pytest.raises(SessionError, match="session closed: enough"):
-            links[1].recv(1.0)
+            links[1].recv(20.0)
     for link in links:
         with pytest.raises(SessionError, match="session closed: enough"):
             link.send(*bye())
@@ -168,7 +168,7 @@ def test_close_wakes_who_waits_at_once(waiting: str):
     time.sleep(0.1)
     start = time.monotonic()
     link.close("over")
-    thread.join(5)
+    thread.join(60)
 
     assert time.monotonic() - start < 1.0
     assert ended == [None if waiting == "take" else "session closed: over"]
@@ -180,7 +180,7 @@ def test_error_frame_ends_the_peers_session():
     left.fail(ValueError("eta=-1: must be > 0"))
 
     with pytest.raises(SessionError, match="peer gave up: ValueError: eta=-1: must be > 0"):
-        right.recv(1.0)
+        right.recv(20.0)
     assert left.reason == "ValueError: eta=-1: must be > 0"
 
 
@@ -207,7 +207,7 @@ def test_fail_never_raises_and_tells_the_peer(error: Exception):
     left.fail(error)
 
     with pytest.raises(SessionError, match=f"peer gave up: {type(error).__name__}"):
-        right.recv(1.0)
+        right.recv(20.0)
     assert left.closed
 
 
@@ -243,7 +243,7 @@ def test_fail_does_not_wait_for_a_peer_that_does_not_read(busy: bool):
     assert time.monotonic() - start < 3.0
     assert link.closed
     if thread is not None:
-        thread.join(5)
+        thread.join(60)
         assert len(ended) == 1
 
 
@@ -272,7 +272,7 @@ def test_backpressure(depth: int, hold: int | None, fits: int):
     for _ in range(fits + 4):
         assert queue.get(5.0) is not None
         assert queue.held <= 300 * fits
-    sender.join(5)
+    sender.join(60)
     assert done == [True] * (fits + 4)
     assert queue.held == 0
 
@@ -328,7 +328,7 @@ def test_many_threads_send_and_close():
             while True:
                 received.append(right.recv(5.0)["reason"])
         for thread in threads:
-            thread.join(5)
+            thread.join(60)
 
         assert left.reason.startswith("closer")
         assert sorted(received) == sorted(sent)
@@ -340,7 +340,7 @@ def test_many_threads_fail_at_once():
 
     threads = [in_thread(lambda: left.fail(ValueError("x"))) for _ in range(8)]
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
 
     with pytest.raises(SessionError, match="peer gave up"):
-        right.recv(1.0)
+        right.recv(20.0)

@@ -25,7 +25,7 @@ def test_there_and_back(secure: bool, authority: Authority):
         assert bytes(link.recv(20.0).body) == body
         link.close()
 
-        owner, error = echo.ended.get(timeout=5)
+        owner, error = echo.ended.get(timeout=60)
 
     assert (owner, str(error)) == ("owner", "session closed: peer closed the stream")
 

@@ -20,7 +20,7 @@ def carry(files: Mapping[str, bytes]) -> dict[str, bytes]:
     thread = threading.Thread(target=send_files, args=(sender, files, SLICE), daemon=True)
     thread.start()
     found = receive_files(receiver, 5.0)
-    thread.join(5)
+    thread.join(60)
     assert receiver.incoming.empty()
     return found
 

@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
     left, right = loopback(1 << 16)
     recorder.session_opened("owner-0", 5, left)
     right.send(Kind.BYE, {"reason": "done"})
-    left.recv(1.0)
+    left.recv(20.0)
     part = {
         "finished": ["owner-0"],
         "lost": {"owner-1": "DeadlineError: no frame within 5 s"},

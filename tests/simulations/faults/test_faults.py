@@ -50,7 +50,7 @@ def state(folder: Path, number: int, round_: int, stage: str) -> None:
 
 
 def until(true: object, what: str) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not true():  # type: ignore[operator]
         assert time.monotonic() < end, what
         time.sleep(0.01)
@@ -139,9 +139,9 @@ def test_the_proxy_does_what_it_is_told(echo: int) -> None:
         proxy.flip()
         found = answer(proxy.port, data)
         assert sum(a != b for a, b in zip(found, data, strict=True)) == 1
-        proxy.cut(0.5)
+        proxy.cut(600)
         assert broken(proxy.port, data)
-        time.sleep(0.6)
+        proxy.cut()
         began = time.monotonic()
         proxy.stall(0.5)
         assert answer(proxy.port, data) == data

@@ -49,7 +49,7 @@ from simulations.runtime.machine import machine_cores
 from simulations.runtime.submission import check_run_config, route_app_line
 from simulations.runtime.watchdog import MARK_VARIABLE, end_marked, marked_processes
 
-SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
+SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 # Ports and environment.
 
@@ -301,7 +301,7 @@ def test_child_writes_its_log_and_names_itself_in_errors(tmp_path: Path) -> None
         log_path=tmp_path / "part.log",
         lines=lines,
     )
-    child.process.wait(20)
+    child.process.wait(60)
     child.finish_log()
 
     error = child.failure("went away")
@@ -320,7 +320,7 @@ def test_command_that_cannot_start_is_a_run_error(tmp_path: Path) -> None:
 def test_marked_processes_are_found_wherever_they_went() -> None:
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
     # The parent starts a grandchild in another session and ends: an orphan that ignores SIGTERM.
-    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True)"  # noqa: E501
     subprocess.run(
         [sys.executable, "-c", parent], env={**os.environ, MARK_VARIABLE: mark}, check=True
@@ -356,7 +356,6 @@ def test_when_the_launcher_is_killed_the_watchdog_cleans_up(
 import os, sys, time
 from pathlib import Path
 from simulations.runtime.child_processes import Child, ProcessGroup
-from simulations.runtime import Deployment, Simulation
 from simulations.runtime.watchdog import MARK_VARIABLE
 processes = ProcessGroup(None)
 processes.watch()
@@ -364,7 +363,7 @@ env = {{**os.environ, MARK_VARIABLE: processes.mark}}
 log = Path({str(tmp_path)!r}) / "log"
 processes.add(Child("s", {SLEEP!r}, env=env, cwd=processes.root, log_path=log))
 print(processes.mark, processes.root, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
@@ -374,9 +373,9 @@ time.sleep(60)
         mark, root = shlex.split(launcher.stdout.readline())
         assert len(marked_processes(mark)) == 1
         launcher.send_signal(number)
-        launcher.wait(10)
+        launcher.wait(60)
 
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (marked_processes(mark) or Path(root).exists()):
         time.sleep(0.1)
 

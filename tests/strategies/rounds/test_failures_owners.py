@@ -182,7 +182,7 @@ def test_a_first_wave_that_never_comes_does_not_end_the_round(
     def late(task: OwnerTask) -> Any:
         if task.identity.node_config["partition-id"] != 0:
             return connect(task)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not rounds[0].report.cohort.lost and time.monotonic() < until:
             time.sleep(0.05)
         raise ConfigError("home: must be writable")
@@ -211,11 +211,11 @@ def test_a_token_is_good_for_one_session_of_one_owner(
             there.set()
 
     def other_token(outgoing: Outgoing) -> None:
-        if outgoing.kind is Kind.HELLO and there.wait(10):
+        if outgoing.kind is Kind.HELLO and there.wait(60):
             outgoing.header["token"] = seen["token"]
 
     def other_token_and_node(outgoing: Outgoing) -> None:
-        if outgoing.kind is Kind.HELLO and there.wait(10):
+        if outgoing.kind is Kind.HELLO and there.wait(60):
             outgoing.header.update(seen)
 
     def nobodys_token(outgoing: Outgoing) -> None:

@@ -20,7 +20,7 @@ QUICK: dict[str, Any] = {
     "lineage__gate": "off",
     "privacy__mechanism": "dchi",
     "privacy__eta": 8.0,
-    "session__wave_wait_s": 5.0,
+    "session__wave_wait_s": 60.0,
 }
 
 
