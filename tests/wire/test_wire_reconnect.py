@@ -240,7 +240,6 @@ def test_the_oldest_of_the_most_crowded_address_makes_room() -> None:
 
 
 def test_256_silent_streams_from_four_addresses_leave_an_owner_its_place() -> None:
-    """On the first version they took all the places that there were."""
     echo = Echo(max_waiting=64)
     silent = [Silent() for _ in range(512)]
     for at, link in enumerate(silent[:256]):

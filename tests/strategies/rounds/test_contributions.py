@@ -166,6 +166,32 @@ def test_colluders_of_one_direction_weigh_together_as_about_one(
     assert norm(found, others) < 0.65 * norm(plain, others)
 
 
+def test_other_rules_keep_more_of_what_colluders_have_in_common() -> None:
+    """Three of ten with one aim, in honest norm: the part of their own direction in the average."""
+    changes = honest(10, shared=0.4)
+    (aim,) = honest(1, seed=9)
+    for i, own in enumerate(honest(3, seed=10, shared=0.0)):
+        changes[i] = {n: 0.95 * aim[n] + 0.3 * own[n] for n in START}
+    off = RobustConfig(clip=0.0, screen=False, malicious=3)
+    rules: dict[str, tuple[str, RobustConfig]] = {
+        "mean": ("fedavg", off),
+        "mean, norms at the median": ("fedavg", RobustConfig(clip=1.0, screen=False)),
+        "median": ("fedmedian", off),
+        "trimmed mean": ("fedtrimmedavg", off),
+        "likeness": ("fedavg", RobustConfig()),
+    }
+    kept = {}
+    for name, (rule, robust) in rules.items():
+        made = make_averaging(RunConfig.from_flat({"split.averaging": rule, "robust.malicious": 3}))
+        found, _ = averaged([reply(i, c) for i, c in enumerate(changes)], made, robust)
+        assert found is not None
+        along = sum(float((found[n] * aim[n]).sum()) for n in START)
+        kept[name] = along / norm(aim) ** 2
+    print({name: round(share, 3) for name, share in kept.items()})
+    assert kept["likeness"] < 0.5 * kept["mean"]
+    assert all(kept[name] > 0.9 * kept["mean"] for name in rules if name != "likeness")
+
+
 def test_honest_owners_of_like_texts_lose_little_and_are_not_blamed() -> None:
     changes = honest(10, shared=0.4)
     pair = honest(2, seed=7, shared=0.8)  # of the same texts
