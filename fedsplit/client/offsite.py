@@ -69,9 +69,9 @@ def _emulator(task: OwnerTask) -> Path:
     offer, check, deadline_s = task.offer, task.check, task.config.session.deadline_s
     cache = task.identity.home.received("emulators")
     folder = cache / offer.digest
-    # Hashed in every session: each message of a deployment is a new process, so that a cache by size
-    # and time of change would have to be a file, which whoever can change the emulator can change
-    # too; and loading reads the same bytes anyway.
+    # Hashed in every session: each message of a deployment is a new process, so a cache by size and
+    # time of change would be a file, which whoever can change the emulator can change too; and
+    # loading reads the same bytes anyway.
     if offer.digest.isalnum() and folder.is_dir() and folder_digest(folder) == offer.digest:
         check.count_session()  # as the HELLO of a fetch does
         return folder
