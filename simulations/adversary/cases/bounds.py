@@ -61,7 +61,7 @@ def _wide(field: Field) -> Row:
 
 
 def _long_words(field: Field, mechanism: str, more: dict[str, Any]) -> Row:
-    found = field.corpus(36)
+    found = field.corpus(18 if field.quick else 36)
     words = found.words
     # Real words have ids that the mechanism's even steps through the vocabulary never touch.
     even = (1024, 8192) if mechanism == "pac" else (1024,)

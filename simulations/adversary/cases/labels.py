@@ -155,7 +155,8 @@ def _loss(field: Field) -> Row:
 def _accuracy(field: Field) -> Row:
     """Held-out labels one by one: which accuracy changes when one answer changes?"""
     policy = strict_policy(labels__max_epsilon=EPSILON, budget__sessions_per_day=100)
-    victim, bundle, table, flat, _ = _setting(field, field.corpus(200), policy)
+    texts = field.corpus(150 if field.quick else 200)
+    victim, bundle, table, flat, _ = _setting(field, texts, policy)
     flat |= {"labels.protection": "randomised-response", "data.test-share": 0.2}
     truth = field.truth(victim, flat, bundle, table, "evaluate")[1]
     sessions = []
