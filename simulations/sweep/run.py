@@ -31,7 +31,7 @@ from simulations.core.plots import draw_if_possible
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
-from simulations.runtime.environment import ray_credentials
+from simulations.runtime.environment import RAY, ray_credentials
 from simulations.sweep.cell import run_cell, template, template_floor
 from simulations.sweep.frontier import frontier_table, level, plot_frontier, summarise
 from simulations.sweep.plan import Cell, cells_of, with_public_text
@@ -161,7 +161,7 @@ def run_cells(
         return
     # A cluster of this sweep alone; Ray reads this once, when it is imported.
     if not address and "ray" not in sys.modules and "RAY_ADDRESS" not in os.environ:
-        os.environ.update({**ray_credentials(), **os.environ})
+        os.environ.update({**RAY, **ray_credentials(), **os.environ})
     import ray
 
     root = str(Path(__file__).resolve().parents[2])
@@ -171,7 +171,6 @@ def run_cells(
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
