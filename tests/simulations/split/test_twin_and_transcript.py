@@ -86,7 +86,14 @@ def test_a_language_models_gradients_are_its_text(
     run = run_locally(config)
     shares = owner_samples(config, load_base(config).tokenizer)
 
-    found = attack_transcript(config, run.folder / "transcript.safetensors", shares, samples=8)
+    # The readers of gradients are the matter here: the one that learns need not learn much.
+    found = attack_transcript(
+        config,
+        run.folder / "transcript.safetensors",
+        shares,
+        samples=3,
+        budget={"learned": {"steps": 2, "public_samples": 50}},
+    )
 
     reader = "closed_form" if protection == "client-head" else "logit_gradients"
     assert {"logit_gradients", "closed_form"} & found.keys() == {reader}
