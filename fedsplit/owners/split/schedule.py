@@ -48,9 +48,14 @@ def train_steps(
     Raises:
         DataError: the sampler needs classes and there are none.
     """
-    balanced = config.sampler == "balanced"
-    if balanced and classes is None:
-        raise DataError("train.sampler='balanced': must be uniform, as texts are of no one class")
+    labels = None
+    if config.sampler == "balanced":
+        if classes is None:
+            raise DataError(
+                "train.sampler='balanced': must be uniform, as texts are of no one class"
+            )
+        labels = classes.numpy()
+    stream = derive_seed(seed, "batches", owner)
     per_epoch = -(-n // config.batch_size)
     steps = config.epochs * per_epoch
     if config.max_steps:
@@ -59,11 +64,10 @@ def train_steps(
     batches: list[np.ndarray] = []
     epochs: list[int] = []
     for epoch in range(first // per_epoch, (first + steps - 1) // per_epoch + 1):
-        stream = derive_seed(seed, "batches", owner)
-        if balanced and classes is not None:
-            order = balanced_batches(classes.numpy(), config.batch_size, stream, epoch)
-        else:
+        if labels is None:
             order = epoch_batches(n, config.batch_size, stream, epoch)
+        else:
+            order = balanced_batches(labels, config.batch_size, stream, epoch)
         for index, batch in enumerate(order):
             if first <= epoch * per_epoch + index < first + steps:
                 batches.append(batch)
