@@ -9,7 +9,9 @@
 | ``offsite`` | the base with adapters tuned inside an emulator plugged in |
 
 Each way is a cell: a federated run in this process with all owners, then every metric on the owners'
-held-out conversations, which the experimenter knows and no server does.
+held-out conversations, which the experimenter knows and no server does.  Where the data are questions
+with choices, ``choice_accuracy`` and ``choice_accuracy_norm`` are among them: the share of questions
+whose right choice is the likeliest answer, by its summed log-likelihood and by its mean over characters.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from rich.console import Console
 from torch import Tensor
 
 from fedsplit.config import RunConfig
-from fedsplit.data.conversations import Message, from_text
-from fedsplit.errors import ConfigError, check
+from fedsplit.data import choices, load_splits
+from fedsplit.data.conversations import ASSISTANT, Message, from_text, to_text
+from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.models.chat_template import encode_prompt
 from fedsplit.models.loading import load
 from fedsplit.models.trained.whole import whole_of_run
-from fedsplit.owners.data_source import simulated_shares
+from fedsplit.owners.data_source import reading, simulated_shares
 from fedsplit.owners.samples import tokenise_chat
 from fedsplit.registry import pick
 from fedsplit.settings import read_settings
@@ -51,6 +54,7 @@ OPTIONS: dict[str, Any] = {
     "protection": {"labels.protection": "client-tail", "train.method": "head"},
     "prompts": 32,  # held-out ones that are answered, of all owners together
     "new-tokens": 16,
+    "questions": 200,  # held-out ones whose choices are compared, of all owners together
 }
 
 
@@ -61,6 +65,7 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         pick(WAYS, way, "way")
     check(options["prompts"] >= 1, "options.prompts", options["prompts"], ">= 1")
     check(options["new-tokens"] >= 1, "options.new-tokens", options["new-tokens"], ">= 1")
+    check(options["questions"] >= 1, "options.questions", options["questions"], ">= 1")
     store = CellStore.open(folder, experiment.config, options, ("ways",))
     setting = InstructSetting(experiment.config, options, folder.path, store)
     keys = product(way=options["ways"])
@@ -87,7 +92,53 @@ class InstructSetting(ExperimentSetting):
         logits = WAYS[way](self, (self.folder or Path(".")) / way)
         data = Path(self.config.data.path).stem or self.config.data.kind
         found = {"answer_loss": self._loss(logits), "exact_match": self._exact(logits)}
+        if all(map(self._choices, self.held_out)):
+            found |= self._chosen(logits)
         return [{"data": data, "way": way, "metric": m, "value": v} for m, v in found.items()]
+
+    @cached_property
+    def _questions(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Choices, the right one first, by question and right choice; none in other data."""
+        _, asked = reading(self.config.data, labelled=False)
+        try:
+            train, test = load_splits("choices", **asked)
+        except DataError:
+            return {}
+        read = [train] if test is None else [train, test]
+        parts = [choices.from_text(text) for data in read for text in data.texts]
+        return {(question, found[0]): found for question, found in parts}
+
+    def _choices(self, conversation: list[Message]) -> tuple[str, ...]:
+        """Return what a conversation's answer was chosen from, itself first; () if it was not."""
+        if len(conversation) != 2:
+            return ()
+        return self._questions.get((conversation[0][1], conversation[1][1]), ())
+
+    @torch.no_grad()
+    def _chosen(self, logits: Logits) -> dict[str, float]:
+        """Return the shares of questions whose right choice is the likeliest; a tie is wrong."""
+        right, right_norm = 0, 0
+        asked = self.held_out[: self.options["questions"]]
+        for conversation in asked:
+            offered = self._choices(conversation)
+            texts = [to_text([*conversation[:-1], (ASSISTANT, choice)]) for choice in offered]
+            sums = [self._likelihood(logits, text) for text in texts]
+            means = [total / len(choice) for total, choice in zip(sums, offered, strict=True)]
+            right += sums[0] > max(sums[1:])
+            right_norm += means[0] > max(means[1:])
+        return {
+            "choice_accuracy": right / len(asked),
+            "choice_accuracy_norm": right_norm / len(asked),
+        }
+
+    def _likelihood(self, logits: Logits, text: str) -> float:
+        """Return the log-likelihood of a conversation's answer, nats."""
+        samples = tokenise_chat(
+            self.loaded.tokenizer, [text], max_tokens=self.config.model.max_tokens
+        )
+        ids, at = samples.ids[0], samples.predicting(0)
+        scores = logits(ids[None])[0, at].float().log_softmax(-1)
+        return float(scores.gather(1, ids[at + 1][:, None]).sum())
 
     def changed(self, **settings: Any) -> RunConfig:
         """Return the run's settings with some changed."""

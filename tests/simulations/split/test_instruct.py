@@ -76,6 +76,32 @@ def test_every_way_learns_the_answers_and_none_is_run_twice(
     assert carry_out(material, tmp_path / "run", force=True) == rows
 
 
+def test_questions_are_answered_by_the_likeliest_choice(
+    material: dict[str, Any], tmp_path: Path
+) -> None:
+    draw = random.Random(1)
+    rows = []
+    for _ in range(60):
+        # The right choice is always the same word, the wrong ones are others: it can be learned.
+        wrong = [f"w{draw.randrange(60)}" for _ in range(3)]
+        place = draw.randrange(4)
+        rows.append(
+            {
+                "question": f"w{draw.randrange(60)} w{draw.randrange(60)}",
+                "choices": [*wrong[:place], "w70", *wrong[place:]],
+                "answer": place,
+            }
+        )
+    path = tmp_path / "chosen.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ways = 'options.ways=["zero-shot","centralised"]'
+    rows = carry_out({**material, "data.path": str(path)}, tmp_path / "run", ways)
+    found = {(row["way"], row["metric"]): row["value"] for row in rows}
+    assert found["zero-shot", "choice_accuracy"] < 0.7
+    assert found["centralised", "choice_accuracy"] > 0.9
+    assert found["centralised", "choice_accuracy_norm"] > 0.9
+
+
 def test_words_are_compared_without_case_marks_and_articles() -> None:
     assert plain_words("The  Eiffel Tower.") == plain_words("eiffel tower")
     assert plain_words("Paris") != plain_words("Paris, France")
