@@ -30,6 +30,10 @@ def predict(
         typer.Option(help="texts: CSV, JSON lines, Parquet, lines of plain text; words: CoNLL too"),
     ] = None,
     column: Annotated[str, typer.Option(help="column with the text")] = "text",
+    delimiter: Annotated[str, typer.Option(help="of a CSV file; default: found")] = "",
+    header: Annotated[
+        bool, typer.Option(help="whether a CSV file begins with its columns' names")
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="write answers here (.csv or .jsonl) instead of a table")
     ] = None,
@@ -87,7 +91,7 @@ def predict(
                 f"--chat: must be left out, {model.task} answers with {task_type(model.task).words}"
             )
         words = task_type(model.task).form == "words"
-        places, texts = _texts(text, file, column, words)
+        places, texts = _texts(text, file, column, words, delimiter, header)
         asked = [number for number, one in enumerate(texts) if one.strip()]
         wanted = [texts[number] for number in asked]
         if words:
@@ -126,7 +130,9 @@ def predict(
     )
 
 
-def _texts(text: str, file: Path | None, column: str, words: bool) -> tuple[list[str], list[str]]:
+def _texts(
+    text: str, file: Path | None, column: str, words: bool, delimiter: str, header: bool
+) -> tuple[list[str], list[str]]:
     """Return (where each text is, texts), a blank one for each blank row."""
     if bool(text) == (file is not None):
         raise ConfigError("predict: must be given either one text or --file")
@@ -134,7 +140,7 @@ def _texts(text: str, file: Path | None, column: str, words: bool) -> tuple[list
         return ["text"], [text]
     from fedsplit.data import read_rows
 
-    table = read_rows(str(file), column, words=words)
+    table = read_rows(str(file), column, words=words, delimiter=delimiter, header=header)
     return [place.removeprefix(f"{file}:") for place in table.places], list(table.texts)
 
 

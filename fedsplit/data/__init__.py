@@ -213,7 +213,14 @@ def load_splits(
     return train, test[0] if test else None
 
 
-def read_rows(path: str, text_column: str = "text", *, words: bool = False) -> Table:
+def read_rows(
+    path: str,
+    text_column: str = "text",
+    *,
+    words: bool = False,
+    delimiter: str = "",
+    header: bool = True,
+) -> Table:
     """Read a file's texts for inference: every row, blank ones too, each line of plain text.
 
     Training leaves blank rows out and joins lines to passages; whoever asks for answers wants one
@@ -223,11 +230,13 @@ def read_rows(path: str, text_column: str = "text", *, words: bool = False) -> T
         path: of one file.
         text_column: column with the texts.
         words: whether it is words that are asked about: CoNLL files and lists are then read too.
+        delimiter: of a CSV file; empty: found.
+        header: whether a CSV file begins with its columns' names.
 
     Raises:
         DataError: ``path`` is a folder of splits, or something is missing or malformed.
     """
-    request = Request(path, text_column, "", passage_words=0)
+    request = Request(path, text_column, "", passage_words=0, delimiter=delimiter, header=header)
     listed = text_column in tagged.WORDS or Path(path).suffix.lower() in tagged.CONLL[:-1]
     source = DATASETS["tagged" if words and listed else "file"]
     splits = source.splits(request)

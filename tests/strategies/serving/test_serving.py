@@ -206,11 +206,13 @@ def test_every_row_of_a_file_is_answered(make_config: Any, tmp_path: Path) -> No
     config = make_config(data__owners=1, model__max_tokens=5, model__label_names="no,perhaps,yes")
     (tmp_path / "a.csv").write_text('text\nw1 w2\n""\n"w3\nw4"\n" "\nw5 w6 w7 w8 w9\n')
     (tmp_path / "a.txt").write_text("w1 w2\n\nw3\n")
+    (tmp_path / "bare.csv").write_text("7|w1 w2\n8|w3\n")
+    bare = ("--no-header", "--delimiter", "|", "--column", "2")
     found = {}
     with served(config) as (_, home, _):
-        for name in ("a.csv", "a.txt"):
+        for name, more in (("a.csv", ()), ("a.txt", ()), ("bare.csv", bare)):
             out = tmp_path / f"{name}.out.csv"
-            arguments = ["predict", "--file", str(tmp_path / name), "--out", str(out)]
+            arguments = ["predict", "--file", str(tmp_path / name), "--out", str(out), *more]
             told = CliRunner().invoke(app_cli, [*arguments, "--home", str(home)])
             assert told.exit_code == 0, told.output
             with out.open(newline="") as file:
@@ -228,6 +230,9 @@ def test_every_row_of_a_file_is_answered(make_config: Any, tmp_path: Path) -> No
     assert [row["row"] for row in lines] == ["1", "2", "3"]
     assert [float(lines[i]["probability"]) for i in (0, 2)] == pytest.approx(alone, abs=1e-5)
     assert lines[1]["class"] == lines[1]["probability"] == ""
+    assert [row["text"] for row in found["bare.csv"]] == ["w1 w2", "w3"]
+    got = [float(row["probability"]) for row in found["bare.csv"]]
+    assert got == pytest.approx(alone, abs=1e-5)
 
 
 def test_rules_and_tokens_hold(
