@@ -46,6 +46,7 @@ class TextEvidence:
         self._public = view.public
         self._first = view.public.log_prior()  # (V,)
         self._row = self._rows_of(view, sample)
+        self._received = view.rows[sample].float() if view.rows else None
         self.length = len(view.rows[sample]) if view.rows else len(view.steps[sample][0].gradient)
         vocab = len(self._first)
         self.tokens = torch.zeros(self.length, vocab)
@@ -85,9 +86,20 @@ class TextEvidence:
         return noisy
 
     @property
+    def exact_rows(self) -> bool:
+        """Whether rows were received as they are: only the right token explains one."""
+        mechanism = self._public.mechanism
+        return self.has_rows and (mechanism is None or not mechanism.protects())
+
+    @property
     def has_rows(self) -> bool:
         """Whether rows of a known law were received."""
         return self._row is not None
+
+    def row(self, position: int) -> Tensor:
+        """Return a row as it was received, ``(d,)``."""
+        assert self._received is not None, "asked where there are rows"
+        return self._received[position]
 
     def of_rows(self, states: Tensor, first: int = 0) -> Tensor:
         """Return log p(rows from ``first`` on | clean states (n, t, d)), ``(n, t)``."""

@@ -135,13 +135,22 @@ class ExactSearch(TokenAttack):
         out = []
         for state in received:  # (d,)
             runner.advance(known)
-            ranked = self._position(state, runner, table)
+            ranked = self.position(state, runner, table)
             known.append(int(ranked[0]))
             out.append(ranked.cpu())
         return torch.stack(out)
 
-    def _position(self, state: Tensor, runner: PrefixRunner, table: Tensor) -> Tensor:
-        """Return the best tokens for one position, best first, ``(k,)``."""
+    def position(self, state: Tensor, runner: PrefixRunner, table: Tensor) -> Tensor:
+        """Return the best tokens behind the runner's prefix, best first, ``(k,)``.
+
+        Args:
+            state: as received, ``(d,)``.
+            runner: advanced to the prefix.
+            table: of token embeddings, ``(V, d_e)``.
+
+        Raises:
+            AttackError: the state's width is not the bottom's.
+        """
         order = self._order(state, runner, table)
         limit = min(self.max_trials or len(order), len(order))
         power = float(state.square().sum()) + 1e-12

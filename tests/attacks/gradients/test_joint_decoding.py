@@ -68,6 +68,17 @@ def test_without_noise_whole_texts_are_read(base: Any, k: int) -> None:
     assert make_attack("joint", beams=1, rereads=0).run(view, truth).success == 1.0
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_clean_rows_behind_blocks_are_read_whatever_gradients_say(
+    base: Any, gradients: bool
+) -> None:
+    view, truth = crossed(base, 2, 0.0, 5.0)
+    if not gradients:
+        view = View(view.public, rows=view.rows)
+    # Few candidates from language and noisy gradients: what none explains is searched for.
+    assert make_attack("joint", shortlist=2).run(view, truth).success == 1.0
+
+
 @pytest.mark.parametrize("k", [0, 1])
 def test_both_directions_tell_more_than_either(base: Any, k: int) -> None:
     view, truth = crossed(base, k, 10.0, 0.5)
