@@ -118,8 +118,9 @@ class TrainConfig:
         clip: bound on the gradient's L2 norm; 0 = none.
         fraction: share of the connected owners sampled per round.
         min_owners: fewest owners a round starts with.
-        bench_after: an owner that failed in this many rounds in a row is not asked for a while;
-            0 = always asked.
+        bench_after: an owner that failed in this many rounds in a row is not asked for a while, nor
+            one that was charged so often without as many blameless rounds in between; 0 = always
+            asked.
         bench_rounds: for how many rounds.
     """
 
@@ -268,7 +269,7 @@ class DataConfig:
         owners: number of simulated owners.
         partition: a row of ``fedsplit.data.partition.PARTITIONS``.
         alpha: Dirichlet concentration (smaller = less alike).
-        column: column that decides ownership when ``partition = "column"``.
+        column: column that decides ownership with the partitions ``column`` and ``column-shards``.
         limit: samples used at most; 0 = all.
         test_share: share of each owner's samples held out, where the source has no test split.
     """

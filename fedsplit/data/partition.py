@@ -44,12 +44,14 @@ def partition(
         dataset: the rows.
         owners: number of owners.
         scheme: a name in :data:`PARTITIONS`: ``iid`` (sizes differ by at most one), ``dirichlet``
-            (each label's rows in proportions drawn from Dirichlet(alpha)) or ``column`` (rows that
-            share a value, such as an author, have the same owner; sizes are balanced).
+            (each label's rows in proportions drawn from Dirichlet(alpha)), ``column`` (rows that
+            share a value, such as an author, have the same owner; sizes are balanced) or
+            ``column-shards`` (the same; of fewer values than owners, each owner has rows of one
+            value, and a value with more rows has more owners).
         seed: the run's root seed.
         alpha: concentration for ``dirichlet``: 100 is nearly even, 0.1 gives most owners few of
             the labels.  Drawn anew up to ten times while an owner has fewer than ``min_size`` rows.
-        column: name of the column for ``column``.
+        column: name of the column for ``column`` and ``column-shards``.
         min_size: rows that every owner must have.
 
     Returns:
@@ -150,12 +152,8 @@ def balanced_groups(values: Sequence[Value], owners: int, seed: int) -> Indices:
     Raises:
         DataError: if a value is missing, or there are fewer groups than owners.
     """
-    names = [class_name(value) for value in values]
-    sizes: dict[str, int] = {}
-    for row, (name, value) in enumerate(zip(names, values, strict=True)):
-        if name in ("", "nan"):
-            raise DataError(f"row {row}: group={value!r}: must be a value")
-        sizes[name] = sizes.get(name, 0) + 1
+    rows = _rows_of(values)
+    sizes = {name: len(found) for name, found in rows.items()}
     if len(sizes) < owners:
         found = ", ".join(f"{value!r}: {size}" for value, size in list(sizes.items())[:20])
         raise DataError(f"owners={owners}: must be <= {len(sizes)}, the number of groups ({found})")
@@ -167,7 +165,57 @@ def balanced_groups(values: Sequence[Value], owners: int, seed: int) -> Indices:
         owner = loads.index(min(loads))
         owner_of[groups[position]] = owner
         loads[owner] += sizes[groups[position]]
-    return np.asarray([owner_of[name] for name in names], dtype=np.int64)
+    owners_of_rows = np.empty(len(values), dtype=np.int64)
+    for name, owner in owner_of.items():
+        owners_of_rows[rows[name]] = owner
+    return owners_of_rows
+
+
+def shards_of_groups(values: Sequence[Value], owners: int, seed: int) -> Indices:
+    """Share out groups of equal values, each owner having rows of one group alone.
+
+    Each group has one owner at least; every further one goes to the group with the most rows for
+    each of its owners (highest averages, as seats are given to parties).  A group's rows are dealt
+    evenly among its owners, and which owners these are is drawn.
+
+    Args:
+        values: (n,) the group of each row.
+        owners: number of owners, at least that of the groups.
+        seed: decides who has which group, and which of its rows.
+
+    Returns:
+        (n,) the owner of each row.
+
+    Raises:
+        DataError: a value is missing.
+    """
+    rows = _rows_of(values)
+    counts = dict.fromkeys(sorted(rows), 1)
+    for _ in range(owners - len(counts)):
+        counts[max(counts, key=lambda name: len(rows[name]) / counts[name])] += 1
+    generator = numpy_generator(seed, "shards_of_groups")
+    free = generator.permutation(owners).tolist()
+    owner_of = np.empty(len(values), dtype=np.int64)
+    for name, count in counts.items():
+        mine, free = free[:count], free[count:]
+        for turn, row in enumerate(generator.permutation(rows[name])):
+            owner_of[row] = mine[turn % count]
+    return owner_of
+
+
+def _rows_of(values: Sequence[Value]) -> dict[str, list[int]]:
+    """Return the rows of each group of equal values.
+
+    Raises:
+        DataError: a value is missing.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        name = class_name(value)
+        if name in ("", "nan"):
+            raise DataError(f"row {row}: group={value!r}: must be a value")
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
 def _iid(
@@ -206,14 +254,29 @@ def _dirichlet(
 def _column(
     dataset: TextDataset, owners: int, seed: int, alpha: float, column: str, min_size: int
 ) -> list[list[int]]:
+    return _by_owner(balanced_groups(_values(dataset, column), owners, seed), owners)
+
+
+def _column_shards(
+    dataset: TextDataset, owners: int, seed: int, alpha: float, column: str, min_size: int
+) -> list[list[int]]:
+    values = _values(dataset, column)
+    share = shards_of_groups if len(_rows_of(values)) < owners else balanced_groups
+    return _by_owner(share(values, owners, seed), owners)
+
+
+def _values(dataset: TextDataset, column: str) -> Sequence[Value]:
     if column not in dataset.columns:
         found = ", ".join(sorted(dataset.columns)) or "none"
         raise DataError(f"column={column!r}: must be a column of {dataset.name}; found: {found}")
-    owner_of = balanced_groups(dataset.columns[column], owners, seed)
+    return dataset.columns[column]
+
+
+def _by_owner(owner_of: Indices, owners: int) -> list[list[int]]:
     partitioner = _flower().GroupedNaturalIdPartitioner(
         partition_by="owner", group_size=1, sort_unique_ids=True
     )
-    rows = {"row": list(range(len(dataset))), "owner": owner_of.tolist()}
+    rows = {"row": list(range(len(owner_of))), "owner": owner_of.tolist()}
     return _apply(partitioner, owners, rows)
 
 
@@ -221,7 +284,11 @@ PARTITIONS: dict[str, Callable[[TextDataset, int, int, float, str, int], list[li
     "iid": _iid,
     "dirichlet": _dirichlet,
     "column": _column,
+    "column-shards": _column_shards,
 }
+
+BY_COLUMN = ("column", "column-shards")
+"""The schemes that need a column beside the labels."""
 
 
 def _apply(partitioner: Any, owners: int, rows: dict[str, list[int]]) -> list[list[int]]:

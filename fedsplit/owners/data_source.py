@@ -19,7 +19,7 @@ from fedsplit.data import (
     partition,
     train_test_split,
 )
-from fedsplit.data.partition import Indices
+from fedsplit.data.partition import BY_COLUMN, Indices
 from fedsplit.errors import ConfigError, DataError, check
 from fedsplit.owners.class_names import agreed_classes, keep_first
 from fedsplit.owners.home import in_simulation
@@ -133,7 +133,7 @@ def _share_out(config: DataConfig, seed: int, labelled: bool, labels: LabelColum
     train, test = load_splits(
         kind,
         **asked,
-        columns=(config.column,) if config.partition == "column" and config.column else (),
+        columns=(config.column,) if config.partition in BY_COLUMN and config.column else (),
         limit=config.limit or None,
         seed=derive_seed(seed, "limit"),
         column=labels,

@@ -19,6 +19,7 @@ from fedsplit.data import (
     partition,
     train_test_split,
 )
+from fedsplit.data.partition import shards_of_groups
 from fedsplit.errors import ConfigError, DataError
 
 pytest.importorskip("flwr_datasets")
@@ -112,6 +113,32 @@ def test_one_owner_for_each_group_when_there_are_as_many() -> None:
     assert all(len(set(dataset.select(part).columns["author"])) == 1 for part in parts)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=20, max_size=80), st.integers(6, 10), st.integers(0, 9))
+def test_of_fewer_values_than_owners_each_owner_has_one(
+    values: list[int], owners: int, seed: int
+) -> None:
+    owner_of = shards_of_groups(values, owners, seed)
+    assert set(owner_of) == set(range(owners)) or min(map(values.count, set(values))) < owners
+    sizes = np.bincount(owner_of, minlength=owners)
+    for value in set(values):
+        mine = set(owner_of[np.array(values) == value])
+        assert mine.isdisjoint(owner_of[np.array(values) != value])
+        assert max(sizes[o] for o in mine) - min(sizes[o] for o in mine) <= 1
+
+
+def test_a_value_with_more_rows_has_more_owners() -> None:
+    owner_of = shards_of_groups(["a"] * 600 + ["b"] * 300 + ["c"] * 100, 10, 0)
+    assert [len(set(owner_of[s])) for s in (slice(600), slice(600, 900), slice(900, None))] == [
+        6,
+        3,
+        1,
+    ]
+    assert (
+        shards_of_groups(["a"] * 9 + ["b"], 5, 0) != shards_of_groups(["a"] * 9 + ["b"], 5, 1)
+    ).any()
+
+
 def test_owner_left_empty_is_named_with_all_sizes() -> None:
     dataset = TextDataset(("a",) * 20, (0,) * 20, ("only",))
     with pytest.raises(DataError, match=r"owner \d+: rows=\d+: must be >= 5; sizes of all owners:"):
@@ -129,7 +156,7 @@ def test_dirichlet_at_the_bounds_of_alpha(alpha: float) -> None:
     [
         ({"owners": 0}, ConfigError, "owners=0"),
         ({"owners": 21}, DataError, "owners=21: must be <= 20"),
-        ({"scheme": "shards"}, ConfigError, "must be one of column, dirichlet, iid"),
+        ({"scheme": "shards"}, ConfigError, "must be one of column, column-shards, dirichlet, iid"),
         ({"scheme": "dirichlet", "alpha": 0.0}, ConfigError, "alpha=0.0"),
         ({"scheme": "dirichlet", "alpha": float("nan")}, ConfigError, "alpha=nan"),
         ({"scheme": "column", "column": "age"}, DataError, "column='age'.*found: author"),
