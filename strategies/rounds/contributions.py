@@ -62,7 +62,8 @@ class Contribution:
         share: what was kept of it: 1 = all, 0 = nothing.
         weight: its weight as counted.
         weighed: its weight in the average.
-        agreement: cosine with the sum of the other owners' directions; None for fewer than two.
+        agreement: cosine with the sum of the other owners' directions; None for fewer than two, or
+            without ``screen``.
         alike: what its weight was multiplied by for changes like its own; None where none was.
         reason: what is held against the owner; empty for what honest owners do.
     """
@@ -106,19 +107,22 @@ def bound_contributions(
     weights = _cap_counts(replies, config.weight_cap)
     norms = {name: _norm(_changes(reply, start)) for name, reply in replies.items()}
     median = statistics.median(norms.values()) if norms else 0.0
-    agreements = _agreements(replies, start, norms)
-    opposed = find_opposed(agreements, weights_of(start))
+    directions: Mapping[str, float] = {}
+    opposed: Mapping[str, str] = {}
     alike: Mapping[str, float] = {}
     if config.screen:
-        alike = likeness_weights(*_cosines(replies, start, norms), weights_of(start))
+        moved, cosines = _cosines(replies, start, norms)
+        directions = agreements_of(moved, cosines)
+        opposed = find_opposed(directions, weights_of(start))
+        alike = likeness_weights(moved, cosines, weights_of(start))
     found: dict[str, Contribution] = {}
     for name, reply in replies.items():
         row = Contribution(norms[name], norms[name] / median if median else float(norms[name] > 0))
         row.weight, row.weighed = weights[name]
-        row.agreement = agreements.get(name)
+        row.agreement = directions.get(name)
         row.share = _share(row, config.clip, median)
         row.reason = "; ".join(_charges(row, weights, len(replies)))
-        if config.screen and name in opposed:
+        if name in opposed:
             row.share, row.reason = 0.0, opposed[name]
         elif row.share < 1.0:
             _scale(reply, start, row.share)
@@ -156,25 +160,22 @@ def _norm(changes: Arrays) -> float:
     return float(np.sqrt(sum(float(np.sum(c.astype(np.float64) ** 2)) for c in changes.values())))
 
 
-def _agreements(
-    replies: Mapping[str, Message], start: Arrays, norms: Mapping[str, float]
-) -> dict[str, float]:
-    """Return each change's cosine with the sum of the others' unit vectors."""
-    moved = [name for name, norm in norms.items() if norm > 0]
-    if len(moved) < 2:
+def agreements_of(owners: Sequence[str], cosines: NDArray) -> dict[str, float]:
+    """Return each change's cosine with the sum of the others' unit vectors; of one owner nothing.
+
+    A row of cosines adds up to what its owner's unit vector has in common with everyone's sum, and
+    all rows to that sum's square.
+
+    Args:
+        owners: names.
+        cosines: of their changes, (n, n).
+    """
+    if len(owners) < 2:
         return {}
-    total = {name: np.zeros(value.shape, np.float64) for name, value in start.items()}
-    for owner in moved:
-        for name, change in _changes(replies[owner], start).items():
-            total[name] += change / norms[owner]
-    square = sum(float(np.sum(t**2)) for t in total.values())
-    found = {}
-    for owner in moved:
-        changes = _changes(replies[owner], start)
-        along = sum(float(np.sum(total[n] * c)) for n, c in changes.items()) / norms[owner]
-        others = max(square - 2 * along + 1.0, 1e-12)  # |sum - own|^2
-        found[owner] = (along - 1.0) / float(np.sqrt(others))
-    return found
+    along = cosines.sum(axis=1) - cosines.diagonal()
+    others = cosines.sum() - 2 * along - cosines.diagonal()  # |sum - own|^2
+    found = along / np.sqrt(np.maximum(others, 1e-12))
+    return dict(zip(owners, found.tolist(), strict=True))
 
 
 def _cosines(

@@ -243,6 +243,23 @@ def test_a_copy_of_the_rounds_mean_weighs_less_and_leaves_the_others_equal() -> 
     assert max(others) < 1.1 * min(others)
 
 
+def test_a_direction_is_the_cosine_with_the_sum_of_the_others() -> None:
+    changes = [times(c, 3.0**i) for i, c in enumerate(honest(6, shared=0.5))]
+    replies = {f"o{i}": reply(i, c) for i, c in enumerate(changes)}
+    found = bound_contributions(replies, START, RobustConfig())
+    sent = [
+        np.concatenate([((START[n] + c[n]).astype(np.float32) - START[n]).ravel() for n in START])
+        for c in changes
+    ]
+    units = [c / np.linalg.norm(c.astype(np.float64)) for c in sent]
+    for i, own in enumerate(units):
+        others = np.sum(units, axis=0) - own
+        expected = float(own @ others / np.linalg.norm(others))
+        assert found[f"o{i}"].agreement == pytest.approx(expected, abs=1e-5)
+    off = bound_contributions(replies, START, RobustConfig(screen=False))
+    assert all(part.agreement is None for part in off.values()), "not judged, not computed"
+
+
 def test_few_owners_are_bounded_and_nobody_is_blamed() -> None:
     changes = honest(2)
     found, row = averaged([reply(0, changes[0]), reply(1, times(changes[1], 1e9), 1e9)])
