@@ -240,7 +240,7 @@ def _read_parquet(path: Path, request: Request) -> Iterator[Row]:
 
 
 def _read_text(path: Path, request: Request) -> Iterator[Row]:
-    if request.label_column or request.columns:
+    if request.label_column or set(request.columns) - {SOURCE_COLUMN}:
         asked = [request.label_column, *request.columns]
         raise DataError(
             f"{path}: columns={list(filter(None, asked))}: plain text has none; "

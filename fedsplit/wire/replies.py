@@ -47,6 +47,7 @@ class Bounds:
 
 _ANY, _COUNT, _SHARE = Bounds(), Bounds(0.0), Bounds(0.0, 1.0)
 _POSITIVE = Bounds(0.0, above=True)
+_ONE_AT_LEAST = Bounds(1.0)
 _DP = {"dp-epsilon": _COUNT, "dp-delta": _SHARE, "dp-steps": _COUNT}
 
 
@@ -136,8 +137,10 @@ class ReplySchema:
         return metrics, owner
 
 
-_COUNTED = {"num-examples": _POSITIVE, "targets": _POSITIVE}
-_SPLIT = {**_COUNTED, "steps": _COUNT, "share-touched": _SHARE}
+# A median of counts is what others' are cut to: one that is next to nothing would count them out.
+_COUNTED = {"num-examples": _ONE_AT_LEAST, "targets": _ONE_AT_LEAST}
+# In split tuning targets are weighted by their classes; the server has its own sum of those.
+_SPLIT = {**_COUNTED, "targets": _POSITIVE, "steps": _COUNT, "share-touched": _SHARE}
 _LOSS = {"loss": _ANY}  # an owner's policy may keep its averages back
 _AVERAGED = {**_LOSS, "accuracy": _SHARE}
 _SCHEMAS = (

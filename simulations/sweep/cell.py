@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,21 +26,27 @@ FLOOR = "measure.min_empirical_privacy"
 def run_cell(cell: Cell, folder: Path, attack_samples: int) -> dict[str, Any]:
     """Run one cell in ``folder``, which is removed at the end, and return its row.
 
-    At most ``attack_samples`` samples are attacked; 0 = no attack.
+    At most ``attack_samples`` samples are attacked; 0 = no attack.  Each attempt has a folder of
+    its own below: what an attempt left that died with its node, owners' state above all, must not
+    be found by the next, nor be written to by what is still dying.
     """
     began = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=folder))
     try:
-        config, server = run_in_process(cell.config, folder)
+        config, server = run_in_process(cell.config, attempt)
         row: dict[str, Any] = {**cell.columns(), **utility(server)}
         row["train_seconds"] = time.perf_counter() - began
         frozen = config.split.bottom == "frozen"  # a joint bottom's rows are not kept
         if attack_samples and config.output.transcript and frozen:
             owners = owner_samples(config, load_base(config).tokenizer)
-            transcript = folder / "server" / "transcript.safetensors"
+            transcript = attempt / "server" / "transcript.safetensors"
             row |= privacy(attack_transcript(config, transcript, owners, samples=attack_samples))
             row["template"] = template(config, row.get("empirical_privacy_map"))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(attempt, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another attempt's is in it
+            folder.rmdir()
     row["seconds"] = time.perf_counter() - began
     return row
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,6 +195,7 @@ def run_cells(
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
                 cell = running.pop(reference)
+                shutil.rmtree(work / cell.key, ignore_errors=True)  # of attempts that were killed
                 try:
                     yield cell, ray.get(reference)
                 except Exception as error:  # one broken cell must not end the sweep

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -58,6 +59,7 @@ class ClientManager:
         self.benched: dict[str, Bench] = {}
         self.owners = OwnerNames()
         self._failures: dict[str, int] = {}  # rounds in a row
+        self._charges: dict[str, tuple[int, int]] = {}  # rounds with one, rounds without since then
         self._awaited: set[str] = set()
         self._config = config
         self._watch = watch
@@ -93,23 +95,40 @@ class ClientManager:
         self.owners.claim(node, name)
 
     def record_outcomes(
-        self, number: int, finished: Iterable[str], lost: Mapping[str, str]
+        self,
+        number: int,
+        finished: Iterable[str],
+        lost: Mapping[str, str],
+        charged: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Count who failed in a round of training, and bench who keeps failing.
+
+        What is held against an owner is remembered for ``train.bench-after`` rounds that it takes
+        part in without more: who lies every second round is benched as well.
 
         Args:
             number: the round.
             finished: names of the owners whose work counted.
             lost: owner, or ``node N`` where it has told no name -> reason.
+            charged: owner -> what is held against it; as a loss, and remembered.
         """
-        train = self._config.train
+        after = self._config.train.bench_after
         for name in finished:
             self._failures.pop(name, None)
-        for name, reason in lost.items():
+            times, fine = self._charges.pop(name, (0, 0))
+            if times and fine + 1 < after:
+                self._charges[name] = times, fine + 1
+        for name, reason in {**charged, **lost}.items():
             failures = self._failures[name] = self._failures.get(name, 0) + 1
-            if train.bench_after and failures >= train.bench_after:
-                until = number + train.bench_rounds
-                told = f"failed in {failures} rounds in a row, last in {number}: {reason[:500]}"
+            told = f"failed in {failures} rounds in a row, last in {number}: {reason[:500]}"
+            if name in charged:
+                times = self._charges.get(name, (0, 0))[0] + 1
+                self._charges[name] = times, 0
+                if times > failures:
+                    told = f"charged in {times} rounds, last in {number}: {reason[:500]}"
+                failures = max(failures, times)
+            if after and failures >= after:
+                until = number + self._config.train.bench_rounds
                 self.benched[name] = Bench(told, number, until)
                 log.warning(
                     "owner %s is not asked again before round %d: %s", name, until + 1, told
@@ -127,7 +146,9 @@ class ClientManager:
         """Return what a restarted run must know, JSON-able."""
         benched = {name: asdict(bench) for name, bench in self.benched.items()}
         keys = dict(self.owners.keys.bound)
-        return {"failures": dict(self._failures), "benched": benched, "keys": keys}
+        charges = {name: list(row) for name, row in self._charges.items()}
+        failures = dict(self._failures)
+        return {"failures": failures, "charges": charges, "benched": benched, "keys": keys}
 
     def restore(self, state: Mapping[str, Any], awaited: Iterable[str]) -> None:
         """Go on from :meth:`state`.
@@ -138,6 +159,8 @@ class ClientManager:
                 ``session.wave-wait-s``: after a restart they come back one by one.
         """
         self._failures.update(state.get("failures", {}))
+        charges = state.get("charges", {})
+        self._charges.update({n: (int(times), int(fine)) for n, (times, fine) in charges.items()})
         self.owners.keys.restore(state.get("keys", {}).items())
         found = state.get("benched", {})
         self.benched.update({name: Bench(**row) for name, row in found.items()})

@@ -307,9 +307,8 @@ class RunStrategy(Strategy):
         charged = {**lineage.get("charged", {}), **context.report.cohort.charged}
         if charged:
             lineage["charged"] = charged
-        failed = {**charged, **context.report.cohort.lost}
         fine = [name for name in worked if name not in charged]
-        self.clients.record_outcomes(context.number, fine, failed)
+        self.clients.record_outcomes(context.number, fine, context.report.cohort.lost, charged)
 
     def report_phase(
         self, context: RoundContext, metrics: dict[str, Any], lineage: dict[str, Any]

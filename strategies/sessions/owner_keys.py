@@ -97,12 +97,19 @@ class OwnerKeys:
             key: its fingerprint; empty: unknown.
 
         Raises:
-            SessionError: it is another key's, or not on the server's list.
+            SessionError: it is another key's, the key has another name, or the name is not on the
+                server's list.
         """
         if self._listed and name not in self.bound:
             raise SessionError(f"owner's name {name!r}: not on the server's list of owners")
         if not self._lasting or not (key or self._listed):
             return
+        if not self._listed:  # else one key would have two votes, or come back without its blame
+            others = [n for n, other in self.bound.items() if other == key and n != name]
+            if others:
+                raise SessionError(
+                    f"owner's name {name!r}: its node key has the name {others[0]!r} already"
+                )
         if self.bound.setdefault(name, key) != key:
             raise SessionError(
                 f"owner's name {name!r}: belongs to another node key, {self.bound[name][:16]}"

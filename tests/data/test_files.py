@@ -87,6 +87,8 @@ def test_folder_without_splits_has_a_source_for_each_row(tmp_path: Path) -> None
     dataset = load_dataset("file", path=str(tmp_path), label_column="", passage_words=4)
     assert dataset.texts == ("one two three\nfour five", "six", "seven eight")
     assert dataset.columns == {"source": ("bronte", "bronte", "darwin")}
+    asked = {"label_column": "", "passage_words": 4, "columns": ("source",)}
+    assert load_dataset("file", path=str(tmp_path), **asked).columns == dataset.columns
     pytest.importorskip("flwr_datasets")
     parts = partition(dataset, 2, "column", seed=0, column="source")
     assert [part.tolist() for part in parts] == [[0, 1], [2]]

@@ -3,97 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fedsplit.config import RunConfig
 from fedsplit.wire.tokens import TokenBook
-from simulations.runtime.environment import ray_credentials
 from simulations.runtime.federated import simulate
+from tests.e2e.two_nodes import TwoNodes
 from tests.tiny_models import save_texts, save_tiny_bert
 
 pytestmark = pytest.mark.e2e
 OWNERS = 6
-# A head and a second node, each with one processor, from one process that stays.
-CLUSTER = """
-import sys, ray
-from ray.cluster_utils import Cluster
-node = {"num_cpus": 1, "object_store_memory": 80 << 20}
-cluster = Cluster(initialize_head=True, head_node_args=node)
-second = cluster.add_node(**node)
-cluster.wait_for_nodes()
-print("address", cluster.address, flush=True)
-for line in sys.stdin:
-    if line.strip() == "kill":
-        cluster.remove_node(second, allow_graceful=False)
-        print("killed", flush=True)
-    else:
-        break
-cluster.shutdown()
-"""
-
-
-@dataclass
-class TwoNodes:
-    """The cluster, and how to kill its second node."""
-
-    address: str
-    process: subprocess.Popen[str]
-    folder: Path
-
-    def kill_one(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("kill\n")
-        self.process.stdin.flush()
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
-    token = ray_credentials()
-    for name, value in token.items():
-        monkeypatch.setenv(name, value)
-    folder = Path(f"/tmp/fs-{os.getpid()}")  # a socket's path must be short
-    rest = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_initial_delay_ms": "0"}
-    quick["RAY_worker_niceness"] = "0"  # Ray's is 15: beside other work hosts would never start
-    env = {**rest, **token, **quick, "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": str(folder)}
-    folder.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER],
-        env=env,
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        told = next(line for line in process.stdout if line.startswith("address "))
-        yield TwoNodes(told.split()[1], process, folder)
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        try:
-            process.communicate("stop\n", timeout=30)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
-            process.kill()
-        for child in children:
-            if child.is_running():
-                child.kill()
-        subprocess.run(["rm", "-rf", str(folder)], check=False)
 
 
 @pytest.fixture

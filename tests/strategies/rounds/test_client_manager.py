@@ -63,6 +63,24 @@ def test_who_is_asked(failing: list[Iterable[str]], after: int, rounds: int) -> 
         kept = restarted
 
 
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 4))
+def test_charges_are_remembered_for_as_many_rounds_as_bench(lies: list[bool], after: int) -> None:
+    kept = manager(after, 1000)
+    charges = blameless = 0
+    for number, lie in enumerate(lies, start=1):
+        kept.record_outcomes(number, [] if lie else ["a"], {}, {"a": "its norm"} if lie else {})
+        charges, blameless = (charges + 1, 0) if lie else (charges, blameless + 1)
+        if blameless >= after:
+            charges = 0
+        restarted = manager(after, 1000)
+        restarted.restore(kept.state(), [])
+        kept = restarted
+        assert ("a" in kept.benched) == (charges >= after)
+        if charges >= after:
+            assert "last in" in kept.benched["a"].reason
+            return
+
+
 def test_too_few_without_the_benched_ones() -> None:
     kept = manager(1, 5, least=3)
     kept.record_outcomes(1, ["a", "b"], {"c": "gone"})

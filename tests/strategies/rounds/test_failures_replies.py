@@ -70,7 +70,7 @@ BAD_REPORTS: dict[str, tuple[Callable[[Message], None], str]] = {
     "an older owner's": (_of_an_older_version, "the owner needs the server's version of fedsplit"),
     "a number is NaN": (_nan_loss, "must be one finite number"),
     "more weight than it trained on": (_boast, "must be 8.0, as in its steps"),
-    "no examples": (_nothing_learned, "num-examples=0.0: must be > 0"),
+    "no examples": (_nothing_learned, "num-examples=0.0: must be >= 1"),
     "another owner's name": (_another_name, "must be 'owner-1'"),
 }
 

@@ -73,6 +73,22 @@ def test_a_name_is_its_first_keys_even_when_that_node_is_gone() -> None:
         names.claim(2, "carol")
 
 
+def test_one_key_has_one_name_over_nodes_and_restarts() -> None:
+    mine = key()
+    before = manager()
+    before.owners.connected(grid(n1=mine, n2=mine))  # whatever Flower lets in
+    before.claim(1, "alice")
+    with pytest.raises(SessionError, match="its node key has the name 'alice' already"):
+        before.claim(2, "bob")
+    assert before.names == {1: "alice"}
+    after = manager()
+    after.restore(before.state(), [])
+    after.owners.connected(grid(n9=mine))
+    with pytest.raises(SessionError, match="its node key has the name 'alice' already"):
+        after.claim(9, "new")  # it would leave alice's blame behind
+    after.claim(9, "alice")
+
+
 def test_names_that_the_grid_knows_are_claimed_as_if_they_were_said() -> None:
     keys = [key() for _ in range(3)]
     nodes = grid(**{f"n{n}": k for n, k in enumerate(keys, 1)})
