@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 METHOD = "/fedsplit.Session/Open"
 GRACE_S = 2.0
 _OWNER_KEEPS = 16  # frames; an owner may send a window of batches ahead
-_AGAIN_S = 1.0
+_AGAIN_S = (0.1, 1.0)  # first and longest pause between two attempts; each is twice the one before
 # What gRPC calls a connection that is gone; UNKNOWN where TLS found that bytes were changed.
 _CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 # host:port or [IPv6]:port, so that what is judged here and what gRPC resolves are the same host.
@@ -171,7 +171,7 @@ class _ClientLink(Link):
 
     def _again(self) -> tuple[Any, int] | None:
         """Open a new stream; None when there is none in time, or the server will have none."""
-        until = time.monotonic() + self._reconnect_s
+        until, pause = time.monotonic() + self._reconnect_s, _AGAIN_S[0]
         while not self.closed and (left := until - time.monotonic()) > 0:
             self._channel.close()
             self._channel = channel = self._dial()
@@ -205,7 +205,8 @@ class _ClientLink(Link):
                 return None
             finally:
                 ready.set()
-            time.sleep(min(_AGAIN_S, max(0.0, until - time.monotonic())))
+            time.sleep(min(pause, max(0.0, until - time.monotonic())))
+            pause = min(2 * pause, _AGAIN_S[1])
         return None
 
     def close(self, reason: str = "done") -> None:

@@ -92,8 +92,9 @@ class ReplayBuffer:
     def _take(self, stream: int) -> bool:
         """Fetch one more frame from the outgoing, if one comes; False when there is no more."""
         with self._taking:  # a stream that was replaced may still be waiting here
-            if stream != self._stream:
-                return True
+            with self._lock:
+                if stream != self._stream or self._next < self._base + len(self._sent):
+                    return True  # replaced; or the one that waited here has fetched a frame
             data = self.link.outgoing.get(_POLL_S)
             if data is None:
                 return not (self.link.outgoing.closed and self.link.outgoing.empty())

@@ -99,7 +99,7 @@ def test_mutual_tls_lets_in_whom_the_authority_vouches_for(
         assert within(20, lambda: knock(transport, folder, folder / "owners/bank")) is None
         # Refused while shaking hands: the owner's side finds no connection, and goes on trying.
         for client in (None, foreign / "owners/bank"):
-            error = within(3, lambda client=client: knock(transport, folder, client))  # type: ignore[misc]
+            error = within(1, lambda client=client: knock(transport, folder, client))  # type: ignore[misc]
             assert isinstance(error, SessionError | TimeoutError)
     finally:
         transport.close()
