@@ -47,6 +47,7 @@ class LocalGrid(Grid):
         self.replies: list[Message] = []
         self._ready: dict[str, Message] = {}
         self._lock = threading.Lock()
+        self._came = threading.Event()  # a reply, since the last look
         self.dead: set[int] = set()
         self.node_configs: dict[int, dict[str, Any]] = {}
 
@@ -84,7 +85,12 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these that are ready, each once."""
         with self._lock:
+            self._came.clear()
             return [self._ready.pop(i) for i in message_ids if i in self._ready]
+
+    def wait_for_reply(self, seconds: float) -> None:
+        """Wait for a reply that no look has found yet, so long at most."""
+        self._came.wait(seconds)
 
     def _answer(self, message: Message) -> None:
         replies: list[Message] = []
@@ -93,6 +99,7 @@ class LocalGrid(Grid):
             for reply in replies:
                 self._ready[message.metadata.message_id] = reply
                 self.replies.append(reply)
+            self._came.set()
 
     def context(self, node: int) -> Context:
         """Return what Flower would hand the ClientApp of ``node``."""

@@ -280,6 +280,6 @@ class BufferedGrid(PollingGrid):
             if landed is not None:
                 break
             waited = time.monotonic() - began
-            time.sleep(min(MOST_S, max(LEAST_S, SHARE * waited)))
+            self.wait_for_reply(min(MOST_S, max(LEAST_S, SHARE * waited)))
         self.landed = landed
         return [flight.reply for flight in landed if flight.reply is not None]

@@ -3,7 +3,8 @@
 Flower's ``send_and_receive`` looks for replies every three seconds and returns them all together,
 at the end.  A round would hear only then that an owner's app has failed, having waited for its
 session until ``session.wave-wait-s``; and an app that hangs would hold the round for as long as the
-strategy's timeout.
+strategy's timeout.  A grid within this process may have a method ``wait_for_reply(seconds)`` that
+returns early when a reply comes; others are looked at ever less often.
 """
 
 from __future__ import annotations
@@ -79,10 +80,15 @@ class PollingGrid(Grid):
             left = min(needed + self._patience_s, math.inf if timeout is None else began + timeout)
             if not waiting or now >= left:
                 break
-            time.sleep(min(MOST_S, max(LEAST_S, SHARE * (now - began)), left - now))
+            self.wait_for_reply(min(MOST_S, max(LEAST_S, SHARE * (now - began)), left - now))
         if waiting:
             log.warning("no reply from %d nodes: %s", len(nodes), sorted(nodes)[:8])
         return replies
+
+    def wait_for_reply(self, seconds: float) -> None:
+        """Sleep so long, or until a reply comes where the grid below can tell."""
+        wait = getattr(self._grid, "wait_for_reply", time.sleep)
+        wait(seconds)
 
     # ---- as the grid below --------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class HostGrid(Grid):
         self._lives_in: dict[int, Host] = {}
         self._ready: dict[str, Message] = {}
         self._lock = threading.Lock()
+        self._came = threading.Event()  # a reply, since the last look
 
     def set_run(self, run: Any) -> None:
         """Not used: there is no SuperLink to ask."""
@@ -130,7 +131,12 @@ class HostGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies to these that are ready, each once."""
         with self._lock:
+            self._came.clear()
             return [self._ready.pop(i) for i in message_ids if i in self._ready]
+
+    def wait_for_reply(self, seconds: float) -> None:
+        """Wait for a reply that no look has found yet, so long at most."""
+        self._came.wait(seconds)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -150,6 +156,7 @@ class HostGrid(Grid):
                         asked = reply.metadata.reply_to_message_id
                         left.pop(asked, None)
                         self._ready[asked] = reply
+                    self._came.set()
         except HostLost as error:
             self._lose(host, left.values(), error)
         except Exception as error:  # a defect: its replies so far count, and nobody waits for more
@@ -166,6 +173,7 @@ class HostGrid(Grid):
             replies[message.metadata.message_id] = reply
         with self._lock:
             self._ready.update(replies)
+            self._came.set()
 
     def _lose(self, host: Host, unanswered: Iterable[Message], error: HostLost) -> None:
         """Answer for the owners of a host that is gone; they will live elsewhere."""
