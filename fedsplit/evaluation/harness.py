@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from fedsplit.errors import ConfigError, DataError, FedsplitError, check
 from fedsplit.evaluation.likelihood import Likelihood
@@ -234,7 +234,7 @@ def mean_interval(
         return mean, wilson_interval(mean, n)
     if n < 2:
         return mean, (mean, mean)
-    half = float(stats.t.ppf(0.975, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(n)
     return mean, (mean - half, mean + half)
 
 

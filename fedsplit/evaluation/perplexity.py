@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 from torch import Tensor
 
 from fedsplit.errors import DataError, check
@@ -147,7 +147,7 @@ def summed(block_nats: Floats, block_tokens: Floats) -> TextLoss:
     if count >= 2:
         residual = block_nats - mean * block_tokens
         deviation = math.sqrt(count / (count - 1) * float((residual**2).sum())) / total
-        half = float(stats.t.ppf(0.975, count - 1)) * deviation
+        half = float(stdtrit(count - 1, 0.975)) * deviation
         interval = (mean - half, mean + half)
     return TextLoss(mean, interval, round(total), block_nats, block_tokens)
 

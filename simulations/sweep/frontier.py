@@ -26,7 +26,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     A mean of one seed has the half-width None, not zero.
     """
-    from scipy import stats
+    from scipy.special import stdtrit
 
     out = []
     for key, cells in grouped((row for row in rows if not row.get("error")), *GROUP).items():
@@ -42,7 +42,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             n = len(values)
             half = None
             if n > 1:
-                half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+                half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
             summary[f"{name}_pm"] = half
         out.append(summary)
     return out

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from fedsplit.errors import AttackError
 from fedsplit.evaluation.perplexity import TextLoss
@@ -57,7 +57,7 @@ def closed_share(
         raise AttackError(f"blocks={len(tokens)}: must be >= 2, for an interval")
     gap = emulator.block_nats - full.block_nats
     gain = emulator.block_nats - attacked.block_nats
-    spread = float(stats.t.ppf(0.975, len(gap) - 1)) * float(gap.std(ddof=1)) / len(gap) ** 0.5
+    spread = float(stdtrit(len(gap) - 1, 0.975)) * float(gap.std(ddof=1)) / len(gap) ** 0.5
     share: float | None = None
     interval: tuple[float, float] | None = None
     if float(gap.mean()) > spread:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.stats import norm, t
+from scipy.special import ndtr, stdtr, stdtrit
 
 from fedsplit.errors import LineageError, check
 from fedsplit.fingerprints.view import Similarity
@@ -158,18 +158,18 @@ class NullDistribution:
     def p_value(self, score: float) -> float:
         """Return P(an independent pair scores at least this), predictive."""
         spread = (score - self.mean) / self._scale()
-        empirical = float(t.sf(spread, len(self.scores) - 1))
-        analytic = float(norm.sf(score / self.sd_floor)) if self.sd_floor > 0 else 0.0
+        empirical = float(stdtr(len(self.scores) - 1, -spread))
+        analytic = float(ndtr(-score / self.sd_floor)) if self.sd_floor > 0 else 0.0
         return max(empirical, analytic)
 
     def lower_p(self, score: float) -> float:
         """Return P(an independent pair scores at most this), predictive."""
-        return float(t.cdf((score - self.mean) / self._scale(), len(self.scores) - 1))
+        return float(stdtr(len(self.scores) - 1, (score - self.mean) / self._scale()))
 
     def threshold(self, alpha: float) -> float:
         """Return the score that an independent pair exceeds with probability ``alpha``."""
         check(0 < alpha < 1, "alpha", alpha, "in (0, 1)")
-        return self.mean + self._scale() * float(t.isf(alpha, len(self.scores) - 1))
+        return self.mean + self._scale() * float(-stdtrit(len(self.scores) - 1, alpha))
 
     def z(self, score: float) -> float:
         """Return the distance from the null in standard deviations, as AWM's tables report it."""
