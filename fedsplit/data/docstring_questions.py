@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedsplit.data.areas import AREAS
 from fedsplit.data.conversations import ASSISTANT, to_text
-from fedsplit.data.docstrings import SCOPES, sources
+from fedsplit.data.docstrings import SCOPES, no_garbage, sources
 from fedsplit.data.table import Request, Source, Table
 from fedsplit.errors import DataError
 
@@ -79,18 +79,19 @@ def _collect(stdlib: str) -> tuple[tuple[str, ...], ...]:
     """Return conversations, their top-level modules and the names asked for."""
     root = Path(stdlib)
     rows: dict[str, tuple[str, str, str]] = {}
-    for module in sorted(name for names in AREAS.values() for name in names):
-        for file in sources(root, module):
-            inside = file.relative_to(root).with_suffix("").parts
-            parts = inside[:-1] if inside[-1] == "__init__" else inside
-            if any(part.startswith("_") for part in parts):
-                continue
-            for name, docstring in _named(file):
-                sentence = first_sentence(docstring)
-                if sentence:
-                    asked = ".".join((*parts, name))
-                    text = to_text([("user", question(asked)), (ASSISTANT, sentence)])
-                    rows.setdefault(sentence.casefold(), (text, module, asked))
+    with no_garbage():
+        for module in sorted(name for names in AREAS.values() for name in names):
+            for file in sources(root, module):
+                inside = file.relative_to(root).with_suffix("").parts
+                parts = inside[:-1] if inside[-1] == "__init__" else inside
+                if any(part.startswith("_") for part in parts):
+                    continue
+                for name, docstring in _named(file):
+                    sentence = first_sentence(docstring)
+                    if sentence:
+                        asked = ".".join((*parts, name))
+                        text = to_text([("user", question(asked)), (ASSISTANT, sentence)])
+                        rows.setdefault(sentence.casefold(), (text, module, asked))
     if not rows:
         raise DataError(f"no docstrings below {stdlib}: this Python comes without its source files")
     texts, groups, names = zip(*rows.values(), strict=True)

@@ -23,6 +23,12 @@ MIN_WORDS = 8  # plain words, identifiers and signatures not counted
 MAX_WORDS = 64
 _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "__pycache__"})
 SCOPES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_HOLDERS = frozenset(  # the statements that hold others
+    {
+        *(*SCOPES, ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith),
+        *(ast.Try, ast.TryStar),
+    }
+)
 _WORD = re.compile(r"""(?<!\S)["'(`]*[A-Za-z][a-z']*[.,:;!?)"'`]*(?!\S)""")
 _DOCTEST = re.compile(r"^[ \t]*>>>.*?(?:\n[ \t]*\n|\Z)", re.MULTILINE | re.DOTALL)
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
@@ -93,7 +99,7 @@ def clean(docstring: str) -> str:
 
 
 @contextmanager
-def _no_garbage() -> Iterator[None]:
+def no_garbage() -> Iterator[None]:
     """Collect no garbage meanwhile: trees have no cycles, and looking for some doubles the time."""
     before = gc.isenabled()
     gc.disable()
@@ -110,7 +116,7 @@ def _collect(stdlib: str) -> tuple[tuple[str, ...], ...]:
     root = Path(stdlib)
     area_of = {module: area for area, modules in AREAS.items() for module in modules}
     rows: dict[str, tuple[str, str, str, str]] = {}
-    with _no_garbage():
+    with no_garbage():
         for module in sorted(area_of):
             for file in sources(root, module):
                 for kind, docstring in _docstrings(file):
@@ -142,11 +148,11 @@ def _docstrings(file: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):  # a distribution's templates and deliberately bad files
         return
-    docstring = ast.get_docstring(tree)
+    docstring = ast.get_docstring(tree, clean=False)  # its indents mean nothing to :func:`clean`
     if docstring:
         yield "module", docstring
     for node in scopes(tree.body):
-        docstring = ast.get_docstring(node)
+        docstring = ast.get_docstring(node, clean=False)
         if docstring:
             yield "class" if isinstance(node, ast.ClassDef) else "function", docstring
 
@@ -156,6 +162,8 @@ def scopes(
 ) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield classes and functions, nested ones after their holder; expressions are not walked."""
     for node in body:
+        if type(node) not in _HOLDERS:
+            continue
         if isinstance(node, SCOPES):
             yield node
         for field in ("body", "orelse", "finalbody"):
