@@ -60,8 +60,12 @@ def base(store: ModelStore) -> Any:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("run") / "table"
-    experiment = load_experiment("lineage-table", SMALL)
+    where, texts = tmp_path_factory.mktemp("run"), read_texts()
+    path, changes = where / "table", list(SMALL)
+    for option, text in (("text", texts.tuning), ("other", texts.other)):
+        (where / option).write_text(text[:60_000])  # every descendant tokenises all of it
+        changes.append(f"options.{option}={where / option}")
+    experiment = load_experiment("lineage-table", changes)
     with RunFolder(path, name="t", kind="table") as folder:
         run(experiment, folder, Console(file=io.StringIO()))
     return read_results(path) | {"folder": path}
