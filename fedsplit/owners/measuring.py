@@ -148,20 +148,21 @@ def measured_tokens(
         AttackError, PrivacyError: an attack cannot be carried out.
     """
     count = int(policy.rules.get(TEXTS, DEFAULT_TEXTS))
-    texts = _texts(str(policy.rules.get(PUBLIC_TEXT, "")), own.docstrings)
+    path = str(policy.rules.get(PUBLIC_TEXT, ""))
     if own.samples is not None:
         samples = own.samples()
+        public = _public_ids(own.tokenizer, path, own.docstrings, own.max_tokens)
     else:  # then on public texts, which the attackers' prior is not made of
+        texts = _texts(path, own.docstrings)
         step = max(1, len(texts) // count)
         chosen, texts = texts[::step][:count], [t for i, t in enumerate(texts) if i % step]
         most = own.max_tokens
         samples = tokenise(own.tokenizer, chosen, None, max_tokens=most, classes=2, shortest=1)
+        public = public_ids(own.tokenizer, _some(texts), most)
     ids, names = list(samples.ids[:count]), list(samples.texts[:count])
     taken = set(names)
     rest = zip(samples.ids[count:], samples.texts[count:], strict=True)
     others = [x.tolist() for x, text in rest if text not in taken][:MOST_OTHERS]
-    texts = texts[:: -(-len(texts) // MOST_PUBLIC)]
-    public = public_ids(own.tokenizer, texts, own.max_tokens)
     views = views_allowed(policy)
     with torch.no_grad():
         clean = represent(bottom, ids)
@@ -237,3 +238,12 @@ def _label_readings(total: Tensor | None, truth: Tensor, size: float) -> list[Re
 @lru_cache(maxsize=2)
 def _texts(path: str, docstrings: bool) -> list[str]:
     return public_texts(path, docstrings=docstrings)
+
+
+@lru_cache(maxsize=1)
+def _public_ids(tokenizer: Any, path: str, docstrings: bool, most: int) -> list[list[int]]:
+    return public_ids(tokenizer, _some(_texts(path, docstrings)), most)
+
+
+def _some(texts: Sequence[str]) -> Sequence[str]:
+    return texts[:: -(-len(texts) // MOST_PUBLIC)]
