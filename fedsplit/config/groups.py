@@ -114,7 +114,8 @@ class TrainConfig:
         warmup: share of all steps with a linearly rising rate.
         schedule: ``constant``, or ``linear`` or ``cosine`` decay to 0 after warm-up.
         patience: evaluations on the owners' held-out texts without a lower loss after which the run
-            ends, with what was best of it; 0 = never.
+            ends, with what was best of it; 0 = never.  From four owners on those with more than
+            half of the weight say whether it is lower, else their mean does.
         clip: bound on the gradient's L2 norm; 0 = none.
         fraction: share of the connected owners sampled per round.
         min_owners: fewest owners a round starts with.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedsplit.errors import FrameError, SessionError
+from fedsplit.errors import FrameError, SessionError, WireError
 from fedsplit.wire.message_types import STEP_TYPE as STEP_TYPE
 from fedsplit.wire.message_types import WHO_TYPE as WHO_TYPE
 from fedsplit.wire.tokens import MODES
@@ -155,6 +155,33 @@ def unpack_frames(content: RecordDict, max_frame_bytes: int, max_frames: int = 4
         frames.append(bytes(data[at : at + length]))
         at += length
     return frames
+
+
+def read_array(array: Array, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the values of an array that another party sent, a copy.
+
+    Args:
+        array: as it came.
+        dtype: that it must be of, by its own word and by what its bytes hold.
+        shape: likewise.
+
+    Raises:
+        WireError: of another type or shape, or no array at all.
+    """
+    due = f"must be {dtype} {shape}"
+    # The declared form first: nothing is allocated for an array of another size.
+    if tuple(array.shape) != shape or array.dtype != dtype:
+        raise WireError(f"{array.dtype[:60]} {tuple(array.shape)[:8]}: {due}")
+    try:
+        values = array.numpy()
+    except Exception as error:  # whatever bytes can raise: EOFError, BadZipFile, MemoryError ...
+        raise WireError(f"{due}; not an array: {type(error).__name__}") from None
+    # Bytes that declare float32 may hold complex numbers, or an archive.
+    if not isinstance(values, np.ndarray):
+        raise WireError(f"{due}; holds no array")
+    if values.shape != shape or values.dtype != np.dtype(dtype):
+        raise WireError(f"{due}; holds {values.dtype} {values.shape}")
+    return values.copy()
 
 
 def weights_record(state: dict[str, np.ndarray]) -> ArrayRecord:

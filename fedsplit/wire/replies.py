@@ -116,6 +116,9 @@ class ReplySchema:
             WireError: no report, one of another schema, a number that :meth:`check` refuses, or an
                 owner's name that cannot be shown in a log.
         """
+        # A second record would weigh the reply by numbers that nobody has looked at.
+        if others := sorted(set(content.metric_records) - {REPORT}):
+            raise WireError(f"reply's metric record {others[0][:60]!r}: must be {REPORT!r} alone")
         record = content.metric_records.get(REPORT)
         who = content.config_records.get(WHO)
         if record is None or who is None or not isinstance(who.get("owner"), str):

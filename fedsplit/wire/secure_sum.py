@@ -12,7 +12,8 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedsplit.errors import SessionError
+from fedsplit.errors import SessionError, WireError
+from fedsplit.wire.messages import read_array
 
 SECURE = "fedsplit.secure"
 MASKED = "fedsplit.masked"
@@ -123,13 +124,7 @@ def masked_numbers(content: RecordDict, dtype: str, size: int) -> Any:
     records = content.array_records
     if list(records) != [MASKED] or list(records[MASKED]) != ["numbers"]:
         raise SessionError(f"array records {list(records)[:4]}: must be [{MASKED!r}]")
-    array = records[MASKED]["numbers"]
-    # The declared form first: nothing is allocated for numbers of another size.
-    if tuple(array.shape) != (size,) or array.dtype != dtype:
-        raise SessionError(
-            f"masked numbers: {array.dtype} {tuple(array.shape)}: must be {dtype} ({size},)"
-        )
     try:
-        return array.numpy().copy()
-    except (ValueError, TypeError) as error:
-        raise SessionError(f"masked numbers: not an array: {error}") from None
+        return read_array(records[MASKED]["numbers"], dtype, (size,))
+    except WireError as error:
+        raise SessionError(f"masked numbers: {error}") from None

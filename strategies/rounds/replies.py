@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 from flwr.app import ArrayRecord, Message, Metadata, RecordDict
 
 from fedsplit.errors import ModelError, SessionError, WireError
 from fedsplit.observe import printable
 from fedsplit.sums import add_up, is_sum
-from fedsplit.wire.messages import WEIGHTS
+from fedsplit.wire.messages import WEIGHTS, read_array
 from fedsplit.wire.replies import ReplySchema
 
 from .contributions import capped
@@ -37,7 +37,8 @@ def read_reply(
 
     Raises:
         WireError: malformed, a number missing, unknown or out of its range, another owner's name,
-            or another weight in the average than the session's own steps had.
+            another weight in the average than the session's own steps had, or more examples or
+            targets than its session was about.
     """
     metrics, name = schema.read(content)
     if known_as is not None and name != known_as:
@@ -45,6 +46,9 @@ def read_reply(
     seen = report.targets.get(name)
     if seen is not None and name in report.finished and metrics["targets"] != seen:
         raise SessionError(f"reply's targets={metrics['targets']}: must be {seen}, as in its steps")
+    for key, most in zip(("num-examples", "targets"), report.most.get(name, ()), strict=False):
+        if metrics[key] > most:
+            raise SessionError(f"reply's {key}={metrics[key]:g}: must be <= {most}, its session's")
     return metrics, name
 
 
@@ -136,18 +140,12 @@ def check_weights(content: RecordDict, expected: Mapping[str, tuple[int, ...]]) 
         odd = sorted(record.keys() ^ expected.keys())[:4]
         raise ModelError(f"bottom weights: missing or foreign names {odd}")
     for name, array in record.items():
-        # The declared form first: nothing is allocated for a tensor of another size.
-        if tuple(array.shape) != expected[name] or array.dtype != "float32":
-            raise ModelError(
-                f"bottom weight {name}: {array.dtype} {tuple(array.shape)}: must be float32 "
-                f"{expected[name]}"
-            )
         try:
-            values = torch.from_numpy(array.numpy().copy())
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"bottom weight {name}: not an array: {error}") from None
-        if tuple(values.shape) != expected[name] or not bool(torch.isfinite(values).all()):
-            raise ModelError(f"bottom weight {name}: must be finite, of shape {expected[name]}")
+            values = read_array(array, "float32", expected[name])
+        except WireError as error:
+            raise ModelError(f"bottom weight {name}: {error}") from None
+        if not np.isfinite(values).all():
+            raise ModelError(f"bottom weight {name}: must be finite")
 
 
 # Numbers that are averaged over owners, and what weights each.

@@ -13,7 +13,8 @@ HUNG_UP = "SessionError: session closed: peer closed"
 
 def natural(name: str) -> tuple[Any, ...]:
     """Return a key that sorts owner-2 before owner-10."""
-    return tuple(int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name))
+    # isdecimal is what \d matches and int reads; isdigit has superscripts too
+    return tuple(int(x) if x.isdecimal() else x for x in re.split(r"(\d+)", name))
 
 
 @dataclass
@@ -32,7 +33,13 @@ class CohortReport:
 
 @dataclass
 class RoundReport:
-    """What the sessions of a round came to."""
+    """What the sessions of a round came to.
+
+    Attributes:
+        targets: owner -> targets of the steps that it trained in.
+        most: owner -> (samples of its session, rows of output that it was sent): as many examples,
+            and targets of an evaluation, as it can report.
+    """
 
     mode: str
     cohort: CohortReport = field(default_factory=CohortReport)
@@ -44,6 +51,7 @@ class RoundReport:
     row_bytes: int = 0
     row_tokens: int = 0
     targets: dict[str, float] = field(default_factory=dict)
+    most: dict[str, tuple[int, int]] = field(default_factory=dict)
     error: str = ""
 
     def lose(self, node: int, name: str | None, reason: str) -> None:
@@ -72,5 +80,5 @@ class RoundReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report, JSON-able."""
-        row = {k: v for k, v in vars(self).items() if k != "cohort"}
+        row = {k: v for k, v in vars(self).items() if k not in ("cohort", "most")}
         return {**row, **vars(self.cohort)}

@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,7 @@ from ..early_stopping import EarlyStopping
 from ..sessions.representation_cache import RepresentationCache
 from .averaging import AveragingState, restore, state_of
 from .client_manager import ClientManager
+from .contributions import capped
 from .lineage_watch import LineageWatch
 from .recorder import Recorder
 from .round_context import ResumePoint, RoundContext
@@ -187,12 +189,18 @@ class RunCheckpoint:
 
     # ---- keeping ----------------------------------------------------------------------------
 
-    def judge(self, number: int, metrics: Mapping[str, Any]) -> bool:
+    def judge(
+        self,
+        number: int,
+        metrics: Mapping[str, Any],
+        owners: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    ) -> bool:
         """Keep the present state as the best one if the held-out loss is the lowest yet.
 
         Args:
             number: the round after which it was measured.
             metrics: of the evaluation.
+            owners: each one's own.
 
         Returns:
             Whether it is.
@@ -200,14 +208,18 @@ class RunCheckpoint:
         loss = metrics.get("loss")
         if not self.stopping.active or not isinstance(loss, int | float):
             return False
-        best = self.stopping.improves(number, float(loss))
+        told = {name: row for name, row in owners.items() if "loss" in row}
+        cap = self._config.robust.weight_cap
+        weights = capped({name: row["targets"] for name, row in told.items()}, cap)
+        losses = {name: (row["loss"], weights[name]) for name, row in told.items()}
+        best = self.stopping.improves(number, float(loss), losses)
         if best:
             own, facts = self._parts.state()
             self.stopping.keep({**own, **under("owners", tensors_of(self.arrays))}, facts)
-        told = self.stopping.report()
-        self._parts.recorder.content["early_stopping"] = told
-        if told["stopped"]:
-            log.info("no lower held-out loss since round %d: the run ends", told["best_round"])
+        report = self.stopping.report()
+        self._parts.recorder.content["early_stopping"] = report
+        if report["stopped"]:
+            log.info("no lower held-out loss since round %d: the run ends", report["best_round"])
         return best
 
     def take_best(self) -> None:

@@ -378,7 +378,8 @@ class RunStrategy(Strategy):
         if context is None:
             return None
         metrics = self.close_evaluation(context, replies)
-        best = self.checkpoint.judge(context.number, metrics or {})
+        told = self.recorder.content["rounds"][-1]["evaluate"]["metrics"]["owners"]
+        best = self.checkpoint.judge(context.number, metrics or {}, told)
         self.checkpoint.save(context, "evaluated", best=best)
         return metrics
 

@@ -90,6 +90,7 @@ class OwnerSession:
         self.tokens_received = 0
         self.row_bytes = 0
         self.targets = 0.0
+        self.rows_answered = 0
         self.finished = False
         self._cache = cache
         self._width = width
@@ -217,6 +218,7 @@ class OwnerSession:
             "shape": list(logits.shape),
         }
         self.link.send(Kind.LOGITS, header, encode_rows(logits, self._logits_codec))
+        self.rows_answered += len(logits)
 
     def gradient(
         self, batch: Batch, shape: Sequence[int], *, withheld: bool = False

@@ -199,6 +199,7 @@ class SessionRound:
                 report.row_tokens += session.tokens_received
                 if training:
                     report.targets[session.name] = session.targets
+                report.most[session.name] = session.samples, session.rows_answered
                 if session.finished:
                     report.finished.append(session.name)
                 else:

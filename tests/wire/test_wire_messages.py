@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import replace
 
@@ -11,12 +12,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.errors import FrameError, SessionError
+from fedsplit.errors import FrameError, SessionError, WireError
 from fedsplit.wire.messages import (
     FRAMES,
     OFFER,
     SessionOffer,
     pack_frames,
+    read_array,
     unpack_frames,
     weights_record,
 )
@@ -141,3 +143,50 @@ def test_weights_record():
     record = weights_record(state)
 
     assert np.array_equal(record["a.weight"].numpy(), state["a.weight"])
+
+
+def _file(save: object, *values: object) -> bytes:
+    found = io.BytesIO()
+    save(found, *values)  # type: ignore[operator]
+    return found.getvalue()
+
+
+def _header(text: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text.encode() + b"\n"
+
+
+def _huge() -> str:
+    return str({"descr": "<f4", "fortran_order": False, "shape": (10**6, 10**6, 100)})
+
+
+ODD_BYTES = {
+    "nothing": b"",
+    "an archive": _file(np.savez, np.zeros((2, 3), np.float32)),
+    "a broken archive": b"PK\x03\x04junk",
+    "a header of too many numbers": _header(_huge()),
+    "a header without end": _header("(" * 9000),
+    "too few numbers": _file(np.save, np.zeros((2, 3), np.float32))[:-1],
+    **{
+        f"{dtype} numbers": _file(np.save, np.ones((2, 3), dtype))
+        for dtype in ("<f8", "c16", "i8", "?", "f2", ">f4", "U1", "M8[s]", "f4,f4")
+    },
+    "another shape": _file(np.save, np.ones((3, 2), np.float32)),
+}
+
+
+@pytest.mark.parametrize("case", ODD_BYTES)
+def test_an_array_is_what_it_says_or_a_wire_error(case: str) -> None:
+    odd = Array(dtype="float32", shape=(2, 3), stype="numpy.ndarray", data=ODD_BYTES[case])
+
+    with pytest.raises(WireError, match=r"must be float32 \(2, 3\)"):
+        read_array(odd, "float32", (2, 3))
+
+
+def test_an_array_that_is_as_it_says_is_read() -> None:
+    value = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    found = read_array(Array(value), "float32", (2, 3))
+
+    np.testing.assert_array_equal(found, value)
+    found += 1.0  # a copy of its own
+    with pytest.raises(WireError, match=r"float32 \(2, 3\): must be float32 \(3, 2\)"):
+        read_array(Array(value), "float32", (3, 2))

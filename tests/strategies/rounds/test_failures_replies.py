@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Error, Message
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord
 
 from fedsplit.wire.messages import REPORT, WEIGHTS
 from tests.strategies.failing import OTHERS, QUICK, VICTIM, warm
@@ -17,10 +17,13 @@ __all__ = ["warm"]  # a fixture that runs by itself
 
 
 def replies_of(
-    monkeypatch: pytest.MonkeyPatch, owner: int, change: Callable[[Message], None]
+    monkeypatch: pytest.MonkeyPatch,
+    owner: int,
+    change: Callable[[Message], None],
+    mode: str = "train",
 ) -> None:
-    """Let ``change`` alter what one owner replies to its train message."""
-    honest = HANDLERS["train"]
+    """Let ``change`` alter what one owner replies to its messages of one mode."""
+    honest = HANDLERS[mode]
 
     def handler(message: Message, context: Any) -> Message:
         reply = honest(message, context)
@@ -28,7 +31,7 @@ def replies_of(
             change(reply)
         return reply
 
-    monkeypatch.setitem(HANDLERS, "train", handler)
+    monkeypatch.setitem(HANDLERS, mode, handler)
 
 
 def _without_report(reply: Message) -> None:
@@ -59,6 +62,14 @@ def _nothing_learned(reply: Message) -> None:
     reply.content[REPORT]["num-examples"] = 0
 
 
+def _many_examples(reply: Message) -> None:
+    reply.content[REPORT]["num-examples"] = 1e12
+
+
+def _two_reports(reply: Message) -> None:
+    reply.content["first"] = MetricRecord({"targets": 1e12})
+
+
 def _another_name(reply: Message) -> None:
     reply.content["fedsplit.who"]["owner"] = "owner-0"
 
@@ -71,6 +82,8 @@ BAD_REPORTS: dict[str, tuple[Callable[[Message], None], str]] = {
     "a number is NaN": (_nan_loss, "must be one finite number"),
     "more weight than it trained on": (_boast, "must be 8.0, as in its steps"),
     "no examples": (_nothing_learned, "num-examples=0.0: must be >= 1"),
+    "more examples than its session had": (_many_examples, "num-examples=1e+12: must be <= "),
+    "a second report": (_two_reports, "metric record 'first': must be 'fedsplit.report' alone"),
     "another owner's name": (_another_name, "must be 'owner-1'"),
 }
 
@@ -86,6 +99,22 @@ def test_a_bad_report_is_left_out(
     assert list(train["lost"]) == ["owner-1"]
     assert reason in train["lost"]["owner-1"]
     assert sorted(train["metrics"]["owners"]) == OTHERS
+
+
+def test_an_evaluation_is_of_what_was_answered(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boast(reply: Message) -> None:
+        report = reply.content[REPORT]
+        missing = 1e6 - report["targets"]  # in one cell of the table, so that it adds up
+        report["targets"] = 1e6
+        report["confusion-0-0"] = report.get("confusion-0-0", 0.0) + missing
+
+    replies_of(monkeypatch, VICTIM, boast, "evaluate")
+    found = run_locally(make_config(**QUICK | {"output__evaluate_every": 1})).server["rounds"][0]
+    assert list(found["evaluate"]["lost"]) == ["owner-1"]
+    assert "targets=1e+06: must be <= " in found["evaluate"]["lost"]["owner-1"]
+    assert sorted(found["evaluate"]["metrics"]["owners"]) == OTHERS
 
 
 def test_what_the_superlink_answers_for_an_owner_is_that_owners_loss(
@@ -159,6 +188,22 @@ def _truncated_weight(reply: Message) -> None:
     )
 
 
+def _bytes(data: bytes) -> Callable[[Message], None]:
+    """Return what declares the weight as it should be, with other bytes."""
+
+    def change(reply: Message) -> None:
+        record, name, _ = _first(reply)
+        told = record[name]
+        record[name] = Array(dtype=told.dtype, shape=told.shape, stype=told.stype, data=data)
+
+    return change
+
+
+def _complex_weight(reply: Message) -> None:
+    _, _, value = _first(reply)
+    _bytes(Array(value * (1 + 1j)).data)(reply)
+
+
 def _no_weights(reply: Message) -> None:
     del reply.content[WEIGHTS]
 
@@ -171,6 +216,9 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[Message], None], str]] = {
     "missing": (_missing_weight, "missing or foreign names"),
     "foreign": (_foreign_weight, "missing or foreign names"),
     "truncated": (_truncated_weight, "bottom weight"),
+    "no bytes": (_bytes(b""), "EOFError"),
+    "a broken archive": (_bytes(b"PK\x03\x04"), "BadZipFile"),
+    "other numbers than it says": (_complex_weight, "holds complex"),
     "none at all": (_no_weights, "must be ['arrays']"),
 }
 

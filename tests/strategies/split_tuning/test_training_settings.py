@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import MetricRecord
+from flwr.app import Message, MetricRecord
 from safetensors.torch import load_file
 
 from fedsplit.errors import ConfigError
 from fedsplit.models.trained.whole import whole_of_run
 from fedsplit.settings import read_settings
+from fedsplit.wire.messages import REPORT
 from strategies.early_stopping import EarlyStopping
 from strategies.split_tuning.strategy import SplitTuning
+from tests.strategies.rounds.test_failures_replies import replies_of
 from tests.strategies.split_tuning.test_centralised_equivalence import (
     PLAIN_SGD,
     Centralised,
@@ -84,6 +87,42 @@ def test_what_was_best_outlives_a_restart() -> None:
     assert second.report()["best_round"] == 1
     assert second.tensors.keys() == {"a"}
     assert not EarlyStopping(0).stopped
+
+
+def test_one_owner_decides_neither_what_is_best_nor_when_to_end() -> None:
+    honest = {f"owner-{i}": (1.0, 10.0) for i in range(4)}
+    watched = EarlyStopping(2)
+    assert watched.improves(1, -1e9, honest | {"liar": (-1e9, 20.0)})
+    fallen = {name: (0.9, weight) for name, (_, weight) in honest.items()}
+    assert watched.improves(2, 1e9, fallen | {"liar": (1e9, 20.0)})
+
+    second = EarlyStopping(2)
+    second.keep({}, {})
+    second.restore(watched.state(), {})
+    risen = {name: (0.95, weight) for name, (_, weight) in honest.items()}
+    for stopping in (watched, second):
+        assert not stopping.improves(3, -1e9, risen | {"liar": (-1e9, 20.0)})
+        assert not stopping.improves(4, -1e9, risen | {"liar": (-2e9, 20.0)})
+        assert stopping.stopped
+        assert stopping.report()["best_round"] == 2
+
+
+def test_a_lie_about_a_loss_ends_no_run(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def says(losses: Iterator[float]) -> Callable[[Message], None]:
+        def change(reply: Message) -> None:
+            reply.content[REPORT]["loss"] = next(losses)
+
+        return change
+
+    for owner in range(4):
+        replies_of(monkeypatch, owner, says(iter([0.9, 0.8, 0.7])), "evaluate")
+    replies_of(monkeypatch, 4, says(iter([-1e9, 1e9, 2e9])), "evaluate")
+    settings = {"data__owners": 5, "train__rounds": 3, "train__patience": 1}
+    found = run_locally(make_config(train__max_steps=1, **settings)).server["early_stopping"]
+    assert found["best_round"] == 3
+    assert not found["stopped"]
 
 
 @pytest.mark.parametrize("form", ["rslora", "dora"])
