@@ -13,7 +13,38 @@ from rich.table import Table
 from fedsplit import storage
 from fedsplit.errors import ConfigError
 
-JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the figures")]
+
+def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a file that could not be written, before what is to be in it has cost anything.
+
+    Args:
+        option: that names it.
+        path: of the file, whose missing folders will be made; None: nothing is asked for.
+        suffixes: of which its name must have one; empty: any.
+
+    Raises:
+        ConfigError: another suffix, a folder, or a place where nothing can be written.
+    """
+    if path is None:
+        return
+    if suffixes and path.suffix not in suffixes:
+        raise ConfigError(f"{option} {path}: must end with {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ConfigError(f"{option} {path}: must be a file, is a folder")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option} {path}: cannot be written: {there} is no writable folder")
+
+
+def _writable_json(path: Path | None) -> Path | None:
+    check_output("--json", path)
+    return path
+
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="also write the figures", callback=_writable_json),
+]
 Home = Annotated[
     Path | None, typer.Option(help="the owner's home; default: $FEDSPLIT_HOME or ~/.fedsplit")
 ]

@@ -12,10 +12,12 @@ import typer
 from rich.table import Table
 
 from fedsplit import storage
-from fedsplit.commands.options import Home, owner_home
+from fedsplit.commands.options import Home, check_output, owner_home
 from fedsplit.errors import ConfigError
 from fedsplit.observe import printable
 from fedsplit.observe.console import console
+
+FILES = (".csv", ".jsonl")
 
 
 def register(app: typer.Typer) -> None:
@@ -56,16 +58,24 @@ def predict(
     """
     from fedsplit.attacks.measuring import measure
     from fedsplit.data import parse_class_names
+    from fedsplit.data.dataset import check_text
     from fedsplit.owners.serving.generation import sampler
     from fedsplit.owners.serving.inference import ask, generate, tag
     from fedsplit.owners.serving.offers import serving_config
-    from fedsplit.tasks import task_type
+    from fedsplit.tasks import task_of, task_type
 
+    # Before anything leaves: what was asked counts against the owner's rules, answered or not.
+    check_output("--out", out, FILES)
+    if text:
+        check_text("text", text)
     root = owner_home(home)
-    model = serving_config(root).model
+    config = serving_config(root)
+    model = config.model
     if not task_type(model.task).labelled:
         if file is not None or not text:
             raise ConfigError("predict with a generating model: must be given one text, no --file")
+        if out is not None:
+            raise ConfigError("--out: must be left out, a continuation is printed")
         choose = sampler(temperature, top_p, None if seed < 0 else seed)
         end = "\n" if chat else ""
         console.print(text, end=end, style="dim", highlight=False)
@@ -90,6 +100,10 @@ def predict(
             raise ConfigError(
                 f"--chat: must be left out, {model.task} answers with {task_type(model.task).words}"
             )
+        outputs, named = task_of(config).outputs, task_of(config).named
+        names = parse_class_names(classes or model.label_names, "--classes") if named else ()
+        if names and len(names) != outputs:
+            raise ConfigError(f"--classes: must be {outputs} names, not {len(names)}")
         words = task_type(model.task).form == "words"
         places, texts = _texts(text, file, column, words, delimiter, header)
         asked = [number for number, one in enumerate(texts) if one.strip()]
@@ -98,9 +112,6 @@ def predict(
             tagged, task, answered = tag(root, wanted, measure)
         else:
             scores, task, answered = ask(root, wanted, measure)
-        names = parse_class_names(classes or model.label_names, "--classes") if task.named else ()
-        if names and len(names) != task.outputs:
-            raise ConfigError(f"--classes: must be {task.outputs} names, not {len(names)}")
         rows = [_row(*row, task.answer_columns) for row in zip(places, texts, strict=True)]
         if words:
             answers = [task.answer_words(*one, names) for one in tagged]
@@ -169,20 +180,19 @@ def _cell(value: object, digits: int) -> str:
 
 def _write(path: Path, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             storage.replacing(path, durable=False) as draft,
             open(draft, "w", encoding="utf-8", newline="") as file,
         ):
             if path.suffix == ".jsonl":
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            elif path.suffix == ".csv":
+            else:
                 writer = csv.writer(file)
                 writer.writerow(["row", "text", *columns, "cut"])
                 for r in rows:
                     known = r[columns[0]] is not None
                     answer = [_cell(r[column], 6) if known else "" for column in columns]
                     writer.writerow([r["row"], r["text"], *answer, int(r["cut"])])
-            else:
-                raise ConfigError(f"--out {path}: must end with .csv or .jsonl")
     except OSError as error:
         raise ConfigError(f"--out {path}: cannot be written: {error}") from None

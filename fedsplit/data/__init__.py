@@ -27,7 +27,7 @@ from fedsplit.data import (
     tagged,
 )
 from fedsplit.data.batches import balanced_batches, epoch_batches
-from fedsplit.data.dataset import TextDataset, build
+from fedsplit.data.dataset import TextDataset, build, check_text
 from fedsplit.data.label_column import ClassColumn, LabelColumn
 from fedsplit.data.labels import (
     names_digest,
@@ -242,7 +242,11 @@ def read_rows(
     splits = source.splits(request)
     if splits != ("train",):
         raise DataError(f"{path}: must be one file, not a folder with splits {', '.join(splits)}")
-    return source.read(request, "train")
+    table = source.read(request, "train")
+    for place, text in zip(table.places, table.texts, strict=True):
+        if text.strip():
+            check_text(place, text)
+    return table
 
 
 def _read(source: Source, request: Request, split: str) -> Table:

@@ -57,7 +57,7 @@ class TextDataset:
         if not self.texts:
             raise DataError(f"{self.name}: rows=0: must be >= 1")
         for row, text in enumerate(self.texts):
-            _check_text(self.place(row), text)
+            check_text(self.place(row), text)
         if bool(self.labels and self.column.named) != bool(self.label_names):
             raise DataError(
                 f"{self.name}: {len(self.labels)} labels and {len(self.label_names)} label names: "
@@ -197,7 +197,12 @@ def build(table: Table, names: tuple[str, ...], column: LabelColumn | None = Non
     )
 
 
-def _check_text(place: str, text: object) -> None:
+def check_text(place: str, text: object) -> None:
+    """Refuse what is no text that has something in it.
+
+    Raises:
+        DataError: names the place and what is wrong.
+    """
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{place}: text={text!r}: must be a text that is not blank")
     try:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from fedsplit import storage
+from fedsplit.commands.options import check_output
 from fedsplit.observe.console import console
 
 
@@ -66,6 +67,7 @@ def evaluate(
     from fedsplit.commands.evaluation.subjects import is_local, subjects
     from fedsplit.errors import check
 
+    check_output("--out", out)
     check(limit >= 0, "--limit", limit, ">= 0")
     check(shots >= -1, "--shots", shots, ">= 0, or -1")
     check(max_tokens >= 0, "--max-tokens", max_tokens, ">= 0")
@@ -232,6 +234,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     from fedsplit.errors import ConfigError
 
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         storage.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n", durable=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--out {path}: cannot be written: {error}") from None

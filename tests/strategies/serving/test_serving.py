@@ -18,7 +18,14 @@ from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
 from fedsplit.config import RunConfig
-from fedsplit.errors import ConfigError, DataError, ModelError, PolicyError, SessionError
+from fedsplit.errors import (
+    ConfigError,
+    DataError,
+    FedsplitError,
+    ModelError,
+    PolicyError,
+    SessionError,
+)
 from fedsplit.models import split
 from fedsplit.models.adapters.trainable import make_trainable
 from fedsplit.models.trained.weights import identity, load_trained
@@ -233,6 +240,35 @@ def test_every_row_of_a_file_is_answered(make_config: Any, tmp_path: Path) -> No
     assert [row["text"] for row in found["bare.csv"]] == ["w1 w2", "w3"]
     got = [float(row["probability"]) for row in found["bare.csv"]]
     assert got == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_cannot_be_answered_is_said_before_anything_leaves(
+    make_config: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.jsonl").write_text('{"text": "w1 \\ud800"}\n')
+    (tmp_path / "file").write_text("")
+    wrong = {
+        "must end with .csv or .jsonl": ("w1", "--out", "answers.txt"),
+        "is a folder": ("w1", "--out", str(tmp_path / "a.csv")),
+        "is no writable folder": ("w1", "--out", str(tmp_path / "file" / "a.csv")),
+        "must be 3 names, not 2": ("w1", "--classes", "no,yes"),
+        "lone surrogate": ("--file", str(tmp_path / "odd.jsonl")),
+        "text has the lone surrogate": ("w1 \udcff",),
+        "text that is not blank": ("  ",),
+    }
+    (tmp_path / "a.csv").mkdir()
+    with served(make_config(data__owners=1)) as (server, home, _):
+        for reason, arguments in wrong.items():
+            told = CliRunner().invoke(app_cli, ["predict", *arguments, "--home", str(home)])
+            assert isinstance(told.exception, FedsplitError), (reason, told.output)
+            assert reason in str(told.exception)
+        assert server.report.tokens == 0
+        out = tmp_path / "new folder" / "ä.jsonl"
+        told = CliRunner().invoke(
+            app_cli, ["predict", "w1", "--out", str(out), "--home", str(home)]
+        )
+        assert told.exit_code == 0, told.output
+        assert len(out.read_text().splitlines()) == 1
 
 
 def test_rules_and_tokens_hold(
