@@ -8,6 +8,7 @@ until they explain the representations (through the public bottom) and the retur
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +34,6 @@ from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check, one_of
 from fedsplit.models.modes import frozen
 from fedsplit.seeding import torch_generator
-
-SURE = 4.0  # nats that the starting point gives to the closed form's token
 
 
 @dataclass(frozen=True)
@@ -130,15 +129,16 @@ class Matching(TokenAttack):
         length = len(steps[0].gradient)
         draw = torch_generator(self.seed, "attacks", "matching", sample)
         z = 0.1 * torch.randn(length, vocab, generator=draw)
+        sure = math.log(vocab) - 2  # so that the start gives a token an eighth of the choice
         if first is not None:  # every token's state as a text's first, (V, d)
-            z[0, (first - view.rows[sample][0].float()).square().sum(1).argmin()] += SURE
+            z[0, (first - view.rows[sample][0].float()).square().sum(1).argmin()] += sure
         if self.start == "random" or self.direction == "forward" or length < 2:
             return z
         weight = None if reads_logits(view) else head_of(view).weight
         rows, logits = steps[0].gradient[:-1], logits_of(view, steps[0])
         found = log_likelihood(rows, logits, GradientNoise(), head=weight, targets=1)
         best = torch.cat([block.argmax(1) for block in found])
-        z[torch.arange(1, length), best] += SURE
+        z[torch.arange(1, length), best] += sure
         return z
 
     def _backward_loss(self, view: View, sample: int, chosen: Tensor) -> Tensor:
