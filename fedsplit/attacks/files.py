@@ -307,7 +307,7 @@ def read_config(path: Path) -> dict[str, Any]:
         AttackError: if they cannot be read.
     """
     try:
-        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8"))))
+        return dict(_flat(tomllib.loads(path.read_text(encoding="utf-8-sig"))))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise AttackError(f"{path}: must be a run's settings: {error}") from None
 

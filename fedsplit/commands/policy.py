@@ -181,7 +181,7 @@ def _given(given: list[str]) -> dict[str, Any]:
             flat[key.strip()] = _value(value.strip())
             continue
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{item}: must be KEY=VALUE or TOML: {error}") from None
         # An experiment of the simulations keeps its settings in a table of their own.

@@ -100,8 +100,11 @@ def _check_columns(where: str, header: list[str], request: Request) -> None:
             error = missing_column(where, column, header)
             if not request.header:
                 raise error
+            meant = "text-column, label-column"
+            if column in request.columns:  # what rows are dealt to owners by
+                meant = "data.column, or another data.partition"
             raise MissingColumn(
-                f"{error}; name the column that is meant (text-column, label-column); a file "
+                f"{error}; name the column that is meant ({meant}); a file "
                 "without a header line is read with header=false, its columns "
                 "named 1, 2, ...; another delimiter can be named (data.header, data.delimiter; "
                 "node config header, delimiter)"

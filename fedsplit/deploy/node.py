@@ -101,7 +101,7 @@ class NodeFile:
             ConfigError: unreadable, not TOML, an unknown or missing key, or a wrong value.
         """
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"node file {path}: must be readable TOML: {error}") from None
         known = (*_NEEDED, "session", "port", "client-certificate", "client-key")

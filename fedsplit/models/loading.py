@@ -174,7 +174,7 @@ def describe(
     with _naming(name_or_path), _quiet():
         config = AutoConfig.from_pretrained(where, **labels, **options)
         if head == "causal-lm":
-            _check_causal(config, str(name_or_path))
+            check_causal(config, str(name_or_path))
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         _check_vocabulary(tokenizer, str(name_or_path))
     return Described(where, auto, config, tokenizer)
@@ -258,7 +258,12 @@ def _check_file(where: str, expected: str) -> None:
         raise ModelError(f"{file}: sha256 {found}: must be {expected.lower()}")
 
 
-def _check_causal(config: PreTrainedConfig, source: str) -> None:
+def check_causal(config: PreTrainedConfig, source: str) -> None:
+    """Refuse a model that does not predict a text's next token.
+
+    Raises:
+        UnsupportedModelError: names the family, and the task that it is for.
+    """
     kind = str(config.model_type)
     bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         config, "is_decoder", False

@@ -63,7 +63,7 @@ def _of_files(paths: str) -> list[str]:
 def _lines(path: Path, most: int) -> tuple[list[str], int]:
     try:
         content = storage.read_bounded(path, most)
-        lines = [line.strip() for line in content.decode().splitlines()]
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except storage.FileTooLarge:
         raise ConfigError(
             f"privacy.public-text={str(path)!r}: must be <= {MAX_BYTES} bytes with the others"

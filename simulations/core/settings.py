@@ -88,7 +88,7 @@ def load_experiment(name_or_path: str, overrides: Iterable[str] = ()) -> Experim
         if not path.exists():
             raise ConfigError(f"experiment={name_or_path!r}: must be one of {', '.join(names())}")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: must be a readable TOML file: {error}") from None
     unknown = content.keys() - {"kind", "about", "minutes", "run", "options"}

@@ -90,7 +90,8 @@ def cells_of(
         seeds: number of seeds, from the run's own ``seed`` on.
 
     Raises:
-        ConfigError: an unknown setting or a value out of range, in any cell; two equal cells.
+        ConfigError: an unknown setting or a value out of range, in any cell; two equal cells; an
+            axis of seeds, which ``seeds`` makes.
     """
     check(1 <= seeds <= 1000, "options.seeds", seeds, "in [1, 1000]")
     first = int(run.get("seed", 0))
@@ -101,6 +102,8 @@ def cells_of(
             variant = str(group.get("variant", ""))
             axes = {k: v if isinstance(v, list) else [v] for k, v in group.items()}
             axes.pop("variant", None)
+            if "seed" in axes:  # every cell gets its own below
+                raise ConfigError("axis seed: must be left out; --seeds N makes N of them")
             for values in product(**axes):
                 paths = {k: resolved(v) for k, v in values.items() if k in PATHS}
                 flat = with_changes(run, {**values, **paths, "seed": seed})

@@ -209,6 +209,14 @@ def test_malformed_files_are_named_with_their_line(
         load_dataset("file", path=str(tmp_path / name))
 
 
+def test_the_setting_that_named_a_missing_column_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nx,1\n")
+    with pytest.raises(DataError, match=r"\(data.column, or another data.partition"):
+        load_dataset("file", path=str(tmp_path / "a.csv"), columns=("group",))
+    with pytest.raises(DataError, match=r"column='body'.*\(text-column, label-column\)"):
+        load_dataset("file", path=str(tmp_path / "a.csv"), text_column="body")
+
+
 @pytest.mark.parametrize(
     ("content", "texts", "names"),
     [

@@ -53,7 +53,7 @@ POLICY = '[app]\ndigest = "' + "a" * 64 + '"\n[noise]\nmin_ratio = 2.0\n'
 @pytest.fixture
 def etc(tmp_path: Path) -> Path:
     make_keys(tmp_path / "keys", ["localhost"], ["bank"])
-    (tmp_path / "node.toml").write_text(FILE.format(port=1))
+    (tmp_path / "node.toml").write_text("\ufeff" + FILE.format(port=1))  # as some editors do
     (tmp_path / "owner.toml").write_text(POLICY)
     (tmp_path / "owner.toml").chmod(0o600)
     (tmp_path / "data.jsonl").write_text(ROWS)

@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fedsplit.cli import app_cli
+from fedsplit.commands.evaluation.evaluate import read_text
 from fedsplit.commands.evaluation.subjects import subjects
 from fedsplit.emulators import Emulator, EmulatorPlan, adapter_state, make_compressor, plug_in
 from fedsplit.emulators.build import tune_in_full
 from fedsplit.emulators.compressors.base import Material
 from fedsplit.emulators.files import load_tokenizer, save_emulator
-from fedsplit.errors import ConfigError, ModelError
+from fedsplit.errors import ConfigError, DataError, ModelError
 from fedsplit.evaluation.perplexity import text_ids, text_loss
 from fedsplit.models import load
 from fedsplit.models.adapters.files import save_adapter
@@ -188,6 +189,19 @@ def test_arguments_that_do_not_go_together(run: tuple[Path, Emulator], llama: Pa
         list(subjects(str(run[0]), adapter=str(run[0])))
     done = CliRunner().invoke(app_cli, ["evaluate", str(llama)])
     assert isinstance(done.exception, ConfigError)
+
+
+def test_a_text_without_tokens_has_no_perplexity_and_a_mark_is_no_text(
+    llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    done = CliRunner().invoke(
+        app_cli, ["evaluate", str(llama), "--text", str(tmp_path / "empty.txt")]
+    )
+    assert isinstance(done.exception, DataError)
+    assert "0 tokens" in str(done.exception)
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfw1 w2\r\n")
+    assert read_text(tmp_path / "marked.txt", "--text") == "w1 w2\n"
 
 
 def test_the_command_opens_no_connection(

@@ -110,7 +110,7 @@ def evaluate(
     chosen: list[Any] = []
     for name in tasks or []:
         chosen += find_tasks(Path(name).expanduser()) if name in local else [name]
-    words = read_text(text, "--text") if text is not None else ""
+    words = None if text is None else read_text(text, "--text")
     settings = {
         "limit": limit,
         "shots": shots,
@@ -142,7 +142,7 @@ def make_tasks(
 
 
 def _measure(
-    subject: Any, tasks: list[Any], words: str, settings: dict[str, Any]
+    subject: Any, tasks: list[Any], words: str | None, settings: dict[str, Any]
 ) -> dict[str, Any]:
     from fedsplit.evaluation.harness import run_tasks
     from fedsplit.evaluation.likelihood import Likelihood
@@ -157,7 +157,7 @@ def _measure(
         "tasks": [],
     }
     with console.status(f"{subject.label} ...") as status:
-        if words:
+        if words is not None:
             ids = text_ids(subject.tokenizer, [words])
             found = text_loss(subject.model, ids, window=settings["window"], blocks=limit)
             row["text"] = found.to_json()
@@ -222,7 +222,7 @@ def read_text(path: Path, option: str) -> str:
     from fedsplit.privacy.public_text import MAX_BYTES
 
     try:
-        text = storage.read_bounded(path, MAX_BYTES).decode()
+        text = storage.read_bounded(path, MAX_BYTES).decode("utf-8-sig")
         return text.replace("\r\n", "\n").replace("\r", "\n")
     except storage.FileTooLarge:
         raise DataError(f"{option} {path}: must be <= {MAX_BYTES} bytes") from None

@@ -17,7 +17,7 @@ from fedsplit.errors import ConfigError, FedsplitError, UnsupportedModelError, c
 from fedsplit.models.adapters.methods import METHODS, BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import BlockLayout, Site, dense_layout_of, read_config
-from fedsplit.models.loading import HEADS
+from fedsplit.models.loading import HEADS, check_causal
 from fedsplit.registry import pick
 
 
@@ -90,11 +90,12 @@ def describe_base(source: Any, width: int = 4, method: MethodSettings | None = N
     Raises:
         ConfigError: if width is not 1, 2, 4 or 8, or the method finds nothing to train.
         ModelError: if the folder has no usable config.json.
-        UnsupportedModelError: if the anatomy does not know the family.
+        UnsupportedModelError: if the anatomy does not know the family, or it is no decoder.
     """
     check(width in (1, 2, 4, 8), "width", width, "1, 2, 4 or 8 (bytes)")
     config = read_config(source) if isinstance(source, str | Path) else source
     config = getattr(config, "config", config)
+    check_causal(config, str(source) if isinstance(source, str | Path) else "model")
     try:
         with torch.device("meta"):
             model = HEADS["causal-lm"].from_config(config, trust_remote_code=False)

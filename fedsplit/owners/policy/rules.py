@@ -144,7 +144,7 @@ class Policy:
             ConfigError: as :meth:`load`.
         """
         try:
-            tables = tomllib.loads(content.decode())
+            tables = tomllib.loads(content.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"policy {source}: must be TOML: {error}") from None
         return cls(tables, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import BertConfig
 
 from fedsplit.emulators import COMPRESSORS, Material, make_compressor
 from fedsplit.emulators.build import tune_inside
@@ -127,6 +128,8 @@ def test_bad_grids_name_the_row() -> None:
         describe_base(tiny(), width=3)
     with pytest.raises(ModelError):
         describe_base("/nowhere")
+    with pytest.raises(UnsupportedModelError, match="'bert' is not a decoder"):
+        describe_base(BertConfig(num_hidden_layers=2))
 
 
 def test_a_configuration_is_enough() -> None:

@@ -84,6 +84,10 @@ def test_a_policy_that_is_none_is_refused_by_name(text: str, named: str) -> None
         policy(text)
 
 
+def test_a_mark_of_the_encoding_is_no_part_of_a_policy() -> None:
+    assert policy("\ufeff[noise]\nmax_eta = 1").rules == policy("[noise]\nmax_eta = 1").rules
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_policy_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "owner.toml"

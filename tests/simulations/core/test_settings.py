@@ -69,7 +69,8 @@ def test_what_is_wrong_is_named_before_anything_starts(
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('kind = "split"\nabout = "x"\n[run.train]\nrounds = 7\n')
+    # as editors of some systems save it
+    path.write_text('\ufeffkind = "split"\r\nabout = "x"\r\n[run.train]\r\nrounds = 7\r\n')
     assert load_experiment(str(path)).config.train.rounds == 7
     path.write_text("kind = 3 = 4")
     with pytest.raises(ConfigError, match=r"mine\.toml"):

@@ -59,6 +59,7 @@ def test_where_a_cell_writes_does_not_change_its_key() -> None:
         ([{**DCHI, "privacy.eta": [8.0, -1.0]}], "privacy.eta=-1.0"),
         ([{"privacy.nose": [1]}], "privacy.nose"),
         ([{**DCHI, "privacy.eta": [8.0, 8.0]}], "twice"),
+        ([{"seed": [1, 5]}], "axis seed: must be left out"),
     ],
 )
 def test_a_bad_cell_is_refused_before_any_runs(groups: list[dict[str, Any]], told: str) -> None:
