@@ -70,6 +70,7 @@ def scene(folder: Path) -> Iterator[None]:
     """Make the files in ``folder`` and work there."""
     save_tiny_bert(folder / "bert", classes=5)
     save_tiny_llama(folder / "llama")
+    save_tiny_llama(folder / "wide", width=48)  # its portrait is a sketch
     lines = [" ".join(WORDS[(7 * n + i) % len(WORDS)] for i in range(9)) for n in range(80)]
     for name in ("held_out.txt", "public.txt", "other.txt"):
         (folder / name).write_text("\n".join(lines) + "\n")

@@ -121,7 +121,7 @@ COMMANDS: dict[str, How] = {
     "fedsplit attack run extraction": How(OFFSITE, "--budget extraction.steps=2"),
     "fedsplit evaluate": How(OFFSITE, needs="lm_eval"),
     "fedsplit evaluate RUN_FOLDER --data": How({"RUN_FOLDER": "runs/demo/server"}),
-    "fedsplit compare": How({"BASE": MINILM, "SUSPECT": MINILM, "RUN": MINILM}),
+    "fedsplit compare": How({"BASE": "wide", "SUSPECT": "wide", "RUN": "wide"}),
     "fedsplit export": How({"RUN": "runs/demo/server"}),
     "fedsplit fingerprint": How({"MODEL": MINILM}),
     "fedsplit lineage verify": How(),
