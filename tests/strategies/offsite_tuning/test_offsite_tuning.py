@@ -87,10 +87,18 @@ SCALEOT = {
 }
 
 
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the folder of a run with a settled emulator is, once one was made."""
+    return tmp_path_factory.mktemp("settled") / "run"
+
+
 @pytest.fixture
-def restarted(offsite: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def restarted(offsite: Any, settled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A run with a settled emulator; a second start finds the server's folder."""
-    run(offsite(**SCALEOT, train__rounds=1), tmp_path / "run")
+    if not settled.exists():
+        run(offsite(**SCALEOT, train__rounds=1), settled)
+    shutil.copytree(settled, tmp_path / "run")
     real = shutil.rmtree
 
     def spare(path: Any, **options: Any) -> None:
