@@ -18,7 +18,7 @@ from fedsplit.errors import ConfigError, RunError
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment, load_experiment
 from simulations.sweep import run as sweep
-from simulations.sweep.cell import template, template_floor
+from simulations.sweep.cell import run_cell, template, template_floor
 from simulations.sweep.frontier import level, summarise
 from simulations.sweep.plan import Cell, as_sweep, cells_of, parse_axis, with_public_text
 
@@ -194,22 +194,32 @@ def test_cells_of_an_earlier_version_are_read_and_broken_ones_run_again(tmp_path
     assert [row["accuracy"] for row in found] == [0.25, 0.5, 0.5]
 
 
-@pytest.mark.slow
-def test_real_cells_on_ray(make_config: Any, tmp_path: Path) -> None:
+def small_run(make_config: Any) -> dict[str, Any]:
+    """Return flat settings of two owners' short run."""
     config = make_config(data__owners=2, train__rounds=1, session__codec="fp32")
     # Workers that share a core with other tests import for a while before their first frame.
     patient = {"session.deadline-s": 200.0, "session.wave-wait-s": 200.0}
-    flat = {k: v for k, v in config.to_flat().items() if k != "output.dir"} | patient
+    return {k: v for k, v in config.to_flat().items() if k != "output.dir"} | patient
+
+
+def test_a_cell_without_noise_hides_nothing(make_config: Any, tmp_path: Path) -> None:
+    (cell,) = cells_of(small_run(make_config), [{"variant": "plain"}], 1)
+    row = run_cell(cell, tmp_path / "cell", 400)
+    assert row["empirical_privacy"] == 0.0
+    assert not (tmp_path / "cell").exists()
+
+
+@pytest.mark.slow
+def test_real_cells_on_ray(make_config: Any, tmp_path: Path) -> None:
     groups = [
-        {"variant": "plain"},
         {"variant": "noisy", **DCHI, "privacy.eta": 3.0},
         {"variant": "broken", "split.k": 99},
     ]
-    experiment = Experiment("s", "sweep", "", flat, {"cells": groups, "workers": 2})
+    options = {"cells": groups, "workers": 2}
+    experiment = Experiment("s", "sweep", "", small_run(make_config), options)
     with RunFolder(tmp_path / "s", name="s", kind="table") as folder:
         sweep.run(experiment, folder, Console(file=io.StringIO()))
     rows = {r["variant"]: r for r in read_results(tmp_path / "s")["rows"]}
-    assert rows["plain"]["empirical_privacy"] == 0.0
     assert rows["noisy"]["empirical_privacy"] > 0.0
     assert "k=99" in rows["broken"]["error"]
     assert (tmp_path / "s" / "frontier.png").stat().st_size > 10_000
