@@ -110,6 +110,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "offsite.adapters": ([0], [1]),
     "offsite.alpha": ([-0.1, 1.1], [0.0, 1.0]),
     "offsite.beta": ([-0.1, 1.1], [0.0, 1.0]),
+    "offsite.margin": ([-0.1, float("nan"), 101.0], [0.0, 100.0]),
     "offsite.keep": ([0], [1]),
     "offsite.rank-by": (["", "gradients"], ["costs", "scores"]),
     "offsite.settle-steps": ([-1], [0]),

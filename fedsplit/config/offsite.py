@@ -20,7 +20,8 @@ class OffsiteConfig:
             importance run ranks highest; empty = the same for ScaleOT, the ends for the others.
         adapters: number of A's blocks, where ``positions`` gives no numbers.
         alpha: ScaleOT: share of the other blocks replaced by harmonizers.
-        beta: ScaleOT: rank reduction of what remains; GradOT: of all.
+        beta: ScaleOT, withholding: rank reduction of what remains; GradOT: of all.
+        margin: withholding: nats that the untuned emulator loses on public text.
         keep: LayerDrop, CRaSh: blocks kept (shared) outside A.
         rank_by: what blocks are chosen by: ``costs``, the divergence that replacing a block
             alone causes, or ``scores``, the importance run's policy (the paper's).
@@ -61,6 +62,7 @@ class OffsiteConfig:
     adapters: int = 4
     alpha: float = 0.25
     beta: float = 0.0
+    margin: float = 0.2
     keep: int = 4
     rank_by: str = "costs"
     settle_steps: int = 200
@@ -97,6 +99,7 @@ class OffsiteConfig:
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"offsite.{name}", value, "in [0, 1]")
+        check(0 <= self.margin <= 100, "offsite.margin", self.margin, "in [0, 100] nats")
         check(2 <= self.block <= 131_072, "offsite.block", self.block, "in [2, 131072] tokens")
         check(0 <= self.proximal <= 1e6, "offsite.proximal", self.proximal, "in [0, 1e6]; 0 = off")
         for name in ("rank", "width", "prefix"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedsplit.models.loading import weights_digest
 from fedsplit.models.splitting.structure import mirror
 
 Edit = Callable[[int, nn.Module], None]
+Read = Callable[[int], AbstractContextManager[nn.Module]]
+"""A block by its position, with its weights for as long as the context lasts."""
 
 
 @dataclass
@@ -72,6 +75,7 @@ def build_emulator(
     method: str = "custom",
     base_digest: str | None = None,
     details: Mapping[str, Any] | None = None,
+    read: Read | None = None,
 ) -> Emulator:
     """Build the emulator that ``plan`` describes; ``model`` is not changed.
 
@@ -88,6 +92,8 @@ def build_emulator(
         method: recorded.
         base_digest: of ``model`` if it is known already; None: computed.
         details: recorded; JSON values.
+        read: where the model's blocks have no weights: called once for each block that the
+            emulator holds, in order, so that one of them is in memory at a time.
 
     Raises:
         ConfigError: if the plan is for another number of blocks, or a harmonizer or ``edit`` that
@@ -109,11 +115,14 @@ def build_emulator(
         if role == SHARE:
             continue
         source = ready[position] if role == HARMONIZER else anatomy.blocks[position]
-        block = mirror(source)
-        own.take(block)
+        given = nullcontext(source) if read is None or role == HARMONIZER else read(position)
+        with given as block:
+            made[position] = mirror(block)
+            own.take(made[position])
         if role == COMPRESS and edit is not None:
-            edit(position, block)
-        made[position] = block
+            edit(position, made[position])
+        if read is not None:
+            own.keep_only(made.values())
     for position in plan.having(SHARE):
         made[position] = mirror(made[plan.source[position]])  # other module, the same weights
     result = with_blocks(model, [made[i] for i in plan.positions], plan.positions)

@@ -124,9 +124,7 @@ def save_emulator(
     with storage.new_folder(folder, mode=0o777) as part:
         for name, content in files.items():
             (part / name).write_bytes(content)
-        own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-        save_file(own, str(part / WEIGHTS))
-        del own
+        save_file(_apart(tensors), str(part / WEIGHTS))
         again = load_emulator(part)
         if verify:
             _compare(emulator, again)
@@ -274,6 +272,22 @@ def _unique(model: Model) -> tuple[dict[str, Tensor], dict[str, str]]:
             first[id(tensor)] = name
             tensors[name] = tensor
     return tensors, ties
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, each alone in its storage: copies only of those that are not.
+
+    An emulator's own tensors are, so that writing it does not hold it twice.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        one = tensor.detach().cpu().contiguous()
+        storage_of = one.untyped_storage()
+        alone = storage_of.nbytes() == one.numel() * one.element_size()
+        found[name] = one if alone and storage_of.data_ptr() not in seen else one.clone()
+        seen.add(storage_of.data_ptr())
+    return found
 
 
 def _fill(model: Model, path: Path, ties: Mapping[str, Any]) -> None:

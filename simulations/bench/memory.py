@@ -1,4 +1,4 @@
-"""``bench memory``: what the server and an owner hold when a large model is cut, and how long it takes.
+"""``bench memory``: what a server and an owner hold of a large model that is cut or compressed.
 
 A random bfloat16 checkpoint is written, and each way runs in a process of its own, forked from one
 that has loaded the libraries and nothing else:
@@ -6,11 +6,13 @@ that has loaded the libraries and nothing else:
 - ``server, whole``: load the model, then split it (what families with converted weights need);
 - ``server, files``: each half straight from the files;
 - ``owner, bytes``: a bundle read into memory, then unpacked;
-- ``owner, mapped``: a bundle's folder, its tensors mapped.
+- ``owner, mapped``: a bundle's folder, its tensors mapped;
+- ``emulator, whole``: load the model, build an emulator of half of its blocks, write it;
+- ``emulator, files``: the same emulator, the blocks read one at a time.
 
 Peaks are of the process: all resident memory, and without pages of files, which the system takes
 back when it needs them.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,13 @@ from typing import Annotated, Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from typer import Option
 
+from fedsplit.emulators import Compressor, Emulator, Material, make_compressor
+from fedsplit.emulators.files import save_emulator
+from fedsplit.emulators.from_files import build_from_files
+from fedsplit.emulators.planning.plan import outer_blocks
 from fedsplit.errors import RunError, check, one_of
 from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
 from fedsplit.models.loading import load
@@ -57,7 +64,7 @@ def run(
     k: Annotated[int, Option(help="blocks in the bottom")] = 2,
     dtype: Annotated[str, Option(help="of the run: float32 or bfloat16")] = "bfloat16",
 ) -> dict[str, Any]:
-    """Measure peak memory and seconds of loading halves of a bfloat16 checkpoint."""
+    """Measure peak memory and seconds of loading halves, and of building an emulator."""
     check(width >= 128 and width % 128 == 0, "width", width, "a multiple of 128")
     check(1 <= k < layers, "k", k, f"in 1..{layers - 1}")
     one_of("dtype", dtype, sorted(DTYPES))
@@ -96,6 +103,32 @@ def _files(folder: Path, k: int, dtype: torch.dtype) -> tuple[Bottom, Top]:
     return read.bottom, read.top
 
 
+def _layerdrop(folder: Path) -> Compressor:
+    layers = int(json.loads((folder / "config.json").read_text())["num_hidden_layers"])
+    adapters = outer_blocks(layers, 2)
+    kept = (layers - len(adapters)) // 2
+    return make_compressor("layerdrop", adapters=adapters, keep=kept)
+
+
+def _emulator_whole(folder: Path, k: int, dtype: torch.dtype) -> tuple[nn.Module]:
+    loaded = load(folder, "causal-lm", dtype=dtype)
+    material = Material(base_digest=loaded.digest)
+    return _written(folder, _layerdrop(folder).build(loaded.model, material), loaded.tokenizer)
+
+
+def _emulator_files(folder: Path, k: int, dtype: torch.dtype) -> tuple[nn.Module]:
+    built = build_from_files(folder, _layerdrop(folder), dtype=dtype)
+    if built is None:
+        raise RunError(f"{folder}: must be a plain checkpoint")
+    return _written(folder, built.emulator, built.tokenizer)
+
+
+def _written(folder: Path, emulator: Emulator, tokenizer: Any) -> tuple[nn.Module]:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        save_emulator(emulator, Path(place) / "emulator", tokenizer)
+    return (emulator.model,)
+
+
 def _owner_bytes(folder: Path, k: int, dtype: torch.dtype) -> tuple[Bottom]:
     return (unpack_bottom(Bundle.load(folder / BUNDLE))[0],)
 
@@ -104,12 +137,14 @@ def _owner_mapped(folder: Path, k: int, dtype: torch.dtype) -> tuple[Bottom]:
     return (unpack_bottom(folder / BUNDLE)[0],)
 
 
-Way = Callable[[Path, int, torch.dtype], tuple[Bottom | Top, ...]]
+Way = Callable[[Path, int, torch.dtype], tuple[nn.Module, ...]]
 WAYS: dict[str, Way] = {
     "server, whole": _whole,
     "server, files": _files,
     "owner, bytes": _owner_bytes,
     "owner, mapped": _owner_mapped,
+    "emulator, whole": _emulator_whole,
+    "emulator, files": _emulator_files,
 }
 
 

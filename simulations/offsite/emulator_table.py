@@ -13,6 +13,7 @@ Offsite-Tuning (arXiv 2302.04870) and ScaleOT (arXiv 2412.09812), their tables' 
 | ``ot-large`` | ``ot`` keeping as many blocks as ``scaleot``: equal size |
 | ``ot-kd-large`` | ``ot-kd`` likewise |
 | ``gradot-placed`` | ``gradot`` with the A of ``scaleot`` |
+| ``withholding`` | noise on the head, ``offsite.margin`` nats; A: ``offsite.positions``, or ends |
 | ``scaleot-half`` | ``scaleot`` with alpha = 0.5: the size of ``ot`` |
 """
 
@@ -155,6 +156,13 @@ def _gradot_placed(setting: OffsiteSetting, seed: int) -> Made:
     return _gradot_of(setting, adapters), None, seconds
 
 
+def _withholding(setting: OffsiteSetting, seed: int) -> Made:
+    offsite = setting.config.offsite
+    adapters = offsite.chosen or ends_are_a(setting)[0]
+    how = {"margin": offsite.margin, "beta": offsite.beta, "secret": seed}
+    return make_compressor("withholding", adapters=adapters, **how), None, 0.0
+
+
 def _scaleot(setting: OffsiteSetting, seed: int, **asked: float) -> Made:
     o = setting.options
     shares = {"alpha": o["alpha"], **asked}
@@ -171,6 +179,7 @@ METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {
     "ot-large": partial(_ot, large=True),
     "ot-kd-large": partial(_ot, large=True, distil=True),
     "gradot-placed": _gradot_placed,
+    "withholding": _withholding,
     "scaleot-half": partial(_scaleot, alpha=0.5),
 }
 

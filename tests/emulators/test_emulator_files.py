@@ -75,6 +75,7 @@ def test_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
         ("quantised", {"bits": 8}),
         ("crash", {"clusters": 2}),
         ("magnitude", {"sparsity": 0.5}),
+        ("withholding", {"margin": 0.1, "beta": 0.5, "secret": 1}),
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -118,7 +118,7 @@ class Gap:
 
 @dataclass(frozen=True)
 class Extraction(Attack):
-    """An owner who trains the emulator's middle on public text.
+    """An owner who trains the emulator's middle, and a changed head, on public text.
 
     Attributes:
         steps: of AdamW; the budget, with ``batch_size`` blocks each.
@@ -271,9 +271,15 @@ class Extraction(Attack):
 
 
 def _outside_adapters(model: Model, emulator: Emulator) -> list[nn.Parameter]:
-    """Let gradients reach the float weights of every block outside A, and no others."""
+    """Let gradients reach the float weights of every block outside A, and what else was changed.
+
+    An emulator says which weights outside its blocks are not the base's (``details["changed"]``);
+    the others need no training.
+    """
     mine = {id(p) for p in emulator.adapter_parameters().values()}
     inside = [p for block in probe(model).blocks for p in block.parameters()]
+    named = dict(emulator.model.named_parameters())
+    inside += [named[name] for name in emulator.details.get("changed", ()) if name in named]
     chosen = {id(p): p for p in inside if p.is_floating_point() and id(p) not in mine}
     if not chosen:
         raise AttackError(f"emulator {emulator.method!r}: must have float weights outside A")

@@ -6,7 +6,7 @@ because only that package names transformers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -85,6 +85,14 @@ class OwnStorage:
             for name, buffer in list(part._buffers.items()):
                 if buffer is not None:
                     part._buffers[name] = self._copy(buffer)
+
+    def keep_only(self, modules: Iterable[nn.Module]) -> None:
+        """Let go of every tensor seen so far but those of ``modules``, which are copies already.
+
+        What was tied to a tensor that is let go is not tied to what comes later.
+        """
+        kept = (t for m in modules for t in (*m.parameters(), *m.buffers()))
+        self._copies = {id(t): (t, t) for t in kept}
 
     def _copy(self, old: Tensor) -> Tensor:
         if id(old) not in self._copies:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, Self, cast
 from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
-from fedsplit.emulators.build import Edit, Emulator, build_emulator
+from fedsplit.emulators.build import Edit, Emulator, Read, build_emulator
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.importance.files import Importance
 from fedsplit.emulators.lm import check_tokens
@@ -27,12 +27,15 @@ class Material:
         importance: scores and harmonizers of this model.
         base_digest: of the model, if known; None: computed.
         batch_size: token blocks at a time.
+        read: gives the model's blocks their weights one at a time, where they are in files
+            (:mod:`fedsplit.emulators.from_files`).
     """
 
     tokens: Tensor | None = None
     importance: Importance | None = None
     base_digest: str | None = None
     batch_size: int = 8
+    read: Read | None = None
 
     def __post_init__(self) -> None:
         check(self.batch_size >= 1, "batch_size", self.batch_size, ">= 1 (blocks)")
@@ -97,6 +100,7 @@ class Forecast:
         frozen_bytes: their bytes.
         run: applied to each token outside A (a shared block counts each time).
         verbatim: of the base's weights in the blocks, A included, how many are there bit for bit.
+        head_verbatim: whether the head (and with it a tied embedding) is.
     """
 
     adapters: int
@@ -105,6 +109,7 @@ class Forecast:
     frozen_bytes: int
     run: int
     verbatim: int
+    head_verbatim: bool = True
 
 
 def plain_forecast(
@@ -171,7 +176,13 @@ class Compressor(Protocol):
             method=self.name,
             base_digest=material.base_digest,
             details={"settings": settings, **(details or {})},
+            read=material.read,
         )
+
+    @property
+    def streams(self) -> bool:
+        """Whether each block is looked at alone and once, so that it may come from files."""
+        return False
 
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:

@@ -64,6 +64,10 @@ class LayerDrop(Compressor):
         kept = max(1, left // 2)
         return {f"{cls.name} A={adapters} keep={kept}": cls(adapters=chosen, keep=kept)}
 
+    @property
+    def streams(self) -> bool:
+        return self.distil_steps == 0
+
     def forecast(self, sizes: Sizes) -> Forecast:
         chosen = len(adapters_in(sizes.layers, self.adapters))
         return plain_forecast(sizes, chosen, self._count(sizes.layers - chosen))

@@ -42,6 +42,10 @@ class Magnitude(Compressor):
     def __post_init__(self) -> None:
         check_fraction("sparsity", self.sparsity)
 
+    @property
+    def streams(self) -> bool:
+        return True
+
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
         return {"sparsity": offsite.beta}

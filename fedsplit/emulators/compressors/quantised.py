@@ -46,6 +46,10 @@ class Quantised(Compressor):
     def __post_init__(self) -> None:
         check(self.bits in BITS, "bits", self.bits, f"one of {BITS}")
 
+    @property
+    def streams(self) -> bool:
+        return True
+
     @classmethod
     def identity(cls, adapters: Sequence[int]) -> Self:
         return cls(adapters=tuple(adapters), bits=32)

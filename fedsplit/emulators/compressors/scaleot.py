@@ -104,6 +104,10 @@ class ScaleOT(Compressor):
             count = len(chosen)
         return EmulatorPlan.from_scores(scores, count, self.alpha, self.beta)
 
+    @property
+    def streams(self) -> bool:
+        return self.settle_steps == 0
+
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
         return {

@@ -12,11 +12,12 @@ from fedsplit.emulators.compressors.layerdrop import LayerDrop
 from fedsplit.emulators.compressors.magnitude import Magnitude
 from fedsplit.emulators.compressors.quantised import Quantised
 from fedsplit.emulators.compressors.scaleot import ScaleOT
+from fedsplit.emulators.compressors.withholding import Withholding
 from fedsplit.errors import ConfigError, check
 from fedsplit.registry import pick
 
 COMPRESSORS: dict[str, type[Any]] = {
-    row.name: row for row in (ScaleOT, LayerDrop, Crash, GradOT, Magnitude, Quantised)
+    row.name: row for row in (ScaleOT, LayerDrop, Crash, GradOT, Magnitude, Quantised, Withholding)
 }
 """The family's table; a new compressor is a file here and one row, and nothing else names it."""
 

@@ -198,6 +198,7 @@ def _row(base: Base, name: str, compressor: Compressor, batch: int, length: int)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     inside_a = seen.adapters * sizes.block
+    outside = base.outside - (0 if seen.head_verbatim else base.head)
     trained, added = seen.adapters * base.trained, seen.adapters * base.added
     stored = base.outside * sizes.width + inside_a * sizes.width + seen.frozen_bytes
     tokens = batch * length
@@ -221,7 +222,7 @@ def _row(base: Base, name: str, compressor: Compressor, batch: int, length: int)
         owner_bytes=owner,
         step_flops=step,
         step_share=step / full,
-        revealed=(base.outside + seen.verbatim) / base.total,
+        revealed=(outside + seen.verbatim) / base.total,
     )
 
 

@@ -13,7 +13,8 @@ weights are converted on the way, new heads and quantised files are left to ``lo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +74,13 @@ def read_halves(
     kind = task_type(task)
     labels = label_settings(kind, num_labels, label_names)
     found = describe(name_or_path, kind.head, labels, expected_sha256)
-    folder = Path(found.where)
-    if not folder.is_dir() or hasattr(found.config, "quantization_config"):
-        return None
-    files = TensorFiles(weight_files(folder))
-    whole = _Skeleton(found, dtype, attn, files)
-    if not whole.plain():
+    whole = Skeleton.of(found, dtype, attn)
+    if whole is None:
         return None
     anatomy = probe(whole.model)
     bound = f"in 0..{anatomy.num_layers - 1} ({anatomy.num_layers} blocks, the last stays above)"
     check(isinstance(k, int) and 0 <= k < anatomy.num_layers, "k", k, bound)
-    lower, upper = whole, _Skeleton(found, dtype, attn, files)
+    lower, upper = whole, Skeleton(found, dtype, attn, whole.files)
     digest = whole.digest()
     lower.fill(lambda p: p.of_base and (p.block is None or p.block < k))
     upper.fill(lambda p: not p.embedding if p.block is None else p.block >= k)
@@ -108,7 +105,7 @@ def read_halves(
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a parameter is: in which block (None: in none), in the base, as the embedding."""
 
     block: int | None
@@ -116,7 +113,7 @@ class _Place:
     embedding: bool
 
 
-class _Skeleton:
+class Skeleton:
     """A model without weights, and where each of them is to be read."""
 
     def __init__(
@@ -131,8 +128,21 @@ class _Skeleton:
         model.tie_weights()
         self.model: PreTrainedModel = model
         nn.Module.eval(model)
-        self._dtype, self._files = dtype, files
+        self._dtype, self.files = dtype, files
         self._real: set[str] = set()
+
+    @classmethod
+    def of(cls, found: Described, dtype: torch.dtype, attn: str | None) -> Skeleton | None:
+        """Return the skeleton of a plain checkpoint's model, or None for any other.
+
+        Raises:
+            ModelError: a file is missing or damaged.
+        """
+        folder = Path(found.where)
+        if not folder.is_dir() or hasattr(found.config, "quantization_config"):
+            return None
+        made = cls(found, dtype, attn, TensorFiles(weight_files(folder)))
+        return made if made.plain() else None
 
     def plain(self) -> bool:
         """Whether every weight is in the files, under its own name and in its own shape."""
@@ -141,7 +151,7 @@ class _Skeleton:
             if narrow and getattr(self.model, name, None):
                 return False
         own = {**dict(self.model.named_parameters()), **self._buffers()}
-        shapes = self._files.shapes
+        shapes = self.files.shapes
         return all(shapes.get(name) == tuple(tensor.shape) for name, tensor in own.items())
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -149,7 +159,7 @@ class _Skeleton:
         return {name: b for name, b in self.model.named_buffers() if name in saved}
 
     def _read(self, name: str) -> Tensor:
-        tensor = self._files.get(name)
+        tensor = self.files.get(name)
         same = not tensor.is_floating_point() or tensor.dtype == self._dtype
         return tensor if same else tensor.to(self._dtype)
 
@@ -177,7 +187,7 @@ class _Skeleton:
             first.setdefault(id(parameter), name)
         return found
 
-    def fill(self, wanted: Callable[[_Place], bool]) -> None:
+    def fill(self, wanted: Callable[[Place], bool]) -> None:
         """Read the weights at wanted places; the others become zeros without memory.
 
         A tied parameter is wanted if it is at any of its places.
@@ -199,7 +209,27 @@ class _Skeleton:
             self.model.get_submodule(module)._buffers[leaf] = self._read(name)
         self._real = held
 
-    def join(self, other: _Skeleton) -> None:
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Give a block its weights, read from the files, for as long as the context lasts."""
+        block = probe(self.model).blocks[index]
+        path = f"{probe(self.model).blocks_path}.{index}."
+        aliases, empty = self._aliases(), dict(block.named_parameters(remove_duplicate=False))
+        new: dict[str, nn.Parameter] = {}
+        for name in empty:
+            first = aliases.get(path + name, path + name)
+            if first not in new:
+                value = self._read(first)
+                new[first] = nn.Parameter(value, value.is_floating_point())
+            self._put(path + name, new[first])
+        del new
+        try:
+            yield block
+        finally:
+            for name, parameter in empty.items():
+                self._put(path + name, parameter)
+
+    def join(self, other: Skeleton) -> None:
         """Take the other's weights where this one has none."""
         aliases, theirs = self._aliases(), dict(other.model.named_parameters())
         for name, _ in list(self.model.named_parameters(remove_duplicate=False)):
@@ -211,7 +241,7 @@ class _Skeleton:
         module, _, leaf = name.rpartition(".")
         self.model.get_submodule(module)._parameters[leaf] = parameter
 
-    def _places(self) -> dict[str, _Place]:
+    def _places(self) -> dict[str, Place]:
         anatomy = probe(self.model)
         base = self.model.base_model
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -223,5 +253,5 @@ class _Skeleton:
             block = None
             if name.startswith(blocks):
                 block = int(name.removeprefix(blocks).partition(".")[0])
-            found[name] = _Place(block, name.startswith(inside), name.startswith(embedding))
+            found[name] = Place(block, name.startswith(inside), name.startswith(embedding))
         return found

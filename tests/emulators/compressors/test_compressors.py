@@ -34,8 +34,9 @@ STRONG: dict[str, dict[str, Any]] = {
     "magnitude": {"sparsity": 0.5},
     "quantised": {"bits": 4},
     "scaleot": {"alpha": 0.5, "beta": 0.7},
+    "withholding": {"margin": 0.1, "rank": 4, "beta": 0.7, "secret": 1},
 }
-NEEDS_LAYOUT = {"gradot", "scaleot"}
+NEEDS_LAYOUT = {"gradot", "scaleot", "withholding"}
 SOME = ("llama", "gpt2", "gpt_neox", "phi3", "opt", "gemma3", "mixtral")
 
 
@@ -104,7 +105,7 @@ def test_unknown_names_and_settings() -> None:
         make_compressor("crash")
 
 
-@pytest.mark.parametrize("method", ["crash", "gradot"])
+@pytest.mark.parametrize("method", ["crash", "gradot", "withholding"])
 def test_calibration_needs_tokens(method: str) -> None:
     compressor = make_compressor(method, adapters=A, **STRONG[method])
     with pytest.raises(ConfigError, match="needs task-independent tokens"):

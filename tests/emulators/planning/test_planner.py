@@ -26,6 +26,7 @@ GRID: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("quantised", {"adapters": A, "bits": 8}),
     "int4": ("quantised", {"adapters": A, "bits": 4}),
     "gradot": ("gradot", {"adapters": A, "attention": 0.5, "ffn": 0.5}),
+    "withholding": ("withholding", {"adapters": A, "margin": 0.1, "beta": 0.6, "secret": 1}),
     "scaleot": ("scaleot", {"adapters": A, "alpha": 0.5}),
     "scaleot-src": ("scaleot", {"adapters": A, "alpha": 0.5, "beta": 0.8}),
     "scaleot-ffn": ("scaleot", {"adapters": A, "alpha": 0.25, "beta": 0.8, "ffn": True}),

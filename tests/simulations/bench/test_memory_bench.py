@@ -22,6 +22,7 @@ def test_every_way_has_a_row(tmp_path: Path) -> None:
     assert ways["server, whole"]["held"] == ways["server, files"]["held"]
     assert ways["server, whole"]["sent"] == ways["server, files"]["sent"]
     assert ways["owner, bytes"]["held"] == ways["owner, mapped"]["held"]
+    assert ways["emulator, whole"]["held"] == ways["emulator, files"]["held"]
     assert "bottom sent" in console.export_text()
 
 
