@@ -193,7 +193,7 @@ class AdapterOwner:
             batch=min(map(len, batches)),
             samples=count,
             epochs=sum(map(len, batches)) / count,
-            noise=None if dp is None else dp.noisy(len(batches)),
+            noise=None if dp is None else dp.noisy(batches),
         )
 
     def _steps(self, round_: int) -> tuple[list[np.ndarray], list[int]]:

@@ -67,12 +67,12 @@ class OwnTraining:
         """
         if self.optimizer is None:
             return None
-        steps, dp = len(batches) * self._parts, self._dp
+        dp = self._dp
         return Training(
             steps=len(batches),
             batch=min(map(len, batches)),
             samples=samples,
-            noise=None if dp is None else dp.noisy(steps),
+            noise=None if dp is None else dp.noisy(batches, self._parts),
         )
 
     @property

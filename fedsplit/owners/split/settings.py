@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +84,20 @@ class DpSettings:
             nonce=b"" if in_simulation() else secrets.token_bytes(16),
         )
 
-    def noisy(self, steps: int) -> NoisySteps:
-        """Return ``steps`` steps with this noise, for the ledger."""
-        return NoisySteps(self.config.noise_multiplier, self.sample_rate, steps)
+    def noisy(self, batches: Iterable[Iterable[int]], parts: int = 1) -> NoisySteps:
+        """Return what a session's noisy steps cost at most, for the owner's rules and ledger.
+
+        Which samples a step is over follows from the seed, the batch size and the round, all of
+        which the server names, and it may name the same again: it gains nothing on the server that
+        steps are over a part of the samples.  Each step that a sample is in is one Gaussian
+        mechanism of it; others are none.
+
+        Args:
+            batches: samples of each step.
+            parts: releases in a step.
+        """
+        drawn = Counter(int(sample) for batch in batches for sample in batch)
+        return NoisySteps(self.config.noise_multiplier, 1.0, parts * max(drawn.values()))
 
     def spent(self, steps: int) -> dict[str, float | int]:
         """Return what ``steps`` noisy steps, of all rounds up to now, have cost."""

@@ -66,8 +66,10 @@ def spent_epsilon(
         ``steps`` steps, **if each step drew every sample with probability** ``sample_rate``
         **independently** (Poisson sampling; Abadi et al., arXiv 1607.00133; Mironov et al., arXiv
         1908.10530).  Owners here pass over shuffled data instead, as nearly all DP-SGD is run in
-        practice: the figure is then the customary estimate, not a proof.  With ``sample_rate`` 1
-        the bound holds for any order of batches: each sample counted as if it were in every step.
+        practice: the figure is then the customary estimate, not a proof, and none at all against
+        whoever chooses the batches.  With ``sample_rate`` 1 the bound holds for any order of
+        batches, known or not, with ``steps`` the steps that one sample is in at most: an owner's
+        rules and ledger count so.
 
     Args:
         noise_multiplier: standard deviation in units of the clipping bound, > 0.

@@ -13,9 +13,10 @@ from fedsplit.config import RunConfig
 from fedsplit.emulators.build import build_emulator
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, ModelError
+from fedsplit.owners.ledger.spending import TrainingTotals
 from fedsplit.owners.offsite.owner import AdapterOwner, Blocks
 from fedsplit.owners.offsite.steps import bounded
-from fedsplit.privacy.dp.accounting import spent_epsilon
+from fedsplit.privacy.dp.accounting import NoisySteps, spent_epsilon
 from fedsplit.privacy.secret import OwnerSecret
 
 BLOCKS = (torch.arange(12 * 9).view(12, 9) * 11) % 57 + 3
@@ -118,6 +119,33 @@ def test_what_noise_has_cost_is_reported() -> None:
     assert first["dp-epsilon"] == spent_epsilon(1.1, 0.5, 2, 1e-5)
     assert third["dp-epsilon"] == spent_epsilon(1.1, 0.5, 6, 1e-5) > first["dp-epsilon"]
     assert not {"dp-epsilon", "dp-steps"} & owner().train(1).keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "draws"),
+    [
+        ({}, 1),
+        ({"train__epochs": 3}, 3),
+        ({"train__max_steps": 1, "train__batch_size": 1}, 1),  # one block of twelve
+        ({"train__max_steps": 1, "train__batch_size": 12}, 1),
+    ],
+)
+def test_the_rules_count_each_step_that_a_block_is_in(settings: dict[str, Any], draws: int) -> None:
+    planned = owner(dp__noise_multiplier=1.1, **settings).plan(1).noise
+    assert planned == NoisySteps(1.1, 1.0, draws)
+
+
+def test_a_round_asked_for_again_costs_as_much_again() -> None:
+    one = owner(dp__noise_multiplier=1.0, train__max_steps=1, train__batch_size=1)
+    assert [b.tolist() for b in one._steps(1)[0]] == [b.tolist() for b in one._steps(1)[0]]
+    spent = TrainingTotals()
+    for _ in range(20):
+        noise = one.plan(1).noise
+        assert noise is not None
+        spent.apply({"noise": noise.to_json()}, "2026-01-01")
+    # twenty noisy gradients of one known block: their mean is one with a twentieth of the variance
+    alone = spent_epsilon(20**-0.5, 1.0, 1, 1e-5)
+    assert spent.epsilon(1e-5) == pytest.approx(alone)
 
 
 def test_noise_needs_a_secret() -> None:
