@@ -63,8 +63,16 @@ def make_config(
     return make
 
 
+@pytest.fixture(scope="session")
+def public(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A public text that is read in no time, unlike the interpreter's docstrings."""
+    path = tmp_path_factory.mktemp("public") / "public.txt"
+    path.write_text("\n".join(f"the {i} th public line of words" for i in range(200)))
+    return path
+
+
 @pytest.fixture
-def offsite(make_config: Any, tiny_llama: Path) -> Any:
+def offsite(make_config: Any, tiny_llama: Path, public: Path) -> Any:
     """Return a function from overrides to the settings of a small offsite-tuning run."""
 
     def make(**overrides: Any) -> RunConfig:
@@ -79,6 +87,7 @@ def offsite(make_config: Any, tiny_llama: Path) -> Any:
                 "offsite__keep": 1,
                 "offsite__settle_steps": 0,
                 "offsite__block": 8,
+                "offsite__public": str(public),
                 "train__optimizer": "sgd",
                 "train__lr": 0.1,
                 "train__clip": 0.0,
@@ -97,13 +106,9 @@ def offsite(make_config: Any, tiny_llama: Path) -> Any:
 
 
 @pytest.fixture
-def quick(offsite: Any, tmp_path: Path) -> Any:
-    """Return a function as ``offsite``, with a public text that is read in no time."""
-    public = tmp_path / "public.txt"
-    public.write_text("\n".join(f"the {i} th public line of words" for i in range(200)))
-    return lambda **changes: offsite(
-        **{"offsite__public": str(public), "output__evaluate_every": 0, **changes}
-    )
+def quick(offsite: Any) -> Any:
+    """Return a function as ``offsite``, of runs that evaluate nothing."""
+    return lambda **changes: offsite(**{"output__evaluate_every": 0, **changes})
 
 
 @pytest.fixture
