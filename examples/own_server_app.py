@@ -49,6 +49,7 @@ RUN_CONFIG = {
     "model.label-names": "GUI and multimedia, text and markup",
     "model.max-tokens": 32,
     "train.rounds": 2,
+    "train.method": "lora",
     "train.batch-size": 8,
     "train.min-owners": 2,
     "privacy.mechanism": "dchi",
