@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from fedsplit.errors import ConfigError, PrivacyError
+
+if TYPE_CHECKING:  # whoever reads a ledger needs no NumPy
+    import numpy as np
+    import numpy.typing as npt
 
 ACCOUNTANTS = ("rdp", "prv")
 
@@ -146,6 +147,7 @@ def _renyi_epsilon(history: Sequence[NoisySteps], delta: float) -> float:
 @lru_cache(maxsize=1024)
 def _renyi_step(noise_multiplier: float, sample_rate: float) -> npt.NDArray[np.float64]:
     """Return the Renyi divergence of one step at each of Opacus's orders, (orders,)."""
+    import numpy as np
     from opacus.accountants import RDPAccountant
     from opacus.accountants.analysis.rdp import compute_rdp
 
