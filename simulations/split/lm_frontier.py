@@ -276,7 +276,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 x = [100 * (mean(g, "token_recovery") - mean(g, "guess")) for _, g in points]
                 y = [100 * mean(g, "gain_share") for _, g in points]
                 colour = f"C{list(PROTECTIONS).index(name)}"  # the same in every panel
-                axis.scatter(x, y, label=name, s=36, color=colour)
+                marker = "o" if PROTECTIONS[name].rows else "^"  # ten colours serve twelve ways
+                axis.scatter(x, y, label=name, s=36, color=colour, marker=marker)
                 for (level, targets), at_x, at_y in zip([k for k, _ in points], x, y, strict=True):
                     text = f"{level:g}" + ("" if targets == 2048 else f", {targets}")
                     axis.annotate(
