@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from typing import Any
 
 import pytest
@@ -66,7 +67,11 @@ TOKENIZERS = {
     "bytes, spaces counted": PreTrainedTokenizerFast(tokenizer_object=_byte_level(False)),
     "sentencepiece": PreTrainedTokenizerFast(tokenizer_object=_sentencepiece(), unk_token="<unk>"),
 }
-letters = st.characters(exclude_categories=["Cs", "Zs", "Zl", "Zp", "Cc"])
+# To a tokenizer that normalises by NFKC a spacing accent is a space and an accent: alone its word
+# begins with one space, behind another word with two; words and text are not the same to it.
+letters = st.characters(exclude_categories=["Cs", "Zs", "Zl", "Zp", "Cc"]).filter(
+    lambda letter: " " not in unicodedata.normalize("NFKC", letter)
+)
 word = st.text(letters, min_size=1, max_size=8) | st.sampled_from(
     ["@paulwalk", "it's", "café", "cat", "http://t.co/x1", "\ufe0f", "🙂", "日本"]
 )
