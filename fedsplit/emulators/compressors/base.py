@@ -128,6 +128,13 @@ def plain_forecast(
     )
 
 
+def whole_forecast(sizes: Sizes, adapters: Sequence[int]) -> tuple[Forecast, int]:
+    """Return the forecast with every block outside A as it is, and how many these are."""
+    chosen = len(adapters_in(sizes.layers, adapters))
+    rest = sizes.layers - chosen
+    return plain_forecast(sizes, chosen, rest), rest
+
+
 class Compressor(Protocol):
     """A frozen dataclass of settings that builds emulators.
 

@@ -43,7 +43,7 @@ from fedsplit.emulators.compressors.base import (
     Material,
     Sizes,
     adapters_in,
-    plain_forecast,
+    whole_forecast,
 )
 from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan, check_fraction
 from fedsplit.errors import check
@@ -84,9 +84,7 @@ class GradOT(Compressor):
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size, to some per cent, without building it."""
-        chosen = len(adapters_in(sizes.layers, self.adapters))
-        rest = sizes.layers - chosen
-        whole = plain_forecast(sizes, chosen, rest)
+        whole, rest = whole_forecast(sizes, self.adapters)
         if self.attention == 0 and self.ffn == 0:
             return whole
         sizes.known_layout(self.name)

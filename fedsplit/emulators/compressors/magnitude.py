@@ -17,7 +17,7 @@ from fedsplit.emulators.compressors.base import (
     Material,
     Sizes,
     adapters_in,
-    plain_forecast,
+    whole_forecast,
 )
 from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan, check_fraction
 from fedsplit.models.anatomy import probe
@@ -52,10 +52,8 @@ class Magnitude(Compressor):
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it (zeros are stored too)."""
-        chosen = len(adapters_in(sizes.layers, self.adapters))
-        rest = sizes.layers - chosen
+        whole, rest = whole_forecast(sizes, self.adapters)
         zeros = int(self.sparsity * sizes.matrices) * rest
-        whole = plain_forecast(sizes, chosen, rest)
         return replace(whole, verbatim=whole.verbatim - zeros)
 
     def build(self, model: Model, material: Material) -> Emulator:

@@ -18,7 +18,7 @@ from fedsplit.emulators.compressors.base import (
     Material,
     Sizes,
     adapters_in,
-    plain_forecast,
+    whole_forecast,
 )
 from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan
 from fedsplit.errors import check
@@ -55,9 +55,7 @@ class Quantised(Compressor):
         return cls(adapters=tuple(adapters), bits=32)
 
     def forecast(self, sizes: Sizes) -> Forecast:
-        chosen = len(adapters_in(sizes.layers, self.adapters))
-        rest = sizes.layers - chosen
-        whole = plain_forecast(sizes, chosen, rest)
+        whole, rest = whole_forecast(sizes, self.adapters)
         if self.bits == 32:
             return whole
         # Each matrix becomes codes (an odd row of 4-bit codes is padded) and one scale a row.

@@ -24,6 +24,7 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ from fedsplit.emulators.compressors.base import (
     Material,
     Sizes,
     adapters_in,
-    plain_forecast,
+    whole_forecast,
 )
 from fedsplit.emulators.lm import logits_of, mean_loss
 from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan, check_fraction
@@ -45,7 +46,6 @@ from fedsplit.errors import ConfigError, UnsupportedModelError, check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import dense_layout_of
 from fedsplit.models.modes import evaluating
-from fedsplit.seeding import torch_generator
 
 ROUNDS = 24  # at most, of measuring the loss and correcting the scale
 CLOSE = 0.05  # of the margin
@@ -86,9 +86,7 @@ class Withholding(Compressor):
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it."""
-        chosen = len(adapters_in(sizes.layers, self.adapters))
-        rest = sizes.layers - chosen
-        whole = plain_forecast(sizes, chosen, rest)
+        whole, rest = whole_forecast(sizes, self.adapters)
         saved = lossy = 0
         if self.beta > 0 and rest:
             saved = compressed_numel(sizes.known_layout(self.name), self.beta, True, False)
@@ -121,22 +119,22 @@ class Withholding(Compressor):
         emulator = self.made(model, plan, material, edit=edit, details=details)
         if self.margin > 0:
             tokens = material.needed_tokens(self.name)[: self.calibration]
-            reached = self._withhold(emulator, tokens, material.batch_size)
-            emulator.details |= {"reached": reached, "changed": [_head_name(emulator.model)]}
+            name = _head_name(emulator.model)
+            reached = self._withhold(emulator, name, tokens, material.batch_size)
+            emulator.details |= {"reached": reached, "changed": [name]}
         return emulator
 
     @torch.no_grad()
-    def _withhold(self, emulator: Emulator, tokens: Tensor, batch: int) -> float:
-        """Add noise to the head, in place; return the nats that the emulator loses by it."""
+    def _withhold(self, emulator: Emulator, name: str, tokens: Tensor, batch: int) -> float:
+        """Add noise to the head ``name``, in place; return the nats that are lost by it."""
         base = mean_loss(emulator.model, tokens, batch)
-        weight = emulator.model.get_parameter(_head_name(emulator.model))
+        weight = emulator.model.get_parameter(name)
         second = _second_moment(emulator.model, tokens, batch)
         energy, directions = torch.linalg.eigh(second)  # rising
         rank = min(self.rank, len(energy))
-        seed = secrets.randbits(62) if self.secret is None else self.secret
-        noise = torch.randn(
-            len(weight), rank, generator=torch_generator(seed, "emulators.withholding")
-        )
+        # Not PyTorch's generator: it keeps 32 bits of a seed, which can all be tried.
+        seed = secrets.randbits(256) if self.secret is None else self.secret
+        noise = torch.from_numpy(np.random.default_rng(seed).standard_normal((len(weight), rank)))
         plain = weight.detach().clone()
         change = (noise.to(directions) @ directions[:, -rank:].T).float()  # (V, d)
         # Noise of variance v on every logit costs about v / 2.

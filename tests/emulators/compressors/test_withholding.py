@@ -61,6 +61,9 @@ def test_the_secret_is_not_in_the_emulator_and_a_new_one_is_drawn_for_each() -> 
     assert not torch.equal(_head(one.model), _head(other.model))
     again, same = MADE.build(model, TEXT), MADE.build(model, TEXT)
     assert torch.equal(_head(again.model), _head(same.model))
+    # Every bit of a secret counts: 32 of them could all be tried.
+    other = replace(MADE, secret=1 + 2**128).build(model, TEXT)
+    assert not torch.allclose(_head(again.model), _head(other.model))
 
 
 def test_an_attacker_trains_the_changed_head_too() -> None:
