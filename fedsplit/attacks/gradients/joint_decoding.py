@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.gradients.next_tokens import logits_of, reads_logits
-from fedsplit.attacks.gradients.text_evidence import CachedReader, TextEvidence, union
+from fedsplit.attacks.gradients.text_evidence import EXACT, CachedReader, TextEvidence, union
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.inversion.token_search import ExactSearch, PrefixRunner, first_states
@@ -30,8 +31,8 @@ from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.posterior import posterior_search
 
 RANKED = 10
-UNEXPLAINED = -10.0
-"""Nats below which a row without noise speaks against a token: a relative distance of 0.3 %."""
+UNEXPLAINED = -ExactSearch.tolerance / EXACT**2
+"""Nats below which a row without noise speaks against a token, as exact search has it."""
 
 
 @dataclass(frozen=True)
@@ -179,13 +180,17 @@ class _Reading:
             states = self.runner.tokens(ids)  # (n, d)
         return self.evidence.of_rows(states.unsqueeze(1), t)[:, 0]
 
+    @cached_property
+    def _table(self) -> Tensor:
+        """Every token's embedding, ``(V, d_e)``."""
+        public = self.view.public
+        return embedding_table(public.embedding, public.vocab, self.evidence.row(0).device)
+
     def _searched(self, prefix: list[int], t: int) -> Tensor:
         """Return the tokens of the whole vocabulary that explain row ``t`` best, ``(n,)``."""
-        public, state = self.view.public, self.evidence.row(t)
-        table = embedding_table(public.embedding, public.vocab, state.device)
         self.runner.advance(prefix)
-        with torch.enable_grad(), frozen(public.bottom):
-            return ExactSearch(top_k=2).position(state, self.runner, table)
+        with torch.enable_grad(), frozen(self.view.public.bottom):
+            return ExactSearch(top_k=2).position(self.evidence.row(t), self.runner, self._table)
 
     @torch.no_grad()
     def _beam(self) -> Tensor:

@@ -39,14 +39,16 @@ class TextEvidence:
         length: T.
         tokens: log p(gradients | token) + constant, ``(T, V)``; zero for the first token, and where
             no gradient came back.
+        exact_rows: whether rows were received as they are: only the right token explains one.
         served: the server's own log prediction from what it received, ``(T, V)``; None: not known.
     """
 
     def __init__(self, view: View, sample: int) -> None:
         self._public = view.public
         self._first = view.public.log_prior()  # (V,)
-        self._row = self._rows_of(view, sample)
+        self.exact_rows = False
         self._received = view.rows[sample].float() if view.rows else None
+        self._row = self._rows_of(view)
         self.length = len(view.rows[sample]) if view.rows else len(view.steps[sample][0].gradient)
         vocab = len(self._first)
         self.tokens = torch.zeros(self.length, vocab)
@@ -61,13 +63,14 @@ class TextEvidence:
         # Without noise a candidate is right or wrong; rounding decides nothing beyond that.
         self.tokens[1:] = (found - found.amax(dim=1, keepdim=True)).clamp(min=-IMPOSSIBLE)
 
-    def _rows_of(self, view: View, sample: int) -> Callable[[Tensor], Tensor] | None:
+    def _rows_of(self, view: View) -> Callable[[Tensor], Tensor] | None:
         """Return (clean states (n, T, d)) -> log p(rows | states), ``(n, T)``; None: no law."""
-        public = view.public
-        if not view.rows or public.bottom is None:
+        public, received = view.public, self._received
+        if received is None or public.bottom is None:
             return None
-        rows, mechanism = view.rows[sample].float(), public.mechanism
+        rows, mechanism = received, public.mechanism
         if mechanism is None or not mechanism.protects():
+            self.exact_rows = True
             power = rows.square().sum(1) * EXACT**2 + 1e-12  # (T,)
             return lambda states: (
                 -(states - rows[: states.shape[1]]).square().sum(2) / power[: states.shape[1]]
@@ -84,12 +87,6 @@ class TextEvidence:
             return likelihood((flat - rows[: states.shape[1]]).square().sum(2))
 
         return noisy
-
-    @property
-    def exact_rows(self) -> bool:
-        """Whether rows were received as they are: only the right token explains one."""
-        mechanism = self._public.mechanism
-        return self.has_rows and (mechanism is None or not mechanism.protects())
 
     @property
     def has_rows(self) -> bool:
