@@ -139,6 +139,9 @@ class Withholding(Compressor):
         change = (noise.to(directions) @ directions[:, -rank:].T).float()  # (V, d)
         # Noise of variance v on every logit costs about v / 2.
         scale = math.sqrt(2 * self.margin / max(float(energy[-rank:].sum()), 1e-12))
+        weight.copy_(plain.float() + scale * change.to(weight.device))
+        if mean_loss(emulator.model, tokens, batch) < base:
+            change = -change  # the loss is convex along a line of heads: it rises the other way
         low, high, lost = 0.0, math.inf, 0.0
         for _ in range(ROUNDS):
             weight.copy_(plain.float() + scale * change.to(weight.device))

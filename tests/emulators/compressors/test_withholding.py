@@ -66,6 +66,14 @@ def test_the_secret_is_not_in_the_emulator_and_a_new_one_is_drawn_for_each() -> 
     assert not torch.allclose(_head(again.model), _head(other.model))
 
 
+def test_every_draw_of_the_noise_costs_the_margin() -> None:
+    model = tiny()
+    one_word = replace(TEXT, tokens=torch.full_like(TEXT.needed_tokens("x"), 7))
+    for secret in range(12):
+        emulator = replace(MADE, secret=secret).build(model, one_word)
+        assert emulator.details["reached"] == pytest.approx(MADE.margin, rel=0.05)
+
+
 def test_an_attacker_trains_the_changed_head_too() -> None:
     model = tiny("llama-tied")
     emulator = MADE.build(model, TEXT)
