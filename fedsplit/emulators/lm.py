@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,11 +45,55 @@ def pack(ids: Tensor, length: int) -> Tensor:
     return ids[: rows * length].view(rows, length)
 
 
+@dataclass(frozen=True)
+class LabelledBlocks:
+    """Token blocks of which some tokens alone are to be predicted: the completions of prompts.
+
+    Attributes:
+        ids: (N, T), padded on the right.
+        labels: (N, T), see :func:`lm_loss`; some in each block.
+    """
+
+    ids: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        check_tokens("ids", self.ids)
+        if self.labels.shape != self.ids.shape:
+            raise DataError(f"labels {tuple(self.labels.shape)}: must be {tuple(self.ids.shape)}")
+        if empty := int((target_counts(self.labels) == 0).sum()):
+            raise DataError(f"{empty} blocks without a label: every one must have some")
+
+    @classmethod
+    def of(cls, blocks: Tensor | LabelledBlocks) -> LabelledBlocks:
+        """Return ids (N, T) with every next token to be predicted, or ``blocks`` as they are.
+
+        Raises:
+            DataError: if a tensor is not ids (N, T).
+        """
+        if isinstance(blocks, LabelledBlocks):
+            return blocks
+        check_tokens("tokens", blocks)
+        return cls(blocks, blocks)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def targets(self) -> int:
+        """Return how many tokens are predicted."""
+        return int(target_counts(self.labels).sum())
+
+
 def step_blocks(tokens: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
     """Return the token blocks (B, T) of a step: each epoch in an order of its own."""
-    size = min(batch_size, len(tokens))
-    epoch, place = divmod(step, len(tokens) // size)
-    return tokens[torch.from_numpy(epoch_batches(len(tokens), size, seed, epoch)[place])]
+    return tokens[step_rows(len(tokens), batch_size, seed, step)]
+
+
+def step_rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Return which of ``count`` blocks a step takes, (B,): each epoch in an order of its own."""
+    size = min(batch_size, count)
+    epoch, place = divmod(step, count // size)
+    return torch.from_numpy(epoch_batches(count, size, seed, epoch)[place])
 
 
 def logits_of(model: Model, ids: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -69,7 +69,7 @@ def against_distillation(
     experiment = load_experiment("offsite-table", overrides)
     setting = OffsiteSetting(experiment.config, read_options(experiment.options, OPTIONS))
     o, seed = setting.options, 0
-    _ = setting.tokens, setting.full_zero_shot()  # read and warm before anything is timed
+    _ = setting.public, setting.full_zero_shot()  # read and warm before anything is timed
     asked = ScaleOT(n_adapters=o["adapters"], alpha=o["alpha"], rank_by=o["rank-by"])
     importance_s = setting.importance(seed)[1]
     made, importance, seconds = setting.settled(seed, asked)

@@ -39,6 +39,11 @@ class ExperimentSetting:
         """The base model and its tokenizer."""
         return load_base(self.config)
 
+    @property
+    def data(self) -> str:
+        """What rows call the owners' data: their file's or folder's name, or their kind."""
+        return Path(self.config.data.path).stem or self.config.data.kind
+
     def token_ids(self, texts: Sequence[str]) -> list[Tensor]:
         """Return the texts' token ids (T_i,), cut at the run's ``model.max-tokens``."""
         ids = public_ids(self.loaded.tokenizer, texts, self.config.model.max_tokens)

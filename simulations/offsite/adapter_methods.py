@@ -79,7 +79,7 @@ class PeftSetting(OffsiteSetting):
         """Return the row of one method and seed."""
         built, before = self.emulator(seed)
         model, o = self.loaded.model, self.options
-        train, held_out, _ = self.tokens
+        train, held_out = self.private
         zero_shot = self.full_zero_shot()
         settings = MethodSettings(method, o["rank"], o["lora-alpha"], o["width"], o["prefix"], seed)
         rate = o[f"lr-{method}"]
@@ -108,7 +108,7 @@ class PeftSetting(OffsiteSetting):
                 "last_loss": sum(losses[-10:]) / len(losses[-10:]),
                 "train_s": train_s,
                 "adapters": ",".join(map(str, built.plan.adapters)),
-                "held_out_tokens": held_out.numel(),
+                "held_out_tokens": held_out.targets(),
             }
         ]
 

@@ -95,6 +95,7 @@ def cell(setting: OffsiteSetting, method: str, seed: int) -> list[Row]:
     nats = {name: getattr(row, name) for name in LOSSES} | {"adapters_in_full": bound}
     return [
         {
+            "data": setting.data,
             "method": method,
             "seed": seed,
             **{name: perplexity_of(value) for name, value in nats.items()},
@@ -104,7 +105,7 @@ def cell(setting: OffsiteSetting, method: str, seed: int) -> list[Row]:
             "build_s": row.build_s + ready_s,
             "trained_params": row.trained_params,
             "adapters": ",".join(map(str, row.adapters)),
-            "held_out_tokens": setting.tokens[1].numel(),
+            "held_out_tokens": setting.private[1].targets(),
             "zero_shot_check": perplexity_of(setting.measured(setting.loaded.model)),
         }
     ]

@@ -24,7 +24,7 @@ from fedsplit.data import docstrings_are_public
 from fedsplit.emulators import Emulator, adapter_state
 from fedsplit.emulators.lm import pack
 from fedsplit.emulators.planning.trial import tune
-from fedsplit.errors import check
+from fedsplit.errors import ConfigError, check
 from fedsplit.evaluation.perplexity import text_ids
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.registry import pick
@@ -126,7 +126,7 @@ class ExtractionSetting(OffsiteSetting):
             made, importance, _ = METHODS[method](self, seed)
             emulator = made.build(self.loaded.model, self.material(importance))
             before, named = adapter_state(emulator), emulator.adapter_parameters()
-            tune(emulator.model, list(named.values()), self.tokens[0], self.tuning(seed))
+            tune(emulator.model, list(named.values()), self.private[0], self.tuning(seed))
             tuned = adapter_state(emulator)
             with torch.no_grad():
                 for name, tensor in before.items():
@@ -137,10 +137,16 @@ class ExtractionSetting(OffsiteSetting):
     def cell(self, method: str, seed: int, attack: str) -> list[Row]:
         """Return one row for each part of the budget."""
         public, held_out = self.texts
+        held = self.private[1]
+        if not torch.equal(held.ids, held.labels):
+            raise ConfigError(
+                f"data.kind={self.config.data.kind!r}: must be plain text; the gap is measured on "
+                "a stream of tokens, which conversations are not"
+            )
+        work = held.ids.flatten()[: self._measured]
         emulator, tuned = self.sent(method, seed)
         queries, regrow = ATTACKERS[attack]
         budget = sorted(set(self.options["budget"]))
-        work = self.tokens[1].flatten()[: self._measured]
         made = make_attack(
             "extraction",
             derive_seed(seed, "extraction") % 2**31,

@@ -30,14 +30,14 @@ from fedsplit.emulators.importance.files import (
     save_importance,
 )
 from fedsplit.emulators.importance.run import LayerReplace
-from fedsplit.emulators.lm import mean_loss, pack
-from fedsplit.emulators.planning.trial import TrialRow, Tuning, fully_tuned, tuned_in_full
+from fedsplit.emulators.lm import LabelledBlocks, pack
+from fedsplit.emulators.planning.trial import TrialRow, Tuning, fully_tuned, loss_of, tuned_in_full
 from fedsplit.emulators.planning.trial import trial as run_trial
-from fedsplit.errors import ConfigError, FedsplitError
+from fedsplit.errors import FedsplitError
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.positions import check_length
 from fedsplit.owners.data_source import simulated_shares
-from fedsplit.owners.offsite.owner import blocks_of
+from fedsplit.owners.offsite.owner import blocks_of_sets
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
 from simulations.core.setting import ExperimentSetting
@@ -85,32 +85,39 @@ class OffsiteSetting(ExperimentSetting):
         return loaded
 
     @cached_property
-    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The owners' training blocks, their held-out blocks, and public ones, (N, T) each."""
-        length = self.config.offsite.block
-        tokenizer = self.loaded.tokenizer
+    def private(self) -> tuple[LabelledBlocks, LabelledBlocks]:
+        """The owners' training blocks and their held-out ones, as a run of offsite tuning has them.
+
+        Every next token of plain text is to be predicted, of conversations the completions alone.
+        """
         shares = simulated_shares(self.config.data, self.config.seed, False)
-        if shares[0][0].chat:
-            raise ConfigError(
-                f"data.kind={self.config.data.kind!r}: must be plain text; a run of offsite tuning "
-                "takes conversations, these tables do not"
-            )
-        parts = [blocks_of(tokenizer, a.texts, b.texts, length) for a, b in shares]
+        tokenizer, length = self.loaded.tokenizer, self.config.offsite.block
+        parts = [blocks_of_sets(tokenizer, *share, length) for share in shares]
+        held = self.options["held-out"]
+        each = max(1, held // len(parts))
+        return (
+            LabelledBlocks(
+                torch.cat([p.train for p in parts]), torch.cat([p.train_labels for p in parts])
+            ),
+            LabelledBlocks(
+                torch.cat([p.test[:each] for p in parts])[:held],
+                torch.cat([p.test_labels[:each] for p in parts])[:held],
+            ),
+        )
+
+    @cached_property
+    def public(self) -> Tensor:
+        """Public text as blocks (N, T)."""
+        length = self.config.offsite.block
         wanted = self.options["public-blocks"] * length
         ids: list[int] = []
         for text in public_texts(
             self.config.offsite.public, docstrings=docstrings_are_public(self.config.data.kind)
         ):
-            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids += self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(ids) >= wanted:
                 break
-        held = self.options["held-out"]
-        each = max(1, held // len(parts))
-        return (
-            torch.cat([p.train for p in parts]),
-            torch.cat([p.test[:each] for p in parts])[:held],
-            pack(torch.tensor(ids[:wanted]), length),
-        )
+        return pack(torch.tensor(ids[:wanted]), length)
 
     def tuning(self, seed: int) -> Tuning:
         """Return how adapters are tuned: the same for every method."""
@@ -121,7 +128,7 @@ class OffsiteSetting(ExperimentSetting):
 
     def material(self, importance: Importance | None) -> Material:
         """Return what a compressor may use: public text and what was made of it."""
-        return Material(self.tokens[2], importance, self.loaded.digest)
+        return Material(self.public, importance, self.loaded.digest)
 
     def importance(self, seed: int) -> tuple[Importance, float]:
         """Return the seed's importance run and its seconds; one run serves many emulators."""
@@ -130,8 +137,8 @@ class OffsiteSetting(ExperimentSetting):
             settings = ImportanceSettings(
                 steps=o["importance-steps"], bf16=o["bf16"], seed=derive_seed(seed) % 2**31
             )
-            half = max(1, len(self.tokens[2]) // 2)
-            halves = self.tokens[2][:half], self.tokens[2][half:]
+            half = max(1, len(self.public) // 2)
+            halves = self.public[:half], self.public[half:]
             self._importance[seed] = self._kept(
                 f"importance-{seed}",
                 {"what": "importance", "seed": seed},
@@ -192,7 +199,7 @@ class OffsiteSetting(ExperimentSetting):
 
     def full_ft(self, seed: int) -> float:
         """Return the held-out loss after tuning the whole model."""
-        train, held_out, _ = self.tokens
+        train, held_out = self.private
         return self._loss(
             {"what": "full-ft", "seed": seed},
             lambda: fully_tuned(self.loaded.model, train, held_out, self.tuning(seed)),
@@ -200,7 +207,7 @@ class OffsiteSetting(ExperimentSetting):
 
     def bound(self, seed: int, adapters: Sequence[int]) -> float:
         """Return the held-out loss after tuning these blocks inside the full model."""
-        train, held_out, _ = self.tokens
+        train, held_out = self.private
         return self._loss(
             {"what": "bound", "seed": seed, "adapters": list(adapters)},
             lambda: tuned_in_full(self.loaded.model, adapters, train, held_out, self.tuning(seed)),
@@ -208,7 +215,7 @@ class OffsiteSetting(ExperimentSetting):
 
     def trial(self, seed: int, made: Compressor, importance: Importance | None) -> TrialRow:
         """Build an emulator, tune adapters in it, plug them into the base; return the losses."""
-        train, held_out, _ = self.tokens
+        train, held_out = self.private
         return run_trial(
             self.loaded.model,
             made,
@@ -222,7 +229,7 @@ class OffsiteSetting(ExperimentSetting):
 
     def measured(self, model: Any) -> float:
         """Return a model's held-out loss in nats."""
-        return mean_loss(model, self.tokens[1])
+        return loss_of(model, self.private[1])
 
     def _loss(self, key: Mapping[str, Any], make: Callable[[], float]) -> float:
         return float(self.store.rows(key, lambda: [{"nats": make()}])[0]["nats"])

@@ -90,11 +90,10 @@ class InstructSetting(ExperimentSetting):
     def cell(self, way: str) -> list[Row]:
         """Return the rows of one way: a metric each."""
         logits = WAYS[way](self, (self.folder or Path(".")) / way)
-        data = Path(self.config.data.path).stem or self.config.data.kind
         found = {"answer_loss": self._loss(logits), "exact_match": self._exact(logits)}
         if all(map(self._choices, self.held_out)):
             found |= self._chosen(logits)
-        return [{"data": data, "way": way, "metric": m, "value": v} for m, v in found.items()]
+        return [{"data": self.data, "way": way, "metric": m, "value": v} for m, v in found.items()]
 
     @cached_property
     def _questions(self) -> dict[tuple[str, str], tuple[str, ...]]:

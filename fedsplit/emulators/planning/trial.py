@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from fedsplit.emulators.build import Emulator, adapter_state, build_emulator, plug_in
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import Compressor, Material
-from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of, mean_loss, step_blocks
+from fedsplit.emulators.lm import LabelledBlocks, lm_loss, logits_of, mean_loss, step_rows
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.modes import evaluating
 from fedsplit.seeding import derive_seed
+
+Text = Tensor | LabelledBlocks  # ids (N, T), every next one predicted, or some of them
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class TrialRow:
 def tune(
     model: Model,
     parameters: Sequence[nn.Parameter],
-    tokens: Tensor,
+    tokens: Text,
     settings: Tuning,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
@@ -106,7 +108,7 @@ def tune(
     Args:
         model: the network.
         parameters: those to train; they must require gradients.
-        tokens: ids (N, T).
+        tokens: ids (N, T), or some of them with labels.
         settings: of the training.
         progress: called with (step, loss) after each step.
 
@@ -116,7 +118,7 @@ def tune(
     Raises:
         DataError: if tokens are not ids (N, T).
     """
-    check_tokens("tokens", tokens)
+    blocks = LabelledBlocks.of(tokens)
     optimizer = torch.optim.AdamW(
         list(parameters), lr=settings.lr, weight_decay=settings.weight_decay
     )
@@ -125,9 +127,10 @@ def tune(
     seed = derive_seed(settings.seed, "emulators.tune")
     with evaluating(model):
         for step in range(settings.steps):
-            ids = step_blocks(tokens, settings.batch_size, seed, step).to(device)
+            rows = step_rows(len(blocks), settings.batch_size, seed, step)
+            ids, labels = blocks.ids[rows].to(device), blocks.labels[rows].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                loss = lm_loss(logits_of(model, ids), ids)
+                loss = lm_loss(logits_of(model, ids), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             if settings.clip > 0:
@@ -140,8 +143,14 @@ def tune(
     return losses
 
 
+def loss_of(model: Model, text: Text) -> float:
+    """Return the mean loss in nats over ids (N, T), or over the labels of blocks that have some."""
+    blocks = LabelledBlocks.of(text)
+    return mean_loss(model, blocks.ids, labels=blocks.labels)
+
+
 def tuned_in_full(
-    model: Model, adapters: Sequence[int], train: Tensor, held_out: Tensor, settings: Tuning
+    model: Model, adapters: Sequence[int], train: Text, held_out: Text, settings: Tuning
 ) -> float:
     """Return the held-out loss after tuning blocks ``adapters`` inside a copy of the full model.
 
@@ -150,22 +159,22 @@ def tuned_in_full(
     plan = EmulatorPlan.with_adapters(probe(model).num_layers, adapters)
     whole = build_emulator(model, plan, base_digest="")
     tune(whole.model, list(whole.adapter_parameters().values()), train, settings)
-    return mean_loss(whole.model, held_out)
+    return loss_of(whole.model, held_out)
 
 
-def fully_tuned(model: Model, train: Tensor, held_out: Tensor, settings: Tuning) -> float:
+def fully_tuned(model: Model, train: Text, held_out: Text, settings: Tuning) -> float:
     """Return the held-out loss after tuning every parameter of a copy of ``model``."""
     whole = copy.deepcopy(model).requires_grad_(True)
     tune(whole, list(whole.parameters()), train, settings)
-    return mean_loss(whole, held_out)
+    return loss_of(whole, held_out)
 
 
 def trial(
     model: Model,
     compressor: Compressor,
     material: Material,
-    train: Tensor,
-    held_out: Tensor,
+    train: Text,
+    held_out: Text,
     settings: Tuning | None = None,
     *,
     full_zero_shot: float | None = None,
@@ -178,8 +187,8 @@ def trial(
         model: the base; as it was before afterwards.
         compressor: a row of ``COMPRESSORS`` with its settings.
         material: what it may use, none of it from ``train`` or ``held_out``.
-        train: the owner's ids (N, T).
-        held_out: ids (N', T) for every measured loss.
+        train: the owner's ids (N, T), with labels or all of them to be predicted.
+        held_out: the same (N', T) for every measured loss.
         settings: of the tuning.
         full_zero_shot: if known already.
         bound: ``adapters_in_full`` if known already; NaN: do not measure it.
@@ -193,14 +202,14 @@ def trial(
     emulator = compressor.build(model, material)
     build_s = time.perf_counter() - started
     if full_zero_shot is None:
-        full_zero_shot = mean_loss(model, held_out)
-    zero_shot = mean_loss(emulator.model, held_out)
+        full_zero_shot = loss_of(model, held_out)
+    zero_shot = loss_of(emulator.model, held_out)
     adapters = emulator.plan.adapters
     tune(emulator.model, list(emulator.adapter_parameters().values()), train, settings, progress)
-    tuned = mean_loss(emulator.model, held_out)
+    tuned = loss_of(emulator.model, held_out)
     before = plug_in(model, adapter_state(emulator), emulator.plan)
     try:
-        plugged = mean_loss(model, held_out)
+        plugged = loss_of(model, held_out)
     finally:
         plug_in(model, before, emulator.plan)
     if bound is None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedsplit.emulators import Material, make_compressor
-from fedsplit.emulators.lm import mean_loss, pack, perplexity
-from fedsplit.emulators.planning.trial import Tuning, fully_tuned, trial, tuned_in_full
+from fedsplit.emulators.lm import IGNORED, LabelledBlocks, mean_loss, pack, perplexity
+from fedsplit.emulators.planning.trial import (
+    Tuning,
+    fully_tuned,
+    loss_of,
+    trial,
+    tune,
+    tuned_in_full,
+)
 from fedsplit.errors import ConfigError, DataError
 from tests.emulators.emulator_families import tiny, tokens
 
@@ -73,3 +81,35 @@ def test_blocks_and_perplexity() -> None:
     assert perplexity(model, tokens(), 5) == pytest.approx(float(loss.exp()), rel=1e-4)
     with pytest.raises(ConfigError, match="steps=0"):
         Tuning(steps=0)
+
+
+def test_blocks_with_every_label_are_their_tokens() -> None:
+    whole = LabelledBlocks(tokens(), tokens().clone())
+    make = make_compressor("layerdrop", adapters=(0, 5), keep=1)
+    plain, _ = trial(tiny(), make, Material(), tokens(), tokens(), SHORT)
+    labelled, _ = trial(tiny(), make, Material(), whole, whole, SHORT)
+    assert replace(labelled, build_s=plain.build_s) == plain
+
+
+def test_labels_alone_are_learned_and_measured() -> None:
+    ids, model = tokens(), tiny()
+    labels = ids.clone()
+    labels[:, :7] = IGNORED
+    blocks = LabelledBlocks(ids, labels)
+    assert blocks.targets() == 3 * len(ids)
+    logits = model(input_ids=ids).logits[:, 6:-1].detach()  # what predicts tokens 7, 8 and 9
+    alone = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 7:].flatten())
+    assert loss_of(model, blocks) == pytest.approx(float(alone), rel=1e-5)
+    one = Tuning(steps=1, batch_size=len(ids), lr=1e-3)
+    parameters = list(model.requires_grad_(True).parameters())
+    assert tune(model, parameters, blocks, one)[0] == pytest.approx(float(alone), rel=1e-5)
+
+
+def test_blocks_without_a_label_are_refused() -> None:
+    labels = tokens().clone()
+    labels[3] = IGNORED
+    labels[5, 1:] = IGNORED  # the first token follows nothing
+    with pytest.raises(DataError, match="2 blocks without a label"):
+        LabelledBlocks(tokens(), labels)
+    with pytest.raises(DataError, match=r"labels \(11, 10\): must be \(12, 10\)"):
+        LabelledBlocks(tokens(), labels[1:])

@@ -95,7 +95,13 @@ def test_options_out_of_range_are_refused(base: Path, tmp_path: Path, change: st
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("offsite-llm", "offsite-table"), ("sap-llm", "sap-depth")]
+    ("name", "kind"),
+    [
+        ("offsite-llm", "offsite-table"),
+        ("offsite-llm-answers", "offsite-table"),
+        ("sap-llm", "sap-depth"),
+        ("sap-llm-accuracy", "sweep"),
+    ],
 )
 def test_the_other_configs_on_this_model_can_be_read(name: str, kind: str) -> None:
     assert load_experiment(name, ["model=x"]).kind == kind

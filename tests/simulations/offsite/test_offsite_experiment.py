@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from simulations.core.settings import Experiment
 from simulations.offsite.emulator_sweep import PLOT as SWEEP_PLOT
 from simulations.offsite.emulator_sweep import run as run_sweep
 from simulations.offsite.emulator_table import METHODS, run
+from simulations.offsite.extraction import run as run_extraction
 
 COLUMNS = {
     *("method", "seed", "full_zero_shot", "full_ft", "emulator_zero_shot", "emulator_ft"),
@@ -77,6 +79,30 @@ def test_every_method_has_its_row_and_none_is_made_twice(
     by = {r["method"]: r for r in rows}
     assert by["scaleot-src"]["adapters"] == by["scaleot"]["adapters"]
     assert by["ot-large"]["emulator_params"] >= by["ot"]["emulator_params"]
+
+
+def test_a_table_over_prompts_and_answers_counts_the_answers_alone(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    asked = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i + 3}"} for i in range(20)]
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    made = experiment(tiny_llama, path, methods=["ot", "scaleot"], full=False)
+    made.run.update({"data.kind": "instructions", "offsite.block": 12})
+    with RunFolder(tmp_path / "run", name="o", kind="table") as folder:
+        run(made, folder, Console(file=io.StringIO()))
+    rows = read_results(tmp_path / "run")["rows"]
+    assert [(r["data"], r["method"]) for r in rows] == [("asked", "ot"), ("asked", "scaleot")]
+    # Two words and the end of each of the owners' four answers held out, and no prompt.
+    assert {r["held_out_tokens"] for r in rows} == {4 * 3}
+    assert all(math.isfinite(r["plug_in"]) for r in rows)
+    options = {**made.options, "methods": ["ot"], "attacks": ["lm"], "budget": [1]}
+    attacked = replace(made, options=options)
+    with (
+        pytest.raises(ConfigError, match=r"data\.kind='instructions': must be plain text"),
+        RunFolder(tmp_path / "attacked", name="o", kind="table") as folder,
+    ):
+        run_extraction(attacked, folder, Console(file=io.StringIO()))
 
 
 def test_unknown_methods_and_options_are_named(
