@@ -64,11 +64,17 @@ def utility(server: dict[str, Any]) -> dict[str, Any]:
 
 
 def privacy(attacks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return empirical privacy against the paper's attacker and against the strongest one."""
+    """Return empirical privacy against the paper's attacker and the strongest, and what each read.
+
+    Columns ``read_ATTACK`` are shares of tokens, with their intervals (``_low``, ``_high``).
+    """
     if not attacks:
         return {}
     best = strongest(attacks)
     row: dict[str, Any] = {"strongest_attack": best}
+    for name, found in attacks.items():
+        row[f"read_{name}"] = found["success"]
+        row[f"read_{name}_low"], row[f"read_{name}_high"] = found["interval"]
     for column, name in (
         ("empirical_privacy", "embedding_inversion"),
         ("empirical_privacy_map", best),

@@ -206,6 +206,8 @@ def test_a_cell_without_noise_hides_nothing(make_config: Any, tmp_path: Path) ->
     (cell,) = cells_of(small_run(make_config), [{"variant": "plain"}], 1)
     row = run_cell(cell, tmp_path / "cell", 400)
     assert row["empirical_privacy"] == 0.0
+    assert row["read_embedding_inversion"] == 1.0
+    assert row["read_embedding_inversion_low"] < 1.0 == row["read_embedding_inversion_high"]
     assert not (tmp_path / "cell").exists()
 
 
