@@ -8,7 +8,9 @@ that has loaded the libraries and nothing else:
 - ``owner, bytes``: a bundle read into memory, then unpacked;
 - ``owner, mapped``: a bundle's folder, its tensors mapped;
 - ``emulator, whole``: load the model, build an emulator of half of its blocks, write it;
-- ``emulator, files``: the same emulator, the blocks read one at a time.
+- ``emulator, files``: the same emulator, the blocks read one at a time;
+- ``importance``: a short importance run.  Where the run's dtype is the files', the frozen
+  weights are pages of files, which the system drops and reads again.
 
 Peaks are of the process: all resident memory, and without pages of files, which the system takes
 back when it needs them.
@@ -38,6 +40,8 @@ from typer import Option
 from fedsplit.emulators import Compressor, Emulator, Material, make_compressor
 from fedsplit.emulators.files import save_emulator
 from fedsplit.emulators.from_files import build_from_files
+from fedsplit.emulators.importance.files import ImportanceSettings
+from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.emulators.planning.plan import outer_blocks
 from fedsplit.errors import RunError, check, one_of
 from fedsplit.models.bundle.bottom import Bundle, pack_bottom, unpack_bottom
@@ -64,7 +68,7 @@ def run(
     k: Annotated[int, Option(help="blocks in the bottom")] = 2,
     dtype: Annotated[str, Option(help="of the run: float32 or bfloat16")] = "bfloat16",
 ) -> dict[str, Any]:
-    """Measure peak memory and seconds of loading halves, and of building an emulator."""
+    """Measure peak memory and seconds of loading halves, of emulators and importance."""
     check(width >= 128 and width % 128 == 0, "width", width, "a multiple of 128")
     check(1 <= k < layers, "k", k, f"in 1..{layers - 1}")
     one_of("dtype", dtype, sorted(DTYPES))
@@ -129,6 +133,14 @@ def _written(folder: Path, emulator: Emulator, tokenizer: Any) -> tuple[nn.Modul
     return (emulator.model,)
 
 
+def _importance(folder: Path, k: int, dtype: torch.dtype) -> tuple[nn.Module]:
+    loaded = load(folder, "causal-lm", dtype=dtype)
+    settings = ImportanceSettings(steps=2, batch_size=2, rl_every=1, rl_draws=2, cost_batches=1)
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    LayerReplace(loaded.model, ids, ids, settings, base_digest=loaded.digest).run()
+    return (loaded.model,)
+
+
 def _owner_bytes(folder: Path, k: int, dtype: torch.dtype) -> tuple[Bottom]:
     return (unpack_bottom(Bundle.load(folder / BUNDLE))[0],)
 
@@ -145,6 +157,7 @@ WAYS: dict[str, Way] = {
     "owner, mapped": _owner_mapped,
     "emulator, whole": _emulator_whole,
     "emulator, files": _emulator_files,
+    "importance": _importance,
 }
 
 
