@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import ConfigError
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import keep_no_activations
 from fedsplit.models.splitting.halves import Top
 from fedsplit.registry import pick
 
@@ -189,8 +190,7 @@ def recompute(top: Top) -> None:
         ConfigError: the family cannot.
     """
     try:
-        enable: Any = top.model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        keep_no_activations(top.model)
     except ValueError as error:
         raise ConfigError(f"server.checkpointing=true: {error}") from error
     for module in probe(top.model).blocks[0].modules():

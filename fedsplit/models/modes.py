@@ -1,9 +1,10 @@
-"""Modes that modules are held in for a while: evaluation, without gradients, with all of them."""
+"""Modes of modules: evaluation, without gradients, with all of them; activations kept or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,3 +50,16 @@ def probing(*modules: nn.Module) -> Iterator[None]:
     """Hold evaluation mode, every float parameter tracked by autograd; restore all flags."""
     with _tracking(modules, lambda p: p.is_floating_point()), torch.enable_grad():
         yield
+
+
+def keep_no_activations(model: Any) -> None:
+    """Let a Hugging Face model compute what is inside its blocks again in the backward pass.
+
+    The kind that is not re-entrant: it finds gradients where nothing that enters needs any.
+
+    Raises:
+        ValueError: the family cannot.
+    """
+    # Older 5.x releases know the first name of it alone.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})

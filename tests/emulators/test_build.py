@@ -13,6 +13,7 @@ from fedsplit.emulators.lm import lm_loss, logits_of
 from fedsplit.emulators.planning.plan import EmulatorPlan
 from fedsplit.errors import ConfigError, ModelError
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import keep_no_activations
 from tests.emulators.emulator_families import FAMILIES, LAYERS, storages, tiny, tokens
 
 PLAN = EmulatorPlan.with_adapters(LAYERS, (0, 4))
@@ -238,7 +239,7 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         return {n: p.grad.clone() for n, p in parameters.items()}
 
     expected = gradients()
-    emulator.model.gradient_checkpointing_enable()
+    keep_no_activations(emulator.model)
     emulator.model.train()
     for module in emulator.model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -23,6 +23,7 @@ from fedsplit.emulators.lm import IGNORED, mean_loss, pack, target_counts
 from fedsplit.emulators.packing import Sample, check_packing, pack_samples, pieces_of
 from fedsplit.emulators.settings import method_settings
 from fedsplit.errors import ConfigError, DataError
+from fedsplit.models.modes import keep_no_activations
 from fedsplit.owners.ledger.disclosure import Training
 from fedsplit.owners.offsite.steps import AdapterSteps, bounded
 from fedsplit.owners.own_tokens import lines_of
@@ -218,8 +219,7 @@ class AdapterOwner:
         batches, _ = self._steps(round_)
         model = self.emulator.model.train()
         if self.config.offsite.checkpointing:
-            # Nothing before A needs gradients: the re-entrant kind would find none at all.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            keep_no_activations(model)
         per_block = self._report is not None and self._report.per_text
         dp = self._dp(round_, len(batches))
         parameters = self.tuning.parameters()

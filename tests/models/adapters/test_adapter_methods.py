@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
 from fedsplit.models.adapters.methods import METHODS, BlockTuning, MethodSettings
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import keep_no_activations
 from tests.tiny_models import random_model
 
 COMMON: dict[str, Any] = {
@@ -151,7 +152,7 @@ def test_checkpointed_blocks_get_the_same_gradients() -> None:
         found = []
         for checkpointing in (False, True):
             if checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+                keep_no_activations(model)
                 model.train()
             model.zero_grad()
             model(IDS, use_cache=False).logits.square().mean().backward()

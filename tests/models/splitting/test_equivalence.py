@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.anatomy import probe
+from fedsplit.models.modes import keep_no_activations
 from fedsplit.models.splitting.equivalence import check_equivalence
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from tests.models.split_families import CASES, FAMILIES, LAYERS, batch, tiny
@@ -180,7 +181,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     expected = hidden.grad
     hidden.grad = None
 
-    top.model.gradient_checkpointing_enable()
+    keep_no_activations(top.model)
     top.train()
     _loss(top(hidden, mask), mask).backward()
 
