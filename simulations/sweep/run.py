@@ -245,7 +245,9 @@ def _told(row: Mapping[str, Any]) -> str:
         return f"{name}: {row['error']}"
     accuracy = row.get("accuracy")
     text = f"{name}: accuracy {100 * accuracy:.1f} %" if accuracy is not None else name
-    if "empirical_privacy" in row:
-        text += f", EP {100 * row['empirical_privacy']:.1f} %"
-        text += f" ({100 * row['empirical_privacy_map']:.1f} % {row['strongest_attack']})"
+    if "empirical_privacy_map" in row:  # behind blocks there is no nearest neighbour
+        text += f", EP {100 * row['empirical_privacy_map']:.1f} % ({row['strongest_attack']}"
+        if "empirical_privacy" in row:
+            text += f"; {100 * row['empirical_privacy']:.1f} % nearest"
+        text += ")"
     return f"{text}, {row['seconds']:.0f} s"
