@@ -38,6 +38,7 @@ from fedsplit.attacks.inversion.learned import LearnedInversion
 from fedsplit.attacks.inversion.map_decoding import MapInversion
 from fedsplit.attacks.inversion.nearest import NearestNeighbour
 from fedsplit.attacks.inversion.optimisation import OptimisationInversion
+from fedsplit.attacks.inversion.text_search import TextSearch
 from fedsplit.attacks.inversion.token_search import ExactSearch
 from fedsplit.attacks.labels.leakage import LabelLeakage
 from fedsplit.attacks.membership.attribute import AttributeInference
@@ -67,6 +68,7 @@ __all__ = [
     "OptimisationInversion",
     "Public",
     "Step",
+    "TextSearch",
     "TokenAttack",
     "Truth",
     "Update",

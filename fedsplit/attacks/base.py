@@ -44,6 +44,7 @@ class Public:
         states: the bottom's clean output for ``public_ids``, per text ``(T_j, d)``; None: computed.
         head: of a language model, what maps final hidden states to logits, as the server knows it.
         gradient_noise: announced protection of gradients, of each target's own loss.
+        inverter: what the learned attack taught, once it has: searches start from its guesses.
     """
 
     bottom: Any = None
@@ -56,6 +57,7 @@ class Public:
     states: Sequence[Tensor] | None = None
     head: LinearHead | None = None
     gradient_noise: GradientNoise = field(default_factory=GradientNoise)
+    inverter: Any = None
 
     @property
     def vocab(self) -> int:

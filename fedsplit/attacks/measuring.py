@@ -2,7 +2,9 @@
 
 With embeddings alone at the owner (k = 0), every attacker that fits runs in full: nearest vector,
 maximum a posteriori, and the same in context.  Behind blocks (k > 0) an inverter is taught on
-public text within a budget of seconds.  Several views of a text are read as their mean.  Attackers
+public text, and its proposals are sent through the bottom and judged by the law of the noise, each
+for half a budget of seconds: the search reads as many texts as there is time for, one at least.
+Several views of a text are read as their mean.  Attackers
 that weigh by language are run with public text, and again with more texts of the owner's kind: a
 server may well have the like.
 
@@ -32,7 +34,7 @@ from fedsplit.attacks.table import suited
 from fedsplit.models.splitting.representations import represent
 from fedsplit.privacy.empirical import Exposed, Reading
 
-# What they may spend; the learned one is also bound by the owner's seconds.
+# What they may spend; the learned one and the search after it are bound by the owner's seconds.
 BUDGET: dict[str, dict[str, Any]] = {
     "nearest": {"top_k": 1},
     "map": {"top_k": 1},
@@ -66,7 +68,12 @@ def measure(exposed: Exposed) -> list[Reading]:
         begin = time.perf_counter()
         public = _behind_blocks(public, others, _STATES * exposed.seconds)
         left -= time.perf_counter() - begin
-    budget = {**BUDGET, "learned": {"seconds": max(1.0, left)}}
+    half = max(1.0, left / 2)
+    budget = {
+        **BUDGET,
+        "learned": {"seconds": half},
+        "text_search": {"samples": 0, "seconds": half},
+    }
     view = View(public, rows)
     found = [_read(attack, view, exposed) for attack in _chosen(view, budget)]
     if others and exposed.bottom.k == 0:

@@ -23,6 +23,7 @@ from fedsplit.attacks.inversion.map_decoding import MapInversion
 from fedsplit.attacks.inversion.nearest import NearestNeighbour
 from fedsplit.attacks.inversion.optimisation import OptimisationInversion
 from fedsplit.attacks.inversion.replaced_tokens import ReplacedTokens
+from fedsplit.attacks.inversion.text_search import TextSearch
 from fedsplit.attacks.inversion.token_search import ExactSearch
 from fedsplit.attacks.labels.leakage import LabelLeakage
 from fedsplit.attacks.membership.attribute import AttributeInference
@@ -41,6 +42,7 @@ ATTACKS: dict[str, type[Attack]] = {
         OptimisationInversion,
         LearnedInversion,
         ExactSearch,
+        TextSearch,
         LogitGradients,
         ClosedForm,
         HeadRefit,

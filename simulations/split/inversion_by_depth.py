@@ -1,7 +1,8 @@
-"""The kind ``sap-depth``: what inversion attackers read from behind k blocks, without noise.
+"""The kind ``sap-depth``: what inversion attackers read from behind k blocks, with noise or not.
 
 Split-and-Privatize, arXiv 2312.15603, section 4 (embedding inversion over split points).  The
-attackers know the initial bottom and public text; the owners' text is SST-2.
+attackers know the initial bottom, public text and the law of the noise (``privacy.*`` of the run);
+the owners' text is SST-2.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.owners.data_source import reading
+from fedsplit.privacy import build_mechanism
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
 from fedsplit.privacy.denoising.ngram import NgramModel
+from fedsplit.privacy.mechanisms.base import Mechanism, clip_rows
 from fedsplit.privacy.public_text import public_texts
+from fedsplit.privacy.secret import OwnerSecret
 from fedsplit.registry import pick
 from fedsplit.seeding import numpy_generator
 from simulations.core.cells import CellStore, Row, product, run_cells
@@ -47,6 +51,7 @@ OPTIONS: dict[str, Any] = {
     "optimisation-steps": 150,
     "shortlist": 0,
     "learned-steps": 80,
+    "search-samples": 8,
     "public": "",
     "public-samples": 3000,
 }
@@ -110,13 +115,14 @@ class DepthSetting(ExperimentSetting):
         rng = numpy_generator(self.config.seed + seed, "depth", "private")
         order = rng.permutation(len(self.private))[: self.options["samples"]]
         truth = [self.private[i] for i in order]
-        received = states(self.deepest, truth)[k]
+        received, mechanism = self.sent(states(self.deepest, truth)[k], k, seed)
         special = {int(i) for i in self.loaded.tokenizer.all_special_ids}
         rows = []
         for name in self.options["attacks"]:
             began = time.perf_counter()
             attack = self.attack(name, seed)
             view = View(rows=received, public=self.knowledge(k, special), seed=seed)
+            view.public.mechanism = mechanism
             knowledge = ""
             if k > 0 and name == "nearest":  # behind blocks the candidates are lone tokens
                 lone, means = self.lone_candidates(k)
@@ -127,6 +133,9 @@ class DepthSetting(ExperimentSetting):
             samples = int(result.extra["samples"])
             row = {
                 "k": k,
+                "mechanism": mechanism.name,
+                "noise_ratio": self.config.privacy.noise_ratio,
+                "eta": self.config.privacy.eta,
                 "attack": name,
                 "seed": seed,
                 "success": result.success,
@@ -146,6 +155,19 @@ class DepthSetting(ExperimentSetting):
             rows.append(row)
         return rows
 
+    def sent(self, clean: list[Tensor], k: int, seed: int) -> tuple[list[Tensor], Mechanism]:
+        """Return what leaves of clean states under the run's mechanism, and the mechanism."""
+        bottom = split(self.loaded.model, k, verify=False)[0].eval()
+        law = build_mechanism(self.config.privacy, bottom, bottom.vocab, self.loaded.tokenizer)
+        if not law.protects():
+            return clean, law
+        secret = OwnerSecret.for_simulation(self.config.seed + seed, "depth")
+        rows = [
+            law.privatise(clip_rows(x, law.row_clip), secret.stream("depth", i))
+            for i, x in enumerate(clean)
+        ]
+        return rows, law
+
     def attack(self, name: str, seed: int) -> Attack:
         """Return a row of the attacks' table with this experiment's budget."""
         o = self.options
@@ -153,6 +175,8 @@ class DepthSetting(ExperimentSetting):
         own: dict[str, dict[str, Any]] = {
             "optimisation": {**budget, "shortlist": o["shortlist"], "batch": 12},
             "learned": {"steps": o["learned-steps"]},
+            "exact_search": {"samples": o["search-samples"]},
+            "text_search": {"samples": o["search-samples"], "steps": o["learned-steps"]},
         }
         return make_attack(name, seed, own)
 
@@ -244,5 +268,5 @@ def table(rows: Sequence[Row], attacks: Sequence[str]) -> Table:
             (k, *(shown(mine, name) for name in attacks))
             for (k,), mine in sorted(grouped(rows, "k").items())
         ),
-        title="Tokens recovered without noise, mean (range)",
+        title="Tokens recovered, mean (range)",
     )

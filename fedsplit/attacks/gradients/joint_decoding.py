@@ -20,10 +20,15 @@ from torch import Tensor
 
 from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.gradients.next_tokens import logits_of, reads_logits
-from fedsplit.attacks.gradients.text_evidence import EXACT, CachedReader, TextEvidence, union
+from fedsplit.attacks.gradients.text_evidence import CachedReader, TextEvidence, union
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table
-from fedsplit.attacks.inversion.token_search import ExactSearch, PrefixRunner, first_states
+from fedsplit.attacks.inversion.token_search import (
+    UNEXPLAINED,
+    ExactSearch,
+    PrefixRunner,
+    first_states,
+)
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.models.modes import frozen
@@ -31,8 +36,6 @@ from fedsplit.privacy.denoising.candidate_search import search
 from fedsplit.privacy.denoising.posterior import posterior_search
 
 RANKED = 10
-UNEXPLAINED = -ExactSearch.tolerance / EXACT**2
-"""Nats below which a row without noise speaks against a token, as exact search has it."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ given the text read so far; so no factor is more than ln 2 nats below the better
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,8 @@ from torch import Tensor
 from fedsplit.attacks.base import View
 from fedsplit.attacks.gradients.gradient_map import gradient_evidence
 from fedsplit.attacks.gradients.next_tokens import logits_of, reads_logits
-from fedsplit.privacy.denoising.posterior import likelihood_of
-from fedsplit.privacy.mechanisms.base import clip_rows
+from fedsplit.attacks.inversion.row_evidence import RowEvidence, lawful
 
-EXACT = 1e-3  # relative distance at which a row without noise counts as one unit of evidence
 IMPOSSIBLE = 1e4  # nats
 
 
@@ -46,9 +44,11 @@ class TextEvidence:
     def __init__(self, view: View, sample: int) -> None:
         self._public = view.public
         self._first = view.public.log_prior()  # (V,)
-        self.exact_rows = False
         self._received = view.rows[sample].float() if view.rows else None
-        self._row = self._rows_of(view)
+        self._row: RowEvidence | None = None
+        if self._received is not None and view.public.bottom is not None and lawful(view.public):
+            self._row = RowEvidence(view.public, self._received)
+        self.exact_rows = self._row is not None and self._row.exact
         self.length = len(view.rows[sample]) if view.rows else len(view.steps[sample][0].gradient)
         vocab = len(self._first)
         self.tokens = torch.zeros(self.length, vocab)
@@ -63,31 +63,6 @@ class TextEvidence:
         # Without noise a candidate is right or wrong; rounding decides nothing beyond that.
         self.tokens[1:] = (found - found.amax(dim=1, keepdim=True)).clamp(min=-IMPOSSIBLE)
 
-    def _rows_of(self, view: View) -> Callable[[Tensor], Tensor] | None:
-        """Return (clean states (n, T, d)) -> log p(rows | states), ``(n, T)``; None: no law."""
-        public, received = view.public, self._received
-        if received is None or public.bottom is None:
-            return None
-        rows, mechanism = received, public.mechanism
-        if mechanism is None or not mechanism.protects():
-            self.exact_rows = True
-            power = rows.square().sum(1) * EXACT**2 + 1e-12  # (T,)
-            return lambda states: (
-                -(states - rows[: states.shape[1]]).square().sum(2) / power[: states.shape[1]]
-            )
-        if not mechanism.adds_noise:
-            return None
-        whitener = mechanism.whitener()
-        rows = rows if whitener is None else rows @ whitener.float()
-        likelihood = likelihood_of(mechanism, rows.shape[1], public.touched)
-
-        def noisy(states: Tensor) -> Tensor:
-            flat = clip_rows(states.flatten(0, 1), mechanism.row_clip).view_as(states)
-            flat = flat if whitener is None else flat @ whitener.float()
-            return likelihood((flat - rows[: states.shape[1]]).square().sum(2))
-
-        return noisy
-
     @property
     def has_rows(self) -> bool:
         """Whether rows of a known law were received."""
@@ -101,10 +76,7 @@ class TextEvidence:
     def of_rows(self, states: Tensor, first: int = 0) -> Tensor:
         """Return log p(rows from ``first`` on | clean states (n, t, d)), ``(n, t)``."""
         assert self._row is not None, "asked where there are rows"
-        if not first:
-            return self._row(states)
-        before = states.new_zeros(len(states), first, states.shape[2])
-        return self._row(torch.cat([before, states], dim=1))[:, first:]
+        return self._row(states, first)
 
     def prior(self, predicted: Tensor, position: Tensor | slice | int) -> Tensor:
         """Return the log prior where the public model predicts ``predicted`` (log, ``(.., V)``)."""

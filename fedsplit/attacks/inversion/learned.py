@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.base import Public, TokenAttack, View
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.scoring import Inversion
@@ -140,15 +140,22 @@ class LearnedInversion(TokenAttack):
 
     def read(self, view: View) -> Inversion:
         """Return the guesses, after training on the view's public text."""
-        of = view.public
+        start = time.perf_counter()
+        top = self.trained(view.public).rank(view.rows, self.top_k)
+        return Inversion(top, time.perf_counter() - start)
+
+    def trained(self, of: Public) -> TrainedInverter:
+        """Return the inverter taught on public text; a search after it finds it in ``of``."""
         table = embedding_table(of.embedding, of.vocab, torch.device("cpu"))
         if of.states is not None:
             ids = [torch.as_tensor(x) for x in of.public_ids]
-            return self.invert(view.rows, of.states, ids, table, of.mechanism)
+            of.inverter = self.train(of.states, ids, table, of.mechanism)
+            return of.inverter
         order = numpy_generator(self.seed, "attacks", "public").permutation(len(of.public_ids))
         chosen = order[: self.public_samples]
         ids = [torch.tensor(of.public_ids[i]) for i in chosen if len(of.public_ids[i]) >= 2]
-        return self.invert(view.rows, represent(of.bottom, ids), ids, table, of.mechanism)
+        of.inverter = self.train(represent(of.bottom, ids), ids, table, of.mechanism)
+        return of.inverter
 
     def invert(
         self,

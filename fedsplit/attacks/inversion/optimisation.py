@@ -2,9 +2,11 @@
 
 Split-and-Privatize, arXiv 2312.15603, section 4 (EIA for k >= 1).  Token-selection logits Z (T, V)
 are relaxed to soft embeddings softmax(Z / tau) E, sent through the known bottom, and fitted to the
-received vectors by mean squared error.  The bottom is used through its ordinary forward: a hook on
-its input embedding puts the soft embeddings in place of the looked-up ones, so position embeddings,
-norms, masks and rotary angles are the model's own.
+received vectors by mean squared error, each row's relative to its own square: in many decoders the
+first token's state is a hundred times the others' (massive activations, Sun et al., arXiv
+2402.17762), and would be all that is fitted.  The bottom is used through its ordinary forward: a
+hook on its input embedding puts the soft embeddings in place of the looked-up ones, so position
+embeddings, norms, masks and rotary angles are the model's own.
 """
 
 from __future__ import annotations
@@ -196,7 +198,7 @@ class OptimisationInversion(TokenAttack):
             [x.detach().to(device, torch.float32) for x in targets], batch_first=True
         )  # (B, T, d)
         mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
-        power = (target.square().sum(2) * mask).sum(1).clamp(min=1e-12)  # (B,)
+        power = target.square().sum(2).clamp(min=1e-12)  # (B, T)
         best_error = torch.full((len(targets),), torch.inf, device=device)
         best: Tensor | None = None
         for restart in range(self.restarts):
@@ -229,7 +231,7 @@ class OptimisationInversion(TokenAttack):
         logits = (0.01 * torch.randn(size, generator=generator)).to(table.device)
         logits.requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=self.lr)
-        weight = mask.unsqueeze(2) / (mask.sum() * target.shape[2])
+        weight = (mask / power).unsqueeze(2) / mask.sum()
         kept = logits.detach().clone()
         lowest = torch.full((len(target),), torch.inf, device=table.device)
         for step in range(1, self.steps + 1):
@@ -249,7 +251,7 @@ class OptimisationInversion(TokenAttack):
             if step % self.check_every == 0 or step == self.steps:
                 with torch.no_grad():
                     hard = bottom(ids[logits.argmax(2)], mask)
-                    gap = ((hard - target).square().sum(2) * mask).sum(1) / power  # (B,)
+                    gap = ((hard - target).square().sum(2) * mask / power).sum(1) / mask.sum(1)
                 better = gap < lowest
                 kept = torch.where(better[:, None, None], logits.detach(), kept)
                 lowest = torch.where(better, gap, lowest)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table, soft_embeddings
+from fedsplit.attacks.inversion.row_evidence import EXACT
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
-from fedsplit.models.modes import frozen
+from fedsplit.models.modes import evaluating, frozen
 from fedsplit.models.splitting.structure import Exit, Reached
 
 FIRST_AT_ONCE = 1024
@@ -92,8 +93,8 @@ class ExactSearch(TokenAttack):
 
     def applies(self, view: View) -> bool:
         """Return whether a causal model's clean states were received, behind blocks."""
-        causal = super().applies(view) and view.public.bottom.task == "causal-lm"
-        return causal and not has_candidates(view) and not view.public.noisy
+        clean = super().applies(view) and not has_candidates(view) and not view.public.noisy
+        return clean and reads_left_to_right(view.public.bottom)
 
     def read(self, view: View) -> Inversion:
         of = view.public
@@ -191,6 +192,10 @@ class ExactSearch(TokenAttack):
             torch.autograd.backward(loss)
             optimiser.step()
         return (table - guess.detach()).square().sum(1).argsort()
+
+
+UNEXPLAINED = -ExactSearch.tolerance / EXACT**2
+"""Nats below which a row without noise speaks against a token, as exact search has it."""
 
 
 class PrefixRunner:
@@ -308,6 +313,19 @@ def state_before_cut(bottom: nn.Module, **inputs: Any) -> Tensor:
 def _last_block(bottom: nn.Module) -> nn.Module:
     """Return the stand-in behind the bottom's blocks (see ``Exit`` of the splitting package)."""
     return next(m for m in bottom.modules() if isinstance(m, Exit))
+
+
+def reads_left_to_right(bottom: Any) -> bool:
+    """Return whether a bottom's states depend on what stands before them alone, whatever its task.
+
+    A classifier on a causal model is as causal as a language model.
+    """
+    try:
+        with evaluating(bottom):
+            check_causal(bottom, int(bottom.vocab), next(bottom.parameters()).device)
+    except AttackError:
+        return False
+    return True
 
 
 @torch.no_grad()

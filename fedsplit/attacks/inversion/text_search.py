@@ -1,0 +1,220 @@
+"""Whole texts that explain all received rows: behind blocks, by the law of the noise.
+
+A learned inverter (:mod:`fedsplit.attacks.inversion.learned`) knows the blocks from examples alone.
+But the bottom is public: a text can be sent through it, and what comes out compared with *every*
+row by the exact law of the noise.  So the inverter only proposes.  Where states depend on what
+stands before them alone, a beam reads left to right, each candidate behind the text read so far (as
+SipIt does without noise, Nikolaou et al., arXiv 2510.15511).  Then the best text is read again,
+position by position: each candidate is put in and the whole text judged anew, prior included, which
+is coordinate ascent on the posterior of the text (iterated conditional modes, Besag 1986).  That
+needs no order of reading, so bidirectional bottoms are read as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsplit.attacks.base import Public, TokenAttack, View
+from fedsplit.attacks.inversion.learned import LearnedInversion
+from fedsplit.attacks.inversion.nearest import has_candidates
+from fedsplit.attacks.inversion.optimisation import embedding_table
+from fedsplit.attacks.inversion.row_evidence import RowEvidence, lawful
+from fedsplit.attacks.inversion.token_search import (
+    UNEXPLAINED,
+    ExactSearch,
+    PrefixRunner,
+    reads_left_to_right,
+)
+from fedsplit.attacks.scoring import Inversion
+from fedsplit.errors import check
+from fedsplit.models.modes import frozen
+
+
+@dataclass(frozen=True)
+class TextSearch(TokenAttack):
+    """The attack: an inverter's proposals, judged by the bottom itself and the law of the noise.
+
+    Args:
+        beams: texts kept while reading left to right.
+        shortlist: the inverter's candidates per position.
+        rereads: times at most that the best text is read again; ends when nothing changes.
+        retried: candidates per position of a reading again.
+        samples: read at most; 0 for all.
+        seconds: of searching at most; the sample at work is read once, left to right, whatever it
+            takes.  0 = no bound.
+        steps: of teaching the inverter, where the learned attack has not left one.
+        top_k: guesses ranked per token.
+        seed: of the inverter.
+    """
+
+    name: ClassVar[str] = "text_search"
+    knows: ClassVar[str] = (
+        "white box: the initial bottom (any k), the mechanism's law, bigrams of public text"
+    )
+    budget: ClassVar[tuple[str, ...]] = ("beams", "shortlist", "rereads", "samples")
+    keys: ClassVar[Mapping[str, tuple[str, int]]] = {"text-samples": ("samples", 1)}
+    words: ClassVar[str] = "texts that explain all rows, sent through the same bottom"
+    beams: int = 4
+    shortlist: int = 24
+    rereads: int = 2
+    retried: int = 8
+    samples: int = 8
+    seconds: float = 0.0
+    steps: int = 200
+    top_k: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "top_k"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        for name in ("rereads", "samples", "seconds", "steps"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        for name in ("shortlist", "retried"):
+            check(getattr(self, name) >= 2, name, getattr(self, name), ">= 2 (candidates)")
+
+    def applies(self, view: View) -> bool:
+        """Return whether rows of a known law were received, behind blocks, and none knows more.
+
+        A language model's rows are read by ``joint``, which has the public model as its prior.
+        """
+        of = view.public
+        if not super().applies(view) or has_candidates(view) or not lawful(of):
+            return False
+        return len(of.public_ids) > 0 and (of.model is None or of.bottom.task != "causal-lm")
+
+    def read(self, view: View) -> Inversion:
+        """Return the guesses; see :meth:`TokenAttack.read`."""
+        start = time.perf_counter()
+        of = view.public
+        inverter = of.inverter or LearnedInversion(steps=self.steps, seed=self.seed).trained(of)
+        rows = list(view.rows[: self.samples or None])
+        proposed = inverter.rank(rows, self.shortlist)
+        top: list[Tensor] = []
+        with frozen(of.bottom):
+            reader = _Reader.of(self, of)
+            for received, ids in zip(rows, proposed, strict=True):
+                top.append(reader.ranked(RowEvidence(of, received), received.float(), ids))
+                if reader.late():
+                    break
+        return Inversion(top, time.perf_counter() - start)
+
+
+@dataclass
+class _Reader:
+    """What is the same for all texts.
+
+    Attributes:
+        attack: its budget.
+        public: what is known.
+        unigram: log prior of a first token, ``(V,)``.
+        runner: runs a token behind a prefix; None: states depend on what follows.
+        table: of token embeddings, for searches of the whole vocabulary.
+        until: when the budget of seconds ends.
+    """
+
+    attack: TextSearch
+    public: Public
+    unigram: Tensor
+    runner: PrefixRunner | None
+    table: Tensor
+    until: float
+    searches: ExactSearch = field(default_factory=lambda: ExactSearch(top_k=2))
+
+    @classmethod
+    def of(cls, attack: TextSearch, public: Public) -> _Reader:
+        causal = reads_left_to_right(public.bottom)
+        runner = PrefixRunner(public.bottom, public.embedding) if causal else None
+        table = embedding_table(public.embedding, public.vocab, torch.device("cpu"))
+        until = time.perf_counter() + (attack.seconds or float("inf"))
+        return cls(attack, public, public.log_prior(), runner, table, until)
+
+    def late(self) -> bool:
+        """Return whether the budget of seconds is spent."""
+        return time.perf_counter() > self.until
+
+    def ranked(self, evidence: RowEvidence, received: Tensor, proposed: Tensor) -> Tensor:
+        """Return the ranked guesses of one text, best first, ``(T, k)``."""
+        starts = [proposed[:, 0]]
+        if self.runner is not None:
+            starts.append(self._beam(evidence, received, proposed))
+        totals = self._totals(evidence, torch.stack(starts))
+        text = starts[int(totals.argmax())].clone()
+        judged = [proposed[t] for t in range(len(text))]
+        for _ in range(self.attack.rereads):
+            before = text.clone()
+            for t in range(len(text)):
+                if self.late():
+                    break
+                ids = _distinct(text[t : t + 1], judged[t])[: self.attack.retried]
+                tried = text.repeat(len(ids), 1)
+                tried[:, t] = ids
+                order = ids[self._totals(evidence, tried).argsort(descending=True)]
+                judged[t] = _distinct(order, judged[t])
+                text[t] = order[0]
+            if torch.equal(before, text):
+                break
+        out = [_distinct(text[t : t + 1], judged[t])[: self.attack.top_k] for t in range(len(text))]
+        width = min(map(len, out))
+        return torch.stack([ids[:width] for ids in out])
+
+    @torch.no_grad()
+    def _totals(self, evidence: RowEvidence, texts: Tensor) -> Tensor:
+        """Return the log posterior of whole texts up to a constant, ``(n, T) -> (n,)``."""
+        states = self.public.bottom(texts, torch.ones_like(texts)).float()  # (n, T, d)
+        prior = self.unigram[texts[:, 0]] + self._bigram(texts[:, :-1], texts[:, 1:]).sum(1)
+        total: Tensor = evidence(states).sum(1) + prior
+        return total
+
+    def _bigram(self, before: Tensor, after: Tensor) -> Tensor:
+        found = self.public.language.bigram(before.numpy(), after.numpy())
+        return torch.from_numpy(np.asarray(found)).float()
+
+    def _beam(self, evidence: RowEvidence, received: Tensor, proposed: Tensor) -> Tensor:
+        """Return the best text that reading left to right finds, ``(T,)``."""
+        texts: list[list[int]] = [[]]
+        totals = torch.zeros(1)
+        for t, own in enumerate(proposed):
+            ids = own
+            rows = self._behind(evidence, texts, ids, t)
+            if evidence.exact and float(rows.max()) < UNEXPLAINED:
+                assert self.runner is not None, "asked where states depend on the past alone"
+                self.runner.advance(texts[int(totals.argmax())])
+                with torch.enable_grad():
+                    found = self.searches.position(received[t], self.runner, self.table)
+                ids = _distinct(found, ids)
+                rows = self._behind(evidence, texts, ids, t)
+            if t:
+                last = torch.tensor([[text[-1]] for text in texts]).expand(-1, len(ids))
+                prior = self._bigram(last, ids.expand(len(texts), -1))
+            else:
+                prior = self.unigram[ids].unsqueeze(0)
+            joint = totals[:, None] + rows + prior
+            best = joint.flatten().topk(min(self.attack.beams, joint.numel()))
+            totals = best.values
+            parents, picked = best.indices // len(ids), ids[best.indices % len(ids)]
+            texts = [[*texts[int(p)], int(v)] for p, v in zip(parents, picked, strict=True)]
+        return torch.tensor(texts[int(totals.argmax())])
+
+    @torch.no_grad()
+    def _behind(
+        self, evidence: RowEvidence, texts: Sequence[list[int]], ids: Tensor, t: int
+    ) -> Tensor:
+        """Return row ``t``'s evidence for each of ``ids`` behind each text, ``(n, m)``."""
+        assert self.runner is not None, "asked where states depend on the past alone"
+        found = []
+        for text in texts:
+            self.runner.advance(text)
+            found.append(evidence(self.runner.tokens(ids).unsqueeze(1), t)[:, 0])
+        return torch.stack(found)
+
+
+def _distinct(first: Tensor, more: Tensor) -> Tensor:
+    """Return ``first`` and what else is in ``more``, in their order."""
+    return torch.cat([first, more[~torch.isin(more, first)]])

@@ -1,0 +1,103 @@
+"""Texts judged by the bottom itself: they explain the rows best, and read more than an inverter."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsplit.attacks import Public, TextSearch, Truth, View, make_attack, suited
+from fedsplit.attacks.inversion.learned import represent
+from fedsplit.attacks.inversion.row_evidence import RowEvidence
+from fedsplit.attacks.inversion.text_search import _Reader
+from fedsplit.attacks.inversion.token_search import reads_left_to_right
+from fedsplit.errors import ConfigError
+from fedsplit.models import load, split
+from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
+from tests.tiny_models import save_tiny_bert, save_tiny_llama
+
+BUDGET: dict[str, dict[str, Any]] = {"learned": {"steps": 40}, "text_search": {"samples": 12}}
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A classifier's bottom of two blocks, and public and private texts."""
+    save = {"bert": save_tiny_bert, "llama": save_tiny_llama}[request.param]
+    folder = save(tmp_path_factory.mktemp(request.param))
+    bottom = split(load(folder, "sequence-classification", num_labels=3).model, 2)[0].eval()
+    draw = torch.Generator().manual_seed(5)
+    weight = 1.0 / torch.arange(1, bottom.vocab + 1)
+
+    def texts(count: int) -> list[Tensor]:
+        sizes = torch.randint(3, 10, (count,), generator=draw).tolist()
+        return [torch.multinomial(weight, n, replacement=True, generator=draw) for n in sizes]
+
+    return request.param, bottom, texts(300), texts(12)
+
+
+def seen(bottom: Any, public: list[Tensor], private: list[Tensor], ratio: float) -> View:
+    clean = represent(bottom, private)
+    law = None
+    rows = clean
+    if ratio:
+        norm = float(torch.cat(clean).norm(dim=1).median())
+        law = DChi(eta_from_ratio(ratio, clean[0].shape[1], norm))
+        secret = OwnerSecret.for_simulation(0, "owner")
+        rows = [law.privatise(x, secret.stream(i)) for i, x in enumerate(clean)]
+    return View(Public(bottom, law, [x.tolist() for x in public]), rows)
+
+
+def test_a_classifier_on_a_causal_model_is_read_exactly(world: Any) -> None:
+    family, bottom, public, private = world
+    assert reads_left_to_right(bottom) == (family == "llama")
+    view = seen(bottom, public, private, 0.0)
+    names = [attack.name for attack in suited(view)]
+    exact = ["exact_search"] if family == "llama" else []
+    assert names == ["optimisation", "learned", *exact, "text_search"]
+    results = [a.run(view, Truth(ids=private)) for a in suited(view, budget=BUDGET)[1:]]
+    assert results[-1].success == 1.0
+    assert all(r.success == 1.0 for r in results[1:])
+
+
+def test_the_bottom_itself_reads_more_than_what_was_taught_of_it(world: Any) -> None:
+    _, bottom, public, private = world
+    view = seen(bottom, public, private, 2.0)
+    learned, searched = suited(view, budget=BUDGET)[-2:]
+    assert (learned.name, searched.name) == ("learned", "text_search")
+    by_examples = learned.run(view, Truth(ids=private))
+    assert view.public.inverter is not None
+    found = searched.run(view, Truth(ids=private))
+    assert found.success > by_examples.success + 0.05
+    assert found.success > found.baseline
+    assert found.top10 >= found.success
+    assert found.extra["samples"] == len(private)
+
+
+def test_short_texts_are_the_posteriors_maximum(world: Any) -> None:
+    _, bottom, public, private = world
+    view = seen(bottom, public, [x[:2] for x in private], 1.0)
+    vocabulary = range(40)  # the private texts' most frequent
+    every = torch.tensor(list(product(vocabulary, vocabulary)))
+    attack = TextSearch(shortlist=bottom.vocab, retried=bottom.vocab, steps=20, rereads=4)
+    guesses = attack.read(view).top
+    reader = _Reader.of(attack, view.public)
+    for received, top in zip(view.rows, guesses, strict=False):
+        evidence = RowEvidence(view.public, received)
+        best = float(reader._totals(evidence, every).max())
+        assert float(reader._totals(evidence, top[None, :, 0])) >= best - 1e-3
+
+
+def test_a_bound_of_seconds_still_reads_a_text(world: Any) -> None:
+    _, bottom, public, private = world
+    view = seen(bottom, public, private, 1.0)
+    found = TextSearch(steps=5, seconds=1e-9).read(view)
+    assert len(found.top) == 1
+
+
+def test_fields_out_of_range_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="retried=1: must be >= 2"):
+        make_attack("text_search", retried=1)
