@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -46,6 +46,8 @@ class TextSearch(TokenAttack):
         shortlist: the inverter's candidates per position.
         rereads: times at most that the best text is read again; ends when nothing changes.
         retried: candidates per position of a reading again.
+        searched: further candidates tried, the nearest to an embedding found by gradient descent,
+            where none of the inverter's explains a row without noise.
         samples: read at most; 0 for all.
         seconds: of searching at most; the sample at work is read once, left to right, whatever it
             takes.  0 = no bound.
@@ -65,6 +67,7 @@ class TextSearch(TokenAttack):
     shortlist: int = 24
     rereads: int = 2
     retried: int = 8
+    searched: int = 4096
     samples: int = 8
     seconds: float = 0.0
     steps: int = 200
@@ -72,7 +75,7 @@ class TextSearch(TokenAttack):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("beams", "top_k"):
+        for name in ("beams", "top_k", "searched"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("rereads", "samples", "seconds", "steps"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -117,6 +120,7 @@ class _Reader:
         runner: runs a token behind a prefix; None: states depend on what follows.
         table: of token embeddings, for searches of the whole vocabulary.
         until: when the budget of seconds ends.
+        searches: tries the vocabulary behind a prefix.
     """
 
     attack: TextSearch
@@ -125,7 +129,7 @@ class _Reader:
     runner: PrefixRunner | None
     table: Tensor
     until: float
-    searches: ExactSearch = field(default_factory=lambda: ExactSearch(top_k=2))
+    searches: ExactSearch
 
     @classmethod
     def of(cls, attack: TextSearch, public: Public) -> _Reader:
@@ -133,7 +137,8 @@ class _Reader:
         runner = PrefixRunner(public.bottom, public.embedding) if causal else None
         table = embedding_table(public.embedding, public.vocab, torch.device("cpu"))
         until = time.perf_counter() + (attack.seconds or float("inf"))
-        return cls(attack, public, public.log_prior(), runner, table, until)
+        searches = ExactSearch(top_k=2, max_trials=attack.searched)
+        return cls(attack, public, public.log_prior(), runner, table, until, searches)
 
     def late(self) -> bool:
         """Return whether the budget of seconds is spent."""

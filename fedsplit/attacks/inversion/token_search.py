@@ -92,9 +92,12 @@ class ExactSearch(TokenAttack):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
 
     def applies(self, view: View) -> bool:
-        """Return whether a causal model's clean states were received, behind blocks."""
-        clean = super().applies(view) and not has_candidates(view) and not view.public.noisy
-        return clean and reads_left_to_right(view.public.bottom)
+        """Return whether a language model's clean states were received, behind blocks.
+
+        Other tasks on causal models are read by ``text_search``, which tries fewer tokens.
+        """
+        causal = super().applies(view) and view.public.bottom.task == "causal-lm"
+        return causal and not has_candidates(view) and not view.public.noisy
 
     def read(self, view: View) -> Inversion:
         of = view.public
