@@ -1,10 +1,11 @@
 """The joint attacker: rows and gradients of a text together, read as language.
 
 A beam search reads left to right; every token's candidates come from the gradients, from the
-public model behind the text read so far, from the server's own prediction, and, in front of any
-block, from the row itself; behind blocks, where none of them explains a row without noise, the
-whole vocabulary is searched.  The best text is then read again: at the tokens that are least
-certain each candidate is put in, and the whole text judged anew, so that what follows counts too.
+public model behind the text read so far, from the server's own prediction, and from the row itself:
+in front of any block by its distance, behind blocks as a learned inverter reads it, where one was
+taught.  Where none of them explains a row without noise the whole vocabulary is searched.  The best
+text is then read again: at the tokens that are least certain each candidate is put in, and the
+whole text judged anew, so that what follows counts too.
 """
 
 from __future__ import annotations
@@ -84,10 +85,15 @@ class JointDecoding(TokenAttack):
         alone = _by_row(view, count, self.shortlist)
         runner = PrefixRunner(view.public.bottom, view.public.embedding)
         first = None if alone else first_states(runner, view.public.vocab)
+        proposed = None
+        if not alone and view.rows and view.public.inverter is not None:
+            proposed = view.public.inverter.rank(list(view.rows[:count]), self.shortlist)
         top = []
         for sample in range(count):
             evidence = TextEvidence(view, sample)
             own = alone[sample] if alone else _first_tokens(evidence, first, self.shortlist)
+            if proposed is not None and evidence.has_rows:
+                own = torch.cat([own[:1], proposed[sample][len(own[:1]) :]])
             top.append(_Reading(self, view, evidence, runner, own).ranked())
         return Inversion(top, time.perf_counter() - start)
 
@@ -206,7 +212,7 @@ class _Reading:
         for t in range(e.length):
             ids = self._candidates(t, prior)
             rows = torch.stack([self._extended(text, ids, t) for text in texts])  # (n, m)
-            if t >= len(self.alone) and e.exact_rows and float(rows.max()) < UNEXPLAINED:
+            if e.exact_rows and float(rows.max()) < UNEXPLAINED:
                 ids = union([ids, self._searched(texts[int(totals.argmax())], t)])
                 rows = torch.stack([self._extended(text, ids, t) for text in texts])
             own = prior[:, ids] + e.tokens[t, ids] + rows

@@ -89,6 +89,18 @@ def test_both_directions_tell_more_than_either(base: Any, k: int) -> None:
     assert min(back, rows) > 0.05
 
 
+def test_behind_blocks_noisy_rows_are_read_from_an_inverters_proposals(base: Any) -> None:
+    view, truth = crossed(base, 2, 40.0, 0.0)
+    view.steps = ()  # rows alone
+    draw = torch.Generator().manual_seed(9)
+    public = [torch.randint(5, view.public.vocab, (LENGTH,), generator=draw) for _ in range(400)]
+    view.public.public_ids = [ids.tolist() for ids in public]
+    without = make_attack("joint").run(view, truth)
+    learned = make_attack("learned", steps=40).run(view, truth)
+    found = make_attack("joint").run(view, truth)
+    assert found.success > max(without.success, learned.success) + 0.05
+
+
 def test_reading_in_pieces_is_reading_at_once(base: Any) -> None:
     view, _ = crossed(base, 1, 0.0, 0.0)
     text = torch.tensor([[5, 9, 11, 7], [6, 9, 8, 7]])
