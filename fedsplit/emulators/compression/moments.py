@@ -90,9 +90,10 @@ def _matrix_hook(into: Moments) -> Any:
 def _channel_hook(into: Moments) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x = args[0]
+        value = x.detach()  # a hook that held x itself would keep its whole graph alive for good
 
         def back(gradient: Tensor) -> None:
-            product = (x.detach() * gradient).float().flatten(0, -2)  # (tokens, n)
+            product = (value * gradient).float().flatten(0, -2)  # (tokens, n)
             into.taylor = _add(into.taylor, product.pow(2).sum(0))
 
         x.register_hook(back)
