@@ -47,6 +47,24 @@ def picture(
         pyplot.close(figure)
 
 
+def plain_log(*axes: Any) -> None:
+    """Label the ticks of logarithmic axes (``axes.xaxis``) in plain digits, as many as fit.
+
+    matplotlib's own labels are formulas, which are not parsed here.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """Leaves out what matplotlib would; writes 0.2, not 2e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
+    for axis in axes:
+        axis.set_major_formatter(Plain(minor_thresholds=(1.5, 0.5)))
+        axis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.5)))
+
+
 def draw_if_possible(
     console: Console, path: Path, draw: Callable[..., object], *drawn: object
 ) -> None:

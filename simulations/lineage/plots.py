@@ -8,7 +8,7 @@ from typing import Any
 
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.models.loading import LoadedModel
-from simulations.core.plots import picture
+from simulations.core.plots import picture, plain_log
 
 
 def breaking_plot(
@@ -38,6 +38,7 @@ def breaking_plot(
         left.set(xscale="log", xlabel="steps of further training", ylabel="similarity to the base")
         left.set_title(f"{base} (dotted: its highest stranger)", fontsize=10)
         right.set(xscale="log", yscale="log", xlabel="steps of further training")
+        plain_log(left.xaxis, right.xaxis, right.yaxis)
         right.set_ylabel("Z from strangers")
         right.axhline(3.0, color="#bbbbbb", linewidth=0.8)
         right.set_title("in standard deviations of independent pairs (line: 3)", fontsize=10)
@@ -58,6 +59,7 @@ def penalty_plot(path: Path, base: str, points: Sequence[Mapping[str, Any]]) -> 
             axes.annotate(f"{row['weight']:g}", (row["score"], row["perplexity"]), **beside)
         axes.axhline(points[0]["perplexity_base"], color="#bbbbbb", linestyle="--", linewidth=0.8)
         axes.set(yscale="log", xlabel="similarity to the base", ylabel="held-out perplexity")
+        plain_log(axes.yaxis)
         axes.set_title(
             f"{base}: fine-tuning with a penalty on the score (numbers: weight)", fontsize=9
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.core.plots import picture
+from simulations.core.plots import picture, plain_log
 from simulations.core.tables import mean
 
 Rows = Sequence[Mapping[str, Any]]
@@ -51,8 +51,7 @@ def table_plot(path: Path, rows: Rows) -> None:
         axes.set_yticks(range(len(methods)), methods)
         axes.set(xscale="log", xlabel="held-out perplexity (lower is better)")
         axes.set_ylim(len(methods) - 0.5, -1.0)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.xaxis.set_minor_formatter("{x:.0f}")
+        plain_log(axes.xaxis)
         axes.grid(axis="y", color="#eeeeee")
         axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
 
@@ -71,6 +70,7 @@ def importance_plot(
             axes.bar(positions, values, width, label=f"seed {seed}")
         if rank_by == "costs":  # the first block's is tens of times the others'
             axes.set(yscale="log", ylabel="KL(full, replaced), nats")
+            plain_log(axes.yaxis)
         else:
             axes.set_ylabel("importance score")
             axes.axhline(0, color="#777777", linewidth=0.7)
@@ -106,8 +106,7 @@ def sweep_plot(path: Path, rows: Rows) -> None:
                         values, means, spread, color=colour, marker="o", markersize=4, label=label
                     )
                 axes.set(yscale="log", xlabel=f"{knob}, {target}" if target else knob)
-                axes.yaxis.set_major_formatter("{x:.0f}")
-                axes.yaxis.set_minor_formatter("{x:.0f}")
+                plain_log(axes.yaxis)
                 axes.grid(color="#eeeeee")
             grid[at][0].set_ylabel("held-out perplexity")
             grid[at][0].legend(fontsize=7)

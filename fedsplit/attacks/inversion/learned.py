@@ -146,16 +146,17 @@ class LearnedInversion(TokenAttack):
 
     def trained(self, of: Public) -> TrainedInverter:
         """Return the inverter taught on public text; a search after it finds it in ``of``."""
-        table = embedding_table(of.embedding, of.vocab, torch.device("cpu"))
         if of.states is not None:
-            ids = [torch.as_tensor(x) for x in of.public_ids]
-            of.inverter = self.train(of.states, ids, table, of.mechanism)
-            return of.inverter
-        order = numpy_generator(self.seed, "attacks", "public").permutation(len(of.public_ids))
-        chosen = order[: self.public_samples]
-        ids = [torch.tensor(of.public_ids[i]) for i in chosen if len(of.public_ids[i]) >= 2]
-        of.inverter = self.train(represent(of.bottom, ids), ids, table, of.mechanism)
-        return of.inverter
+            states, ids = of.states, [torch.as_tensor(x) for x in of.public_ids]
+        else:
+            order = numpy_generator(self.seed, "attacks", "public").permutation(len(of.public_ids))
+            chosen = order[: self.public_samples]
+            ids = [torch.tensor(of.public_ids[i]) for i in chosen if len(of.public_ids[i]) >= 2]
+            states = represent(of.bottom, ids)
+        table = embedding_table(of.embedding, of.vocab, torch.device("cpu"))
+        found = self.train(states, ids, table, of.mechanism)
+        of.inverter = found
+        return found
 
     def invert(
         self,
