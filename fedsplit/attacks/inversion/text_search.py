@@ -24,17 +24,17 @@ from torch import Tensor
 from fedsplit.attacks.base import Public, TokenAttack, View
 from fedsplit.attacks.inversion.learned import LearnedInversion
 from fedsplit.attacks.inversion.nearest import has_candidates
-from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.inversion.row_evidence import RowEvidence, lawful
 from fedsplit.attacks.inversion.token_search import (
     UNEXPLAINED,
-    ExactSearch,
     PrefixRunner,
     reads_left_to_right,
 )
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.models.modes import frozen
+
+AT_ONCE = 256  # candidates run together where a row is searched for
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class TextSearch(TokenAttack):
         shortlist: the inverter's candidates per position.
         rereads: times at most that the best text is read again; ends when nothing changes.
         retried: candidates per position of a reading again.
-        searched: further candidates tried, the nearest to an embedding found by gradient descent,
-            where none of the inverter's explains a row without noise.
+        searched: candidates tried where none of the first ``shortlist`` explains a row without
+            noise; never again in a text once that has failed, since its prefix is wrong then.
         samples: read at most; 0 for all.
         seconds: of searching at most; the sample at work is read once, left to right, whatever it
             takes.  0 = no bound.
@@ -67,7 +67,7 @@ class TextSearch(TokenAttack):
     shortlist: int = 24
     rereads: int = 2
     retried: int = 8
-    searched: int = 4096
+    searched: int = 2048
     samples: int = 8
     seconds: float = 0.0
     steps: int = 200
@@ -98,12 +98,14 @@ class TextSearch(TokenAttack):
         of = view.public
         inverter = of.inverter or LearnedInversion(steps=self.steps, seed=self.seed).trained(of)
         rows = list(view.rows[: self.samples or None])
-        proposed = inverter.rank(rows, self.shortlist)
+        proposed = inverter.rank(
+            rows, self.shortlist if of.noisy else max(self.shortlist, self.searched)
+        )
         top: list[Tensor] = []
         with frozen(of.bottom):
             reader = _Reader.of(self, of)
             for received, ids in zip(rows, proposed, strict=True):
-                top.append(reader.ranked(RowEvidence(of, received), received.float(), ids))
+                top.append(reader.ranked(RowEvidence(of, received), ids))
                 if reader.late():
                     break
         return Inversion(top, time.perf_counter() - start)
@@ -118,37 +120,31 @@ class _Reader:
         public: what is known.
         unigram: log prior of a first token, ``(V,)``.
         runner: runs a token behind a prefix; None: states depend on what follows.
-        table: of token embeddings, for searches of the whole vocabulary.
         until: when the budget of seconds ends.
-        searches: tries the vocabulary behind a prefix.
     """
 
     attack: TextSearch
     public: Public
     unigram: Tensor
     runner: PrefixRunner | None
-    table: Tensor
     until: float
-    searches: ExactSearch
 
     @classmethod
     def of(cls, attack: TextSearch, public: Public) -> _Reader:
         causal = reads_left_to_right(public.bottom)
         runner = PrefixRunner(public.bottom, public.embedding) if causal else None
-        table = embedding_table(public.embedding, public.vocab, torch.device("cpu"))
         until = time.perf_counter() + (attack.seconds or float("inf"))
-        searches = ExactSearch(top_k=2, max_trials=attack.searched)
-        return cls(attack, public, public.log_prior(), runner, table, until, searches)
+        return cls(attack, public, public.log_prior(), runner, until)
 
     def late(self) -> bool:
         """Return whether the budget of seconds is spent."""
         return time.perf_counter() > self.until
 
-    def ranked(self, evidence: RowEvidence, received: Tensor, proposed: Tensor) -> Tensor:
+    def ranked(self, evidence: RowEvidence, proposed: Tensor) -> Tensor:
         """Return the ranked guesses of one text, best first, ``(T, k)``."""
         starts = [proposed[:, 0]]
         if self.runner is not None:
-            starts.append(self._beam(evidence, received, proposed))
+            starts.append(self._beam(evidence, proposed))
         totals = self._totals(evidence, torch.stack(starts))
         text = starts[int(totals.argmax())].clone()
         judged = [proposed[t] for t in range(len(text))]
@@ -181,20 +177,23 @@ class _Reader:
         found = self.public.language.bigram(before.numpy(), after.numpy())
         return torch.from_numpy(np.asarray(found)).float()
 
-    def _beam(self, evidence: RowEvidence, received: Tensor, proposed: Tensor) -> Tensor:
+    def _beam(self, evidence: RowEvidence, proposed: Tensor) -> Tensor:
         """Return the best text that reading left to right finds, ``(T,)``."""
         texts: list[list[int]] = [[]]
-        totals = torch.zeros(1)
+        totals, searching = torch.zeros(1), evidence.exact
         for t, own in enumerate(proposed):
-            ids = own
+            ids = own[: self.attack.shortlist]
             rows = self._behind(evidence, texts, ids, t)
-            if evidence.exact and float(rows.max()) < UNEXPLAINED:
-                assert self.runner is not None, "asked where states depend on the past alone"
-                self.runner.advance(texts[int(totals.argmax())])
-                with torch.enable_grad():
-                    found = self.searches.position(received[t], self.runner, self.table)
-                ids = _distinct(found, ids)
-                rows = self._behind(evidence, texts, ids, t)
+            if searching and float(rows.max()) < UNEXPLAINED:
+                best = [texts[int(totals.argmax())]]
+                for more in torch.split(own[len(ids) :], AT_ONCE):
+                    found = self._behind(evidence, best, more, t)[0]
+                    if float(found.max()) >= UNEXPLAINED:
+                        ids = _distinct(more[found.argmax()].view(1), ids)
+                        rows = self._behind(evidence, texts, ids, t)
+                        break
+                else:
+                    searching = False
             if t:
                 last = torch.tensor([[text[-1]] for text in texts]).expand(-1, len(ids))
                 prior = self._bigram(last, ids.expand(len(texts), -1))
