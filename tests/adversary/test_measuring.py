@@ -132,12 +132,15 @@ def test_a_mechanism_without_noise_hides_nothing(tiny: tuple[Path, Any]) -> None
     assert measure(shown)[0].read == 1.0
 
 
-def test_an_inverter_is_taught_behind_blocks(tiny: tuple[Path, Any]) -> None:
+def test_behind_blocks_an_inverter_is_taught_and_its_texts_are_searched(
+    tiny: tuple[Path, Any],
+) -> None:
     ids = random_ids(60, tiny[1].model.config.vocab_size)
-    (learned,) = measure(exposed(tiny[1], ids, 0.01, k=1))
-    assert learned.attack == "learned"
-    assert learned.read > 0.5
-    assert learned.seconds < 30
+    found = {r.attack: r for r in measure(exposed(tiny[1], ids, 0.01, k=1))}
+    assert found.keys() == {"learned", "text_search"}
+    assert found["text_search"].read >= found["learned"].read > 0.5
+    assert all(0 < reading.seconds < 30 for reading in found.values())
+    assert 0 < found["text_search"].targets <= found["learned"].targets
 
 
 # ---- the owner ----------------------------------------------------------------------------------

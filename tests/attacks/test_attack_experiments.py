@@ -89,11 +89,11 @@ def test_depth_rows_and_resuming(material: Path, tmp_path: Path):
         depth_experiment.run(loaded, folder, QUIET)
     rows = read_results(tmp_path / "run")["rows"]
 
-    assert len(rows) == 2 * 2 * 3
+    assert len(rows) == 2 * 2 * 4
     assert {"k", "attack", "seed", "success", "low", "high", "empirical_privacy"} <= rows[0].keys()
     assert {"top10", "seconds"} <= rows[0].keys()
     by = {(r["k"], r["attack"], r["seed"]): r["success"] for r in rows}
-    assert by[0, "nearest", 0] == by[2, "optimisation", 1] == 1.0
+    assert by[0, "nearest", 0] == by[2, "optimisation", 1] == by[2, "text_search", 0] == 1.0
     assert min(by[0, "learned", 0], by[2, "learned", 0]) > 0.9
 
     # A second run in the folder finds every cell done (their seconds are the first run's), and so
