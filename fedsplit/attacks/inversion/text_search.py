@@ -180,14 +180,15 @@ class _Reader:
     def _beam(self, evidence: RowEvidence, proposed: Tensor) -> Tensor:
         """Return the best text that reading left to right finds, ``(T,)``."""
         texts: list[list[int]] = [[]]
-        totals, searching = torch.zeros(1), evidence.exact
+        totals = torch.zeros(1)
+        searching = evidence.exact and proposed.shape[1] > self.attack.shortlist
         for t, own in enumerate(proposed):
             ids = own[: self.attack.shortlist]
             rows = self._behind(evidence, texts, ids, t)
             if searching and float(rows.max()) < UNEXPLAINED:
-                best = [texts[int(totals.argmax())]]
+                ahead = [texts[int(totals.argmax())]]
                 for more in torch.split(own[len(ids) :], AT_ONCE):
-                    found = self._behind(evidence, best, more, t)[0]
+                    found = self._behind(evidence, ahead, more, t)[0]
                     if float(found.max()) >= UNEXPLAINED:
                         ids = _distinct(more[found.argmax()].view(1), ids)
                         rows = self._behind(evidence, texts, ids, t)
