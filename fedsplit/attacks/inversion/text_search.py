@@ -49,8 +49,8 @@ class TextSearch(TokenAttack):
         searched: candidates tried where none of the first ``shortlist`` explains a row without
             noise; never again in a text once that has failed, since its prefix is wrong then.
         samples: read at most; 0 for all.
-        seconds: of searching at most; the sample at work is read once, left to right, whatever it
-            takes.  0 = no bound.
+        seconds: of searching at most; the sample at work is then read as the inverter does from
+            where it is.  0 = no bound.
         steps: of teaching the inverter, where the learned attack has not left one.
         top_k: guesses ranked per token.
         seed: of the inverter.
@@ -183,6 +183,8 @@ class _Reader:
         totals = torch.zeros(1)
         searching = evidence.exact and proposed.shape[1] > self.attack.shortlist
         for t, own in enumerate(proposed):
+            if self.late():
+                return torch.cat([torch.tensor(texts[0]).long(), proposed[t:, 0]])
             ids = own[: self.attack.shortlist]
             rows = self._behind(evidence, texts, ids, t)
             if searching and float(rows.max()) < UNEXPLAINED:
