@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -117,17 +117,18 @@ class DepthSetting(ExperimentSetting):
         truth = [self.private[i] for i in order]
         received, mechanism = self.sent(states(self.deepest, truth)[k], k, seed)
         special = {int(i) for i in self.loaded.tokenizer.all_special_ids}
+        # One for all attackers: what the learned one teaches, the search after it need not teach.
+        public = replace(self.knowledge(k, special), mechanism=mechanism)
         rows = []
         for name in self.options["attacks"]:
             began = time.perf_counter()
             attack = self.attack(name, seed)
-            view = View(rows=received, public=self.knowledge(k, special), seed=seed)
-            view.public.mechanism = mechanism
+            view = View(rows=received, public=public, seed=seed)
             knowledge = ""
             if k > 0 and name == "nearest":  # behind blocks the candidates are lone tokens
                 lone, means = self.lone_candidates(k)
                 view.rows = [x - means[: len(x)] for x in received]
-                view.public.candidate_set = MatrixCandidates(lone)
+                view.public = replace(public, candidate_set=MatrixCandidates(lone))
                 knowledge = LONE
             result = attack.run(view, Truth(ids=truth))
             samples = int(result.extra["samples"])
