@@ -259,3 +259,8 @@ def draw(folder: Path, base: Source, suspect: Source, generator: Path | None) ->
         path = folder / f"{letter}.png"
         write_picture(path, portrait_vector(source, tokens), generator)
         console.print(f"portrait of {letter}: {path}", highlight=False)
+    if base.width != suspect.width:
+        console.print(
+            f"portraits of widths {base.width} and {suspect.width} differ even between a model and "
+            "its descendant: go by the verdict"
+        )

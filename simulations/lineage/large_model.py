@@ -263,7 +263,7 @@ def draw_portraits(path: Path, setting: LargeModel, rows: Sequence[Row], size: i
     columns = []
     for title, names in (("trained", TRAINED), ("cut, rounded", UNTRAINED), ("mapped", ())):
         mine = [
-            (row["suspect"].removeprefix("map "), row[PORTRAIT])
+            (_label(row, setting.base_view.width), row[PORTRAIT])
             for row in drawn
             if row["suspect"] in names or (not names and row["relation"] == "function kept")
         ]
@@ -274,6 +274,12 @@ def draw_portraits(path: Path, setting: LargeModel, rows: Sequence[Row], size: i
             columns.append(("stranger", [(Path(row["suspect"][9:]).name, row[PORTRAIT])]))
     draw_sheet(columns, path, size=size)
     return [path.name]
+
+
+def _label(row: Row, width: int) -> str:
+    """Return a descendant's label, which says where a picture tells nothing of descent."""
+    other = "" if row["width"] == width else f" (width {row['width']}: no likeness)"
+    return f"{row['suspect'].removeprefix('map ')}{other}"
 
 
 def _value(name: str, ours: WeightView, theirs: WeightView) -> float | None:

@@ -96,15 +96,17 @@ def test_the_command_answers(base: Any, tiny: Tiny, tmp_path: Path) -> None:
     few = tiny("llama", vocab_size=70, hidden_size=64)
     few.save_pretrained(tmp_path / "few")
 
-    def call(name: str) -> Any:
+    def call(name: str, *more: str) -> Any:
         pair = [str(tmp_path / "base"), str(tmp_path / name)]
         environment = {"COLUMNS": "250", "NO_COLOR": "1"}
-        return CliRunner().invoke(app_cli, ["compare", *pair, "--no-run"], env=environment)
+        return CliRunner().invoke(app_cli, ["compare", *pair, "--no-run", *more], env=environment)
 
     said = call("cut")
     assert said.exit_code == 0, said.output
     assert "in lineage" in said.output
     assert "widths 48 and 36" in said.output
+    # A picture of another width is no likeness even of a descendant, and the command says so.
+    assert "go by the verdict" in call("cut", "--pictures", str(tmp_path / "pictures")).output
     said = call("few")
     assert said.exit_code == 1, said.output
     assert "not comparable by this fingerprint: 70 shared token rows" in said.output

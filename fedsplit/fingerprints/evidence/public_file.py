@@ -42,12 +42,13 @@ from torch import Tensor
 
 from fedsplit import storage
 from fedsplit.errors import LineageError
-from fedsplit.fingerprints.methods.aligned_products import (
+from fedsplit.fingerprints.methods.aligned_products import centred_stream
+from fedsplit.fingerprints.methods.matching import (
     KINDS,
-    centred_stream,
+    BlockMatrices,
     compare_matching_blocks,
-    cosine,
     mean_cosine,
+    unit,
 )
 from fedsplit.fingerprints.methods.whitened import orthonormal_rows, whitened_factors
 from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens
@@ -198,9 +199,12 @@ def _same_width(base: int, suspect: int) -> None:
 
 def compare_sketches(ours: Tensor, theirs: Tensor) -> Similarity:
     """Return the cosines of sketches, V/O and FFN averaged over blocks."""
+
+    def of(sketches: Tensor, index: int) -> BlockMatrices:
+        return {kind: (unit(sketches[index][n]),) for n, kind in enumerate(KINDS)}
+
     found = compare_matching_blocks(
-        (len(ours), len(theirs)),
-        lambda i, j: {kind: cosine(ours[i][n], theirs[j][n]) for n, kind in enumerate(KINDS)},
+        (len(ours), len(theirs)), lambda i: of(ours, i), lambda j: of(theirs, j)
     )
     return Similarity(mean_cosine(found.parts), found.parts, found.per_block)
 

@@ -25,14 +25,12 @@ from torch import Tensor, nn
 from fedsplit.errors import LineageError, ModelError, check
 from fedsplit.fingerprints.methods.align import Alignment
 from fedsplit.fingerprints.methods.aligned_products import (
-    KINDS,
     centred_stream,
-    cosine,
     embedding_alignment,
-    mean_cosine,
     product_factors,
 )
 from fedsplit.fingerprints.methods.ics import ICS, Factors, correlation
+from fedsplit.fingerprints.methods.matching import KINDS, cosine, mean_cosine
 from fedsplit.fingerprints.methods.pcs import Moments, moments
 from fedsplit.fingerprints.view import WeightView, choose_tokens, same_width
 from fedsplit.models.layout.projections import BlockProjections

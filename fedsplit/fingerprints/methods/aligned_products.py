@@ -25,9 +25,7 @@ Source: our own construction on HuRef (arXiv 2312.04828), section 4, and AWM, se
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -35,10 +33,15 @@ from torch import Tensor
 
 from fedsplit.fingerprints.methods.align import ROTATED, Alignment, align, procrustes
 from fedsplit.fingerprints.methods.base import Fingerprint
+from fedsplit.fingerprints.methods.matching import (
+    BlockMatrices,
+    BlockSimilarities,
+    compare_matching_blocks,
+    unit,
+)
 from fedsplit.fingerprints.view import Similarity, WeightView, same_width, shared_rows
 from fedsplit.models.layout.projections import BlockProjections
 
-KINDS = ("qk", "vo", "ffn")
 ALIGN_ROWS = 8192
 
 
@@ -62,13 +65,6 @@ def products(block: BlockProjections, *, centre: bool = False) -> dict[str, Tens
         for kind in ("vo", "ffn"):
             found[kind] = found[kind] - found[kind].mean(1, keepdim=True)
     return found
-
-
-def cosine(one: Tensor, two: Tensor) -> float:
-    """Return the cosine of two tensors' entries in float64; 0 if one of them is zero."""
-    a, b = one.double().flatten(), two.double().flatten()
-    norm = float(a.norm() * b.norm())
-    return float(a @ b) / norm if norm > 0 else 0.0
 
 
 def centred_stream(view: WeightView) -> bool:
@@ -110,87 +106,6 @@ def _with_products(view: WeightView, rows: Tensor, centre: bool) -> Tensor:
     return torch.cat([p / p.norm().clamp_min(1e-30) for p in parts])
 
 
-def compare_blocks(
-    base: BlockProjections, suspect: BlockProjections, matrix: Tensor | None, *, centre: bool
-) -> dict[str, float]:
-    """Return the cosine of each product, the suspect's basis mapped by ``matrix`` if given."""
-    ours, theirs = products(base, centre=centre), products(suspect, centre=centre)
-    if matrix is not None:
-        turn = matrix.to(torch.float32)
-        theirs = {kind: turn.T @ p @ turn for kind, p in theirs.items()}
-    return {kind: cosine(ours[kind], theirs[kind]) for kind in ours}
-
-
-def match_blocks(table: Tensor) -> list[int | None]:
-    """Return the best order-keeping match of suspect blocks to base blocks, from (n, m)."""
-    n, m = table.shape
-    best = torch.zeros(n + 1, m + 1, dtype=torch.float64)
-    for i in range(n):
-        for j in range(m):
-            take = best[i, j] + table[i, j]
-            best[i + 1, j + 1] = max(take, best[i, j + 1], best[i + 1, j])
-    found: list[int | None] = [None] * n
-    i, j = n, m
-    while i and j:
-        if math.isclose(float(best[i, j]), float(best[i - 1, j])):
-            i -= 1
-        elif math.isclose(float(best[i, j]), float(best[i, j - 1])):
-            j -= 1
-        else:
-            i, j = i - 1, j - 1
-            found[i] = j
-    return found
-
-
-def mean_cosine(found: Mapping[str, float]) -> float:
-    """Return the mean of V/O's and the FFN's similarity."""
-    return (found["vo"] + found["ffn"]) / 2
-
-
-@dataclass(frozen=True)
-class BlockSimilarities:
-    """Similarities of two models' matched blocks.
-
-    Attributes:
-        parts: mean over the matched blocks, by kind of product.
-        per_block: of each block of the base; 0 where none of the other model's matches.
-        matched: number of matched blocks.
-    """
-
-    parts: dict[str, float]
-    per_block: tuple[float, ...]
-    matched: int
-
-
-def compare_matching_blocks(
-    depths: tuple[int, int],
-    compare: Callable[[int, int], dict[str, float]],
-    score: Callable[[Mapping[str, float]], float] = mean_cosine,
-) -> BlockSimilarities:
-    """Compare block with block; of two models one may have lost or gained some.
-
-    Args:
-        depths: numbers of blocks of the base and of the suspect.
-        compare: (block of the base, block of the suspect) -> similarity by kind.
-        score: what the kinds' similarities say together.
-    """
-    n, m = depths
-    pairs: list[int | None] = list(range(n))
-    found = {(i, j): compare(i, j) for i in range(n) for j in ([i] if n == m else range(m))}
-    if n != m:
-        table = torch.zeros(n, m, dtype=torch.float64)
-        for at, values in found.items():
-            table[at] = max(0.0, score(values))
-        pairs = match_blocks(table)
-    kept = [None if j is None else found[i, j] for i, j in enumerate(pairs)]
-    seen = [values for values in kept if values is not None]
-    return BlockSimilarities(
-        {kind: sum(values[kind] for values in seen) / max(1, len(seen)) for kind in KINDS},
-        tuple(0.0 if values is None else score(values) for values in kept),
-        len(seen),
-    )
-
-
 def alignment_notes(
     alignment: Alignment, depths: tuple[int, int], found: BlockSimilarities
 ) -> tuple[str, ...]:
@@ -223,11 +138,18 @@ class AlignedProducts(Fingerprint):
         centre = centred_stream(base)
         depths = (base.depth, suspect.depth)
 
-        def compare(i: int, j: int) -> dict[str, float]:
-            pair = base.block(i), suspect.block(j)
-            return compare_blocks(*pair, alignment.turn, centre=centre)
+        turn = None if alignment.turn is None else alignment.turn.float()
 
-        found = compare_matching_blocks(depths, compare)
+        def ours(i: int) -> BlockMatrices:
+            return {k: (unit(p),) for k, p in products(base.block(i), centre=centre).items()}
+
+        def theirs(j: int) -> BlockMatrices:
+            own = products(suspect.block(j), centre=centre)
+            if turn is not None:
+                own = {kind: turn.T @ p @ turn for kind, p in own.items()}
+            return {kind: (unit(p),) for kind, p in own.items()}
+
+        found = compare_matching_blocks(depths, ours, theirs)
         return Similarity(
             sum(found.per_block) / max(1, found.matched),
             found.parts,

@@ -20,8 +20,7 @@ gate's score), new embeddings (no alignment), an expanded or cut width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -30,12 +29,12 @@ from torch import Tensor
 from fedsplit.fingerprints.methods.aligned_products import (
     alignment_notes,
     centred_stream,
-    compare_matching_blocks,
     embedding_alignment,
     product_factors,
 )
 from fedsplit.fingerprints.methods.base import Fingerprint
-from fedsplit.fingerprints.methods.cka import unbiased_cka
+from fedsplit.fingerprints.methods.cka import unbiased_kernel
+from fedsplit.fingerprints.methods.matching import BlockMatrices, compare_matching_blocks, unit
 from fedsplit.fingerprints.view import Similarity, WeightView
 from fedsplit.models.layout.projections import BlockProjections
 
@@ -81,21 +80,17 @@ def _balanced_heads(a: Tensor, b: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return torch.cat([p[0] for p in pairs], 1), torch.cat([p[1] for p in pairs], 1)
 
 
-def compare_features(
-    ours: dict[str, tuple[Tensor, Tensor]],
-    theirs: dict[str, tuple[Tensor, Tensor]],
-    matrix: Tensor | None,
-) -> dict[str, float]:
-    """Return the mean unbiased CKA of each kind, the suspect's rows mapped by ``matrix``."""
-    turn = None if matrix is None else matrix.to(torch.float32).T
-    out = {}
-    for kind, sides in ours.items():
-        values = [
-            unbiased_cka(a, b if turn is None else turn @ b)
-            for a, b in zip(sides, theirs[kind], strict=True)
-        ]
-        out[kind] = sum(values) / len(values)
-    return out
+def kernels(features: Mapping[str, Sequence[Tensor]], turn: Tensor | None) -> BlockMatrices:
+    """Return U-centred kernels of unit norm of all features, whose dot products are unbiased CKA.
+
+    Args:
+        features: (d, p) by kind, one row a residual dimension.
+        turn: maps the rows' dimensions to the other model's basis, if given.
+    """
+    return {
+        kind: tuple(unit(unbiased_kernel(x if turn is None else turn @ x)) for x in sides)
+        for kind, sides in features.items()
+    }
 
 
 class AWM(Fingerprint):
@@ -119,12 +114,11 @@ class AWM(Fingerprint):
         alignment = embedding_alignment(base, suspect)
         centre = centred_stream(base)
         depths = (base.depth, suspect.depth)
-        ours = lru_cache(maxsize=1)(lambda i: features(base.block(i), centre=centre))
-        kept = 1 if base.depth == suspect.depth else suspect.depth
-        theirs = lru_cache(maxsize=kept)(lambda j: features(suspect.block(j), centre=centre))
+        turn = None if alignment.turn is None else alignment.turn.float().T
         found = compare_matching_blocks(
             depths,
-            lambda i, j: compare_features(ours(i), theirs(j), alignment.turn),
+            lambda i: kernels(features(base.block(i), centre=centre), None),
+            lambda j: kernels(features(suspect.block(j), centre=centre), turn),
             lambda values: values["qk"],
         )
         notes = alignment_notes(alignment, depths, found)

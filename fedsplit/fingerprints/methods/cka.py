@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fedsplit.errors import LineageError
@@ -35,28 +36,33 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     return cross / math.sqrt(own) if own > 0 else 0.0
 
 
-def hsic_unbiased(k: Tensor, m: Tensor) -> float:
-    """Return the unbiased HSIC of two (n, n) kernels, n >= 4."""
-    n = k.shape[0]
-    k, m = k.double().clone(), m.double().clone()
+def u_centred(kernel: Tensor) -> Tensor:
+    """Return an (n, n) kernel U-centred: <K~, M~> / (n (n - 3)) is the unbiased HSIC of two.
+
+    Off the diagonal K~_ij = K_ij - (r_i + r_j) / (n - 2) + s / ((n - 1)(n - 2)), r its sums of rows
+    and s their sum, both without the diagonal; zero on it (Szekely and Rizzo 2014, Annals of
+    Statistics 42(6), eq. 2.8).  In float64.  A kernel that this leaves nothing of but rounding is
+    zero.
+    """
+    n = kernel.shape[0]
+    k = kernel.double().clone()
+    rounding = torch.finfo(torch.float64).eps * n * float(k.norm())
     k.fill_diagonal_(0.0)
-    m.fill_diagonal_(0.0)
-    rows, cols = k.sum(0), m.sum(0)
-    value = (
-        (k * m).sum()
-        + rows.sum() * cols.sum() / ((n - 1) * (n - 2))
-        - 2.0 * (rows @ cols) / (n - 2)
-    )
-    return float(value) / (n * (n - 3))
+    sums = k.sum(0)
+    k -= (sums[:, None] + sums[None]) / (n - 2)
+    k += sums.sum() / ((n - 1) * (n - 2))
+    k.fill_diagonal_(0.0)
+    return k if float(k.norm()) > rounding else torch.zeros_like(k)
 
 
-def unbiased_cka(x: Tensor, y: Tensor) -> float:
-    """Return unbiased linear CKA of (n, p) and (n, q); 1 if y = c x Q, Q orthogonal.
+def unbiased_kernel(x: Tensor) -> Tensor:
+    """Return the U-centred linear kernel (n, n) of features (n, p).
+
+    The cosine of two is unbiased linear CKA; 1 if y = c x Q, Q orthogonal.
 
     Raises:
-        LineageError: if the numbers of samples differ or are below 4.
+        LineageError: if the samples are below 4.
     """
-    _same_samples(x, y, 4)
-    k, m = x.double() @ x.double().T, y.double() @ y.double().T
-    own = hsic_unbiased(k, k) * hsic_unbiased(m, m)
-    return hsic_unbiased(k, m) / math.sqrt(own) if own > 0 else 0.0
+    _same_samples(x, x, 4)
+    exact = x.double()
+    return u_centred(exact @ exact.T)

@@ -18,22 +18,24 @@ products.  Own construction (not in HuRef or AWM).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedsplit.fingerprints.methods.aligned_products import (
-    KINDS,
     centred_stream,
-    compare_matching_blocks,
-    mean_cosine,
     product_factors,
     products,
 )
 from fedsplit.fingerprints.methods.base import Fingerprint
+from fedsplit.fingerprints.methods.matching import (
+    BlockMatrices,
+    compare_matching_blocks,
+    mean_cosine,
+)
 from fedsplit.fingerprints.view import Similarity, WeightView, choose_tokens, shared_rows
 
 
@@ -69,9 +71,10 @@ def transfer(one: Tensor, two: Tensor) -> Tensor:
     return one.T @ two
 
 
-def overlap(p: Tensor, q: Tensor, a: Tensor) -> float:
-    """Return <P, A Q A^T> in float64."""
-    return float((p.double() * (a @ q @ a.T).double()).sum())
+def _norm(p: Tensor, own: Tensor) -> float:
+    """Return the norm of Y = Xo P Xo^T; infinite where there is none, so that cosines are 0."""
+    squared = float((p.double() * (own @ p @ own.T).double()).sum())
+    return squared**0.5 if squared > 0 else math.inf
 
 
 class WhitenedICS(Fingerprint):
@@ -99,18 +102,13 @@ class WhitenedICS(Fingerprint):
         ]
         cross, one, two = (transfer(*p) for p in (rows, rows[:1] * 2, rows[1:] * 2))
 
-        def cosines(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-            out = {}
-            for kind in KINDS:
-                norm = overlap(ours[kind], ours[kind], one)
-                norm *= overlap(theirs[kind], theirs[kind], two)
-                value = overlap(ours[kind], theirs[kind], cross)
-                out[kind] = value / norm**0.5 if norm > 0 else 0.0
-            return out
+        def ours(i: int) -> BlockMatrices:
+            own = products(base.block(i), centre=centre[0])
+            return {k: (cross.T @ p @ cross / _norm(p, one),) for k, p in own.items()}
 
-        ours = lru_cache(maxsize=1)(lambda i: products(base.block(i), centre=centre[0]))
-        found = compare_matching_blocks(
-            (base.depth, suspect.depth),
-            lambda i, j: cosines(ours(i), products(suspect.block(j), centre=centre[1])),
-        )
+        def theirs(j: int) -> BlockMatrices:
+            own = products(suspect.block(j), centre=centre[1])
+            return {k: (q / _norm(q, two),) for k, q in own.items()}
+
+        found = compare_matching_blocks((base.depth, suspect.depth), ours, theirs)
         return Similarity(mean_cosine(found.parts), found.parts, found.per_block)

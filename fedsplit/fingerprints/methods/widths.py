@@ -18,8 +18,6 @@ Own construction (not in HuRef or AWM).
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -27,10 +25,9 @@ from fedsplit.errors import LineageError
 from fedsplit.fingerprints.methods.aligned_products import (
     ALIGN_ROWS,
     centred_stream,
-    compare_matching_blocks,
-    cosine,
     products,
 )
+from fedsplit.fingerprints.methods.matching import BlockMatrices, compare_matching_blocks, unit
 from fedsplit.fingerprints.view import Similarity, WeightView, shared_rows
 
 
@@ -75,16 +72,15 @@ def compare_widths(base: WeightView, suspect: WeightView) -> Similarity:
     turn = turn.float()
     centre = centred_stream(base)
 
-    def through(view: WeightView, index: int) -> dict[str, Tensor]:
+    def through(view: WeightView, index: int) -> BlockMatrices:
         own = products(view.block(index), centre=centre)
-        return own if view is narrow else {kind: turn.T @ p @ turn for kind, p in own.items()}
+        if view is wide:
+            own = {kind: turn.T @ p @ turn for kind, p in own.items()}
+        return {kind: (unit(p),) for kind, p in own.items()}
 
-    ours = lru_cache(maxsize=1)(lambda i: through(base, i))
-    kept = 1 if base.depth == suspect.depth else suspect.depth
-    theirs = lru_cache(maxsize=kept)(lambda j: through(suspect, j))
     depths = (base.depth, suspect.depth)
     found = compare_matching_blocks(
-        depths, lambda i, j: {kind: cosine(p, theirs(j)[kind]) for kind, p in ours(i).items()}
+        depths, lambda i: through(base, i), lambda j: through(suspect, j)
     )
     notes = [
         f"widths {base.width} and {suspect.width}: compared in the {narrow.width} directions that "

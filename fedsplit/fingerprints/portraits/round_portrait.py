@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsplit.errors import LineageError, ModelError
-from fedsplit.fingerprints.methods.aligned_products import KINDS, centred_stream, product_factors
+from fedsplit.fingerprints.methods.aligned_products import centred_stream, product_factors
+from fedsplit.fingerprints.methods.matching import KINDS
 from fedsplit.fingerprints.methods.whitened import orthonormal_rows
 from fedsplit.fingerprints.portraits.encoder import SIDE, Encoder, load, zscore
 from fedsplit.fingerprints.view import WeightView, choose_tokens

@@ -14,9 +14,10 @@ from fedsplit.errors import LineageError
 from fedsplit.fingerprints import FINGERPRINTS, WeightView
 from fedsplit.fingerprints.evasion.transforms import splice
 from fedsplit.fingerprints.methods.align import align, assignment, procrustes
-from fedsplit.fingerprints.methods.aligned_products import AlignedProducts, match_blocks
-from fedsplit.fingerprints.methods.awm import balanced
-from fedsplit.fingerprints.methods.cka import hsic_unbiased, linear_cka, unbiased_cka
+from fedsplit.fingerprints.methods.aligned_products import AlignedProducts
+from fedsplit.fingerprints.methods.awm import balanced, kernels
+from fedsplit.fingerprints.methods.cka import linear_cka, u_centred, unbiased_kernel
+from fedsplit.fingerprints.methods.matching import cosine, similarities
 from fedsplit.fingerprints.methods.whitened import WhitenedICS, orthonormal_rows
 from fedsplit.registry import pick
 
@@ -49,6 +50,10 @@ def test_procrustes_recovers_a_rotation_and_is_refused_to_strangers() -> None:
     assert align(torch.randn(20, 40), torch.randn(20, 40)).kind == "assignment"
 
 
+def unbiased_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    return cosine(unbiased_kernel(x), unbiased_kernel(y))
+
+
 def test_unbiased_cka_is_zero_for_strangers_where_the_biased_one_is_not() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(60, 200), torch.randn(60, 200)
@@ -57,7 +62,9 @@ def test_unbiased_cka_is_zero_for_strangers_where_the_biased_one_is_not() -> Non
     turn = torch.linalg.qr(torch.randn(200, 200))[0]
     assert unbiased_cka(x, 3.0 * x @ turn) == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(LineageError, match="same number of rows"):
-        unbiased_cka(x, y[:50])
+        linear_cka(x, y[:50])
+    with pytest.raises(LineageError, match=">= 4"):
+        unbiased_kernel(x[:3])
 
 
 def test_hsic_agrees_with_its_definition() -> None:
@@ -71,7 +78,17 @@ def test_hsic_agrees_with_its_definition() -> None:
     direct = sum(float(k[i, j] * (m[i, j] + m[q, r] - 2 * m[i, q])) for i, j, q, r in quads) / len(
         quads
     )
-    assert hsic_unbiased(k, m) == pytest.approx(direct)
+    assert float((u_centred(k) * u_centred(m)).sum()) / (6 * 3) == pytest.approx(direct)
+    assert not u_centred(torch.full((6, 6), 0.3)).any()  # rounding is no kernel
+
+
+def test_kernels_are_unbiased_cka() -> None:
+    torch.manual_seed(2)
+    one, two = torch.randn(12, 5), torch.randn(12, 7)
+    turn = torch.linalg.qr(torch.randn(12, 12))[0]
+    found = similarities(kernels({"qk": (one, two)}, None), kernels({"qk": (two, one)}, turn))
+    expected = (unbiased_cka(one, turn @ two) + unbiased_cka(two, turn @ one)) / 2
+    assert found["qk"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_balanced_features_depend_on_the_product_only() -> None:
@@ -82,11 +99,6 @@ def test_balanced_features_depend_on_the_product_only() -> None:
     for one, two in zip(first, second, strict=True):
         torch.testing.assert_close(one @ one.T, two @ two.T, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(first[0] @ first[1].T, a.T @ b, atol=1e-3, rtol=1e-3)
-
-
-def test_match_blocks_keeps_order() -> None:
-    table = torch.tensor([[0.9, 0.0], [0.1, 0.2], [0.0, 0.8]], dtype=torch.float64)
-    assert match_blocks(table) == [0, None, 1]
 
 
 @pytest.mark.parametrize("name", ["score", "awm", "ics_whitened"])

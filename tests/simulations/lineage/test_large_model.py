@@ -99,6 +99,7 @@ def test_options_out_of_range_are_refused(base: Path, tmp_path: Path, change: st
     [
         ("offsite-llm", "offsite-table"),
         ("offsite-llm-answers", "offsite-table"),
+        ("offsite-llm-sweep", "offsite-sweep"),
         ("sap-llm", "sap-depth"),
         ("sap-llm-accuracy", "sweep"),
     ],
