@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,23 @@ def wilson_interval(share: float, n: float, z: float = Z95) -> tuple[float, floa
         return 0.0, 1.0
     low, high = wilson_bounds(np.float64(share), np.float64(n), z)  # type: ignore[arg-type]
     return max(0.0, min(float(low), share)), min(1.0, max(float(high), share))
+
+
+def mean_half_width(values: Any) -> float:
+    """Return half the width of Student's 95 % interval of a mean.
+
+    Args:
+        values: at least two.
+
+    Raises:
+        ConfigError: for fewer.
+    """
+    found = np.asarray(values, float).ravel()
+    check(len(found) >= 2, "values", len(found), ">= 2, for an interval")
+    from scipy.special import stdtrit
+
+    spread: float = float(stdtrit(len(found) - 1, 0.975)) * float(found.std(ddof=1))
+    return spread / math.sqrt(len(found))
 
 
 def auc(positives: Any, negatives: Any) -> float:

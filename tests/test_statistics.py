@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import binomtest, mannwhitneyu
 
 from fedsplit.errors import ConfigError
-from fedsplit.statistics import auc, wilson_bounds, wilson_interval
+from fedsplit.statistics import auc, mean_half_width, wilson_bounds, wilson_interval
 
 
 @pytest.mark.parametrize(("hits", "n"), [(8, 10), (0, 100), (3, 3), (50, 120)])
@@ -32,3 +32,12 @@ def test_auc_counts_pairs_in_the_right_order() -> None:
     assert auc([0.5], [0.5]) == 0.5
     with pytest.raises(ConfigError, match="positives=0"):
         auc([], [1.0])
+
+
+def test_half_widths_hold_the_mean_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(3)
+    drawn = rng.normal(1.0, 2.0, size=(4000, 5))
+    covered = [abs(row.mean() - 1.0) <= mean_half_width(row) for row in drawn]
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.012)
+    with pytest.raises(ConfigError, match="values=1"):
+        mean_half_width([1.0])

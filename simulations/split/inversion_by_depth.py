@@ -45,7 +45,7 @@ LONE = "white box: the initial bottom; each token alone, and public text's mean 
 OPTIONS: dict[str, Any] = {
     "seeds": 3,
     "depths": [0, 1, 2, 3, 4, 5],
-    "attacks": ["nearest", "optimisation", "learned"],
+    "attacks": ["nearest", "optimisation", "learned", "text_search"],
     "samples": 100,
     "optimisation-samples": 6,
     "optimisation-steps": 150,

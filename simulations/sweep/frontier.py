@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from fedsplit.statistics import mean_half_width
 from simulations.core.plots import picture
 from simulations.core.tables import grouped, make_table
 
@@ -26,8 +27,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     A mean of one seed has the half-width None, not zero.
     """
-    from scipy.special import stdtrit
-
     out = []
     for key, cells in grouped((row for row in rows if not row.get("error")), *GROUP).items():
         summary: dict[str, Any] = dict(zip(GROUP, key, strict=True))
@@ -39,11 +38,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if not values:
                 continue
             summary[name] = float(np.mean(values))
-            n = len(values)
-            half = None
-            if n > 1:
-                half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n))
-            summary[f"{name}_pm"] = half
+            summary[f"{name}_pm"] = mean_half_width(values) if len(values) > 1 else None
         out.append(summary)
     return out
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from fedsplit.errors import AttackError
 from fedsplit.evaluation.perplexity import TextLoss
 from fedsplit.seeding import numpy_generator
+from fedsplit.statistics import mean_half_width
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def closed_share(
         raise AttackError(f"blocks={len(tokens)}: must be >= 2, for an interval")
     gap = emulator.block_nats - full.block_nats
     gain = emulator.block_nats - attacked.block_nats
-    spread = float(stdtrit(len(gap) - 1, 0.975)) * float(gap.std(ddof=1)) / len(gap) ** 0.5
+    spread = mean_half_width(gap)
     share: float | None = None
     interval: tuple[float, float] | None = None
     if float(gap.mean()) > spread:
