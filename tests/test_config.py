@@ -113,6 +113,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "offsite.margin": ([-0.1, float("nan"), 101.0], [0.0, 100.0]),
     "offsite.keep": ([0], [1]),
     "offsite.rank-by": (["", "gradients"], ["costs", "scores"]),
+    "offsite.truncation": (["", "inputs"], ["outputs", "weights"]),
     "offsite.settle-steps": ([-1], [0]),
     "offsite.importance-steps": ([0], [1]),
     "offsite.block": ([1, 131_073], [2, 131_072]),

@@ -21,6 +21,8 @@ class OffsiteConfig:
         adapters: number of A's blocks, where ``positions`` gives no numbers.
         alpha: ScaleOT: share of the other blocks replaced by harmonizers.
         beta: ScaleOT, withholding: rank reduction of what remains; GradOT: of all.
+        truncation: ScaleOT, withholding: what rank compression keeps closest: ``outputs`` of the
+            projections on public text, or ``weights`` (the paper's).
         margin: withholding: nats that the untuned emulator loses on public text.
         keep: LayerDrop, CRaSh: blocks kept (shared) outside A.
         rank_by: what blocks are chosen by: ``costs``, the divergence that replacing a block
@@ -62,6 +64,7 @@ class OffsiteConfig:
     adapters: int = 4
     alpha: float = 0.25
     beta: float = 0.0
+    truncation: str = "outputs"
     margin: float = 0.2
     keep: int = 4
     rank_by: str = "costs"
@@ -87,7 +90,7 @@ class OffsiteConfig:
 
     def __post_init__(self) -> None:
         # Their tables are asked when settings are read (fedsplit.settings).
-        for name in ("compressor", "method", "rank_by"):
+        for name in ("compressor", "method", "rank_by", "truncation"):
             value = getattr(self, name)
             check(bool(value), f"offsite.{name.replace('_', '-')}", value, "a name")
         one_of("offsite.averaging", self.averaging, AVERAGINGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedsplit.config import OffsiteConfig
+from fedsplit.emulators.compression.src import TRUNCATIONS
 from fedsplit.emulators.compressors.scaleot import RANKS
 from fedsplit.emulators.compressors.table import COMPRESSORS
 from fedsplit.emulators.planning.plan import outer_blocks
@@ -23,6 +24,7 @@ def check_offsite(offsite: OffsiteConfig) -> None:
     one_of("offsite.compressor", offsite.compressor, sorted(COMPRESSORS))
     one_of("offsite.method", offsite.method, METHODS)
     one_of("offsite.rank-by", offsite.rank_by, RANKS)
+    one_of("offsite.truncation", offsite.truncation, TRUNCATIONS)
 
 
 def by_importance(offsite: OffsiteConfig) -> bool:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from fedsplit.errors import ConfigError, DataError, FedsplitError, check
 from fedsplit.evaluation.likelihood import Likelihood
 from fedsplit.evaluation.task_files import Doc, LocalTask
-from fedsplit.statistics import wilson_interval
+from fedsplit.statistics import mean_half_width, wilson_interval
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +233,7 @@ def mean_interval(
         return mean, wilson_interval(mean, n)
     if n < 2:
         return mean, (mean, mean)
-    half = float(stdtrit(n - 1, 0.975)) * float(values.std(ddof=1)) / math.sqrt(n)
+    half = mean_half_width(values)
     return mean, (mean - half, mean + half)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 
 from fedsplit.config import RunConfig
+from fedsplit.config.records import with_defaults
 from fedsplit.errors import RunError
 from simulations.core.progress import RunProgress
 from simulations.core.run_folder import RunFolder
@@ -73,7 +74,7 @@ class CellStore:
         for line in text.splitlines():
             try:
                 cell = json.loads(line)
-                if {**usual, **json.loads(cell["settings"])} == mine:
+                if with_defaults(json.loads(cell["settings"]), usual) == mine:
                     self._done[cell["key"]] = cell["rows"]
             except (ValueError, KeyError, TypeError):  # the line that a killed run was writing
                 continue

@@ -26,7 +26,7 @@ from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import grouped, make_table, mean
 from simulations.offsite import emulator_table
-from simulations.offsite.setting import OffsiteSetting, perplexity_of
+from simulations.offsite.setting import PREPARED, OffsiteSetting, perplexity_of
 
 # Beside those of ``offsite-table``, whose emulators are built here.  Rates of the small methods are
 # customary ones (about ten times full adapters' for LoRA), bottlenecks' of three tried on one seed.
@@ -53,7 +53,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
         pick(METHODS, method, "method")
     pick(emulator_table.METHODS, options["emulator"], "emulator")
     store = CellStore.open(folder, experiment.config, options, emulator_table.SELECTING)
-    setting = PeftSetting(experiment.config, store.options, folder.path, store)
+    prepared = options[PREPARED]
+    setting = PeftSetting(experiment.config, store.options, folder.path, store, prepared)
     keys = product(seed=range(options["seeds"]), method=options["methods"])
     rows = run_cells(
         experiment, folder, console, store, keys, setting.cell, lambda r: {"rows": compared(r)}

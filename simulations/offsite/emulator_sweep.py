@@ -2,7 +2,8 @@
 
 ScaleOT's figures 3 and 4 (arXiv 2412.09812): alpha, the share of blocks outside A that harmonizers
 replace; and beta, the rank reduction, of the attention projections (``mhsa``, the method's choice),
-of the FFN (``ffn``) and of ``both``.  Beta is swept without harmonizers unless ``alpha`` says
+of the FFN (``ffn``) and of ``both``; ``mhsa-outputs`` keeps the projections' outputs on public text
+closest instead of their weights.  Beta is swept without harmonizers unless ``alpha`` says
 otherwise, so that what a curve shows is rank alone.
 """
 
@@ -21,7 +22,7 @@ from simulations.core.plots import draw_if_possible
 from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.offsite.plots import sweep_plot
-from simulations.offsite.setting import COMMON, OffsiteSetting, perplexity_of
+from simulations.offsite.setting import COMMON, PREPARED, OffsiteSetting, perplexity_of
 
 OPTIONS: dict[str, Any] = {
     **COMMON,
@@ -30,11 +31,12 @@ OPTIONS: dict[str, Any] = {
     "betas": [0.2, 0.4, 0.6, 0.8, 1.0],
     "targets": ["mhsa", "ffn", "both"],
 }
-# target -> compress the attention, the FFN
-TARGETS: dict[str, tuple[bool, bool]] = {
-    "mhsa": (True, False),
-    "ffn": (False, True),
-    "both": (True, True),
+# target -> compress the attention, the FFN, what stays closest
+TARGETS: dict[str, tuple[bool, bool, str]] = {
+    "mhsa": (True, False, "weights"),
+    "ffn": (False, True, "weights"),
+    "both": (True, True, "weights"),
+    "mhsa-outputs": (True, False, "outputs"),
 }
 LOSSES = ("full_zero_shot", "emulator_zero_shot", "emulator_ft", "plug_in")
 PLOT = "offsite-sweep.png"
@@ -52,22 +54,25 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     names = ("knob", "target", "value", "seed")
     seeds = range(options["seeds"])
     keys = [dict(zip(names, (*point, seed), strict=True)) for seed in seeds for point in points]
-    selecting = ("seeds", "alphas", "betas", "targets")
+    selecting = ("seeds", "alphas", "betas", "targets", PREPARED)
     store = CellStore.open(folder, experiment.config, options, selecting)
-    setting = OffsiteSetting(experiment.config, store.options, folder.path, store)
+    setting = OffsiteSetting(
+        experiment.config, store.options, folder.path, store, options[PREPARED]
+    )
     rows = run_cells(experiment, folder, console, store, keys, partial(cell, setting))
     draw_if_possible(console, folder.path / PLOT, sweep_plot, rows)
 
 
 def cell(setting: OffsiteSetting, knob: str, target: str, value: float, seed: int) -> list[Row]:
     """Return the row of one emulator."""
-    attention, ffn = TARGETS[target or "mhsa"]
+    attention, ffn, truncation = TARGETS[target or "mhsa"]
     asked = ScaleOT(
         n_adapters=setting.options["adapters"],
         alpha=value if knob == "alpha" else setting.options["alpha"],
         beta=value if knob == "beta" else 0.0,
         attention=attention,
         ffn=ffn,
+        truncation=truncation,
         rank_by=setting.options["rank-by"],
     )
     made, importance, _ = setting.settled(seed, asked)

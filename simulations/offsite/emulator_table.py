@@ -9,11 +9,13 @@ Offsite-Tuning (arXiv 2302.04870) and ScaleOT (arXiv 2412.09812), their tables' 
 | ``crash`` | the same number of blocks, shared over clusters |
 | ``gradot`` | ends are A, ``beta-gradot`` of attention parameters and FFN channels removed |
 | ``scaleot`` | A by importance, ``alpha`` of the others replaced by settled harmonizers |
-| ``scaleot-src`` | and the attention of what remains compressed by ``beta`` |
+| ``scaleot-src`` | and the attention of what remains compressed by ``beta``, as the paper has it |
+| ``scaleot-src-outputs`` | the same, keeping the projections' outputs closest instead of weights |
 | ``ot-large`` | ``ot`` keeping as many blocks as ``scaleot``: equal size |
 | ``ot-kd-large`` | ``ot-kd`` likewise |
 | ``gradot-placed`` | ``gradot`` with the A of ``scaleot`` |
 | ``withholding`` | noise on the head, ``offsite.margin`` nats; A: ``offsite.positions``, or ends |
+| ``quantised`` | the A of ``scaleot``; the matrices of all other blocks in 4 bits |
 | ``scaleot-half`` | ``scaleot`` with alpha = 0.5: the size of ``ot`` |
 """
 
@@ -40,7 +42,7 @@ from simulations.core.run_folder import RunFolder
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import grouped, make_table, mean
 from simulations.offsite.plots import importance_plot, table_plot
-from simulations.offsite.setting import COMMON, OffsiteSetting, perplexity_of
+from simulations.offsite.setting import COMMON, PREPARED, OffsiteSetting, perplexity_of
 
 OPTIONS: dict[str, Any] = {
     **COMMON,
@@ -50,7 +52,7 @@ OPTIONS: dict[str, Any] = {
     "full": True,
 }
 # Options that choose rows and change none.
-SELECTING = ("methods", "seeds", "full")
+SELECTING = ("methods", "seeds", "full", PREPARED)
 LOSSES = ("full_zero_shot", "emulator_zero_shot", "emulator_ft", "plug_in", "adapters_in_full")
 PLOT = "offsite-table.png"
 SCORES_PLOT = "offsite-importance.png"
@@ -62,7 +64,9 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     for method in options["methods"]:
         pick(METHODS, method, "method")
     store = CellStore.open(folder, experiment.config, options, SELECTING)
-    setting = OffsiteSetting(experiment.config, store.options, folder.path, store)
+    setting = OffsiteSetting(
+        experiment.config, store.options, folder.path, store, options[PREPARED]
+    )
     rank_by = options["rank-by"]
 
     def recorded(rows: list[Row]) -> dict[str, Any]:
@@ -150,24 +154,39 @@ def _gradot_of(setting: OffsiteSetting, adapters: tuple[int, ...]) -> Compressor
     return make_compressor("gradot", adapters=adapters, attention=share, ffn=share)
 
 
-def _gradot_placed(setting: OffsiteSetting, seed: int) -> Made:
+def _placed(setting: OffsiteSetting, seed: int) -> tuple[tuple[int, ...], float]:
+    """Return the A that ScaleOT chooses, and the seconds of the importance run."""
     importance, seconds = setting.importance(seed)
     placed = ScaleOT(n_adapters=setting.options["adapters"], rank_by=setting.options["rank-by"])
-    adapters = placed.plan(setting.loaded.model, setting.material(importance)).adapters
+    return placed.plan(setting.loaded.model, setting.material(importance)).adapters, seconds
+
+
+def _gradot_placed(setting: OffsiteSetting, seed: int) -> Made:
+    adapters, seconds = _placed(setting, seed)
     return _gradot_of(setting, adapters), None, seconds
+
+
+def _quantised(setting: OffsiteSetting, seed: int) -> Made:
+    adapters, seconds = _placed(setting, seed)
+    return make_compressor("quantised", adapters=adapters, bits=4), None, seconds
 
 
 def _withholding(setting: OffsiteSetting, seed: int) -> Made:
     offsite = setting.config.offsite
     adapters = offsite.chosen or ends_are_a(setting)[0]
-    how = {"margin": offsite.margin, "beta": offsite.beta, "secret": seed}
+    how: dict[str, Any] = {"margin": offsite.margin, "beta": offsite.beta, "secret": seed}
+    how["truncation"] = offsite.truncation
     return make_compressor("withholding", adapters=adapters, **how), None, 0.0
 
 
-def _scaleot(setting: OffsiteSetting, seed: int, **asked: float) -> Made:
+def _scaleot(setting: OffsiteSetting, seed: int, **asked: Any) -> Made:
     o = setting.options
-    shares = {"alpha": o["alpha"], **asked}
-    return setting.settled(seed, ScaleOT(o["adapters"], rank_by=o["rank-by"], **shares))
+    how: dict[str, Any] = {"alpha": o["alpha"], "rank_by": o["rank-by"], **asked}
+    return setting.settled(seed, ScaleOT(o["adapters"], **how))
+
+
+def _src(setting: OffsiteSetting, seed: int, truncation: str) -> Made:
+    return _scaleot(setting, seed, beta=setting.options["beta"], truncation=truncation)
 
 
 METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {
@@ -176,11 +195,13 @@ METHODS: dict[str, Callable[[OffsiteSetting, int], Made]] = {
     "crash": _crash,
     "gradot": _gradot,
     "scaleot": _scaleot,
-    "scaleot-src": lambda setting, seed: _scaleot(setting, seed, beta=setting.options["beta"]),
+    "scaleot-src": partial(_src, truncation="weights"),
+    "scaleot-src-outputs": partial(_src, truncation="outputs"),
     "ot-large": partial(_ot, large=True),
     "ot-kd-large": partial(_ot, large=True, distil=True),
     "gradot-placed": _gradot_placed,
     "withholding": _withholding,
+    "quantised": _quantised,
     "scaleot-half": partial(_scaleot, alpha=0.5),
 }
 

@@ -37,7 +37,7 @@ from simulations.core.tables import grouped, make_table, mean
 from simulations.offsite.emulator_table import METHODS, SELECTING
 from simulations.offsite.emulator_table import OPTIONS as TABLE_OPTIONS
 from simulations.offsite.plots import closed_plot
-from simulations.offsite.setting import OffsiteSetting
+from simulations.offsite.setting import PREPARED, OffsiteSetting
 
 OPTIONS: dict[str, Any] = {
     **TABLE_OPTIONS,
@@ -67,7 +67,8 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     options = checked_options(experiment.options)
     selecting = (*SELECTING, "attacks")
     store = CellStore.open(folder, experiment.config, options, selecting)
-    setting = ExtractionSetting(experiment.config, store.options, folder.path, store)
+    prepared = options[PREPARED]
+    setting = ExtractionSetting(experiment.config, store.options, folder.path, store, prepared)
     methods, attacks = options["methods"], options["attacks"]
     keys = product(seed=range(options["seeds"]), method=methods, attack=attacks)
     rows = run_cells(experiment, folder, console, store, keys, setting.cell)

@@ -3,18 +3,19 @@
 Centralised, on the union of the owners' text: a federation with one local step per round takes the
 same steps (a test of the strategy holds that), so what differs between rows is the emulator alone.
 An importance run, settled harmonizers, full fine-tuning and the bounds are made once for a seed and
-kept in the run's folder, so that a killed experiment pays for them once.
+kept in the run's folder, so that a killed experiment pays for them once.  The first two depend on
+no private text, the others on no emulator: with ``options.prepared`` a folder of all of them serves
+many experiments.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,26 +24,25 @@ from torch import Tensor
 from fedsplit.data import docstrings_are_public
 from fedsplit.emulators import Compressor, Material
 from fedsplit.emulators.compressors.scaleot import ScaleOT
-from fedsplit.emulators.importance.files import (
-    Importance,
-    ImportanceSettings,
-    load_importance,
-    save_importance,
-)
+from fedsplit.emulators.importance.files import Importance, ImportanceSettings
 from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.emulators.lm import LabelledBlocks, pack
 from fedsplit.emulators.planning.trial import TrialRow, Tuning, fully_tuned, loss_of, tuned_in_full
 from fedsplit.emulators.planning.trial import trial as run_trial
-from fedsplit.errors import FedsplitError
 from fedsplit.models.loading import LoadedModel, load
 from fedsplit.models.positions import check_length
 from fedsplit.owners.data_source import simulated_shares
 from fedsplit.owners.offsite.owner import blocks_of_sets
 from fedsplit.privacy.public_text import public_texts
 from fedsplit.seeding import derive_seed
+from simulations.core.cells import CellStore
 from simulations.core.setting import ExperimentSetting
+from simulations.offsite.prepared import Prepared, base_facts, digest
 from strategies.base_model import DTYPES
 
+# Option: the folder of importance runs, settled harmonizers and bounds; "": the run's own.  Rows
+# tell the seconds that they once took.
+PREPARED = "prepared"
 # Options of every experiment on offsite tuning; an experiment adds its own.
 COMMON: dict[str, Any] = {
     "seeds": 3,
@@ -58,13 +58,19 @@ COMMON: dict[str, Any] = {
     "importance-steps": 400,
     "rank-by": "costs",
     "public-blocks": 4096,
+    PREPARED: "",
 }
 
 
 @dataclass
 class OffsiteSetting(ExperimentSetting):
-    """Base, texts, importance runs and baselines of one experiment on offsite tuning."""
+    """Base, texts, importance runs and baselines of one experiment on offsite tuning.
 
+    Attributes:
+        prepared: folder of importance runs, settled harmonizers and bounds; empty: the run's own.
+    """
+
+    prepared: str = ""
     _importance: dict[int, tuple[Importance, float]] = field(default_factory=dict)
     _settled: dict[tuple[int, ScaleOT], tuple[Importance, float]] = field(default_factory=dict)
 
@@ -133,17 +139,11 @@ class OffsiteSetting(ExperimentSetting):
     def importance(self, seed: int) -> tuple[Importance, float]:
         """Return the seed's importance run and its seconds; one run serves many emulators."""
         if seed not in self._importance:
-            o, model, digest = self.options, self.loaded.model, self.loaded.digest
-            settings = ImportanceSettings(
-                steps=o["importance-steps"], bf16=o["bf16"], seed=derive_seed(seed) % 2**31
-            )
             half = max(1, len(self.public) // 2)
             halves = self.public[:half], self.public[half:]
-            self._importance[seed] = self._kept(
-                f"importance-{seed}",
-                {"what": "importance", "seed": seed},
-                lambda: LayerReplace(model, *halves, settings, base_digest=digest).run(),
-            )
+            model, base = self.loaded.model, self.loaded.digest
+            run = LayerReplace(model, *halves, self._importance_settings(seed), base_digest=base)
+            self._importance[seed] = self._kept(f"importance-{seed}", self._about(seed), run.run)
         return self._importance[seed]
 
     def settled(self, seed: int, compressor: ScaleOT) -> tuple[ScaleOT, Importance, float]:
@@ -154,12 +154,13 @@ class OffsiteSetting(ExperimentSetting):
         importance, seconds = self.importance(seed)
         o = self.options
         how = {"settle_steps": o["settle-steps"], "bf16": o["bf16"], "seed": seed}
-        asked = replace(compressor, beta=0.0, attention=True, ffn=False, **how)
+        plain = {"beta": 0.0, "attention": True, "ffn": False, "truncation": "weights"}
+        asked = replace(compressor, **plain, **how)  # type: ignore[arg-type]
         key = (seed, asked)
         if key not in self._settled:
             material = self.material(importance)
             plan = asked.plan(self.loaded.model, material)
-            about = {"what": "settled", "seed": seed, "plan": plan.to_json()}
+            about = {**self._about(seed), "settled": asdict(asked), "plan": plan.to_json()}
             replaced = "-".join(str(i) for i, r in enumerate(plan.roles) if r == "harmonizer")
             make = partial(asked.settled, self.loaded.model, material)
             self._settled[key] = self._kept(f"settled-{seed}-{replaced or 'none'}", about, make)
@@ -169,29 +170,35 @@ class OffsiteSetting(ExperimentSetting):
     def _kept(
         self, name: str, about: Mapping[str, Any], make: Callable[[], Importance]
     ) -> tuple[Importance, float]:
-        """Return an importance run from the run's folder, or make and keep it."""
-        began = time.perf_counter()
-        if self.folder is None:
+        """Return an importance run from the folder of them, or make and keep it."""
+        if self._runs is None:
+            began = time.perf_counter()
             return make(), time.perf_counter() - began
-        # Other settings in the same folder must not find it.
-        settings = json.dumps([self.config.to_flat(), self.options], sort_keys=True, default=str)
-        where = self.folder / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-        made: list[Importance] = []
+        return self._runs.importance(name, about, make)
 
-        def timed() -> list[dict[str, Any]]:
-            made.append(make())
-            seconds = time.perf_counter() - began
-            save_importance(made[0], where)
-            return [{"seconds": seconds}]
+    @cached_property
+    def _runs(self) -> Prepared | None:
+        folder = Path(self.prepared) if self.prepared else self.folder
+        return None if folder is None else Prepared(folder, self.loaded)
 
-        rows = self.store.rows(about, timed)
-        if not made:
-            try:
-                model, digest = self.loaded.model, self.loaded.digest
-                made.append(load_importance(where, model, base_digest=digest))
-            except FedsplitError:  # the cell is there and its files are not: made again, as quick
-                made.append(make())
-        return made[0], float(rows[0]["seconds"])
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """What everything here depends on beside its own text and schedule."""
+        return {**base_facts(self.loaded), "dtype": self.config.model.dtype}
+
+    def _about(self, seed: int) -> dict[str, Any]:
+        """Return everything that a seed's importance run depends on."""
+        return {
+            **self._base,
+            "public": digest(self.public),
+            "schedule": asdict(self._importance_settings(seed)),
+        }
+
+    def _importance_settings(self, seed: int) -> ImportanceSettings:
+        o = self.options
+        return ImportanceSettings(
+            steps=o["importance-steps"], bf16=o["bf16"], seed=derive_seed(seed) % 2**31
+        )
 
     def full_zero_shot(self) -> float:
         """Return the base's held-out loss in nats."""
@@ -232,7 +239,24 @@ class OffsiteSetting(ExperimentSetting):
         return loss_of(model, self.private[1])
 
     def _loss(self, key: Mapping[str, Any], make: Callable[[], float]) -> float:
-        return float(self.store.rows(key, lambda: [{"nats": make()}])[0]["nats"])
+        """Return a loss that no emulator has a part in, found again in the run or with others."""
+        shared = self._shared_losses
+        if shared is None or self.store.find(key) is not None:
+            return float(self.store.rows(key, lambda: [{"nats": make()}])[0]["nats"])
+        return float(shared.rows(key, lambda: [{"nats": make()}])[0]["nats"])
+
+    @cached_property
+    def _shared_losses(self) -> CellStore | None:
+        """Losses of the base and of what is tuned in it, kept with the importance runs."""
+        if not self.prepared or self._runs is None:
+            return None
+        train, held_out = self.private
+        about = {
+            **self._base,
+            "private": digest(train.ids, train.labels, held_out.ids, held_out.labels),
+            "schedule": {**asdict(self.tuning(0)), "seed": None},  # the seed is in the cell's key
+        }
+        return self._runs.losses(about)
 
 
 def perplexity_of(nats: float) -> float:

@@ -220,9 +220,12 @@ def _recipe(config: RunConfig, loaded: LoadedModel, tokens: Tensor) -> dict[str,
         scored = asdict(_importance_settings(config))
         if o.scores:
             scored = _file_digest(o.scores)
+    settings = compressor_settings(o, layers)
+    if o.beta == 0 or settings.get("truncation") == "weights":
+        settings.pop("truncation", None)  # as recipes were before it could be chosen
     about = {
         "compressor": o.compressor,
-        "settings": compressor_settings(o, layers),
+        "settings": settings,
         "placed": [o.adapters, o.rank_by] if by_importance(o) else None,
         "importance": scored,
         "base": loaded.digest,

@@ -31,6 +31,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsplit import storage
+from fedsplit.config.records import with_defaults
 from fedsplit.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -186,8 +187,9 @@ class StateFolder:
         return state
 
     def _must_belong(self, path: Path, found: Mapping[str, Any]) -> None:
+        meant = with_defaults(found, self._usual)
         for key in sorted(self.belongs.keys() | found.keys()):
-            mine, theirs = self.belongs.get(key), found.get(key, self._usual.get(key))
+            mine, theirs = self.belongs.get(key), meant.get(key)
             if mine != theirs:
                 raise RunError(
                     f"{path.parent.parent}: holds an interrupted run with {key}={theirs!r}: must "

@@ -340,7 +340,7 @@ def test_the_real_model_travels(tmp_path: Path) -> None:
     from tests.emulators.emulator_families import shared
 
     loaded = load(shared("models", "gutenberg_llama_seed0"), "causal-lm")
-    compressor = make_compressor("scaleot", adapters=(0, 1, 10, 11), beta=0.6)
+    compressor = make_compressor("scaleot", adapters=(0, 1, 10, 11), beta=0.6, truncation="weights")
     emulator = compressor.build(loaded.model, Material(base_digest=loaded.digest))
     saved = save_emulator(emulator, tmp_path / "e", loaded.tokenizer)
     again = load_emulator(saved.folder, expected_digest=saved.digest)

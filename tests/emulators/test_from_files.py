@@ -28,7 +28,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "layerdrop": {"keep": 2},
     "magnitude": {"sparsity": 0.5},
     "quantised": {"bits": 4},
-    "scaleot": {"alpha": 0.5, "beta": 0.6},
+    "scaleot": {"alpha": 0.5, "beta": 0.6, "truncation": "weights"},
 }
 
 

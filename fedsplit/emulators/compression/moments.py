@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import check_tokens, lm_loss, logits_of
 from fedsplit.models.anatomy import probe
-from fedsplit.models.modes import frozen
+from fedsplit.models.modes import evaluating, frozen
 
 
 @dataclass
@@ -66,6 +66,44 @@ def collect(
             ids = ids.to(device)
             lm_loss(logits_of(model, ids), ids, "sum").backward()  # type: ignore[no-untyped-call]
     return found
+
+
+@torch.no_grad()
+def collect_inputs(
+    model: Model, tokens: Tensor, layers: Sequence[tuple[int, str]], batch_size: int = 8
+) -> dict[tuple[int, str], Tensor]:
+    """Run forward once and return the sum of x x^T, (n, n) float64, of what enters each layer.
+
+    Args:
+        model: left as it was.
+        tokens: ids (N, T).
+        layers: (block, layer name).
+        batch_size: token blocks at a time.
+
+    Raises:
+        DataError: if tokens are not ids (N, T).
+    """
+    check_tokens("tokens", tokens)
+    blocks = probe(model).blocks
+    found = {key: Moments() for key in layers}
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        for (i, name), into in found.items():
+            layer = blocks[i].get_submodule(name)
+            stack.enter_context(layer.register_forward_pre_hook(_input_hook(into)))
+        stack.enter_context(evaluating(model))
+        for ids in torch.split(tokens, batch_size):
+            logits_of(model, ids.to(device))
+    return {key: m.inputs for key, m in found.items() if m.inputs is not None}
+
+
+def _input_hook(into: Moments) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # In float32 a few large directions would leave noise in place of all small ones.
+        x = args[0].double().flatten(0, -2)  # (tokens, n)
+        into.inputs = _add(into.inputs, x.T @ x)
+
+    return hook
 
 
 def _track(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -1,27 +1,81 @@
-"""Selective rank compression: truncated SVD of the attention projections (ScaleOT, stage 2)."""
+"""Selective rank compression: truncated SVD of the attention projections (ScaleOT, stage 2).
+
+``TRUNCATIONS`` says what a truncation keeps closest: ``weights``, as ScaleOT has it, or ``outputs``
+of the projections on public text (the approximation is SVD-LLM's, see
+:func:`fedsplit.emulators.compression.svd.truncate_outputs`).  SmolLM2-135M loses its language
+when a quarter of its attention's ranks go by weights (docs/results/llm.md).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.emulators.compression.linears import LowRankLinear, bias_of, matrix_of, set_matrix
-from fedsplit.emulators.compression.svd import Factors, truncate, truncated_rank
+from fedsplit.emulators.compression.moments import collect_inputs
+from fedsplit.emulators.compression.structure import Model
+from fedsplit.emulators.compression.svd import (
+    Factors,
+    input_root,
+    truncate,
+    truncate_outputs,
+    truncated_rank,
+)
 from fedsplit.emulators.planning.plan import check_fraction
-from fedsplit.errors import ConfigError
+from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.layout.projections import BlockLayout, Site
 
 ATTENTION = ("q", "k", "v", "o")
 FFN = ("up", "gate", "down")
+CALIBRATION = 256  # token blocks that moments are taken of, the first ones
+TRUNCATIONS = ("weights", "outputs")
+# Projections that take the same input as another: their moments are that one's.
+SAME_INPUT = {"k": "q", "v": "q", "gate": "up"}
 
 
 def roles(layout: BlockLayout, attention: bool = True, ffn: bool = False) -> list[str]:
     """Return the projections to compress: attention only, as ScaleOT does, unless asked."""
     wanted = (ATTENTION if attention else ()) + (FFN if ffn else ())
     return [role for role in layout.sites() if role in wanted]
+
+
+def roots_of(
+    model: Model,
+    layout: BlockLayout,
+    blocks: Sequence[int],
+    tokens: Tensor,
+    *,
+    attention: bool = True,
+    ffn: bool = False,
+    batch_size: int = 8,
+) -> dict[int, dict[str, Tensor]]:
+    """Return roots of the second moments of what enters each projection, by block and role.
+
+    One forward pass of the whole model over the first :data:`CALIBRATION` token blocks: what stands
+    in front of a projection in an emulator is not what stood there.  Memory: two (n, n) float64
+    matrices a block for attention, two for the FFN.
+
+    Raises:
+        DataError: if tokens are not ids (N, T).
+        ModelError: if activations are not finite.
+        UnsupportedModelError: if a projection is not run as a layer of its own.
+    """
+    chosen, sites = roles(layout, attention, ffn), layout.sites()
+    own = {role: SAME_INPUT.get(role, role) for role in chosen}
+    names = {role: module_of(sites[role]) for role in own.values()}
+    layers = [(i, name) for i in blocks for name in dict.fromkeys(names.values())]
+    found = collect_inputs(model, tokens[:CALIBRATION], layers, batch_size)
+    lacking = [key for key in layers if key not in found]
+    if lacking:
+        raise UnsupportedModelError(
+            f"block {lacking[0][0]}, {lacking[0][1]}: nothing was run through this layer; use "
+            "truncation='weights'"
+        )
+    roots = {key: input_root(found.pop(key)) for key in layers}
+    return {i: {role: roots[i, names[own[role]]] for role in chosen} for i in blocks}
 
 
 def compress_block(
@@ -32,6 +86,7 @@ def compress_block(
     attention: bool = True,
     ffn: bool = False,
     seed: int = 0,
+    roots: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Truncate projections of one block to r = max(1, floor((1 - beta) min(m, n))), in place.
 
@@ -46,6 +101,7 @@ def compress_block(
         attention: compress Q, K, V and O (ScaleOT's choice).
         ffn: compress the FFN as well (the published sweeps show that it hurts both sides).
         seed: of the randomised method.
+        roots: by role (:func:`roots_of`), to keep outputs closest instead of weights.
 
     Returns:
         One record for each truncated projection: role, rank, relative Frobenius error.
@@ -61,8 +117,12 @@ def compress_block(
     for role in chosen:
         matrix = read_site(block, layout.sites()[role])
         rank = truncated_rank(matrix.shape[0], matrix.shape[1], beta)
-        if rank < min(matrix.shape):
+        if rank >= min(matrix.shape):
+            continue
+        if roots is None:
             factors[role] = truncate(matrix, rank, seed=seed)
+        else:
+            factors[role] = truncate_outputs(matrix, roots[role], rank, seed=seed)
     apply_factors(block, layout, factors)
     return [{"role": r, "rank": f.rank, "error": round(f.error, 6)} for r, f in factors.items()]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsplit.errors import check, one_of
+from fedsplit.errors import ModelError, check, one_of
 from fedsplit.seeding import torch_generator
 
 METHODS = ("auto", "eigen", "randomised", "full")
@@ -16,6 +16,8 @@ OVERSAMPLE = 10
 POWER = 4
 # Above this smaller side the Gram matrix and its eigenvectors are computed in float32.
 DOUBLE_UP_TO = 1024
+DAMPING = 1e-2
+SEEN = 1e-10  # directions of less variance, relative to the largest, the text did not have
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,59 @@ def truncate(weight: Tensor, rank: int, method: str = "auto", seed: int = 0) -> 
     up, down = up.to(weight.dtype), down.to(weight.dtype)
     norm = float(matrix.norm())
     error = float((matrix - up.to(exact) @ down.to(exact)).norm()) / norm if norm > 0 else 0.0
+    return Factors(up.contiguous(), down.contiguous(), error)
+
+
+def input_root(second: Tensor, damping: float = DAMPING) -> Tensor:
+    """Return R (n, n) float64 with R R^T = C + floor I, up to a factor.
+
+    The floor stands for directions that the calibration text did not have.  It is relative to the
+    geometric mean of C's spectrum: relative to the mean it would be larger than most of the
+    spectrum where a few directions carry nearly all of the variance.
+
+    Args:
+        second: C = E x x^T up to a factor, (n, n).
+        damping: of the floor.
+
+    Raises:
+        ModelError: C is not finite, as where activations overflow.
+    """
+    if not bool(torch.isfinite(second).all()):
+        raise ModelError("moments of a layer's inputs: must be finite; found nan or infinity")
+    values, vectors = torch.linalg.eigh(second.to(torch.float64))
+    most = float(values[-1])
+    if most <= 0:  # nothing came in: every matrix of a rank is as close
+        return torch.eye(len(values), dtype=torch.float64)
+    values = (values / most).clamp_min(0)
+    floor = damping * float(values[values > SEEN].log().mean().exp())
+    root: Tensor = vectors * (values + floor).sqrt()
+    return root
+
+
+def truncate_outputs(weight: Tensor, root: Tensor, rank: int, *, seed: int = 0) -> Factors:
+    """Return the matrix of rank ``rank`` whose outputs are closest: least E ||(W - W') x||^2.
+
+    With E x x^T = R R^T that is the best approximation of W R, so W' = U_r U_r^T W with U_r its
+    leading left singular vectors (as SVD-LLM, Wang et al. 2025, arXiv 2403.07378, up to the way of
+    computing it).  The truncation of W itself is the case R = I.  Hidden states of language models
+    have few directions of large variance: what W does to them may lie in its small singular values.
+
+    Args:
+        weight: (m, n), any float dtype.
+        root: R up to a factor, (n, n), see :func:`input_root`.
+        rank: r in 1..min(m, n).
+        seed: of a randomised truncation.
+
+    Raises:
+        ConfigError: if the rank is out of range or R is not (n, n).
+    """
+    side = weight.shape[1]
+    check(tuple(root.shape) == (side, side), "root", tuple(root.shape), f"({side}, {side})")
+    matrix = weight.detach().double()
+    left = _orthonormal(truncate(matrix @ root.to(matrix), rank, seed=seed).up)  # (m, r)
+    up, down = left.to(weight.dtype), (left.T @ matrix).to(weight.dtype)
+    norm = float(matrix.norm())
+    error = float((matrix - up.double() @ down.double()).norm()) / norm if norm > 0 else 0.0
     return Factors(up.contiguous(), down.contiguous(), error)
 
 

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
-from fedsplit.emulators.compression.src import compress_block, compressed_numel
+from fedsplit.emulators.compression.src import (
+    TRUNCATIONS,
+    compress_block,
+    compressed_numel,
+    roots_of,
+)
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
     Compressor,
@@ -50,6 +55,8 @@ class ScaleOT(Compressor):
         rank_by: "scores", the importance run's, or "costs", what it measured of each block (ours).
         attention: compress Q, K, V, O (the method's choice).
         ffn: compress the FFN too (to reproduce why not).
+        truncation: what rank compression keeps closest: "outputs" of the projections on public
+            text (ours; needs tokens), or "weights", as the paper has it.
         settle_steps: steps in which the chosen harmonizers are trained together, in the place they
             now have, before blocks are compressed and shipped: towards the full model's hidden
             states where they enter A, and its next-token distribution (ours, not the paper's; 0:
@@ -68,6 +75,7 @@ class ScaleOT(Compressor):
     rank_by: str = "scores"
     attention: bool = True
     ffn: bool = False
+    truncation: str = "outputs"
     settle_steps: int = 0
     settle_lr: float = 2e-3
     bf16: bool = False
@@ -79,6 +87,7 @@ class ScaleOT(Compressor):
         one = (self.n_adapters > 0) != bool(self.adapters)
         check(one, "n_adapters, adapters", (self.n_adapters, self.adapters), "one of the two")
         one_of("rank_by", self.rank_by, RANKS)
+        one_of("truncation", self.truncation, TRUNCATIONS)
         check(self.settle_steps >= 0, "settle_steps", self.settle_steps, ">= 0")
 
     def plan(self, model: Model, material: Material) -> EmulatorPlan:
@@ -106,7 +115,7 @@ class ScaleOT(Compressor):
 
     @property
     def streams(self) -> bool:
-        return self.settle_steps == 0
+        return self.settle_steps == 0 and not (self.beta > 0 and self.truncation == "outputs")
 
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
@@ -114,6 +123,7 @@ class ScaleOT(Compressor):
             "alpha": offsite.alpha,
             "beta": offsite.beta,
             "rank_by": offsite.rank_by,
+            "truncation": offsite.truncation,
             "settle_steps": offsite.settle_steps,
             "bf16": offsite.bf16,
         }
@@ -178,14 +188,21 @@ class ScaleOT(Compressor):
             if self.settle_steps:
                 importance = self.settled(model, material)
 
+        compressed, which = plan.having(COMPRESS), {"attention": self.attention, "ffn": self.ffn}
+        roots: dict[int, dict[str, Tensor]] = {}
+        if compressed and self.truncation == "outputs":
+            tokens = material.needed_tokens(f"{self.name} truncation='outputs'")
+            layout, size = dense_layout_of(model.config), material.batch_size
+            roots = roots_of(model, layout, compressed, tokens, batch_size=size, **which)
+
         def edit(position: int, block: nn.Module) -> None:
             details["ranks"][str(position)] = compress_block(
                 block,
                 dense_layout_of(model.config),
                 self.beta,
-                attention=self.attention,
-                ffn=self.ffn,
                 seed=self.seed,
+                roots=roots.get(position),
+                **which,
             )
 
         return self.made(
@@ -193,7 +210,7 @@ class ScaleOT(Compressor):
             plan,
             replace(material, base_digest=digest),
             harmonizers=dict(enumerate(importance.harmonizers)) if importance else None,
-            edit=edit if plan.having(COMPRESS) else None,
+            edit=edit if compressed else None,
             details=details,
         )
 

@@ -30,7 +30,12 @@ from torch import Tensor, nn
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator
-from fedsplit.emulators.compression.src import compress_block, compressed_numel
+from fedsplit.emulators.compression.src import (
+    TRUNCATIONS,
+    compress_block,
+    compressed_numel,
+    roots_of,
+)
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
     Compressor,
@@ -42,7 +47,7 @@ from fedsplit.emulators.compressors.base import (
 )
 from fedsplit.emulators.lm import logits_of, mean_loss
 from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan, check_fraction
-from fedsplit.errors import ConfigError, UnsupportedModelError, check
+from fedsplit.errors import ConfigError, UnsupportedModelError, check, one_of
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import dense_layout_of
 from fedsplit.models.modes import evaluating
@@ -60,7 +65,8 @@ class Withholding(Compressor):
         margin: nats that the untuned emulator loses by the noise on the calibration text; 0: none.
         rank: r, directions of the hidden state that the noise is in.
         beta: rank reduction of the attention outside A, as in ScaleOT; 0: blocks stay as they are.
-        calibration: token blocks used at most, the first ones.
+        truncation: of what, as in ScaleOT.
+        calibration: token blocks that the margin is measured on at most, the first ones.
         secret: seed of the noise; None: drawn from the system.  Never written into the emulator:
             who knows it takes the noise off.
     """
@@ -70,6 +76,7 @@ class Withholding(Compressor):
     margin: float = 0.0
     rank: int = 16
     beta: float = 0.0
+    truncation: str = "outputs"
     calibration: int = 32
     secret: int | None = None
 
@@ -78,11 +85,16 @@ class Withholding(Compressor):
         check(good, "margin", self.margin, ">= 0 (nats)")
         check(self.rank >= 1, "rank", self.rank, ">= 1")
         check_fraction("beta", self.beta)
+        one_of("truncation", self.truncation, TRUNCATIONS)
         check(self.calibration >= 1, "calibration", self.calibration, ">= 1 (blocks)")
 
     @classmethod
     def run_settings(cls, offsite: OffsiteConfig) -> dict[str, Any]:
-        return {"margin": offsite.margin, "beta": offsite.beta}
+        return {
+            "margin": offsite.margin,
+            "beta": offsite.beta,
+            "truncation": offsite.truncation,
+        }
 
     def forecast(self, sizes: Sizes) -> Forecast:
         """Return the emulator's size without building it."""
@@ -101,7 +113,7 @@ class Withholding(Compressor):
         )
 
     def build(self, model: Model, material: Material) -> Emulator:
-        """Return the emulator; with a margin it needs calibration tokens.
+        """Return the emulator; a margin, and ranks by outputs, need calibration tokens.
 
         Raises:
             ConfigError: if there are no tokens, or no noise reaches the margin.
@@ -111,8 +123,15 @@ class Withholding(Compressor):
         chosen = adapters_in(layers, self.adapters)
         plan = EmulatorPlan.with_adapters(layers, chosen, COMPRESS if self.beta > 0 else KEEP)
 
+        roots: dict[int, dict[str, Tensor]] = {}
+        if self.beta > 0 and self.truncation == "outputs":
+            tokens = material.needed_tokens(f"{self.name} truncation='outputs'")
+            layout, compressed = dense_layout_of(model.config), plan.having(COMPRESS)
+            roots = roots_of(model, layout, compressed, tokens, batch_size=material.batch_size)
+
         def edit(position: int, block: nn.Module) -> None:
-            compress_block(block, dense_layout_of(model.config), self.beta)
+            layout = dense_layout_of(model.config)
+            compress_block(block, layout, self.beta, roots=roots.get(position))
 
         told = {k: v for k, v in asdict(self).items() if k != "secret"}
         details: dict[str, Any] = {"settings": told, "changed": []}

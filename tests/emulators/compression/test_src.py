@@ -9,13 +9,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.emulators import Material, make_compressor
 from fedsplit.emulators.build import build_emulator
 from fedsplit.emulators.compression.linears import LowRankLinear
-from fedsplit.emulators.compression.src import compress_block, compressed_numel, read_site
-from fedsplit.emulators.compression.svd import truncate, truncated_rank
+from fedsplit.emulators.compression.src import (
+    compress_block,
+    compressed_numel,
+    module_of,
+    read_site,
+    roots_of,
+)
+from fedsplit.emulators.compression.svd import (
+    input_root,
+    truncate,
+    truncate_outputs,
+    truncated_rank,
+)
 from fedsplit.emulators.lm import logits_of
 from fedsplit.emulators.planning.plan import EmulatorPlan
-from fedsplit.errors import ConfigError, UnsupportedModelError
+from fedsplit.errors import ConfigError, ModelError, UnsupportedModelError
 from fedsplit.models.anatomy import probe
 from fedsplit.models.layout.projections import dense_layout_of, layout_of
 from tests.emulators.emulator_families import FAMILIES, LAYERS, UNPROBED, tiny, tokens
@@ -73,6 +85,82 @@ def test_a_slowly_falling_spectrum(shape: tuple[int, int], method: str) -> None:
     assert torch.equal(got.up, again.up)
 
 
+def lost(matrix: torch.Tensor, low: torch.Tensor, second: torch.Tensor) -> float:
+    """E ||(W - W') x||^2 with C = E x x^T."""
+    gap = (matrix - low).double()
+    return float((gap @ second.double() * gap).sum())
+
+
+def least_lost(matrix: torch.Tensor, second: torch.Tensor, rank: int) -> float:
+    """What the best matrix of that rank loses (Eckart and Young in this metric)."""
+    root = torch.linalg.cholesky(second)
+    return float(torch.linalg.svdvals(matrix @ root)[rank:].square().sum())
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.floats(0, 1), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_outputs_kept_closest_are_the_closest_of_their_rank(
+    m: int, n: int, beta: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(m, n, generator=generator).double()
+    few = torch.randn(n, max(1, n // 2), generator=generator).double() * 10  # some large directions
+    second = few @ few.T + 0.1 * torch.eye(n)
+    rank = truncated_rank(m, n, beta)
+    got = truncate_outputs(matrix, torch.linalg.cholesky(second), rank)
+    least = least_lost(matrix, second, rank)
+    reached = lost(matrix, got.dense(), second)
+    assert reached == pytest.approx(least, rel=1e-6, abs=1e-8 * float(second.trace()))
+    assert reached <= lost(matrix, truncate(matrix, rank).dense(), second) * (1 + 1e-9) + 1e-9
+    # The metric's scale says nothing, and without a metric it is the truncation of the weights.
+    again = truncate_outputs(matrix, input_root(7.0 * second, 0.0), rank)
+    torch.testing.assert_close(again.dense(), got.dense(), atol=1e-6, rtol=1e-6)
+    plain = truncate_outputs(matrix, torch.eye(n), rank)
+    torch.testing.assert_close(plain.dense(), truncate(matrix, rank).dense(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("rank", [8, 24, 48])
+def test_damping_costs_little_where_few_directions_have_most_variance(
+    largest: float, rank: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(64, 96, generator=generator).double()
+    turn = torch.linalg.qr(torch.randn(96, 96, generator=generator).double()).Q
+    variances = torch.logspace(0, -3, 96, dtype=torch.float64)
+    variances[:2] = largest
+    second = turn * variances @ turn.T
+    got = truncate_outputs(matrix, input_root(second), rank)
+    least = least_lost(matrix, second, rank)
+    assert lost(matrix, got.dense(), second) <= 1.02 * least
+    assert lost(matrix, truncate(matrix, rank).dense(), second) > 2 * least
+
+
+def test_directions_that_the_text_did_not_have_are_not_given_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix, seen = (torch.randn(*s, generator=generator).double() for s in ((24, 32), (32, 6)))
+    got = truncate_outputs(matrix, input_root(seen @ seen.T), 16)
+    assert lost(matrix, got.dense(), seen @ seen.T) < 1e-3 * float(seen.square().sum())
+    # Ten ranks are left for what was not seen.
+    unseen = torch.eye(32).double() - seen @ torch.linalg.pinv(seen)
+    assert lost(matrix, got.dense(), unseen) < 0.2 * lost(matrix, 0 * matrix, unseen)
+
+
+def test_a_metric_of_nothing_not_finite_or_of_another_size() -> None:
+    matrix = torch.randn(5, 4)
+    nothing = truncate_outputs(matrix, input_root(torch.zeros(4, 4)), 2)
+    torch.testing.assert_close(nothing.dense(), truncate(matrix, 2).dense())
+    negative = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1e-9]))  # rounding
+    assert torch.isfinite(truncate_outputs(matrix, input_root(negative), 2).dense()).all()
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ModelError, match="must be finite"):
+            input_root(torch.full((4, 4), bad))
+    with pytest.raises(ConfigError, match="root"):
+        truncate_outputs(matrix, torch.eye(5), 2)
+    with pytest.raises(ConfigError, match="rank"):
+        truncate_outputs(matrix, torch.eye(4), 5)
+
+
 def test_float32_and_half_weights() -> None:
     matrix = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
     best = truncate(matrix.double(), 10, "full").error
@@ -114,6 +202,82 @@ def test_each_projection_is_its_own_truncation(name: str, ffn: bool) -> None:
     assert saved > 0
     whole = sum(p.numel() for p in model.parameters())
     assert emulator.parameter_count() == whole - saved
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_each_projections_outputs_stay_closer_than_by_its_weights(name: str) -> None:
+    model = tiny(name)
+    layout = layout_of(model.config)
+    roots = roots_of(model, layout, [2, 4], tokens(), ffn=True, batch_size=5)
+    before = _effective(probe(model).blocks[2], layout)
+    found = {}
+    seconds = {role: root @ root.T for role, root in roots[2].items()}
+    for truncation, metric in (("weights", None), ("outputs", roots[2])):
+
+        def edit(position: int, block: Any, metric: Any = metric) -> None:
+            if position == 2:
+                compress_block(block, layout, 0.6, ffn=True, roots=metric)
+
+        emulator = build_emulator(model, PLAN, edit=edit)
+        after = _effective(probe(emulator.model).blocks[2], layout)
+        found[truncation] = {r: lost(before[r], after[r], seconds[r]) for r in before}
+    for role in before:
+        assert found["outputs"][role] < found["weights"][role] * (1 + 1e-3), role
+    assert sum(found["outputs"].values()) < 0.95 * sum(found["weights"].values())
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_moments_are_of_what_enters_each_projection(name: str) -> None:
+    model = tiny(name)
+    layout = layout_of(model.config)
+    roots = roots_of(model, layout, [3], tokens(), ffn=True, batch_size=5)[3]
+    block = probe(model).blocks[3]
+    for role, site in layout.sites().items():
+        if role not in roots:
+            continue
+        seen: list[torch.Tensor] = []
+        layer = block.get_submodule(module_of(site))
+        with layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0])):
+            logits_of(model, tokens())
+        x = seen[0].detach().flatten(0, -2).double()
+        largest = torch.linalg.eigvalsh(x.T @ x)[-1]
+        expected = input_root(x.T @ x)
+        both = (root @ root.T * largest for root in (roots[role], expected))
+        torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+    assert set(roots) >= set("qkvo")
+
+
+def test_a_projection_that_is_not_run_as_a_layer_is_refused() -> None:
+    model = tiny()
+    layout = layout_of(model.config)
+    block = probe(model).blocks[3]
+    attention = block.self_attn
+    block.self_attn.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    with pytest.raises(UnsupportedModelError, match="block 3"):
+        roots_of(model, layout, [3], tokens())
+    del attention.forward
+
+
+@pytest.mark.parametrize("compressor", ["scaleot", "withholding"])
+def test_compressors_keep_outputs_closest_when_asked(compressor: str) -> None:
+    model, ids = tiny(), tokens(40)
+    material = Material(tokens=ids)
+
+    def divergence(truncation: str) -> float:
+        made = make_compressor(compressor, adapters=(0, 5), beta=0.5, truncation=truncation)
+        assert made.streams == (compressor == "scaleot" and truncation == "weights")
+        emulator = made.build(model, material)
+        with torch.no_grad():
+            ours = torch.log_softmax(logits_of(model, ids), -1)
+            theirs = torch.log_softmax(logits_of(emulator.model, ids), -1)
+        return float((ours.exp() * (ours - theirs)).sum(-1).mean())
+
+    assert divergence("outputs") < divergence("weights")
+    with pytest.raises(ConfigError, match="truncation='x'"):
+        make_compressor(compressor, adapters=(0, 5), truncation="x")
+    asked = make_compressor(compressor, adapters=(0, 5), beta=0.5, truncation="outputs")
+    with pytest.raises(ConfigError, match="tokens to calibrate"):
+        asked.build(model, Material())
 
 
 @pytest.mark.parametrize("beta", [0.2, 0.8])

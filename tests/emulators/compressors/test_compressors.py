@@ -339,7 +339,7 @@ def test_more_bits_less_harm() -> None:
 def test_scaleot_takes_the_scores_choice_and_records_it() -> None:
     model = tiny()
     importance = _importance(model)
-    compressor = make_compressor("scaleot", n_adapters=2, alpha=0.5, beta=0.5)
+    compressor = make_compressor("scaleot", n_adapters=2, alpha=0.5, beta=0.5, truncation="weights")
     emulator = compressor.build(model, Material(importance=importance))
     order = sorted(range(LAYERS), key=lambda i: (-importance.scores[i], i))
     assert set(emulator.plan.adapters) == set(order[:2])

@@ -6,14 +6,18 @@ import importlib.util
 import io
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from fedsplit.emulators.importance.run import LayerReplace
 from fedsplit.errors import ConfigError
+from fedsplit.models.loading import load
 from simulations.bench.emulator import run as run_bench
 from simulations.core.run_folder import RunFolder, read_results
 from simulations.core.settings import Experiment
@@ -169,6 +173,90 @@ def test_a_run_in_another_setting_does_not_reuse_harmonizers(
         with RunFolder(tmp_path, name="o", kind="table", force=True) as folder:
             run(asked, folder, Console(file=io.StringIO()))
     assert len(list(tmp_path.glob("importance-0-*"))) == 2
+
+
+class MadeAgain(Exception):
+    """What should have been found was to be made a second time."""
+
+
+def made_again(what: str) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MadeAgain(what)
+
+    return fail
+
+
+def carried_out(asked: Experiment, folder: Path) -> list[dict[str, Any]]:
+    with RunFolder(folder, name="o", kind="table") as run_folder:
+        run(asked, run_folder, Console(file=io.StringIO()))
+    rows: list[dict[str, Any]] = read_results(folder)["rows"]
+    return rows
+
+
+def test_a_folder_of_prepared_runs_serves_experiments_with_other_options(
+    tiny_llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "prepared"
+    chosen: dict[str, Any] = {"methods": ["scaleot-src", "scaleot-src-outputs"]}
+    asked = experiment(tiny_llama, texts, prepared=str(shared), beta=0.5, **chosen)
+    by_weights, by_outputs = carried_out(asked, tmp_path / "0")
+    assert by_weights["emulator_params"] == by_outputs["emulator_params"]
+    assert by_weights["emulator_zero_shot"] != by_outputs["emulator_zero_shot"]
+    monkeypatch.setattr(LayerReplace, "run", made_again("importance"))
+    for name in ("tuned_in_full", "fully_tuned"):
+        monkeypatch.setattr(f"simulations.offsite.setting.{name}", made_again("bound"))
+    asked = replace(asked, options={**asked.options, "beta": 0.75, "methods": ["scaleot-src"]})
+    (row,) = carried_out(asked, tmp_path / "1")
+    # One importance run and one set of settled harmonizers, with the seconds that they took.
+    kept = [p for p in shared.iterdir() if p.is_dir()]
+    assert sorted(p.name.split("-")[0] for p in kept) == ["importance", "settled"]
+    for folder in kept:
+        assert 0 < float((folder / "seconds").read_text()) < row["build_s"]
+
+    # Other private text has other bounds, and the same importance run.
+    (tmp_path / "other.txt").write_text(texts.read_text()[::-1])
+    other = replace(asked, run={**asked.run, "data.path": str(tmp_path / "other.txt")})
+    with pytest.raises(MadeAgain, match="bound"):
+        carried_out(other, tmp_path / "2")
+    # Another head, the same trunk: nothing is found.
+    model = load(tiny_llama, "causal-lm")
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.mul_(2)
+    model.model.save_pretrained(tmp_path / "scaled")
+    model.tokenizer.save_pretrained(tmp_path / "scaled")
+    scaled = replace(asked, run={**asked.run, "model.name": str(tmp_path / "scaled")})
+    with pytest.raises(MadeAgain, match="importance"):
+        carried_out(scaled, tmp_path / "3")
+    assert not list(shared.glob(".*draft*"))
+
+
+def test_what_a_killed_run_left_in_the_folder_is_not_believed(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    shared = tmp_path / "prepared"
+    asked = experiment(tiny_llama, texts, prepared=str(shared), methods=["scaleot"])
+    (first,) = carried_out(asked, tmp_path / "0")
+    (importance,) = shared.glob("importance-*")
+    (importance / "importance.json").write_text("{")
+    (again,) = carried_out(asked, tmp_path / "1")
+    assert again["plug_in"] == first["plug_in"]
+    assert json.loads((importance / "importance.json").read_text())
+    draft = importance.rename(importance.with_name(f".{importance.name}.draft"))
+    (again,) = carried_out(asked, tmp_path / "2")
+    assert again["plug_in"] == first["plug_in"]
+    assert not draft.exists()
+    assert importance.exists()
+
+
+def test_prepared_must_be_a_folder_to_write_in(
+    tiny_llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    asked = experiment(
+        tiny_llama, texts, prepared=str(tmp_path / "file" / "x"), methods=["scaleot"]
+    )
+    with pytest.raises(ConfigError, match=r"options\.prepared='.*file/x'"):
+        carried_out(asked, tmp_path / "0")
 
 
 def test_the_bench_counts_seconds_of_both_ways(

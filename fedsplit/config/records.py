@@ -1,0 +1,25 @@
+"""What records of earlier versions meant by settings that did not exist yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TRUNCATING = ("scaleot", "withholding")  # GradOT's beta means something else
+
+
+def with_defaults(record: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's settings, those that it says nothing of as they were then.
+
+    A setting that is new is at its default, but for one: ranks were always compressed by weights.
+
+    Args:
+        record: flat settings as they were written down.
+        defaults: flat settings that it may lack.
+    """
+    found = {**defaults, **record}
+    unsaid = "offsite.truncation" in defaults and "offsite.truncation" not in record
+    truncates = found.get("offsite.compressor") in TRUNCATING
+    if unsaid and truncates and float(record.get("offsite.beta", 0.0)) > 0:
+        found["offsite.truncation"] = "weights"
+    return found
