@@ -106,9 +106,11 @@ def plain(conversation: Conversation, end: str) -> LaidOut:
 def encode(tokenizer: Any, conversations: Sequence[Conversation], most: int) -> list[Encoded]:
     """Return conversations as ids, with the completions marked, each of at most ``most`` tokens.
 
-    A token that a completion shares with what stands before it is the completion's.  What is too
-    long loses tokens after its last completion and then from its beginning; only where the last
-    completion itself is too long is its end cut, and :attr:`Encoded.lost_completion` says so.
+    A completion ends with its end mark, the last special token in it: white space that a template
+    puts behind the mark is never generated and is no target.  A token that a completion shares with
+    what stands before it is the completion's.  What is too long loses tokens after its last
+    completion and then from its beginning; only where the last completion itself is too long is its
+    end cut, and :attr:`Encoded.lost_completion` says so.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -130,6 +132,9 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], most: int) -> 
 
     whole = tokens([one.text for one in laid])
     ends = [(i, at) for i, one in enumerate(laid) for span in one.spans for at in span]
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    marks = {*tokenizer.all_special_ids, *(at for at, token in added.items() if token.special)}
+    marks.discard(tokenizer.unk_token_id)  # stands for text
     heads = iter(tokens([laid[i].text[:at] for i, at in ends]))
     out = []
     for number, (one, ids) in enumerate(zip(laid, whole, strict=True)):
@@ -138,6 +143,7 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], most: int) -> 
         for _, end in one.spans:
             first, last = _shared(next(heads), ids), _shared(next(heads), ids)
             last = len(ids) if end == len(one.text) else last
+            last = _after_end_mark(tokenizer, marks, ids, first, last)
             targets[first:last] = [True] * max(0, last - first)
         if not any(targets[1:]):
             raise DataError(f"conversation {number}: 0 tokens of a completion: must be >= 1")
@@ -160,6 +166,13 @@ def _shared(head: list[int], whole: list[int]) -> int:
     """Return how many tokens both begin with: an end token may follow the head alone."""
     pairs = enumerate(zip(head, whole, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(head), len(whole)))
+
+
+def _after_end_mark(tokenizer: Any, marks: set[int], ids: list[int], first: int, last: int) -> int:
+    """Return where a completion in ``ids[first:last]`` ends: behind its mark, if it has one."""
+    mark = next((at for at in range(last - 1, first - 1, -1) if ids[at] in marks), last - 1)
+    blank = not tokenizer.decode(ids[mark + 1 : last]).strip()
+    return mark + 1 if blank else last
 
 
 def _cut(ids: list[int], targets: list[bool], last_span: int, most: int) -> Encoded:

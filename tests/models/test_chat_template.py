@@ -87,6 +87,26 @@ def test_targets_are_the_completions_tokens_alone(template: str | None) -> None:
     assert found.ids[: len(encode_prompt(tokenizer, TWO[:1]))] == encode_prompt(tokenizer, TWO[:1])
 
 
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, BLOCKS])
+@pytest.mark.parametrize("answer", ["f", "f \n\n", "f\n g"])
+def test_an_answer_ends_with_its_mark(template: str, answer: str) -> None:
+    tokenizer = _tokenizer(template)
+    (found,) = encode(tokenizer, [[*TWO[:-1], ("assistant", answer)]], 500)
+    for at, (token, target) in enumerate(zip(found.ids, found.targets, strict=True)):
+        if target and token == tokenizer.eos_token_id:
+            assert not any(found.targets[at + 1 : at + 2])  # what follows was never generated
+    text = tokenizer.decode([i for i, t in zip(found.ids, found.targets, strict=True) if t])
+    assert text.replace(" ", "").endswith(answer.strip().replace(" ", "") + "</s>") or (
+        template != BRACKETS and text.replace(" ", "").endswith(answer.replace(" ", "") + "</s>")
+    )
+
+
+def test_white_space_without_a_mark_is_the_answers() -> None:
+    tokenizer = _tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    (found,) = encode(tokenizer, [[("user", "a"), ("assistant", "é\n")]], 500)
+    assert sum(found.targets) == 3  # the letter, its line and the template's
+
+
 def test_a_token_across_the_border_is_the_completions() -> None:
     vocabulary = {t: i for i, t in enumerate(["<unk>", "</s>", "a", "b", "\n", "\nb"])}
     backend = Tokenizer(models.Unigram([(t, -1.0) for t in vocabulary], unk_id=0))
@@ -103,19 +123,18 @@ def test_cuts_take_prompts_first_and_say_what_they_took() -> None:
     long = [("user", "a" * 50), ("assistant", "bcd")]
     (whole,), (cut,) = encode(tokenizer, [long], 500), encode(tokenizer, [long], 20)
     size = sum(whole.targets)
-    assert size == 5  # b, c, d, the end and the template's line
-    assert len(cut.ids) == 20
-    assert cut.ids[-size:] == whole.ids[-size:]
-    assert cut.targets == [False] * 15 + [True] * size
+    assert size == 4  # b, c, d and the end mark; the template's line is no answer
+    assert cut.ids == whole.ids[-21:-1]
+    assert cut.targets == [False] * 16 + [True] * size
     assert (cut.lost_prompt, cut.lost_completion) == (len(whole.ids) - 20, 0)
     (short,) = encode(tokenizer, [[("user", "a"), ("assistant", "b" * 50)]], 20)
-    assert short.lost_completion == 52 - sum(short.targets) > 0
+    assert short.lost_completion == 51 - sum(short.targets) > 0
     assert not short.targets[0]
     assert len(short.ids) == 20
     (two,) = encode(tokenizer, [[*ONE, ("user", "a" * 9), ("assistant", "b")]], 12)
-    assert two.lost_completion == 5  # the first answer stood in what was cut
+    assert two.lost_completion == 4  # the first answer stood in what was cut
     assert tokenizer.decode([i for i, t in zip(two.ids, two.targets, strict=True) if t]) == (
-        tokenizer.decode([7 - 2, 2, tokenizer.convert_tokens_to_ids("\n")])
+        tokenizer.decode([7 - 2, 2])
     )
 
 
