@@ -44,7 +44,9 @@ class Public:
         states: the bottom's clean output for ``public_ids``, per text ``(T_j, d)``; None: computed.
         head: of a language model, what maps final hidden states to logits, as the server knows it.
         gradient_noise: announced protection of gradients, of each target's own loss.
-        inverter: what the learned attack taught, once it has: searches start from its guesses.
+        inverter: what the learned attack taught, once it has: searches try its guesses too.
+        token_reader: what the attack by tokens' states made, once it has: searches start from its
+            guesses.
     """
 
     bottom: Any = None
@@ -58,6 +60,7 @@ class Public:
     head: LinearHead | None = None
     gradient_noise: GradientNoise = field(default_factory=GradientNoise)
     inverter: Any = None
+    token_reader: Any = None
 
     @property
     def vocab(self) -> int:

@@ -2,8 +2,9 @@
 
 With embeddings alone at the owner (k = 0), every attacker that fits runs in full: nearest vector,
 maximum a posteriori, and the same in context.  Behind blocks (k > 0) an inverter is taught on
-public text, and its proposals are sent through the bottom and judged by the law of the noise, each
-for half a budget of seconds: the search reads as many texts as there is time for, one at least.
+public text, the vocabulary is sent through the bottom for the state that each token has, and what
+both propose is sent through it again and judged by the law of the noise, each for a third of a
+budget of seconds: the search reads as many texts as there is time for, one at least.
 Several views of a text are read as their mean.  Attackers
 that weigh by language are run with public text, and again with more texts of the owner's kind: a
 server may well have the like.
@@ -60,7 +61,7 @@ def measure(exposed: Exposed) -> list[Reading]:
     rows, _ = average_views(exposed.views)
     mechanism = exposed.mechanism
     if len(exposed.views) > 1 and mechanism.adds_noise:
-        mechanism = MeanOfViews(of=mechanism, views=len(exposed.views))
+        mechanism = MeanOfViews(of=mechanism, views=len(exposed.views), row_clip=mechanism.row_clip)
     known, others = [list(x) for x in exposed.known], [list(x) for x in exposed.others]
     public = Public(exposed.bottom, mechanism, known, touched=exposed.touched)
     left = exposed.seconds
@@ -68,11 +69,12 @@ def measure(exposed: Exposed) -> list[Reading]:
         begin = time.perf_counter()
         public = _behind_blocks(public, others, _STATES * exposed.seconds)
         left -= time.perf_counter() - begin
-    half = max(1.0, left / 2)
+    share = max(1.0, left / 3)
     budget = {
         **BUDGET,
-        "learned": {"seconds": half},
-        "text_search": {"samples": 0, "seconds": half},
+        "learned": {"seconds": share},
+        "token_states": {"seconds": share},
+        "text_search": {"samples": 0, "seconds": share},
     }
     view = View(public, rows)
     found = [_read(attack, view, exposed) for attack in _chosen(view, budget)]

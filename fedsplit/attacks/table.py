@@ -25,6 +25,7 @@ from fedsplit.attacks.inversion.optimisation import OptimisationInversion
 from fedsplit.attacks.inversion.replaced_tokens import ReplacedTokens
 from fedsplit.attacks.inversion.text_search import TextSearch
 from fedsplit.attacks.inversion.token_search import ExactSearch
+from fedsplit.attacks.inversion.token_states import TokenStates
 from fedsplit.attacks.labels.leakage import LabelLeakage
 from fedsplit.attacks.membership.attribute import AttributeInference
 from fedsplit.attacks.membership.lira import MembershipInference
@@ -41,6 +42,7 @@ ATTACKS: dict[str, type[Attack]] = {
         AveragingInversion,
         OptimisationInversion,
         LearnedInversion,
+        TokenStates,
         ExactSearch,
         TextSearch,
         LogitGradients,

@@ -3,13 +3,21 @@
 Split-and-Privatize, arXiv 2312.15603, section 4 (embedding inversion over split points).  The
 attackers know the initial bottom, public text and the law of the noise (``privacy.*`` of the run);
 the owners' text is SST-2.
+
+A row is an attacker's: ``k``, ``mechanism``, ``level``, ``attacker``, ``success``, ``accuracy``,
+``seed`` and more.  ``level`` is the noise level in the mechanism's own unit, as it was built for
+``k`` blocks (:attr:`fedsplit.privacy.Mechanism.level`: eta of ``dchi``, one over the unit of length
+of the bottom's output; epsilon of ``gaussian`` and the budget of ``pac``, nats per token); None
+without noise.  ``noise_ratio`` and ``eta`` are as set; 0: the other one is.  ``accuracy`` is what
+a sweep measured of the same cell (:mod:`simulations.split.known_accuracy`), where
+``options.accuracy`` names its folder; None where it has no such cell.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
@@ -27,7 +35,7 @@ from fedsplit.errors import check
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Bottom, split
 from fedsplit.owners.data_source import reading
-from fedsplit.privacy import build_mechanism
+from fedsplit.privacy import build_mechanism, mechanism_type
 from fedsplit.privacy.denoising.candidates import MatrixCandidates
 from fedsplit.privacy.denoising.ngram import NgramModel
 from fedsplit.privacy.mechanisms.base import Mechanism, clip_rows
@@ -40,6 +48,7 @@ from simulations.core.run_folder import RunFolder
 from simulations.core.setting import ExperimentSetting
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import grouped, make_table
+from simulations.split.known_accuracy import KnownAccuracy
 
 LONE = "white box: the initial bottom; each token alone, and public text's mean states"
 OPTIONS: dict[str, Any] = {
@@ -54,6 +63,7 @@ OPTIONS: dict[str, Any] = {
     "search-samples": 8,
     "public": "",
     "public-samples": 3000,
+    "accuracy": "",
 }
 
 
@@ -63,16 +73,23 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     for name in options["attacks"]:
         pick(ATTACKS, name, "attack")
     check(options["samples"] >= 2, "options.samples", options["samples"], ">= 2 (texts)")
-    store = CellStore.open(folder, experiment.config, options, ("seeds", "depths"))
+    store = CellStore.open(folder, experiment.config, options, ("seeds", "depths", "accuracy"))
     setting = DepthSetting(experiment.config, options)
+    known = KnownAccuracy(options["accuracy"], experiment.config)
     keys = product(k=map(int, options["depths"]), seed=range(options["seeds"]))
-    rows = run_cells(experiment, folder, console, store, keys, setting.cell)
-    console.print(table(rows, options["attacks"]))
+
+    def recorded(rows: Sequence[Row]) -> dict[str, list[Row]]:
+        return {"rows": [setting.told(row, known) for row in rows]}
+
+    rows = run_cells(experiment, folder, console, store, keys, setting.cell, recorded)
+    console.print(table(recorded(rows)["rows"], options["attacks"]))
 
 
 @dataclass
 class DepthSetting(ExperimentSetting):
     """The private texts, and what the attacker has."""
+
+    _laws: dict[int, Mechanism] = field(default_factory=dict)
 
     @cached_property
     def deepest(self) -> Bottom:
@@ -135,9 +152,10 @@ class DepthSetting(ExperimentSetting):
             row = {
                 "k": k,
                 "mechanism": mechanism.name,
+                "level": level_of(mechanism),
                 "noise_ratio": self.config.privacy.noise_ratio,
                 "eta": self.config.privacy.eta,
-                "attack": name,
+                "attacker": name,
                 "seed": seed,
                 "success": result.success,
                 **dict(zip(("low", "high"), result.interval, strict=True)),
@@ -156,10 +174,33 @@ class DepthSetting(ExperimentSetting):
             rows.append(row)
         return rows
 
+    def told(self, row: Row, known: KnownAccuracy) -> Row:
+        """Return a cell's row as it is recorded: with the accuracy that is known of the cell.
+
+        Cells of earlier versions called the attacker ``attack`` and had no level.
+        """
+        k, seed = int(row["k"]), int(row["seed"])
+        found = {"attacker" if name == "attack" else name: value for name, value in row.items()}
+        if "level" not in found:
+            found["level"] = level_of(self.law(k)) if self._protects else None
+        return {**found, "accuracy": known.of(k, self.config.seed + seed)}
+
+    @property
+    def _protects(self) -> bool:
+        return mechanism_type(self.config.privacy).protects()
+
+    def law(self, k: int) -> Mechanism:
+        """Return the run's mechanism as it is built for ``k`` blocks; one for every seed."""
+        if k not in self._laws:
+            bottom = split(self.loaded.model, k, verify=False)[0].eval()
+            vocabulary, tokenizer = bottom.vocab, self.loaded.tokenizer
+            privacy = self.config.privacy
+            self._laws[k] = build_mechanism(privacy, bottom, vocabulary, tokenizer)
+        return self._laws[k]
+
     def sent(self, clean: list[Tensor], k: int, seed: int) -> tuple[list[Tensor], Mechanism]:
         """Return what leaves of clean states under the run's mechanism, and the mechanism."""
-        bottom = split(self.loaded.model, k, verify=False)[0].eval()
-        law = build_mechanism(self.config.privacy, bottom, bottom.vocab, self.loaded.tokenizer)
+        law = self.law(k)
         if not law.protects():
             return clean, law
         secret = OwnerSecret.for_simulation(self.config.seed + seed, "depth")
@@ -177,7 +218,7 @@ class DepthSetting(ExperimentSetting):
             "optimisation": {**budget, "shortlist": o["shortlist"], "batch": 12},
             "learned": {"steps": o["learned-steps"]},
             "exact_search": {"samples": o["search-samples"]},
-            "text_search": {"samples": o["search-samples"], "steps": o["learned-steps"]},
+            "text_search": {"samples": o["search-samples"]},
         }
         return make_attack(name, seed, own)
 
@@ -256,17 +297,31 @@ def states(bottom: Bottom, ids: Sequence[Tensor], batch: int = 64) -> list[list[
     return out
 
 
+def level_of(mechanism: Mechanism) -> float | None:
+    """Return a mechanism's level in its own unit; None: it has none."""
+    if mechanism.level is None:
+        return None
+    return float(mechanism.describe()[mechanism.level.setting])
+
+
 def table(rows: Sequence[Row], attacks: Sequence[str]) -> Table:
-    """Return the share of tokens recovered per depth, mean over seeds with its range."""
+    """Return the share of tokens recovered per depth, mean over seeds with its range.
+
+    With an accuracy where one is known.
+    """
 
     def shown(mine: Sequence[Row], name: str) -> str:
-        shares = [100 * r["success"] for r in mine if r["attack"] == name]
+        shares = [100 * r["success"] for r in mine if r["attacker"] == name]
         return f"{fmean(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})"
 
+    def accuracy(mine: Sequence[Row]) -> str:
+        known = {r["seed"]: 100 * r["accuracy"] for r in mine if r["accuracy"] is not None}
+        return f"{fmean(known.values()):.1f} %" if known else "-"
+
     return make_table(
-        ("blocks at the owner", *attacks),
+        ("blocks at the owner", *attacks, "accuracy"),
         (
-            (k, *(shown(mine, name) for name in attacks))
+            (k, *(shown(mine, name) for name in attacks), accuracy(mine))
             for (k,), mine in sorted(grouped(rows, "k").items())
         ),
         title="Tokens recovered, mean (range)",

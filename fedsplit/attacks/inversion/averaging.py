@@ -62,6 +62,11 @@ class MeanOfViews(Mechanism):
         """See :meth:`Mechanism.whitener`."""
         return self.of.whitener()
 
+    @property
+    def sent_norm(self) -> float:
+        """See :meth:`Mechanism.sent_norm`."""
+        return self.of.sent_norm
+
     def guarantee(self, views: int = 1) -> str:
         """See :meth:`Mechanism.guarantee`."""
         return self.of.guarantee(views * self.views)

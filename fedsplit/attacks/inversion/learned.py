@@ -146,13 +146,7 @@ class LearnedInversion(TokenAttack):
 
     def trained(self, of: Public) -> TrainedInverter:
         """Return the inverter taught on public text; a search after it finds it in ``of``."""
-        if of.states is not None:
-            states, ids = of.states, [torch.as_tensor(x) for x in of.public_ids]
-        else:
-            order = numpy_generator(self.seed, "attacks", "public").permutation(len(of.public_ids))
-            chosen = order[: self.public_samples]
-            ids = [torch.tensor(of.public_ids[i]) for i in chosen if len(of.public_ids[i]) >= 2]
-            states = represent(of.bottom, ids)
+        states, ids = taught_on(of, self.public_samples, self.seed)
         table = embedding_table(of.embedding, of.vocab, torch.device("cpu"))
         found = self.train(states, ids, table, of.mechanism)
         of.inverter = found
@@ -201,7 +195,7 @@ class LearnedInversion(TokenAttack):
         for i, (x, ids) in enumerate(zip(public, public_ids, strict=True)):
             if x.dim() != 2 or len(x) != len(ids):
                 raise AttackError(f"public[{i}]={tuple(x.shape)}: must be ({len(ids)}, d)")
-        noise = _Noise(mechanism, self.seed)
+        noise = DrawnNoise(mechanism, self.seed)
         received = [noise(x.detach().float()) for x in public]
         counts = torch.bincount(torch.cat(list(public_ids)), minlength=len(table)).float() + 0.1
         log_prior = (counts / counts.sum()).log()
@@ -264,7 +258,7 @@ class LearnedInversion(TokenAttack):
         ids: Sequence[Tensor],
         table: Tensor,
         log_prior: Tensor,
-        noise: _Noise,
+        noise: DrawnNoise,
     ) -> None:
         if not self.steps:
             return
@@ -331,7 +325,22 @@ class TrainedInverter:
         return out
 
 
-class _Noise:
+def taught_on(of: Public, samples: int, seed: int) -> tuple[Sequence[Tensor], list[Tensor]]:
+    """Return clean states (T_j, d) of public texts, and their ids, as an attacker learns from them.
+
+    Args:
+        of: what is known; states that it has are all used.
+        samples: texts at most otherwise.
+        seed: of their choice.
+    """
+    if of.states is not None:
+        return of.states, [torch.as_tensor(x) for x in of.public_ids]
+    order = numpy_generator(seed, "attacks", "public").permutation(len(of.public_ids))[:samples]
+    ids = [torch.tensor(of.public_ids[i]) for i in order if len(of.public_ids[i]) >= 2]
+    return represent(of.bottom, ids), ids
+
+
+class DrawnNoise:
     """The announced law, drawn afresh each time by the attacker itself."""
 
     def __init__(self, mechanism: Mechanism | None, seed: int) -> None:

@@ -46,7 +46,7 @@ class RowEvidence:
         last = first + states.shape[1]
         if self._mechanism is None or self.exact:
             return -(states - self._rows[first:last]).square().sum(2) / self._power[first:last]
-        flat = clip_rows(states.flatten(0, 1), self._mechanism.row_clip).view_as(states)
+        flat = clip_rows(states.flatten(0, 1), self._mechanism.sent_norm).view_as(states)
         flat = flat if self._whitener is None else flat @ self._whitener
         found: Tensor = self._likelihood((flat - self._rows[first:last]).square().sum(2))
         return found

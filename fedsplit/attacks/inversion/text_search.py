@@ -1,13 +1,14 @@
 """Whole texts that explain all received rows: behind blocks, by the law of the noise.
 
-A learned inverter (:mod:`fedsplit.attacks.inversion.learned`) knows the blocks from examples alone.
-But the bottom is public: a text can be sent through it, and what comes out compared with *every*
-row by the exact law of the noise.  So the inverter only proposes.  Where states depend on what
-stands before them alone, a beam reads left to right, each candidate behind the text read so far (as
-SipIt does without noise, Nikolaou et al., arXiv 2510.15511).  Then the best text is read again,
-position by position: each candidate is put in and the whole text judged anew, prior included, which
-is coordinate ascent on the posterior of the text (iterated conditional modes, Besag 1986).  That
-needs no order of reading, so bidirectional bottoms are read as well.
+What reads row by row (:mod:`fedsplit.attacks.inversion.token_states`, and
+:mod:`fedsplit.attacks.inversion.learned` where it was taught) knows the neighbours' part in a row
+as an average alone.  But the bottom is public: a text can be sent through it, and what comes out
+compared with *every* row by the exact law of the noise.  So the others only propose.  Where states
+depend on what stands before them alone, a beam reads left to right, each candidate behind the text
+read so far (as SipIt does without noise, Nikolaou et al., arXiv 2510.15511).  Then the best text is
+read again, position by position: each candidate is put in and the whole text judged anew, prior
+included, which is coordinate ascent on the posterior of the text (iterated conditional modes, Besag
+1986).  That needs no order of reading, so bidirectional bottoms are read as well.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fedsplit.attacks.base import Public, TokenAttack, View
-from fedsplit.attacks.inversion.learned import LearnedInversion
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.row_evidence import RowEvidence, lawful
 from fedsplit.attacks.inversion.token_search import (
@@ -30,6 +31,7 @@ from fedsplit.attacks.inversion.token_search import (
     PrefixRunner,
     reads_left_to_right,
 )
+from fedsplit.attacks.inversion.token_states import TokenStates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.models.modes import frozen
@@ -39,21 +41,20 @@ AT_ONCE = 256  # candidates run together where a row is searched for
 
 @dataclass(frozen=True)
 class TextSearch(TokenAttack):
-    """The attack: an inverter's proposals, judged by the bottom itself and the law of the noise.
+    """The attack: others' proposals, judged by the bottom itself and the law of the noise.
 
     Args:
         beams: texts kept while reading left to right.
-        shortlist: the inverter's candidates per position.
+        shortlist: candidates per position.
         rereads: times at most that the best text is read again; ends when nothing changes.
         retried: candidates per position of a reading again.
         searched: candidates tried where none of the first ``shortlist`` explains a row without
             noise; never again in a text once that has failed, since its prefix is wrong then.
         samples: read at most; 0 for all.
-        seconds: of searching at most; the sample at work is then read as the inverter does from
-            where it is.  0 = no bound.
-        steps: of teaching the inverter, where the learned attack has not left one.
+        seconds: of searching at most; the sample at work is then read as proposed from where it
+            is.  0 = no bound.
         top_k: guesses ranked per token.
-        seed: of the inverter.
+        seed: of what proposes.
     """
 
     name: ClassVar[str] = "text_search"
@@ -70,14 +71,13 @@ class TextSearch(TokenAttack):
     searched: int = 2048
     samples: int = 8
     seconds: float = 0.0
-    steps: int = 200
     top_k: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("beams", "top_k", "searched"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
-        for name in ("rereads", "samples", "seconds", "steps"):
+        for name in ("rereads", "samples", "seconds"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         for name in ("shortlist", "retried"):
             check(getattr(self, name) >= 2, name, getattr(self, name), ">= 2 (candidates)")
@@ -96,11 +96,14 @@ class TextSearch(TokenAttack):
         """Return the guesses; see :meth:`TokenAttack.read`."""
         start = time.perf_counter()
         of = view.public
-        inverter = of.inverter or LearnedInversion(steps=self.steps, seed=self.seed).trained(of)
         rows = list(view.rows[: self.samples or None])
-        proposed = inverter.rank(
-            rows, self.shortlist if of.noisy else max(self.shortlist, self.searched)
+        count = self.shortlist if of.noisy else max(self.shortlist, self.searched)
+        proposed = (
+            TokenStates(seed=self.seed, seconds=self.seconds / 2).taught(of).rank(rows, count)
         )
+        if of.inverter is not None:
+            others = of.inverter.rank(rows, count)
+            proposed = [_by_turns(a, b) for a, b in zip(proposed, others, strict=True)]
         top: list[Tensor] = []
         with frozen(of.bottom):
             reader = _Reader.of(self, of)
@@ -225,3 +228,12 @@ class _Reader:
 def _distinct(first: Tensor, more: Tensor) -> Tensor:
     """Return ``first`` and what else is in ``more``, in their order."""
     return torch.cat([first, more[~torch.isin(more, first)]])
+
+
+def _by_turns(one: Tensor, two: Tensor) -> Tensor:
+    """Return two rankings (T, n) as one, the first's first, as wide as the first."""
+    merged = []
+    for mine, other in zip(one.tolist(), two.tolist(), strict=True):
+        ids = dict.fromkeys(v for pair in zip_longest(mine, other) for v in pair if v is not None)
+        merged.append(list(ids)[: len(mine)])
+    return torch.tensor(merged).long().view_as(one)
