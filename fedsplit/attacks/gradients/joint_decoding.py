@@ -2,10 +2,10 @@
 
 A beam search reads left to right; every token's candidates come from the gradients, from the
 public model behind the text read so far, from the server's own prediction, and from the row itself:
-in front of any block by its distance, behind blocks as a learned inverter reads it, where one was
-taught.  Where none of them explains a row without noise the whole vocabulary is searched.  The best
-text is then read again: at the tokens that are least certain each candidate is put in, and the
-whole text judged anew, so that what follows counts too.
+in front of any block by its distance, behind blocks by tokens' states (and as a learned inverter
+reads it, where one was taught).  Where none of them explains a row without noise the whole
+vocabulary is searched.  The best text is then read again: at the tokens that are least certain each
+candidate is put in, and the whole text judged anew, so that what follows counts too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fedsplit.attacks.gradients.next_tokens import logits_of, reads_logits
 from fedsplit.attacks.gradients.text_evidence import CachedReader, TextEvidence, union
 from fedsplit.attacks.inversion.nearest import has_candidates
 from fedsplit.attacks.inversion.optimisation import embedding_table
+from fedsplit.attacks.inversion.proposals import proposals
 from fedsplit.attacks.inversion.token_search import (
     UNEXPLAINED,
     ExactSearch,
@@ -86,14 +87,14 @@ class JointDecoding(TokenAttack):
         runner = PrefixRunner(view.public.bottom, view.public.embedding)
         first = None if alone else first_states(runner, view.public.vocab)
         proposed = None
-        if not alone and view.rows and view.public.inverter is not None:
-            proposed = view.public.inverter.rank(list(view.rows[:count]), self.shortlist)
+        if not alone and view.rows:
+            proposed = proposals(view.public, list(view.rows[:count]), self.shortlist)
         top = []
         for sample in range(count):
             evidence = TextEvidence(view, sample)
             own = alone[sample] if alone else _first_tokens(evidence, first, self.shortlist)
             if proposed is not None and evidence.has_rows:
-                own = torch.cat([own[:1], proposed[sample][len(own[:1]) :]])
+                own = _with_first(own[:1], proposed[sample])
             top.append(_Reading(self, view, evidence, runner, own).ranked())
         return Inversion(top, time.perf_counter() - start)
 
@@ -125,6 +126,14 @@ def _first_tokens(evidence: TextEvidence, states: Tensor | None, shortlist: int)
         return torch.zeros(0, 0, dtype=torch.int64)
     found = evidence.of_rows(states.unsqueeze(1))[:, 0] + evidence.first_prior
     return found.topk(shortlist).indices[None]
+
+
+def _with_first(first: Tensor, proposed: Tensor) -> Tensor:
+    """Return proposals ``(T, n)`` with a text's first token (1, m), if any, from those given."""
+    if not len(first):
+        return proposed
+    ids = torch.cat([first[0], proposed[0][~torch.isin(proposed[0], first[0])]])
+    return torch.cat([ids[None, : proposed.shape[1]], proposed[1:]])
 
 
 @dataclass

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import ClassVar
 
 import numpy as np
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from fedsplit.attacks.base import Public, TokenAttack, View
 from fedsplit.attacks.inversion.nearest import has_candidates
+from fedsplit.attacks.inversion.proposals import proposals
 from fedsplit.attacks.inversion.row_evidence import RowEvidence, lawful
 from fedsplit.attacks.inversion.token_search import (
     UNEXPLAINED,
     PrefixRunner,
     reads_left_to_right,
 )
-from fedsplit.attacks.inversion.token_states import TokenStates
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check
 from fedsplit.models.modes import frozen
@@ -98,12 +97,8 @@ class TextSearch(TokenAttack):
         of = view.public
         rows = list(view.rows[: self.samples or None])
         count = self.shortlist if of.noisy else max(self.shortlist, self.searched)
-        proposed = (
-            TokenStates(seed=self.seed, seconds=self.seconds / 2).taught(of).rank(rows, count)
-        )
-        if of.inverter is not None:
-            others = of.inverter.rank(rows, count)
-            proposed = [_by_turns(a, b) for a, b in zip(proposed, others, strict=True)]
+        proposed = proposals(of, rows, count, seed=self.seed, seconds=self.seconds / 2)
+        assert proposed is not None, "applies: public text and rows of a known law"
         top: list[Tensor] = []
         with frozen(of.bottom):
             reader = _Reader.of(self, of)
@@ -188,7 +183,7 @@ class _Reader:
         for t, own in enumerate(proposed):
             if self.late():
                 return torch.cat([torch.tensor(texts[0]).long(), proposed[t:, 0]])
-            ids = own[: self.attack.shortlist]
+            ids = own[: self.attack.shortlist] if evidence.exact else own
             rows = self._behind(evidence, texts, ids, t)
             if searching and float(rows.max()) < UNEXPLAINED:
                 ahead = [texts[int(totals.argmax())]]
@@ -228,12 +223,3 @@ class _Reader:
 def _distinct(first: Tensor, more: Tensor) -> Tensor:
     """Return ``first`` and what else is in ``more``, in their order."""
     return torch.cat([first, more[~torch.isin(more, first)]])
-
-
-def _by_turns(one: Tensor, two: Tensor) -> Tensor:
-    """Return two rankings (T, n) as one, the first's first, as wide as the first."""
-    merged = []
-    for mine, other in zip(one.tolist(), two.tolist(), strict=True):
-        ids = dict.fromkeys(v for pair in zip_longest(mine, other) for v in pair if v is not None)
-        merged.append(list(ids)[: len(mine)])
-    return torch.tensor(merged).long().view_as(one)

@@ -89,15 +89,16 @@ def test_both_directions_tell_more_than_either(base: Any, k: int) -> None:
     assert min(back, rows) > 0.05
 
 
-def test_behind_blocks_noisy_rows_are_read_from_an_inverters_proposals(base: Any) -> None:
+def test_behind_blocks_noisy_rows_are_read_from_tokens_states(base: Any) -> None:
     view, truth = crossed(base, 2, 40.0, 0.0)
     view.steps = ()  # rows alone
+    without = make_attack("joint").run(view, truth)  # no public text: language alone proposes
     draw = torch.Generator().manual_seed(9)
     public = [torch.randint(5, view.public.vocab, (LENGTH,), generator=draw) for _ in range(400)]
     view.public.public_ids = [ids.tolist() for ids in public]
-    without = make_attack("joint").run(view, truth)
     learned = make_attack("learned", steps=40).run(view, truth)
     found = make_attack("joint").run(view, truth)
+    assert view.public.token_reader is not None
     assert found.success > max(without.success, learned.success) + 0.05
 
 
