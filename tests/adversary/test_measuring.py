@@ -137,7 +137,7 @@ def test_behind_blocks_an_inverter_is_taught_and_its_texts_are_searched(
 ) -> None:
     ids = random_ids(60, tiny[1].model.config.vocab_size)
     found = {r.attack: r for r in measure(exposed(tiny[1], ids, 0.01, k=1))}
-    assert found.keys() == {"learned", "text_search"}
+    assert found.keys() == {"learned", "token_states", "text_search"}
     assert found["text_search"].read >= found["learned"].read > 0.5
     assert all(0 < reading.seconds < 30 for reading in found.values())
     assert 0 < found["text_search"].targets <= found["learned"].targets

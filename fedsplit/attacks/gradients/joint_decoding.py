@@ -22,8 +22,8 @@ from torch import Tensor
 from fedsplit.attacks.base import TokenAttack, View
 from fedsplit.attacks.gradients.next_tokens import logits_of, reads_logits
 from fedsplit.attacks.gradients.text_evidence import CachedReader, TextEvidence, union
+from fedsplit.attacks.inversion.embeddings import embedding_table
 from fedsplit.attacks.inversion.nearest import has_candidates
-from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.inversion.proposals import proposals
 from fedsplit.attacks.inversion.token_search import (
     UNEXPLAINED,

@@ -28,7 +28,7 @@ from fedsplit.attacks.gradients.next_tokens import (
     unaided_guesses,
 )
 from fedsplit.attacks.gradients.token_recovery import GradientNoise, log_likelihood
-from fedsplit.attacks.inversion.optimisation import embedding_table, soft_embeddings
+from fedsplit.attacks.inversion.embeddings import embedding_table, soft_embeddings
 from fedsplit.attacks.inversion.token_search import PrefixRunner, first_states
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import check, one_of

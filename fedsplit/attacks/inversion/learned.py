@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsplit.attacks.base import Public, TokenAttack, View
+from fedsplit.attacks.inversion.embeddings import embedding_table
 from fedsplit.attacks.inversion.nearest import has_candidates
-from fedsplit.attacks.inversion.optimisation import embedding_table
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.privacy.mechanisms.base import Mechanism, clip_rows

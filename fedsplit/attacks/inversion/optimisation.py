@@ -7,48 +7,33 @@ first token's state is a hundred times the others' (massive activations, Sun et 
 2402.17762), and would be all that is fitted.  The bottom is used through its ordinary forward: a
 hook on its input embedding puts the soft embeddings in place of the looked-up ones, so position
 embeddings, norms, masks and rotary angles are the model's own.
+
+Given public text, it starts from what the tokens' states say of each row
+(:mod:`fedsplit.attacks.inversion.token_states`).  The paper starts at random, which leads nowhere
+behind six blocks of a large vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.embeddings import embedding_table, soft_embeddings
 from fedsplit.attacks.inversion.nearest import has_candidates
+from fedsplit.attacks.inversion.proposals import proposals
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.models.modes import frozen
 from fedsplit.privacy.mechanisms.base import clip_rows
 from fedsplit.seeding import torch_generator
 
-
-@contextmanager
-def soft_embeddings(embedding: nn.Module) -> Iterator[list[Tensor]]:
-    """Replace what ``embedding`` returns by the one tensor in the yielded list, if there is one.
-
-    The replacement gets the scaling that the module itself applies (Gemma's is a subclass).
-    """
-    slot: list[Tensor] = []
-
-    def replace(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return slot[0] if slot else None
-
-    with embedding.register_forward_hook(replace):
-        yield slot
-
-
-def embedding_table(embedding: nn.Module, vocab_size: int, device: torch.device) -> Tensor:
-    """Return what the module returns for every id, ``(V, d_e)``: scaling included."""
-    with torch.no_grad():
-        out: Tensor = embedding(torch.arange(vocab_size, device=device))
-    return out.float()
+HEAD = 0.6  # of the likeliest candidate's logit: softmax weight 20 times another's at tau 0.2
 
 
 @dataclass(frozen=True)
@@ -83,13 +68,17 @@ class OptimisationInversion(TokenAttack):
             this (exact recovery gives rounding error alone).
         samples: read at most (it is slow); 0 for all.
         shortlist: ids tried, public text's most frequent; 0 for the whole vocabulary.
+        started: candidates per token that the first start is drawn to and that are tried beside the
+            shortlist; 0: all starts are random, as the paper's.
         seed: of the starting logits.
         top_k: guesses ranked per token.
     """
 
     name: ClassVar[str] = "optimisation"
-    knows: ClassVar[str] = "white box: the initial bottom (any k), nothing about the noise"
-    budget: ClassVar[tuple[str, ...]] = ("steps", "restarts", "samples", "shortlist")
+    knows: ClassVar[str] = (
+        "white box: the initial bottom (any k); public text and the noise's law for the start alone"
+    )
+    budget: ClassVar[tuple[str, ...]] = ("steps", "restarts", "samples", "shortlist", "started")
     keys: ClassVar[Mapping[str, tuple[str, int]]] = {
         "optimisation-steps": ("steps", 1),
         "optimisation-samples": ("samples", 1),
@@ -106,6 +95,7 @@ class OptimisationInversion(TokenAttack):
     tolerance: float = 1e-5
     samples: int = 16
     shortlist: int = 8192
+    started: int = 16
     seed: int = 0
     top_k: int = 10
 
@@ -114,7 +104,7 @@ class OptimisationInversion(TokenAttack):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         for name in ("lr", "temperature"):
             check(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("samples", "shortlist"):
+        for name in ("samples", "shortlist", "started"):
             check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0 (0 = all)")
 
     def applies(self, view: View) -> bool:
@@ -125,14 +115,17 @@ class OptimisationInversion(TokenAttack):
         of = view.public
         rows = view.rows[: self.samples or None]
         clip = 0.0 if of.mechanism is None else of.mechanism.sent_norm
-        return self.invert(rows, of.bottom, of.embedding, of.vocab, self._frequent(view), clip)
+        likely = proposals(of, rows, self.started, seed=self.seed) if self.started else None
+        frequent = self._frequent(view)
+        return self.invert(rows, of.bottom, of.embedding, of.vocab, frequent, clip, likely)
 
     def knowledge_of(self, view: View) -> str:
         """Return what the attacker is given, with the number of ids that it tries."""
         tried = self._frequent(view)
         if tried is None:
             return self.knowledge
-        return f"{self.knowledge}; tries the {len(tried)} ids most frequent in public text"
+        more = f" and the {self.started} likeliest of each row" if self.started else ""
+        return f"{self.knowledge}; tries the {len(tried)} ids most frequent in public text{more}"
 
     def _frequent(self, view: View) -> Tensor | None:
         """Return the ids tried; None for all."""
@@ -148,6 +141,7 @@ class OptimisationInversion(TokenAttack):
         vocab_size: int,
         shortlist: Tensor | None = None,
         clip: float = 0.0,
+        likely: Sequence[Tensor] | None = None,
     ) -> Inversion:
         """Guess the tokens behind ``representations``.
 
@@ -161,6 +155,8 @@ class OptimisationInversion(TokenAttack):
             shortlist: ids that the attacker considers, ``(V',)``, for instance public text's most
                 frequent; None for all.  Cost falls with V', and no other token can be found.
             clip: C, norm that rows were clipped to before they left; 0 = they were not.
+            likely: per sample candidates of each row, best first, ``(T_i, n)``, that the first
+                start is drawn to; None: it is random.
 
         Raises:
             AttackError: if ``bottom`` does not use ``embedding``, or a shape does not fit.
@@ -171,14 +167,18 @@ class OptimisationInversion(TokenAttack):
         with frozen(bottom):
             device = next(bottom.parameters()).device
             known = _Clipped(bottom, clip)
-            ids = torch.arange(vocab_size) if shortlist is None else torch.unique(shortlist.cpu())
-            if not len(ids) or int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
-                raise AttackError(f"shortlist: {len(ids)} ids: must be in 0..{vocab_size - 1}")
-            table = embedding_table(embedding, vocab_size, device)[ids.to(device)]  # (V', d_e)
+            ids = torch.arange(vocab_size) if shortlist is None else shortlist.cpu()
             for at in range(0, len(order), self.batch):
                 group = order[at : at + self.batch]
                 rows = [representations[i] for i in group]
-                found = self._batch(rows, known, embedding, table, ids.to(device))
+                near = None if likely is None else [likely[i].cpu() for i in group]
+                tried = torch.unique(torch.cat([ids, *(x.flatten() for x in near or ())]))
+                if not len(tried) or int(tried[0]) < 0 or int(tried[-1]) >= vocab_size:
+                    told = f"must be in 0..{vocab_size - 1}"
+                    raise AttackError(f"shortlist: {len(tried)} ids: {told}")
+                tried = tried.to(device)
+                table = embedding_table(embedding, vocab_size, device)[tried]  # (V', d_e)
+                found = self._batch(rows, known, embedding, table, tried, near)
                 for i, guess in zip(group, found, strict=True):
                     top[i] = guess
         return Inversion(top, time.perf_counter() - start)
@@ -190,6 +190,7 @@ class OptimisationInversion(TokenAttack):
         embedding: nn.Module,
         table: Tensor,
         ids: Tensor,
+        likely: list[Tensor] | None,
     ) -> list[Tensor]:
         """Return the top guesses ``(T_i, k)`` of each sample of one batch."""
         lengths = [len(x) for x in targets]
@@ -202,8 +203,15 @@ class OptimisationInversion(TokenAttack):
         best_error = torch.full((len(targets),), torch.inf, device=device)
         best: Tensor | None = None
         for restart in range(self.restarts):
+            size = (*mask.shape, len(ids))
+            generator = torch_generator(
+                self.seed, "attacks", "optimisation", f"{lengths}:{restart}"
+            )
+            first = 0.01 * torch.randn(size, generator=generator)
+            if likely is not None and not restart:
+                _draw_to(first, likely, ids.cpu())
             logits, error = self._descend(
-                bottom, embedding, table, ids, target, mask, power, f"{lengths}:{restart}"
+                bottom, embedding, table, ids, target, mask, power, first.to(device)
             )
             better = error < best_error
             best = logits if best is None else torch.where(better[:, None, None], logits, best)
@@ -223,18 +231,24 @@ class OptimisationInversion(TokenAttack):
         target: Tensor,
         mask: Tensor,
         power: Tensor,
-        label: str,
+        logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the logits ``(B, T, V)`` that fit best as hard tokens, and their errors (B,)."""
-        size = (*mask.shape, len(table))
-        generator = torch_generator(self.seed, "attacks", "optimisation", label)
-        logits = (0.01 * torch.randn(size, generator=generator)).to(table.device)
         logits.requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=self.lr)
         weight = (mask / power).unsqueeze(2) / mask.sum()
         kept = logits.detach().clone()
         lowest = torch.full((len(target),), torch.inf, device=table.device)
-        for step in range(1, self.steps + 1):
+        for step in range(self.steps + 1):
+            if step % self.check_every == 0 or step == self.steps:
+                with torch.no_grad():
+                    hard = bottom(ids[logits.argmax(2)], mask)
+                    gap = ((hard - target).square().sum(2) * mask / power).sum(1) / mask.sum(1)
+                better = gap < lowest
+                kept = torch.where(better[:, None, None], logits.detach(), kept)
+                lowest = torch.where(better, gap, lowest)
+                if bool((lowest < self.tolerance).all()) or step == self.steps:
+                    break
             soft = torch.softmax(logits / self.temperature, dim=2) @ table  # (B, T, d_e)
             with soft_embeddings(embedding) as slot:
                 slot.append(soft)
@@ -248,13 +262,12 @@ class OptimisationInversion(TokenAttack):
             optimiser.zero_grad()
             torch.autograd.backward(loss)
             optimiser.step()
-            if step % self.check_every == 0 or step == self.steps:
-                with torch.no_grad():
-                    hard = bottom(ids[logits.argmax(2)], mask)
-                    gap = ((hard - target).square().sum(2) * mask / power).sum(1) / mask.sum(1)
-                better = gap < lowest
-                kept = torch.where(better[:, None, None], logits.detach(), kept)
-                lowest = torch.where(better, gap, lowest)
-                if bool((lowest < self.tolerance).all()):
-                    break
         return kept, lowest
+
+
+def _draw_to(logits: Tensor, likely: Sequence[Tensor], ids: Tensor) -> None:
+    """Raise logits (B, T, V) of each row's candidates, the best by ``HEAD`` and the next less."""
+    for sample, ranked in zip(logits, likely, strict=True):
+        places = torch.searchsorted(ids, ranked)  # (T_i, n)
+        raised = HEAD * (1 - torch.arange(ranked.shape[1]) / ranked.shape[1])
+        sample[: len(ranked)].scatter_add_(1, places, raised.expand(len(ranked), -1))

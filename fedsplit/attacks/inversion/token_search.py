@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.attacks.base import TokenAttack, View
+from fedsplit.attacks.inversion.embeddings import embedding_table, soft_embeddings
 from fedsplit.attacks.inversion.nearest import has_candidates
-from fedsplit.attacks.inversion.optimisation import embedding_table, soft_embeddings
 from fedsplit.attacks.inversion.row_evidence import EXACT
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check

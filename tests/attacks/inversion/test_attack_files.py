@@ -86,8 +86,8 @@ def make_run(folder: Path, model: Path, k: int, eta: float = 0.0) -> Path:
     [
         ("bert", 0, 0.0, ["nearest"]),
         ("bert", 0, 6.0, ["nearest", "map", "contextual"]),
-        ("bert", 1, 0.0, ["optimisation", "learned", "text_search"]),
-        ("llama", 2, 0.0, ["optimisation", "learned", "exact_search", "joint"]),
+        ("bert", 1, 0.0, ["optimisation", "learned", "token_states", "text_search"]),
+        ("llama", 2, 0.0, ["optimisation", "learned", "token_states", "exact_search", "joint"]),
     ],
 )
 def test_attacks_are_chosen_by_the_split(models, public, tmp_path, family, k, eta, expected):
@@ -110,7 +110,8 @@ def test_a_simulation_attacks_any_split_and_writes_its_truth(models, public, tmp
 
     found = attack_transcript(config, transcript, shares, public=str(public), budget=SMALL)
 
-    assert found.keys() == {"optimisation_inversion", "learned_inversion", "text_search"}
+    expected = {"optimisation_inversion", "learned_inversion", "token_states", "text_search"}
+    assert found.keys() == expected
     assert max(row["success"] for row in found.values()) == 1.0
     written = read_truth(write_truth_file(tmp_path, shares))
     assert all(map(torch.equal, written["owner-0", "train"].values(), ids))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from fedsplit.attacks import OptimisationInversion, score_tokens
-from fedsplit.attacks.inversion.optimisation import soft_embeddings
+from fedsplit.attacks.inversion.embeddings import soft_embeddings
 from fedsplit.errors import AttackError
 from fedsplit.models import probe, split
 from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
@@ -108,3 +108,18 @@ def test_rows_that_owners_clipped_are_fitted_clipped(known: bool):
 
     read = score_tokens("optimisation", found, ids).success
     assert (read == 1.0) is known, read
+
+
+def test_a_start_is_kept_unless_another_fits_better():
+    bottom = make_bottom("gpt2", 2)
+    ids, hidden = transcript(bottom)
+    wrong = [torch.stack([x, (x + 1) % V], 1) for x in ids]  # the truth, and a neighbour
+    inner = probe(bottom.model).input_embeddings
+    for shortlist in (None, torch.tensor([3, 5])):  # candidates are tried beside the shortlist
+        found = OptimisationInversion(steps=1).invert(
+            hidden, bottom, inner, V, shortlist=shortlist, likely=wrong
+        )
+        assert score_tokens("optimisation", found, ids).success == 1.0
+    turned = [x.flip(1) for x in wrong]
+    found = OptimisationInversion(steps=150).invert(hidden, bottom, inner, V, likely=turned)
+    assert score_tokens("optimisation", found, ids).success == 1.0
