@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from fedsplit.config import RunConfig, Scalar
+from fedsplit.config.devices import AUTOMATIC
+from fedsplit.config.offsite import INSTEAD
 from fedsplit.emulators.settings import check_offsite
 from fedsplit.errors import check, one_of
 from fedsplit.models.adapters.trainable import TRAINABLE
@@ -19,7 +21,7 @@ from fedsplit.models.frozen_linear import AS_LOADED, FORMS
 from fedsplit.privacy.labels.table import head_at_owner, said
 from fedsplit.privacy.secure_aggregation.settings import check_secure
 from fedsplit.privacy.settings import check_privacy
-from fedsplit.tasks import check_task
+from fedsplit.tasks import check_task, task_type
 
 
 def _check_trainable(config: RunConfig) -> None:
@@ -35,6 +37,11 @@ def _check_trainable(config: RunConfig) -> None:
     if train.patience:
         every = config.output.evaluate_every
         check(every >= 1, "output.evaluate-every", every, ">= 1 with train.patience")
+    if train.watch == "metric":
+        told = "'loss' with train.patience=0, which watches nothing"
+        check(train.patience > 0, "train.watch", train.watch, told)
+        told = f"'loss' with model.task={config.model.task!r}, which has no main score"
+        check(bool(task_type(config.model.task).metric), "train.watch", train.watch, told)
 
 
 def _check_offsite(config: RunConfig) -> None:
@@ -71,6 +78,23 @@ def _check_server(config: RunConfig) -> None:
         check(plain or config.strategy != "offsite-tuning", f"server.{name}", value, told)
 
 
+def _check_unread(config: RunConfig) -> None:
+    """Refuse what the strategy would silently not do."""
+    clip, device = config.offsite.central_dp_clip, config.model.device
+    if config.strategy != "offsite-tuning":
+        told = f"0 with strategy={config.strategy!r}, which does not read it: use dp.*, robust.clip"
+        check(clip == 0, "offsite.central-dp-clip", clip, told)
+        return
+    asked, usual = config.to_flat(), RunConfig().to_flat()
+    for flat in (asked, usual):
+        flat["labels.protection"] = said(str(flat["labels.protection"]))
+    for name, instead in INSTEAD.items():
+        told = f"{usual[name]!r} with offsite-tuning, which does not read it: use {instead}"
+        check(asked[name] == usual[name], name, asked[name], told)
+    told = "one device (cpu, cuda or cuda:N) with offsite-tuning"
+    check(device not in AUTOMATIC, "model.device", device, told)
+
+
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_task,
     _check_trainable,
@@ -79,6 +103,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_secure,
     _check_buffer,
     _check_server,
+    _check_unread,
 )
 """One check per family of tables; each raises ``ConfigError``."""
 

@@ -29,6 +29,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "model.dropout": ([-0.5, 1.0], [-1.0, 0.0, 0.99]),
     "model.dtype": (["float16", ""], ["bfloat16"]),
     "model.autocast": (["float16", "on"], ["bfloat16"]),
+    "model.device": (["", "gpu", "cuda:", "cuda:x", "CPU"], ["cpu", "cuda", "cuda:7", "auto"]),
     "split.k": ([-1, 10_001], [0, 10_000]),
     "split.bottom": (["thawed", ""], ["joint"]),
     "train.rounds": ([0, -3], [1]),
@@ -50,6 +51,7 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "train.lora-form": (["qlora"], ["lora", "rslora", "dora"]),
     "train.accumulate": ([0], [1, 8]),
     "train.patience": ([-1], [0, 3]),
+    "train.watch": (["accuracy", ""], ["loss"]),  # metric: with train.patience alone
     "train.clip": ([-0.1, float("inf")], [0.0]),
     "train.fraction": ([0.0, 1.01], [1e-6, 1.0]),
     "train.min-owners": ([0], [1]),
@@ -129,11 +131,13 @@ RANGES: dict[str, tuple[list[Scalar], list[Scalar]]] = {
     "offsite.method": (["ia3", ""], ["full", "lora", "bottleneck", "bitfit", "prefix"]),
     "offsite.rank": ([0, 65_537], [1, 65_536]),
     "offsite.lora-alpha": ([0.0, float("inf")], [1e-3]),
+    "offsite.lora-dropout": ([-0.1, 1.0], [0.0, 0.9]),
+    "offsite.lora-form": (["qlora", ""], ["lora", "rslora", "dora"]),
     "offsite.width": ([0], [1]),
     "offsite.prefix": ([0], [1]),
     "offsite.micro-batch": ([-1], [0, 1]),
     "offsite.server-lr": ([-1.0, 10.0], [0.0, 1e-3]),
-    "offsite.central-dp-clip": ([-1.0, float("inf")], [0.0, 1.0]),
+    "offsite.central-dp-clip": ([-1.0, float("inf")], [0.0]),  # split tuning, the default, has none
     "offsite.central-dp-noise": ([-1.0, 1.0], [0.0]),  # needs a bound, which the defaults lack
     "buffer.size": ([-1, 100_001], [0]),  # split tuning, the default, has none
     "buffer.staleness": ([-0.1, 11.0], [0.0, 10.0]),
@@ -171,9 +175,9 @@ FREE_TEXT = {
     "model.sha256",
     "model.label-names",
     "model.label-range",
-    "model.device",
     "train.class-weights",
     "train.lora-targets",
+    "offsite.lora-targets",
     "session.host",
     "privacy.public-text",
     "privacy.task-words",
@@ -381,7 +385,7 @@ def test_settings_that_exclude_each_other(flat: dict[str, Scalar]) -> None:
         {"dp.noise-multiplier": 1.0, "split.bottom": "joint"},
         {**NOISY_TEXT, "labels.protection": "none"},
         {**NOISY_TEXT, "labels.protection": "client-head+none"},
-        {**NOISY_TEXT, "strategy": "offsite-tuning"},
+        {"model.task": "causal-lm", "strategy": "offsite-tuning"},
         {"model.task": "causal-lm"},
     ],
 )

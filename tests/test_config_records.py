@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fedsplit.config import RunConfig
+from fedsplit.config.offsite import INSTEAD
 from fedsplit.config.records import with_defaults
+from fedsplit.settings import read_settings
 
 
 def test_an_older_record_means_the_defaults_but_for_how_ranks_were_compressed() -> None:
@@ -20,3 +22,15 @@ def test_an_older_record_means_the_defaults_but_for_how_ranks_were_compressed() 
     said = {**compressed, "offsite.truncation": "outputs"}
     assert with_defaults(said, usual) == said
     assert "offsite.truncation" not in with_defaults(compressed, {"train.rounds": 3})
+
+
+def test_a_record_of_offsite_tuning_may_hold_what_was_never_read() -> None:
+    usual = RunConfig().to_flat()
+    now = read_settings({"strategy": "offsite-tuning", "model.task": "causal-lm"}).to_flat()
+    new = ("offsite.lora-dropout", "offsite.lora-targets", "offsite.lora-form")
+    old = {k: v for k, v in now.items() if k not in new}
+    odd = {"train.method": "lora", "train.lora-rank": 3, "labels.protection": "max-norm"}
+    assert odd.keys() <= INSTEAD.keys()
+    assert with_defaults({**old, **odd}, usual) == now
+    split = {**usual, **odd}
+    assert with_defaults(split, usual) == split

@@ -39,6 +39,7 @@ from fedsplit.attacks.transcripts import (
 from fedsplit.config import RunConfig
 from fedsplit.data import docstrings_are_public
 from fedsplit.errors import AttackError, ConfigError, check
+from fedsplit.models.trained import SERVER, server_folder
 from fedsplit.privacy.denoising.posterior import Touched
 from fedsplit.privacy.labels.table import build_protection, head_at_owner
 from fedsplit.privacy.public_text import public_ids, public_texts
@@ -46,6 +47,7 @@ from fedsplit.seeding import numpy_generator
 from fedsplit.settings import read_settings
 from fedsplit.tasks import task_of
 
+SETTINGS = "config.toml"
 Budget = Mapping[str, Mapping[str, Any]]
 """attack -> its fields that are not the defaults."""
 
@@ -66,8 +68,9 @@ def attack_files(
     """Attack what was recorded.
 
     Args:
-        recorded: a file of :mod:`fedsplit.attacks.transcripts`, or a run's folder (then
-            ``config.toml`` gives the settings).
+        recorded: a file of :mod:`fedsplit.attacks.transcripts`, or a run's folder (the server's
+            own, or an experiment's that has it as ``server/``; ``config.toml`` in either gives the
+            settings).
         settings: ``key=value`` in TOML, on top of the folder's.
         truth: the file; None: beside what was recorded, or in the run's folder.
         attacks: rows of :data:`fedsplit.attacks.table.ATTACKS`; none: those that fit.
@@ -86,14 +89,11 @@ def attack_files(
     made = [make_attack(name, seed, budget) for name in attacks]
     wanted = {need for attack in made for need in attack.needs}
     folder = recorded if recorded.is_dir() else None
-    flat: dict[str, Any] = read_config(folder / "config.toml") if folder else {}
+    flat: dict[str, Any] = read_config(_settings_of(folder)) if folder else {}
     flat.update(parse_settings(settings))
     config = read_settings(flat)
     if folder is not None:
-        places = [folder / "server" / TRANSCRIPT, folder / TRANSCRIPT, folder / "server" / CAPTURE]
-        if wanted & {"gradients", "repeats"} and places[2].is_dir():
-            places = places[2:]
-        recorded = next((p for p in places if p.exists()), places[0])
+        recorded = _recorded_in(folder, frames=bool(wanted & {"gradients", "repeats"}))
     if truth is None:
         beside = [recorded.parent / TRUTH, recorded.parent.parent / TRUTH]
         truth = next((p for p in beside if p.exists()), beside[0])
@@ -105,6 +105,25 @@ def attack_files(
     if not made:
         raise AttackError(f"{recorded}: no attack fits it: must be one of {', '.join(ATTACKS)}")
     return [attack.run(view, true) for attack in made]
+
+
+def _settings_of(folder: Path) -> Path:
+    """Return the settings of a run's folder; an experiment's are above its server's folder."""
+    above = folder.resolve().parent / SETTINGS
+    below = folder.resolve().name == SERVER and not (folder / SETTINGS).exists()
+    return above if below and above.exists() else folder / SETTINGS
+
+
+def _recorded_in(folder: Path, *, frames: bool) -> Path:
+    """Return what a run's folder holds; its frames where they are wanted, and are there."""
+    names = (CAPTURE, TRANSCRIPT) if frames else (TRANSCRIPT, CAPTURE)
+    for name in names:
+        if (server := server_folder(folder, name)) is not None:
+            return server / name
+    raise AttackError(
+        f"{folder}: must hold {TRANSCRIPT} (output.transcript) or {CAPTURE}/ (output.capture), "
+        f"itself or in {SERVER}/; there is no transcript"
+    )
 
 
 def _view(

@@ -48,9 +48,11 @@ def register(app: typer.Typer) -> None:
 def compare(
     base: Annotated[
         str,
-        typer.Argument(help="A: folder, .safetensors, .gguf, package:NAME, hub, or fingerprint"),
+        typer.Argument(
+            metavar="A", help="folder, .safetensors, .gguf, package:NAME, hub, run, or fingerprint"
+        ),
     ],
-    suspect: Annotated[str, typer.Argument(help="B: the same")],
+    suspect: Annotated[str, typer.Argument(metavar="B", help="the same")],
     signer: Annotated[
         str | None, typer.Option(help="public key (hex or file) that A's fingerprint must have")
     ] = None,
@@ -60,17 +62,24 @@ def compare(
         bool | None,
         typer.Option("--run/--no-run", help="also run both (REEF); default: if small"),
     ] = None,
+    run_base: Annotated[
+        str, typer.Option("--base", help="of A or B, a split run: its base, if it is elsewhere now")
+    ] = "",
     json_: JsonFile = None,
 ) -> None:
     """Compare two models: every fingerprint, a verdict with its error rate, block by block.
 
     Exit code: 0 in lineage, 1 not shown, 2 independent, 3 error, 4 wrong usage.
     """
+    from fedsplit.errors import ConfigError
     from fedsplit.fingerprints.evidence.keys import read_public
     from fedsplit.fingerprints.sources import open_source
 
     wanted = None if signer is None else read_public(signer)
-    ours, theirs = open_source(base, signer=wanted), open_source(suspect)
+    ours = open_source(base, signer=wanted, base=run_base)
+    theirs = open_source(suspect, base=run_base)
+    if run_base and ours.model is None and theirs.model is None:
+        raise ConfigError(f"--base {run_base}: must be left out: neither is a split run's folder")
     if ours.view is not None and theirs.view is not None:
         found = between_weights(ours, theirs, run)
     else:

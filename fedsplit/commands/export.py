@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="a split-tuning run's folder, at the model owner")],
-    out: Annotated[Path | None, typer.Option(help="write here; default: the run's folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="write here; default: beside the run's top.safetensors")
+    ] = None,
     base: Annotated[str, typer.Option(help="the base, if it is elsewhere now")] = "",
     owners_agreed: Annotated[
         bool,
@@ -31,21 +33,21 @@ def export(
     and an owners' head are the owners' work as well: they are exported with --owners-agreed alone.
     An owner holds its bottom (and head) and no top: there is nothing that it could export.
     """
-    from fedsplit.models.trained import FILE, is_split_run
+    from fedsplit.models.trained import FILE, find_server_folder, server_folder
     from fedsplit.models.trained.whole import whole_of_run
 
-    if not is_split_run(run):
-        if (run / "model" / "config.json").is_file():
-            raise ModelError(f"{run}: holds {run / 'model'} already, written when its run ended")
-        raise ModelError(f"{run}: must hold {FILE}, which a split run with output.save leaves")
-    whole = whole_of_run(run, base)
+    written = server_folder(run, "model/config.json")
+    if written is not None and server_folder(run, FILE) is None:
+        raise ModelError(f"{run}: holds {written / 'model'} already, written when its run ended")
+    place = find_server_folder(run, FILE, left_by="a split run with output.save")
+    whole = whole_of_run(place, base)
     if whole.owners and not owners_agreed:
         parts = [p for p, who in whole.holders().items() if "owners" in who]
         raise ConfigError(
             f"{run}: {' and '.join(parts)} were trained by the owners together: must be given "
             "--owners-agreed, once they have agreed"
         )
-    folder = out or run
+    folder = out or place
     folder.mkdir(parents=True, exist_ok=True)
     about = whole.write(folder)
     console.print(f"{folder / 'model'}: the whole model", highlight=False)

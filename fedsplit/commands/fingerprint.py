@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def fingerprint(
     model: Annotated[
         str,
-        typer.Argument(help="folder, .safetensors, .gguf, package:NAME, hub, or fingerprint"),
+        typer.Argument(help="folder, .safetensors, .gguf, package:NAME, hub, run, or fingerprint"),
     ],
     out: Annotated[Path | None, typer.Option(help="write the public fingerprint here")] = None,
     key: Annotated[
@@ -43,17 +43,22 @@ def fingerprint(
         typer.Option(help="a base's fingerprint whose token list is used: to compare with it"),
     ] = None,
     name: Annotated[str, typer.Option(help="the model's name in the file")] = "",
+    run_base: Annotated[
+        str, typer.Option("--base", help="with a split run's folder: its base, if elsewhere now")
+    ] = "",
 ) -> None:
     """Make a model's public fingerprint, and say what it reveals."""
     from fedsplit.commands.models import portrait_vector, write_picture
-    from fedsplit.errors import LineageError
+    from fedsplit.errors import ConfigError, LineageError
     from fedsplit.fingerprints.evidence.keys import load_key, public_hex
     from fedsplit.fingerprints.evidence.public_file import make, read, write
     from fedsplit.fingerprints.sources import open_source
 
     signing = None if key is None else load_key(key)
     base = None if tokens_of is None else read(tokens_of)
-    source = open_source(model)
+    source = open_source(model, base=run_base)
+    if run_base and source.model is None:
+        raise ConfigError(f"--base: must not be given with {model}, which is no split run's folder")
     if source.public is not None and (out is not None or base is not None):
         raise LineageError(f"{model}: is a fingerprint already; a new one needs the weights")
     tokens = None if base is None else base.tokens

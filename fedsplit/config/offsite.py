@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsplit.config.groups import LORA_FORMS
 from fedsplit.config.robust import AVERAGINGS
 from fedsplit.errors import ConfigError, check, one_of
 
 IMPORTANCE = "importance"
+
+INSTEAD = {
+    "train.method": "offsite.method",
+    "train.lora-rank": "offsite.rank",
+    "train.lora-alpha": "offsite.lora-alpha",
+    "train.lora-dropout": "offsite.lora-dropout",
+    "train.lora-targets": "offsite.lora-targets",
+    "train.lora-form": "offsite.lora-form",
+    "model.autocast": "offsite.bf16",
+    "server.workers": "model.device",
+    "server.devices": "model.device",
+    "split.averaging": "offsite.averaging",
+    "privacy.mechanism": "dp.noise-multiplier or offsite.central-dp-noise",
+    "labels.protection": "dp.noise-multiplier or offsite.central-dp-noise",
+}
+"""Settings that offsite tuning does not read, and what it reads in their place."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,11 @@ class OffsiteConfig:
             ``bitfit`` (biases and the norms' weights) or ``prefix``.
         rank: of LoRA's updates.
         lora_alpha: LoRA's updates are scaled by ``lora_alpha / rank``.
+        lora_dropout: on the input of LoRA's updates, in owners' training.
+        lora_targets: names of the projections that get LoRA's updates, separated by commas, as the
+            last parts of module names (``q_proj,v_proj``); empty: all of them.
+        lora_form: ``lora``, ``rslora`` (scaled by alpha over the root of the rank) or ``dora``
+            (magnitudes trained beside directions); as PEFT has them.
         width: of the bottlenecks.
         prefix: trained positions of each attention.
         micro_batch: blocks of one forward and backward; a step sums them up to ``train.batch-size``
@@ -79,6 +101,9 @@ class OffsiteConfig:
     method: str = "full"
     rank: int = 8
     lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: str = ""
+    lora_form: str = "lora"
     width: int = 32
     prefix: int = 8
     micro_batch: int = 0
@@ -109,6 +134,8 @@ class OffsiteConfig:
             value = getattr(self, name)
             check(1 <= value <= 65_536, f"offsite.{name}", value, "in [1, 65536]")
         check(0 < self.lora_alpha <= 1e6, "offsite.lora-alpha", self.lora_alpha, "in (0, 1e6]")
+        check(0 <= self.lora_dropout < 1, "offsite.lora-dropout", self.lora_dropout, "in [0, 1)")
+        one_of("offsite.lora-form", self.lora_form, LORA_FORMS)
         check(self.micro_batch >= 0, "offsite.micro-batch", self.micro_batch, ">= 0 (0 = all)")
         check(0 <= self.server_lr < 10, "offsite.server-lr", self.server_lr, "in [0, 10)")
         self._check_central_dp()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
+from fedsplit.config.devices import is_device
 from fedsplit.errors import check
-
-_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check(1 <= self.workers <= 64, "server.workers", self.workers, "in [1, 64]")
         named = self.devices.split(",") if self.devices else []
-        good = all(_DEVICE.fullmatch(name) for name in named)
+        good = all(map(is_device, named))
         check(good, "server.devices", self.devices, "empty, or of cpu, cuda, cuda:N")
         check(bool(self.frozen_weights), "server.frozen-weights", self.frozen_weights, "a name")
 

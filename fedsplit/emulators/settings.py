@@ -68,4 +68,7 @@ def method_settings(offsite: OffsiteConfig, seed: int) -> MethodSettings:
         width=offsite.width,
         prefix=offsite.prefix,
         seed=seed,
+        lora_dropout=offsite.lora_dropout,
+        lora_targets=offsite.lora_targets,
+        lora_form=offsite.lora_form,
     )

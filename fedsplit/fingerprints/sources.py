@@ -18,7 +18,7 @@ from fedsplit.models.gguf import SUFFIX as GGUF
 from fedsplit.models.layout.projections import layout_of, read_config
 from fedsplit.models.places import place_of
 from fedsplit.models.shards import TensorFiles
-from fedsplit.models.trained import is_split_run
+from fedsplit.models.trained import FILE, SERVER, server_folder
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ["config.json", "*.safetensors", "model.safetensors.index.json"]
@@ -59,14 +59,16 @@ class Source:
         return self.public.depth
 
 
-def open_source(text: str, *, signer: str | None = None) -> Source:
+def open_source(text: str, *, signer: str | None = None, base: str = "") -> Source:
     """Open what ``text`` names.
 
     Args:
         text: a folder with config.json and safetensors, one ``.safetensors`` file beside its
             config.json, a ``.gguf`` file, ``package:NAME``, a hub name ``owner/name``, a run's
-            folder, or a public fingerprint (``.json``).
+            folder (the server's own, or an experiment's that has it as ``server/``), or a public
+            fingerprint (``.json``).
         signer: hexadecimal public key that a fingerprint must be signed by.
+        base: where a split run's base is now; empty: where the run had it.  Nothing else heeds it.
 
     Raises:
         ModelError: if there is nothing of that name, or its files are missing or damaged.
@@ -85,10 +87,11 @@ def open_source(text: str, *, signer: str | None = None) -> Source:
         files = TensorFiles([path])
         view = WeightView(layout, files.shapes, files.get, get_rows=files.rows)
         return Source(path.stem, path.parent, view)
-    if is_split_run(path):
+    run = server_folder(path, FILE)
+    if run is not None:
         from fedsplit.models.trained.whole import whole_of_run
 
-        model = whole_of_run(path).loaded.model
+        model = whole_of_run(run, base).loaded.model
         return Source(path.resolve().name, view=WeightView.of_module(model), model=model)
     folder = model_folder(text)
     return Source(_short(text), folder, open_view(folder))
@@ -103,8 +106,15 @@ def model_folder(text: str) -> Path:
         ModelError: if there is no such folder, package or hub model.
     """
     path = Path(text).expanduser()
-    if (path / "model" / "config.json").is_file() and not (path / "config.json").exists():
-        return path / "model"  # what an offsite run, or an export, left there
+    if not (path / "config.json").exists():
+        run = server_folder(path, "model/config.json")
+        if run is not None:
+            return run / "model"  # what an offsite run, or an export, left there
+        if path.is_dir() and not any(path.glob("*.safetensors")):
+            raise ModelError(
+                f"{text}: must hold config.json and *.safetensors (a model), or itself or in "
+                f"{SERVER}/ what a run leaves: {FILE} (split tuning) or model/config.json"
+            )
     if path.is_dir():  # weights alone may do: what is missing is told by who reads it
         return path
     place = place_of(text)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from fedsplit.config.devices import AUTOMATIC
 from fedsplit.errors import ConfigError
 from fedsplit.models.splitting.halves import Upper
-
-AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def place(
@@ -62,19 +61,30 @@ def place(
     return top
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str, setting: str) -> torch.device:
+    """Return the device that a setting names.
+
+    Raises:
+        ConfigError: it is none, or not one of this machine; names the setting.
+    """
+    device = _device(name, setting)
+    _present(device, setting)
+    return device
+
+
+def _device(name: str, setting: str = "device_map") -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError as error:
         known = ", ".join(AUTOMATIC)
         raise ConfigError(
-            f"device_map={name!r}: must be a device, a map, or one of {known}"
+            f"{setting}={name!r}: must be a device, a map, or one of {known}"
         ) from error
 
 
-def _present(device: torch.device) -> None:
+def _present(device: torch.device, setting: str = "device_map") -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device_map={str(device)!r}: must be one of this machine's "
+            f"{setting}={str(device)!r}: must be one of this machine's "
             f"{torch.cuda.device_count()} CUDA devices"
         )

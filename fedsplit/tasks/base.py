@@ -14,7 +14,7 @@ from torch.nn import functional
 from fedsplit.config import ModelConfig, RunConfig
 from fedsplit.data.label_column import LabelColumn
 from fedsplit.errors import ConfigError
-from fedsplit.sums import Family
+from fedsplit.sums import Family, add_up
 
 MAX_LOGIT = 30.0
 """Bound on a logit's distance from its row's mean, nats; beyond it a class's probability is 0 or 1
@@ -77,7 +77,8 @@ class Task(ABC):
             by class (randomised response, Marvell, statistics of words over classes) needs that.
         named: whether its outputs are classes with names.
         form: of the data sets it is for: ``texts``, ``words`` (that have labels each), ``choices``.
-        metric: the headline among the scores of a run.
+        metric: the headline among the scores of a run; empty: there is none.
+        lower_is_better: whether a lower value of ``metric`` is the better one.
         outputs: numbers in a row of the output; None: as many as the vocabulary has.
     """
 
@@ -91,6 +92,7 @@ class Task(ABC):
     named: ClassVar[bool] = False
     form: ClassVar[str] = "texts"
     metric: ClassVar[str]
+    lower_is_better: ClassVar[bool] = False
     terms_setting: ClassVar[str] = ""
     """Setting of ``model`` (and key of an owner's node config) with what labels mean."""
 
@@ -263,6 +265,11 @@ class Task(ABC):
         """Return :attr:`metric` of averages and scores; None where they do not tell it."""
         value = metrics.get(self.metric)
         return None if value is None else float(value)
+
+    def headline_of(self, report: Mapping[str, float]) -> float | None:
+        """Return :attr:`metric` of one owner's report; None where its policy keeps it back."""
+        sums = add_up([report])
+        return self.headline({**report, **(self.scores(sums) if sums else {})})
 
     # ---- what gradients tell of labels ------------------------------------------------------
 

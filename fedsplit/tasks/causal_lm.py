@@ -21,6 +21,7 @@ class CausalLM(CrossEntropy):
     labelled: ClassVar[bool] = False
     per_token: ClassVar[bool] = True
     metric: ClassVar[str] = "perplexity"
+    lower_is_better: ClassVar[bool] = True
 
     def __init__(self, outputs: int | None = None) -> None:
         super().__init__(None)

@@ -1,22 +1,25 @@
 """``bench gpu``: what a CUDA card computes beside the CPU, how fast, and in how much memory.
 
 For whoever has a card (``make gpu-check``): at most eight minutes.  A row that would begin after its
-share of them is left out and says so.  Without a card nothing is run, and that is said.
+share of them is left out and says so.  Where a row failed or is out of its bounds the command fails,
+after every row is told and written.  Without a card nothing is run, and that is said.
 
 | row | what it does |
 | --- | --- |
-| parity float32, bfloat16 | a small LLaMA's top: logits and gradients on the card and on the CPU |
+| parity float32, bfloat16, nf4 | a small LLaMA's top: logits and gradients on the card and on the CPU |
 | training | steps of a top of 0.1 billion parameters, float32 and bfloat16 weights: steps a second, memory |
-| nf4 | the 1.1 billion LLaMA, its blocks in 4 bits (bitsandbytes), LoRA above: steps a second, memory |
+| nf4 | the 1.1 billion LLaMA, its blocks stored as ``server.frozen-weights = "nf4"``, LoRA trained: steps a second, memory |
+| nf4, bitsandbytes | the same with bitsandbytes' own 4-bit layers, where it is installed |
 """  # noqa: E501
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +28,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from typer import Option
 
-from fedsplit.errors import check
+from fedsplit.errors import RunError, check
 from fedsplit.models.adapters.trainable import make_trainable
+from fedsplit.models.frozen_linear import AS_LOADED, store_frozen
 from fedsplit.models.layout.projections import read_config
 from fedsplit.models.loading import HEADS
+from fedsplit.models.placing import place
 from fedsplit.models.splitting.equivalence import TOLERANCE, relative_difference
 from fedsplit.models.splitting.halves import Bottom, Top, split
 from simulations.bench.figures import JsonPath, publish
@@ -37,6 +42,7 @@ from simulations.core.tables import make_table
 from simulations.runtime.machine import machine
 
 Row = dict[str, Any]
+NF4 = "nf4, LoRA"
 NO_CARD = "no CUDA device here: nothing was checked (this needs an NVIDIA card and a CUDA build)"
 GRADIENTS = {torch.float32: 1e-3, torch.bfloat16: 6e-2}  # sums of many rounded products
 SMALL = {
@@ -55,6 +61,7 @@ MIDDLE = SMALL | {
     "num_key_value_heads": 4,
     "vocab_size": 8192,
 }
+SHAPES = {"parity": SMALL, "training": MIDDLE, "nf4": SHAPE}
 
 
 def run(
@@ -70,9 +77,37 @@ def run(
     if not torch.cuda.is_available():
         console.print(NO_CARD)
         return {"machine": machine(), "rows": []}
+    return check_device(
+        console, torch.device("cuda"), json_path, minutes=minutes, steps=steps, shapes=SHAPES
+    )
+
+
+def check_device(
+    console: Console,
+    device: torch.device,
+    json_path: Path | None = None,
+    *,
+    minutes: float,
+    steps: int,
+    shapes: Mapping[str, dict[str, int]],
+) -> dict[str, Any]:
+    """Make every row, print and write them, return the figures.
+
+    Args:
+        console: for the rows' names and the table.
+        device: beside the CPU.
+        json_path: where the figures are written too.
+        minutes: no row begins later than this.
+        steps: training steps timed in a row.
+        shapes: of the models, by the keys of :data:`SHAPES`.
+
+    Raises:
+        RunError: a row failed or is out of its bounds; names them.
+    """
+    card = device.type == "cuda"
     rows: list[Row] = []
     began = time.monotonic()
-    for name, make in checks(torch.device("cuda"), steps).items():
+    for name, make in checks(device, steps, shapes).items():
         if time.monotonic() - began > 60 * minutes:
             rows.append({"row": name, "told": f"left out: {minutes:g} minutes are over"})
             continue
@@ -80,21 +115,35 @@ def run(
         try:
             rows.append({"row": name, **make()})
         except Exception as error:  # the other rows are wanted whatever befalls one of them
-            rows.append({"row": name, "told": f"failed: {type(error).__name__}: {error}"[:200]})
-        torch.cuda.empty_cache()
-    figures = {"machine": machine(), "card": torch.cuda.get_device_name(), "rows": rows}
-    return publish(console, json_path, figures, [table(rows)])
+            told = f"failed: {type(error).__name__}: {error}"[:200]
+            rows.append({"row": name, "good": False, "told": told})
+        if card:
+            torch.cuda.empty_cache()
+    name = torch.cuda.get_device_name(device) if card else str(device)
+    figures = {"machine": machine(), "card": name, "rows": rows}
+    publish(console, json_path, figures, [table(rows)])
+    bad = [row["row"] for row in rows if not row.get("good", True)]
+    if bad:
+        raise RunError(f"bench gpu: {len(bad)} of {len(rows)} rows are not good: {', '.join(bad)}")
+    return figures
 
 
-def checks(device: torch.device, steps: int) -> dict[str, Callable[[], Row]]:
-    """Return each row's name and what makes it."""
-    return {
-        "parity float32": lambda: parity(device, torch.float32),
-        "parity bfloat16": lambda: parity(device, torch.bfloat16),
-        "training float32": lambda: training(device, torch.float32, steps),
-        "training bfloat16": lambda: training(device, torch.bfloat16, steps),
-        "nf4, 1.1 billion": lambda: quantised(device, steps),
+def checks(
+    device: torch.device, steps: int, shapes: Mapping[str, dict[str, int]]
+) -> dict[str, Callable[[], Row]]:
+    """Return each row's name and what makes it; a row whose ``good`` is false is a failure."""
+    small, middle, large = (shapes[name] for name in SHAPES)
+    rows: dict[str, Callable[[], Row]] = {
+        "parity float32": lambda: parity(device, torch.float32, small),
+        "parity bfloat16": lambda: parity(device, torch.bfloat16, small),
+        "parity nf4": lambda: parity(device, torch.float32, small, "nf4"),
+        "training float32": lambda: training(device, torch.float32, steps, middle),
+        "training bfloat16": lambda: training(device, torch.bfloat16, steps, middle),
+        NF4: lambda: quantised(device, steps, large, _stored),
     }
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        rows[f"{NF4}, bitsandbytes"] = lambda: quantised(device, steps, large, _in_bitsandbytes)
+    return rows
 
 
 def table(rows: list[Row]) -> Any:
@@ -109,13 +158,18 @@ def table(rows: list[Row]) -> Any:
     return make_table(columns, shown, title="This card beside this machine's CPU")
 
 
-def parity(device: torch.device, dtype: torch.dtype, shape: dict[str, int] | None = None) -> Row:
+def parity(
+    device: torch.device, dtype: torch.dtype, shape: dict[str, int], form: str = AS_LOADED
+) -> Row:
     """Compare a top's logits and gradients on ``device`` with the CPU's in the same dtype.
 
     Differences are relative to the largest logit, and to the largest gradient of each parameter.
+    With a ``form`` of :mod:`fedsplit.models.frozen_linear` the blocks' matrices are stored in it.
     """
     torch.backends.cuda.matmul.allow_tf32 = False
-    bottom, top = _halves(shape or SMALL, dtype)
+    bottom, top = _halves(shape, dtype)
+    if form != AS_LOADED:
+        store_frozen(top, form)
     ids = _ids(bottom, 4, 33)
     hidden = bottom(ids).detach()
     here, mine = _outcome(top, hidden, ids)
@@ -141,33 +195,46 @@ def _outcome(top: Top, hidden: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, T
     return logits.detach(), found
 
 
-def training(
-    device: torch.device, dtype: torch.dtype, steps: int, shape: dict[str, int] | None = None
-) -> Row:
+def training(device: torch.device, dtype: torch.dtype, steps: int, shape: dict[str, int]) -> Row:
     """Time steps of a whole top on rows as owners send them, and tell its largest memory."""
-    bottom, top = _halves(shape or MIDDLE, dtype)
+    bottom, top = _halves(shape, dtype)
     ids = _ids(bottom, 8, 128)
     hidden = bottom(ids).detach().to(device)
     top.model.to(device)  # type: ignore[arg-type]
     return _timed(top, list(top.parameters()), hidden, ids.to(device), device, steps)
 
 
-def quantised(device: torch.device, steps: int, shape: dict[str, int] | None = None) -> Row:
-    """Time LoRA steps above frozen blocks in nf4 (bitsandbytes); weights are random."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return {"told": "left out: needs bitsandbytes (pip install bitsandbytes)"}
-    bottom, top = _halves(shape or SHAPE, torch.bfloat16)
+def quantised(
+    device: torch.device, steps: int, shape: dict[str, int], store: Callable[[Top], object]
+) -> Row:
+    """Time LoRA steps of a top with frozen blocks in nf4; weights are random.
+
+    Args:
+        device: where it trains.
+        steps: timed.
+        shape: of the model.
+        store: puts a bfloat16 top's blocks into nf4, in place.
+    """
+    bottom, top = _halves(shape, torch.bfloat16)
+    parameters = sum(p.numel() for half in (bottom, top) for p in half.parameters())
     ids = _ids(bottom, 8, 128)
     hidden = bottom(ids).detach().to(device)
     whole = sum(p.numel() * p.element_size() for p in top.parameters())
-    _in_nf4(top)
+    store(top)
     trainable = make_trainable(top, "lora")
-    top.model.to(device)  # type: ignore[arg-type]
+    place(top, device, torch.bfloat16)
+    held = sum(t.numel() * t.element_size() for t in (*top.parameters(), *top.buffers()))
     row = _timed(top, trainable.parameters(), hidden, ids.to(device), device, steps)
-    return row | {"told": f"the top alone is {whole / 1e6:.0f} MB in bfloat16"}
+    size = f"{parameters / 1e6:,.0f} million parameters"
+    told = f"{size}; the top holds {held / 1e6:.0f} MB, {whole / 1e6:.0f} MB in bfloat16"
+    return {"told": told, **row, "top_bytes": float(held)}
 
 
-def _in_nf4(top: Top) -> None:
+def _stored(top: Top) -> None:
+    store_frozen(top, "nf4")
+
+
+def _in_bitsandbytes(top: Top) -> None:
     """Replace the linear layers of a top's blocks by 4-bit ones, quantised when they are moved."""
     import bitsandbytes as bnb
 
@@ -212,6 +279,9 @@ def _timed(
         last = step()
     final = float(last)  # waits for the card
     row: Row = {"steps_s": steps / (time.perf_counter() - began), "first": first, "last": final}
+    row["good"] = math.isfinite(final)
+    if not row["good"]:
+        row["told"] = f"the loss is {final}"
     if card:
         row["bytes"] = float(torch.cuda.max_memory_allocated())
     return row

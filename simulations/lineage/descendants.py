@@ -25,11 +25,13 @@ from torch.nn.utils import parametrize
 from fedsplit import storage
 from fedsplit.data import docstrings as docstring_source
 from fedsplit.data.table import Request
+from fedsplit.emulators.lm import divergence, logits_of
 from fedsplit.errors import ConfigError, check
 from fedsplit.fingerprints.evasion.editor import Editor
 from fedsplit.fingerprints.evasion.transforms import pruning
 from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import LoadedModel, load
+from fedsplit.models.modes import evaluating
 from fedsplit.seeding import derive_seed, torch_generator
 
 CHARACTERS = 600_000
@@ -109,11 +111,14 @@ def train(
     *,
     parameters: Iterable[nn.Parameter] | None = None,
     penalty: Callable[[], Tensor] | None = None,
+    teacher: nn.Module | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
     """Train ``parameters`` (None: everything) in place.
 
-    ``penalty`` is added to every step's loss; ``after`` is called with the steps done, after each.
+    The loss is that of the next token; with a ``teacher`` it is the divergence from the teacher's
+    next-token distribution (distillation, Hinton et al. 2015, arXiv 1503.02531).  ``penalty`` is
+    added to every step's loss; ``after`` is called with the steps done, after each.
     """
     trained = [p for p in (parameters or model.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=0.0)
@@ -122,7 +127,12 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * min(1.0, (step + 1) / 10)
         ids = windows.batch(plan.batch)
-        loss = cast(Any, model)(input_ids=ids, labels=ids).loss
+        if teacher is None:
+            loss = cast(Any, model)(input_ids=ids, labels=ids).loss
+        else:
+            with evaluating(teacher), torch.no_grad():
+                target = logits_of(teacher, ids)
+            loss = divergence(target, logits_of(model, ids))
         if penalty is not None:
             loss = loss + penalty()
         optimizer.zero_grad()

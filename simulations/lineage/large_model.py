@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fedsplit.commands.compare import between_widths
-from fedsplit.errors import LineageError, check
+from fedsplit.errors import LineageError, UnsupportedModelError, check
 from fedsplit.fingerprints import FINGERPRINTS
 from fedsplit.fingerprints.evasion.transforms import TRANSFORMS, transform
 from fedsplit.fingerprints.evidence import public_file
@@ -30,24 +29,31 @@ from fedsplit.fingerprints.gate.verdict import judge
 from fedsplit.fingerprints.portraits import encoder
 from fedsplit.fingerprints.portraits.sheet import draw_sheet
 from fedsplit.fingerprints.view import WeightView, choose_tokens
-from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import HEADS, load
-from fedsplit.models.splitting.structure import with_blocks
 from fedsplit.seeding import derive_seed
 from simulations.core.cells import CellStore, Row, run_cells
 from simulations.core.run_folder import RunFolder
 from simulations.core.setting import ExperimentSetting
 from simulations.core.settings import Experiment, read_options
 from simulations.core.tables import make_table
-from simulations.lineage.descendants import RATES, RECIPES, Training, Windows, read_texts
+from simulations.lineage.cuts import cut_width, drop_blocks
+from simulations.lineage.descendants import RATES, RECIPES, Training, Windows, read_texts, train
 from simulations.runtime.machine import limited_threads
 
 OTHERS = tuple(name for name in FINGERPRINTS if name != "score")
+TRAINED = ("fine-tuned", "lora", "further-trained", "vocabulary")
+UNTRAINED = ("pruned", "quantised-8", "quantised-4", "width-pruned", "blocks-dropped")
+HEALED = "width-trained"
+HEALING_RATE = 5.0  # learning rate of its training, in units of the plan's
+IMPORTANCE_ROWS = 32  # windows of the tuning text that say what a cut in width keeps
+DESCENDANTS = (*UNTRAINED, HEALED, *TRAINED)
 OPTIONS: dict[str, Any] = {
     "steps": 20,  # of those descendants that are trained; 0: they are left out
+    "narrow-steps": 100,  # of the one that is trained after its width is cut; 0: it is left out
     "lr": 1e-4,
     "batch": 4,
     "length": 64,
+    "suspects": list(DESCENDANTS),  # made of the base, beside maps
     "transforms": ["rotation", "vo_maps"],  # function-preserving maps of the base
     "width": 0.75,  # share of the residual directions and hidden units that a cut keeps
     "drop": 4,  # every so many-th block is dropped
@@ -59,35 +65,39 @@ OPTIONS: dict[str, Any] = {
     "threads": 1,
     "portrait-size": 128,
 }
-TRAINED = ("fine-tuned", "lora", "further-trained", "vocabulary")
-UNTRAINED = ("pruned", "quantised-8", "quantised-4", "width-pruned", "blocks-dropped")
 MADE = "same shape, new weights"
 PORTRAIT = "portrait"
+WHY = "why"  # of a suspect that was left out
 
 
 def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     """Carry out the experiment; finished suspects are kept if it is killed."""
     options = read_options(experiment.options, OPTIONS)
     check(options["steps"] >= 0, "options.steps", options["steps"], ">= 0")
+    check(options["narrow-steps"] >= 0, "options.narrow-steps", options["narrow-steps"], ">= 0")
     check(0 < options["width"] < 1, "options.width", options["width"], "in (0, 1)")
     check(options["drop"] >= 2, "options.drop", options["drop"], ">= 2")
+    for name in options["suspects"]:
+        check(name in DESCENDANTS, "options.suspects", name, f"one of {', '.join(DESCENDANTS)}")
     for name in options["transforms"]:
         check(name in TRANSFORMS, "options.transforms", name, f"one of {', '.join(TRANSFORMS)}")
     for name in options["fingerprints"]:
         check(name in OTHERS, "options.fingerprints", name, f"one of {', '.join(OTHERS)}")
     check(options["windows"] >= 1, "options.windows", options["windows"], ">= 1")
-    choosing = ("transforms", "strangers", "threads", "portrait-size")
+    choosing = ("suspects", "transforms", "strangers", "threads", "portrait-size")
     store = CellStore.open(folder, experiment.config, options, choosing)
     setting = LargeModel(experiment.config, {**store.options, **options}, folder.path, store)
-    trained = TRAINED if options["steps"] else ()
+    untaught = {HEALED} if options["narrow-steps"] == 0 else set()
+    untaught |= set(TRAINED) if options["steps"] == 0 else set()
     strangers = [name.strip() for name in options["strangers"].split(",") if name.strip()]
-    keys = [{"suspect": name} for name in (*UNTRAINED, *trained)]
+    keys = [{"suspect": name} for name in options["suspects"] if name not in untaught]
     keys += [{"suspect": f"map {name}"} for name in options["transforms"]]
     keys += [{"suspect": f"stranger {name}"} for name in (MADE, *strangers)]
     with limited_threads(options["threads"]):
-        rows = run_cells(
-            experiment, folder, console, store, keys, setting.cell, lambda r: {"rows": facts(r)}
-        )
+        rows = run_cells(experiment, folder, console, store, keys, setting.cell, facts)
+        for row in facts(rows)["skipped"]:
+            console.print(f"left out: {row['suspect']}: {row[WHY]}")
+        rows = [row for row in rows if WHY not in row]
         path = folder.path / "sheet.png"
         folder.record(pictures=draw_portraits(path, setting, rows, options["portrait-size"]))
     others = options["fingerprints"]
@@ -97,9 +107,13 @@ def run(experiment: Experiment, folder: RunFolder, console: Console) -> None:
     console.print(make_table(heads, shown, title=f"Against {experiment.config.model.name}", left=2))
 
 
-def facts(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows without what only the picture needs."""
-    return [{k: v for k, v in row.items() if k != PORTRAIT} for row in rows]
+def facts(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows, without what only the picture needs, and the suspects left out."""
+    kept = [{k: v for k, v in row.items() if k != PORTRAIT} for row in rows]
+    return {
+        "rows": [row for row in kept if WHY not in row],
+        "skipped": [row for row in kept if WHY in row],
+    }
 
 
 @dataclass
@@ -107,9 +121,12 @@ class LargeModel(ExperimentSetting):
     """The base, and what is made of it."""
 
     def cell(self, suspect: str) -> list[Row]:
-        """Return the row of one suspect, and its portrait's vector."""
+        """Return the row of one suspect, with its portrait's vector; or why it was left out."""
         began = time.perf_counter()
-        relation, model = self._made(suspect)
+        try:
+            relation, model = self._made(suspect)
+        except (LineageError, UnsupportedModelError) as error:
+            return [{"suspect": suspect, WHY: str(error)}]
         made = time.perf_counter()
         ours, theirs = self.base_view, WeightView.of_module(model)
         if ours.width == theirs.width:
@@ -184,13 +201,13 @@ class LargeModel(ExperimentSetting):
                 torch.manual_seed(derive_seed(self.config.seed, "lineage-llm"))
                 config = self.loaded.model.config
                 return "independent", HEADS["causal-lm"].from_config(config).eval()
+        if suspect in ("width-pruned", HEALED):
+            return "pruned", self._narrow(trained=suspect == HEALED)
         loaded = copy.deepcopy(self.loaded)
         if kind == "map":
             return "function kept", transform(loaded.model, name).model
-        if suspect in CUTS:
-            share = self.options["width"] if suspect == "width-pruned" else self.options["drop"]
-            with torch.no_grad():
-                return "pruned", CUTS[suspect](loaded.model, share)
+        if suspect == "blocks-dropped":
+            return "pruned", drop_blocks(loaded.model, self.options["drop"])
         recipe, plan = RECIPES[suspect], self._plan
         texts = read_texts(self.options["text"], self.options["other"])
         text = texts.other if suspect == "further-trained" else texts.tuning
@@ -198,57 +215,22 @@ class LargeModel(ExperimentSetting):
         recipe.make(loaded, windows, replace(plan, lr=RATES.get(suspect, 1.0) * plan.lr))
         return recipe.relation, loaded.model
 
+    def _narrow(self, *, trained: bool) -> Any:
+        """Return the base cut in width, then taught by the whole base where ``trained``."""
+        plan, options = self._plan, self.options
+        text = read_texts(options["text"], options["other"]).tuning
+        windows = Windows(self.loaded.tokenizer, text, plan.length, plan.seed)
+        ids = windows.batch(IMPORTANCE_ROWS)
+        model = cut_width(self.loaded.model, options["width"], ids)
+        if trained:
+            plan = replace(plan, steps=options["narrow-steps"], lr=HEALING_RATE * plan.lr)
+            train(model, windows, plan, teacher=self.loaded.model)
+        return model
+
     @property
     def _plan(self) -> Training:
         o = self.options
         return Training(max(1, o["steps"]), o["lr"], o["batch"], o["length"], self.config.seed)
-
-
-def cut_width(model: Any, share: float) -> Any:
-    """Return a model of fewer residual directions and hidden units, as Sheared LLaMA and Minitron.
-
-    The directions that the embeddings use most are kept, and each block's hidden units of the
-    largest weights; heads stay.  Of LLaMA's layout: gated, without biases.
-    """
-    config = type(model.config).from_dict(model.config.to_dict())
-    whole, inner = config.hidden_size, config.intermediate_size
-    config.head_dim = getattr(config, "head_dim", None) or whole // config.num_attention_heads
-    config.hidden_size, config.intermediate_size = int(whole * share), int(inner * share)
-    anatomy = probe(model)
-    embeddings: Tensor = anatomy.input_embeddings.weight  # type: ignore[assignment]
-    keep = _largest(embeddings.square().sum(0), config.hidden_size)
-    state = {}
-    for name, weight in model.state_dict().items():
-        part = weight
-        block = name.rpartition(".mlp.")[0]
-        if block:
-            units = model.get_submodule(f"{block}.mlp").down_proj.weight.square().sum(0)
-            kept = _largest(units, config.intermediate_size)
-            part = part[:, kept] if "down_proj" in name else part[kept]
-        into = part.dim() == 1 or "o_proj" in name or "down_proj" in name
-        state[name] = (part[keep] if into else part[:, keep]).clone()
-    narrow = HEADS["causal-lm"].from_config(config)
-    narrow.load_state_dict(state)
-    return narrow.eval()
-
-
-def _largest(values: Tensor, count: int) -> Tensor:
-    found: Tensor = values.topk(count).indices.sort().values
-    return found
-
-
-def drop_blocks(model: Any, every: int) -> Any:
-    """Return a model without every ``every``-th of its blocks."""
-    blocks = probe(model).blocks
-    kept = [i for i in range(len(blocks)) if i % every != every - 1]
-    short: Any = with_blocks(model, [blocks[i] for i in kept], kept)
-    return short.eval()
-
-
-CUTS: dict[str, Callable[[Any, Any], Any]] = {
-    "width-pruned": cut_width,
-    "blocks-dropped": drop_blocks,
-}
 
 
 def draw_portraits(path: Path, setting: LargeModel, rows: Sequence[Row], size: int) -> list[str]:
@@ -261,7 +243,11 @@ def draw_portraits(path: Path, setting: LargeModel, rows: Sequence[Row], size: i
         return []
     drawn = [row for row in rows if row[PORTRAIT]]
     columns = []
-    for title, names in (("trained", TRAINED), ("cut, rounded", UNTRAINED), ("mapped", ())):
+    for title, names in (
+        ("trained", TRAINED),
+        ("cut, rounded", (*UNTRAINED, HEALED)),
+        ("mapped", ()),
+    ):
         mine = [
             (_label(row, setting.base_view.width), row[PORTRAIT])
             for row in drawn

@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fedsplit.config import RunConfig
+from fedsplit.config.offsite import INSTEAD
 from fedsplit.data import choices, load_splits
 from fedsplit.data.conversations import ASSISTANT, Message, from_text, to_text
 from fedsplit.errors import ConfigError, DataError, check
@@ -206,7 +207,9 @@ def _protected(setting: InstructSetting, folder: Path) -> Logits:
 
 
 def _offsite(setting: InstructSetting, folder: Path) -> Logits:
-    config = setting.changed(strategy="offsite-tuning")
+    usual = RunConfig().to_flat()
+    unread = {name: usual[name] for name in INSTEAD}  # what the split ways alone read
+    config = setting.changed(strategy="offsite-tuning", **unread)
     run_in_process(replace(config, output=replace(config.output, save=True)), folder)
     return _of_model(load(folder / "server" / "model", "causal-lm").model)
 

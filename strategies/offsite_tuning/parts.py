@@ -20,8 +20,10 @@ from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.lm import mean_loss
 from fedsplit.emulators.settings import check_offsite, method_settings
 from fedsplit.errors import ModelError
-from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
+from fedsplit.models.adapters.methods import BlockTuning, MethodSettings, check_method
+from fedsplit.models.anatomy import probe
 from fedsplit.models.loading import LoadedModel
+from fedsplit.models.placing import device_of
 from fedsplit.wire.messages import weights_record
 
 from ..base_model import load_base
@@ -43,7 +45,7 @@ class OffsiteParts:
     """What a run's strategy works with.
 
     Attributes:
-        loaded: the full model; adapters are plugged into it after every round.
+        loaded: the full model, on ``model.device``; adapters are plugged into it after every round.
         emulator: what owners train.
         tuning: what is trained, in A of the full model.
         digest: of the emulator's files.
@@ -147,7 +149,11 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder, folder: Path
     """
     refuse_first_version(folder)
     check_offsite(config.offsite)
+    device = device_of(config.model.device, "model.device")
+    settings = method_settings(config.offsite, config.seed)
     loaded = load_base(config)
+    check_method(probe(loaded.model).blocks, settings)  # before the work of an emulator
+    loaded.model.to(device)  # type: ignore[arg-type]
     tokens, public = public_blocks(config, loaded.tokenizer)
     shipped = shipped_emulator(config, loaded, tokens, folder)
     emulator, digest = shipped.emulator, shipped.digest
@@ -163,7 +169,6 @@ def build_parts(config: RunConfig, run_id: int, recorder: Recorder, folder: Path
         config=json.loads(json.dumps(config.to_flat())),
     )
     watch = build_watch(config.lineage, folder, owners=loaded.model)  # before modules are added
-    settings = method_settings(config.offsite, config.seed)
     tuning = tune_in_full(loaded.model, emulator.plan, settings)
     watch.expect({name: t.float() for name, t in tuning.state().items()})
     facts["trained_parameters"] = tuning.count()

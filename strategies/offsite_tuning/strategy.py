@@ -26,6 +26,7 @@ from fedsplit.privacy.dp.accounting import spent_epsilon
 from fedsplit.privacy.secure_aggregation.numbers import Summed, report_of
 from fedsplit.wire.replies import reply_schema
 
+from ..early_stopping import watched_score
 from ..rounds.aggregate import tensors
 from ..rounds.averaging import restore, state_of
 from ..rounds.lineage_watch import stop_reason
@@ -277,7 +278,8 @@ class OffsiteTuning(RunStrategy):
         report.cohort.steps = int(sum(r.get("steps", 0) for r in rows.values()))
         if masked is not None:
             return good, {"num-examples": 0, "owners": rows}
-        return good, average(rows, self.config.robust.weight_cap)
+        headline = watched_score(self.config, context.mode)
+        return good, average(rows, self.config.robust.weight_cap, headline=headline)
 
     def _public_loss(self) -> float:
         """Return the public loss of the last accepted round, or of the base."""

@@ -156,6 +156,7 @@ def average(
     rows: dict[str, dict[str, float]],
     cap: float = 0.0,
     scores: Callable[[Mapping[str, float]], dict[str, Any]] = lambda sums: {},
+    headline: Callable[[Mapping[str, float]], float | None] = lambda row: None,
 ) -> dict[str, Any]:
     """Return weighted means of what the owners report, sums of counts, and the owners' own rows.
 
@@ -167,6 +168,8 @@ def average(
         rows: the owners' numbers.
         cap: an owner weighs at most this many times the median; 0 = as it says.
         scores: what the run's task makes of the additive numbers.
+        headline: the task's main score of one owner's numbers, which is recorded beside them as
+            ``headline``; None: nothing is.
     """
     if not rows:
         return {"num-examples": 0, "owners": {}}
@@ -179,6 +182,7 @@ def average(
             weights = capped({name: rows[name][weight] for name in told}, cap)
             whole = sum(weights.values())
             found[key] = sum(told[name] * weights[name] for name in told) / whole
+    own = {name: value for name, row in rows.items() if (value := headline(row)) is not None}
     sums = add_up(rows.values())
     if sums:
         counting = [name for name, row in rows.items() if any(map(is_sum, row))]
@@ -191,6 +195,7 @@ def average(
             )
         found |= scores(sums)
         rows = {n: {k: v for k, v in row.items() if not is_sum(k)} for n, row in rows.items()}
+    rows = {n: {**row, "headline": own[n]} if n in own else row for n, row in rows.items()}
     found["covered"] = covered
     found["owners"] = dict(sorted(rows.items(), key=lambda item: natural(item[0])))
     return found

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedsplit.config import RunConfig
+from fedsplit.tasks import task_of, task_type
 from fedsplit.wire.messages import weights_record
 
 from ..early_stopping import EarlyStopping
@@ -97,7 +98,7 @@ class RunCheckpoint:
         resume_point: where the next round is taken up, if not at its start.
         good: the top that a rejected round goes back to, or None.
         arrays: what owners train, as it was last averaged; None: as at the start.
-        stopping: watches held-out losses and keeps the best state (``train.patience``).
+        stopping: watches held-out losses or scores and keeps the best state (``train.patience``).
     """
 
     def __init__(
@@ -121,7 +122,9 @@ class RunCheckpoint:
         self.resume_point: ResumePoint | None = None
         self.good: dict[str, Tensor] | None = None
         self.arrays: ArrayRecord | None = None
-        self.stopping = EarlyStopping(config.train.patience)
+        watch = config.train.watch
+        higher = watch == "metric" and not task_type(config.model.task).lower_is_better
+        self.stopping = EarlyStopping(config.train.patience, watch, higher=higher)
 
     # ---- resuming ---------------------------------------------------------------------------
 
@@ -195,7 +198,7 @@ class RunCheckpoint:
         metrics: Mapping[str, Any],
         owners: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
     ) -> bool:
-        """Keep the present state as the best one if the held-out loss is the lowest yet.
+        """Keep the present state as the best one if the held-out loss or score is the best yet.
 
         Args:
             number: the round after which it was measured.
@@ -205,21 +208,29 @@ class RunCheckpoint:
         Returns:
             Whether it is.
         """
-        loss = metrics.get("loss")
-        if not self.stopping.active or not isinstance(loss, int | float):
+        if not self.stopping.active:
             return False
-        told = {name: row for name, row in owners.items() if "loss" in row}
+        watch = self._config.train.watch
+        key, value = "loss", metrics.get("loss")
+        if watch == "metric":
+            key, value = "headline", task_of(self._config).headline(metrics)
+        if not isinstance(value, int | float):
+            log.warning("round %d: no owner tells train.watch=%r: nothing is judged", number, watch)
+            return False
+        told = {name: row for name, row in owners.items() if key in row}
         cap = self._config.robust.weight_cap
         weights = capped({name: row["targets"] for name, row in told.items()}, cap)
-        losses = {name: (row["loss"], weights[name]) for name, row in told.items()}
-        best = self.stopping.improves(number, float(loss), losses)
+        values = {name: (row[key], weights[name]) for name, row in told.items()}
+        best = self.stopping.improves(number, float(value), values)
         if best:
             own, facts = self._parts.state()
             self.stopping.keep({**own, **under("owners", tensors_of(self.arrays))}, facts)
         report = self.stopping.report()
         self._parts.recorder.content["early_stopping"] = report
         if report["stopped"]:
-            log.info("no lower held-out loss since round %d: the run ends", report["best_round"])
+            log.info(
+                "no better held-out %s since round %d: the run ends", watch, report["best_round"]
+            )
         return best
 
     def take_best(self) -> None:

@@ -32,6 +32,7 @@ from fedsplit.wire.authentication import Hello
 from fedsplit.wire.link import Link
 from fedsplit.wire.replies import reply_schema
 
+from ..early_stopping import watched_score
 from ..rounds.lineage_watch import stop_reason
 from ..rounds.polling_grid import PollingGrid
 from ..rounds.recorder import Recorder
@@ -351,7 +352,8 @@ class SplitTuning(RunStrategy):
             return (name, metrics) if finished else None
 
         good, rows = collect(replies, asked, names, report, accept)
-        return good, average(rows, self.config.robust.weight_cap, self.task.scores)
+        cap, headline = self.config.robust.weight_cap, watched_score(self.config, report.mode)
+        return good, average(rows, cap, self.task.scores, headline)
 
     def _row(self, context: RoundContext, metrics: dict[str, Any]) -> dict[str, Any]:
         report, denoise = context.report, self.parts.model.denoise

@@ -15,12 +15,15 @@ from rich.console import Console
 from fedsplit.config import RunConfig
 from fedsplit.errors import ConfigError, DataError, RunError
 from fedsplit.models import load, split
+from fedsplit.settings import read_settings
 from simulations.bench import inversion as bench_inversion
 from simulations.core.cells import CellStore
 from simulations.core.run_folder import RunFolder, read_results
-from simulations.core.settings import load_experiment
+from simulations.core.settings import Experiment, load_experiment
 from simulations.split import attribute_inference as attributes_experiment
 from simulations.split import inversion_by_depth as depth_experiment
+from simulations.split.known_accuracy import KnownAccuracy
+from simulations.sweep.plan import Cell
 from tests.tiny_models import WORDS, save_texts, save_tiny_bert
 
 QUIET = Console(quiet=True)
@@ -90,9 +93,10 @@ def test_depth_rows_and_resuming(material: Path, tmp_path: Path):
     rows = read_results(tmp_path / "run")["rows"]
 
     assert len(rows) == 2 * 2 * 4
-    assert {"k", "attack", "seed", "success", "low", "high", "empirical_privacy"} <= rows[0].keys()
-    assert {"top10", "seconds"} <= rows[0].keys()
-    by = {(r["k"], r["attack"], r["seed"]): r["success"] for r in rows}
+    assert {"k", "mechanism", "level", "attacker", "success", "accuracy"} <= rows[0].keys()
+    assert {"seed", "low", "high", "empirical_privacy", "top10", "seconds"} <= rows[0].keys()
+    assert {(r["level"], r["accuracy"]) for r in rows} == {(None, None)}
+    by = {(r["k"], r["attacker"], r["seed"]): r["success"] for r in rows}
     assert by[0, "nearest", 0] == by[2, "optimisation", 1] == by[2, "text_search", 0] == 1.0
     assert min(by[0, "learned", 0], by[2, "learned", 0]) > 0.9
 
@@ -103,6 +107,93 @@ def test_depth_rows_and_resuming(material: Path, tmp_path: Path):
             depth_experiment.run(again, folder, QUIET)
         found = read_results(tmp_path / "run")["rows"]
         assert found == [r for r in rows if again is loaded or r["seed"] == 0]
+
+
+NOISE = {"privacy.mechanism": "dchi", "privacy.row-clip": "auto", "privacy.noise-ratio": 0.5}
+
+
+def carry_out(loaded: Experiment, path: Path) -> list[dict[str, Any]]:
+    with RunFolder(path, name="d", kind="table", force=True) as folder:
+        depth_experiment.run(loaded, folder, QUIET)
+    return list(read_results(path)["rows"])
+
+
+def sweep_of(path: Path, model: str, *rows: dict[str, Any]) -> str:
+    """Write what a sweep leaves of accuracy; rows as its cells' columns have them."""
+    config = read_settings({**NOISE, "model.name": model})
+    usual = {**Cell("noise", config).columns(), "accuracy": 0.5}
+    with RunFolder(path, name="a", kind="table") as folder:
+        folder.write_config(config.to_flat())
+        folder.record(rows=[{**usual, **row} for row in rows])
+    return str(path)
+
+
+def test_accuracy_is_joined_and_no_cell_is_made_again(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**DEPTH, "public": str(material / "public.txt"), "attacks": ["nearest"]}
+    loaded = experiment("sap-depth", material, **options)
+    loaded = dataclasses.replace(loaded, run={**loaded.run, **NOISE, "seed": 3})
+    before = carry_out(loaded, tmp_path / "run")
+    assert {r["accuracy"] for r in before} == {None}
+
+    # A version before this one: an attacker was an attack, and nothing had a level.
+    store = tmp_path / "run" / "cells.jsonl"
+    cells = [json.loads(line) for line in store.read_text().splitlines()]
+    for cell in cells:
+        for row in cell["rows"]:
+            row["attack"] = row.pop("attacker")
+            del row["level"]
+    store.write_text("".join(json.dumps(cell) + "\n" for cell in cells))
+
+    def made_again(*_: Any, **about: Any) -> None:
+        pytest.fail(f"made again: {about}")
+
+    monkeypatch.setattr(depth_experiment.DepthSetting, "cell", made_again)
+    place = sweep_of(
+        tmp_path / "accuracy",
+        str(loaded.config.model.name),
+        {"k": 0, "seed": 3, "accuracy": 0.75},
+        {"k": 2, "seed": 4, "accuracy": 0.25},
+        {"k": 2, "seed": 3, "accuracy": 0.9, "noise_ratio": 0.1},
+        {"k": 2, "seed": 3, "accuracy": 0.9, "clip": "off"},
+        {"k": 2, "seed": 3, "accuracy": 0.9, "error": "lost"},
+    )
+    asked = dataclasses.replace(loaded, options={**loaded.options, "accuracy": place})
+    rows = carry_out(asked, tmp_path / "run")
+
+    assert [{**r, "accuracy": None} for r in rows] == before
+    found = {(r["k"], r["seed"]): r["accuracy"] for r in rows}
+    assert found == {(0, 0): 0.75, (0, 1): None, (2, 0): None, (2, 1): 0.25}
+
+
+def test_a_level_is_in_the_mechanisms_own_unit(material: Path) -> None:
+    for mechanism, own in (("dchi", "eta"), ("gaussian", "epsilon"), ("pac", "budget")):
+        loaded = experiment("sap-depth", material, **DEPTH)
+        run = {**loaded.run, **NOISE, "privacy.mechanism": mechanism}
+        run |= {"privacy.delta": 1e-5} if mechanism == "gaussian" else {}
+        config = dataclasses.replace(loaded, run=run).config
+        setting = depth_experiment.DepthSetting(config, DEPTH)
+        law = setting.law(2)
+        assert depth_experiment.level_of(law) == getattr(law, own) > 0
+
+
+def test_a_folder_without_accuracies_is_named(material: Path, tmp_path: Path) -> None:
+    loaded = experiment("sap-depth", material)
+    model = str(loaded.config.model.name)
+    plain = {"k": 0, "seed": 0}
+    for place, message in (
+        (str(tmp_path / "nowhere"), r"nowhere'.*: must be the folder of a sweep's run"),
+        (sweep_of(tmp_path / "other", "gpt2", plain), r"model\.name='gpt2': must be"),
+        (sweep_of(tmp_path / "twice", model, plain, plain), "one row of mechanism=dchi, eta="),
+    ):
+        with pytest.raises(ConfigError, match=rf"options\.accuracy=.*{message}"):
+            KnownAccuracy(place, loaded.config)
+    with RunFolder(tmp_path / "rows", name="a", kind="table") as folder:
+        folder.write_config(loaded.config.to_flat())
+        folder.record(rows=[{"k": 0, "accuracy": 1.0}])
+    with pytest.raises(ConfigError, match=r"rows must have .*noise_ratio"):
+        KnownAccuracy(str(tmp_path / "rows"), loaded.config)
 
 
 def test_states_are_what_each_bottom_sends(material: Path):

@@ -23,7 +23,10 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="a model's folder, an emulator's, or an offsite-tuning run's")
+        str,
+        typer.Argument(
+            help="a model's folder, an emulator's, or a run's of split or offsite tuning"
+        ),
     ],
     tasks: Annotated[
         list[str] | None,
@@ -59,9 +62,10 @@ def evaluate(
     ] = 0,
     out: Annotated[Path | None, typer.Option(help="also write the figures as JSON")] = None,
 ) -> None:
-    """Measure how good a model is; a run's folder gives the offsite-tuning papers' columns.
+    """Measure how good a model is: one of its own, or what a split or offsite run tuned.
 
-    With --data: loss and scores of what a split run tuned, on texts with labels.
+    An offsite run's folder gives the papers' columns, a split run's the model that it tuned (a
+    language model). With --data: loss and scores of what a split run tuned, on texts with labels.
     Nothing is fetched unless the model or a task is asked for by a hub's name.
     """
     from fedsplit.commands.evaluation.subjects import is_local, subjects

@@ -23,7 +23,7 @@ from fedsplit.data import (
 )
 from fedsplit.errors import ConfigError, DataError, ModelError, UnsupportedModelError, check
 from fedsplit.models.positions import learned_positions
-from fedsplit.models.trained import is_split_run
+from fedsplit.models.trained import FILE, SERVER, server_folder
 from fedsplit.models.trained.whole import ABOUT, whole_of_run
 from fedsplit.owners.samples import Samples, tokenise_set
 from fedsplit.owners.split.schedule import evaluation_steps
@@ -75,7 +75,7 @@ def tuned_model(place: str, base: str = "", max_tokens: int = 0) -> TunedModel:
     """Return the model of a split run's folder, or of a folder of ``fedsplit export``.
 
     Args:
-        place: the folder, or the ``model`` in it.
+        place: the folder, an experiment's that has it as ``server/``, or the ``model`` in it.
         base: where a run's base is now; empty: where the run had it.
         max_tokens: longest text; 0: the run's, else the model's positions, 512 at most.
 
@@ -83,22 +83,22 @@ def tuned_model(place: str, base: str = "", max_tokens: int = 0) -> TunedModel:
         ModelError: it is neither, or damaged.
         ConfigError: a base for an exported model, or more tokens than the model has positions.
     """
-    folder = Path(place).expanduser()
-    if not is_split_run(folder) and is_split_run(folder / "server"):
-        folder /= "server"  # of an experiment's own folder
-    if is_split_run(folder):
-        whole = whole_of_run(folder, base)
+    named = Path(place).expanduser()
+    if (run := server_folder(named, FILE)) is not None:
+        whole = whole_of_run(run, base)
         loaded, settings = whole.loaded, whole.settings
     else:
-        found = [f for f in (folder, folder.parent) if (f / ABOUT).is_file()]
-        if not found or (found[0] != folder and folder.name != "model"):
+        exported = server_folder(named, ABOUT)
+        if exported is None and named.name == "model" and (named.parent / ABOUT).is_file():
+            exported = named.parent
+        if exported is None:
             raise ModelError(
-                f"{place}: must be a split run's folder (top.safetensors) or one that `fedsplit "
-                f"export` wrote ({ABOUT}), to be evaluated with --data"
+                f"{place}: must be a split run's folder ({FILE}, in it or in its {SERVER}/) or one "
+                f"that `fedsplit export` wrote ({ABOUT}), to be evaluated with --data"
             )
         if base:
             raise ConfigError(f"--base: must not be given with {place}, which has the whole model")
-        loaded, settings = _exported(found[0])
+        loaded, settings = _exported(exported)
     about = _settings(settings, place)
     most = learned_positions(loaded.model)
     tokens = max_tokens or int(settings.get(_TOKENS) or min(most or USUAL_TOKENS, USUAL_TOKENS))

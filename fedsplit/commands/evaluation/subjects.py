@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.errors import ConfigError, ModelError
-from fedsplit.models.trained import is_split_run
+from fedsplit.models.trained import FILE, SERVER, server_folder
 
 EMULATOR = "emulator.json"
+SENT = f"emulator/{EMULATOR}"
 ADAPTERS = "adapters.safetensors"
 
 
@@ -38,9 +39,9 @@ def subjects(model: str, adapter: str = "", base: str = "") -> Iterator[Subject]
     """Yield what is to be evaluated, one after another, so that one model is in memory at a time.
 
     Args:
-        model: a model folder (``package:`` or hub name), an emulator's folder, or a run's folder:
-            one of offsite tuning gives every column that it has, one of split tuning the whole
-            model that it trained.
+        model: a model folder (``package:`` or hub name), an emulator's folder, or a run's folder
+            (the server's own, or an experiment's that has it as ``server/``): one of offsite tuning
+            gives every column that it has, one of split tuning the whole model that it trained.
         adapter: for a model or an emulator: a run's ``adapters.safetensors`` (or the folder with
             it), or for a model a PEFT folder.
         base: the run's base, for the column "full, zero-shot" and, where the run exported no
@@ -51,20 +52,22 @@ def subjects(model: str, adapter: str = "", base: str = "") -> Iterator[Subject]
         ModelError: something is missing, damaged or does not fit.
     """
     folder = Path(model).expanduser()
-    if (folder / "emulator" / EMULATOR).is_file():
+    run = server_folder(folder, SENT, FILE)
+    if run is not None:
         if adapter:
             raise ConfigError("--adapter: must not be given with a run's folder, which has its own")
-        yield from _run_columns(folder, base)
-        return
-    if is_split_run(folder):
-        if adapter:
-            raise ConfigError("--adapter: must not be given with a run's folder, which has its own")
-        yield from _split_columns(folder, base)
+        columns = _run_columns if (run / SENT).is_file() else _split_columns
+        yield from columns(run, base)
         return
     if base:
         raise ConfigError(f"--base: must not be given with {model}, which is no run's folder")
     if (folder / EMULATOR).is_file():
         yield _emulator(folder, adapter)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{model}: must hold config.json (a model) or {EMULATOR} (an emulator), or itself or "
+            f"in {SERVER}/ what a run leaves: {FILE} (split tuning) or {SENT} (offsite tuning)"
+        )
     else:
         yield _model(model, adapter)
 
@@ -184,7 +187,7 @@ def read_adapters(path: Path) -> tuple[dict[str, Any], Any]:
 
     from fedsplit.models.adapters.methods import MethodSettings
 
-    file = path / ADAPTERS if path.is_dir() else path
+    file = (server_folder(path, ADAPTERS) or path) / ADAPTERS if path.is_dir() else path
     try:
         with safe_open(str(file), framework="pt") as handle:
             about = json.loads((handle.metadata() or {}).get("method", "{}"))

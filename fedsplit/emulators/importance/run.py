@@ -244,7 +244,8 @@ class LayerReplace:
         self.step, self.history, self.costs = saved.step, saved.history, saved.costs
         for name, parameter in self._named.items():
             parts = {
-                key: tensors[f"adam.{key}.{name}"]
+                # Adam keeps its count of steps on the CPU and moments beside what is trained.
+                key: tensors[f"adam.{key}.{name}"].to("cpu" if key == "step" else parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"adam.{key}.{name}" in tensors
             }

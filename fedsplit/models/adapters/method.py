@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsplit.errors import ModelError, check
+from fedsplit.config.groups import LORA_FORMS
+from fedsplit.errors import ModelError, check, one_of
 from fedsplit.models.layout.projections import BlockLayout
 
 
@@ -26,6 +27,10 @@ class MethodSettings:
         prefix: trained positions of each attention.
         seed: of what does not start at zero; whoever starts a run sends its start, so that two
             parties need not have the same one.
+        lora_dropout: on the input of LoRA's updates, in training mode.
+        lora_targets: last parts of the names of the projections that get LoRA's updates, separated
+            by commas; empty: all.
+        lora_form: ``lora``, ``rslora`` (scaled by alpha over the root of the rank) or ``dora``.
     """
 
     method: str = "full"
@@ -34,11 +39,18 @@ class MethodSettings:
     width: int = 32
     prefix: int = 8
     seed: int = 0
+    lora_dropout: float = 0.0
+    lora_targets: str = ""
+    lora_form: str = "lora"
 
     def __post_init__(self) -> None:
         for name in ("rank", "width", "prefix"):
             check(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
         check(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "> 0")
+        check(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        good = isinstance(self.lora_targets, str)  # of files, too
+        check(good, "lora_targets", self.lora_targets, "names, separated by commas")
+        one_of("lora_form", self.lora_form, LORA_FORMS)
 
 
 PeftForm = Callable[
@@ -65,6 +77,7 @@ class AdapterMethod:
         peft_form: (trained tensors by name, settings, model, blocks' names with the dot) -> PEFT's
             configuration, and its tensors by their names below the model; None: PEFT has no format
             for it.
+        check: (all blocks, settings) -> None; refuses settings that do not fit the blocks together.
     """
 
     choose: Callable[[Any, nn.Module, MethodSettings], set[int]]
@@ -73,6 +86,7 @@ class AdapterMethod:
     mark: str = ""
     count: Callable[[BlockLayout, MethodSettings], int] | None = None
     peft_form: PeftForm | None = None
+    check: Callable[[Iterable[nn.Module], MethodSettings], None] | None = None
 
 
 def load_named(

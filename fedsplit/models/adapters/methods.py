@@ -7,23 +7,29 @@ model.  Every method starts as the identity: attaching it changes no output.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedsplit.errors import ConfigError, UnsupportedModelError
 from fedsplit.models.adapters.bottleneck import BOTTLENECK
-from fedsplit.models.adapters.lora import LORA, lora_layers
+from fedsplit.models.adapters.lora import LORA, lora_layers, merged_weight
 from fedsplit.models.adapters.method import AdapterMethod, MethodSettings, load_named
 from fedsplit.models.adapters.own_weights import BITFIT, FULL
 from fedsplit.models.adapters.prefix import PREFIX
 from fedsplit.registry import pick
 from fedsplit.seeding import derive_seed
 
-__all__ = ["METHODS", "AdapterMethod", "BlockTuning", "MethodSettings", "load_named"]
+__all__ = [
+    "METHODS",
+    "AdapterMethod",
+    "BlockTuning",
+    "MethodSettings",
+    "check_method",
+    "load_named",
+]
 
 METHODS: dict[str, AdapterMethod] = {
     "full": FULL,
@@ -33,6 +39,17 @@ METHODS: dict[str, AdapterMethod] = {
     "prefix": PREFIX,
 }
 """The family's table; a new method is a file here and one row."""
+
+
+def check_method(blocks: Iterable[nn.Module], settings: MethodSettings) -> None:
+    """Refuse settings of a method that do not fit the blocks; changes nothing.
+
+    Raises:
+        ConfigError: an unknown method, or settings that the blocks cannot serve.
+    """
+    row = pick(METHODS, settings.method, "method")
+    if row.check is not None:
+        row.check(blocks, settings)
 
 
 class BlockTuning:
@@ -61,6 +78,8 @@ class BlockTuning:
                 raise ConfigError(
                     f"method={settings.method!r}: {prefix[:-1]} carries modules already"
                 )
+        check_method(self.blocks.values(), settings)
+        for prefix, block in self.blocks.items():
             for parameter in block.parameters():
                 parameter.requires_grad_(False)
             with torch.random.fork_rng(devices=[]):
@@ -106,18 +125,13 @@ class BlockTuning:
     def dense(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what a state makes of the base's own tensors, by name; added modules have none.
 
-        For fingerprints: LoRA's factors as the matrices that they change.
+        For fingerprints: LoRA's factors, and DoRA's magnitudes, as the matrices that they change.
+        They are on the CPU, as states are.
         """
         own = {name: state[name] for name in self._own if name in state}
         for prefix, block in self.blocks.items():
             for name, layer in lora_layers(block).items():
-                down = state[f"{prefix}{name}.lora_A.default.weight"].float()  # (r, in)
-                up = state[f"{prefix}{name}.lora_B.default.weight"].float()  # (out, r)
-                delta = layer.scaling["default"] * (up @ down)
-                weight = layer.base_layer.weight.detach()
-                turned = isinstance(layer.base_layer, Conv1D)
-                change = (delta.T if turned else delta).to(weight.device, weight.dtype)
-                own[f"{prefix}{name}.weight"] = weight + change
+                own[f"{prefix}{name}.weight"] = merged_weight(layer, state, prefix + name)
         return own
 
     @property

@@ -5,7 +5,7 @@ Every method starts as the identity: a freshly made trainable top computes what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedsplit.config import TrainConfig
+from fedsplit.config.groups import LORA_FORMS
 from fedsplit.errors import ConfigError, check, one_of
 from fedsplit.models.adapters.bottleneck import add_adapters
+from fedsplit.models.adapters.lora import check_targets, chosen_projections
 from fedsplit.models.adapters.method import any_of, load_named
 from fedsplit.models.anatomy import probe
 from fedsplit.models.splitting.halves import Top
@@ -54,7 +56,7 @@ class LoraOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        one_of("form", self.form, ("lora", "rslora", "dora"))
+        one_of("form", self.form, LORA_FORMS)
         check(isinstance(self.rank, int) and self.rank >= 1, "rank", self.rank, "an integer >= 1")
         check(self.alpha > 0, "alpha", self.alpha, "> 0")
         check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
@@ -219,7 +221,7 @@ def _lora(top: Top, options: LoraOptions, head: set[int], used: set[int]) -> set
             use_rslora=options.form == "rslora",
             use_dora=options.form == "dora",
         ),
-        [part.strip() for part in options.targets.split(",") if part.strip()],
+        options.targets,
     )
 
 
@@ -243,15 +245,13 @@ def _adapter(top: Top, options: AdapterOptions, head: set[int], used: set[int]) 
     return add_adapters(probe(top.model).blocks, top.hidden_size, options.width)
 
 
-def _inject(
-    top: Top, make_config: Callable[[list[str]], Any], wanted: Sequence[str] = ()
-) -> set[int]:
+def _inject(top: Top, make_config: Callable[[list[str]], Any], wanted: str = "") -> set[int]:
     """Let peft replace the projections inside the blocks; return the ids of what it added.
 
     Args:
         top: changed in place.
         make_config: names of the projections -> peft's settings.
-        wanted: last parts of their names; empty: all of them.
+        wanted: last parts of their names, separated by commas; empty: all of them.
     """
     from peft import inject_adapter_in_model
 
@@ -263,13 +263,8 @@ def _inject(
     ]
     if not targets:
         raise ConfigError(f"{type(top.model).__name__}: its blocks hold no nn.Linear or Conv1D")
-    for one in wanted:
-        if not any(f".{target}".endswith(f".{one}") for target in targets):
-            leaves = ", ".join(sorted({target.rpartition(".")[2] for target in targets}))
-            raise ConfigError(f"lora targets {one!r}: must be among {leaves}")
-    if wanted:
-        ends = tuple(f".{one}" for one in wanted)
-        targets = [target for target in targets if f".{target}".endswith(ends)]
+    check_targets(targets, wanted, "train.lora-targets")
+    targets = chosen_projections(targets, wanted)
     before = {id(p) for p in top.parameters()}
     inject_adapter_in_model(make_config(targets), top.model)
     return {id(p) for p in top.parameters()} - before

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.errors import ModelError, UnsupportedModelError
+from fedsplit.models.layout.low_rank import updated
 from fedsplit.models.layout.probe import probe_block
 from fedsplit.models.layout.probe_model import probe_model
 
@@ -421,7 +422,10 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 def _merge(out: dict[str, Tensor], name: str, layer: Any, adapter: str) -> None:
     weight = out[f"{name}.weight"]
     if adapter in getattr(layer, "lora_A", {}):
-        out[f"{name}.weight"] = weight + layer.get_delta_weight(adapter).detach().to(weight.dtype)
+        change, magnitudes = layer.get_delta_weight(adapter).detach(), layer.lora_magnitude_vector
+        magnitude = magnitudes[adapter].weight.detach() if adapter in magnitudes else None
+        turned = bool(layer.fan_in_fan_out)
+        out[f"{name}.weight"] = updated(weight, change, magnitude, turned=turned)
     if adapter in getattr(layer, "ia3_l", {}):
         scale = layer.ia3_l[adapter].detach().to(weight.dtype)  # (out, 1), or (1, in) in an FFN
         turned = getattr(layer, "fan_in_fan_out", False)

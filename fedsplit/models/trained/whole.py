@@ -22,6 +22,7 @@ from fedsplit.config import ModelConfig, TrainConfig
 from fedsplit.errors import ModelError, RunError, UnsupportedModelError
 from fedsplit.models.adapters.bottleneck import NAME as BOTTLENECK
 from fedsplit.models.adapters.files import save_adapter, save_peft
+from fedsplit.models.adapters.lora import saved_name
 from fedsplit.models.adapters.method import any_of
 from fedsplit.models.adapters.methods import BlockTuning, MethodSettings
 from fedsplit.models.adapters.trainable import (
@@ -304,7 +305,7 @@ def _peft_form(top: Top, injected: Any, head: set[str]) -> PeftForm:
         )
         settings["feedforward_modules"] = any_of(inner) if inner else []
     tensors = {
-        _saved_name(whole_name(top, name)): parameter.detach().clone()
+        saved_name(whole_name(top, name)): parameter.detach().clone()
         for name, parameter in top.model.named_parameters()
         if ".lora_" in name or ".ia3_" in name
     }
@@ -316,12 +317,6 @@ def _peft_form(top: Top, injected: Any, head: set[str]) -> PeftForm:
             if n in head
         }
     return PeftForm(type(injected)(**settings), tensors)
-
-
-def _saved_name(name: str) -> str:
-    """Return PEFT's own name on disk: without the adapter's, and DoRA's magnitudes bare."""
-    name = name.replace(".default", "")
-    return name.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def _fields(injected: Any) -> tuple[str, ...]:

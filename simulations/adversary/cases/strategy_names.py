@@ -53,12 +53,7 @@ def _steps(field: Field) -> Row:
     bundle, _, _ = pack(tiny(tokenizer), 0, tokenizer)
     policy = strict_policy(app__strategies=["offsite-tuning"])
     victim = field.victim(texts, policy)
-    flat = settings(
-        strategy="offsite-tuning",
-        privacy__mechanism="dchi",
-        privacy__noise_ratio=50.0,
-        labels__protection="randomised-response",
-    )
+    flat = settings(strategy="offsite-tuning")
     taken = session_over_messages(field, victim, flat, bundle)
     count = len(texts.texts)
     read = len(taken.rows) / count

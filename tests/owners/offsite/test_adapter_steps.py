@@ -78,6 +78,22 @@ def test_micro_batches_and_checkpoints_are_the_big_batch(method: str) -> None:
         assert distance(other, whole) < 1e-5 * max(1.0, distance(whole, start))
 
 
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_dropout_acts_while_training_and_not_in_evaluation(form: str) -> None:
+    def drawn(seed: int, dropout: float) -> dict[str, torch.Tensor]:
+        lora: dict[str, Any] = {"offsite__method": "lora", "offsite__lora_form": form}
+        one = owner(**lora, offsite__lora_dropout=dropout)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            one.train(1)
+            assert one.evaluate()["loss"] == one.evaluate()["loss"]
+        return one.weights()
+
+    assert distance(drawn(1, 0.0), drawn(2, 0.0)) == 0.0
+    assert distance(drawn(1, 0.5), drawn(1, 0.5)) == 0.0
+    assert distance(drawn(1, 0.5), drawn(2, 0.5)) > 1e-4
+
+
 def test_bfloat16_goes_where_float32_goes() -> None:
     start, plain = owner().weights(), after()
     half = after(offsite__bf16=True)

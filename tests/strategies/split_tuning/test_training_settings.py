@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from fedsplit.errors import ConfigError
 from fedsplit.models.trained.whole import whole_of_run
 from fedsplit.settings import read_settings
+from fedsplit.tasks import task_of
 from fedsplit.wire.messages import REPORT
 from strategies.early_stopping import EarlyStopping
+from strategies.rounds.replies import average
 from strategies.split_tuning.strategy import SplitTuning
 from tests.strategies.rounds.test_failures_replies import replies_of
 from tests.strategies.split_tuning.test_centralised_equivalence import (
@@ -125,6 +127,80 @@ def test_a_lie_about_a_loss_ends_no_run(
     assert not found["stopped"]
 
 
+def test_a_higher_score_is_better_and_one_owner_does_not_decide() -> None:
+    watched = EarlyStopping(2, "metric", higher=True)
+    assert watched.improves(1, 0.5)
+    assert not watched.improves(2, 0.4)
+    assert not watched.improves(3, float("nan"))
+    assert watched.stopped
+    assert watched.report() == {"best_round": 1, "best_metric": 0.5, "waited": 2, "stopped": True}
+    again = EarlyStopping(2, "metric", higher=True)
+    again.restore(watched.state(), {})
+    assert again.improves(4, 0.6)
+    fresh = EarlyStopping(2, "metric", higher=True)
+    fresh.restore(EarlyStopping(2, "metric", higher=True).state(), {})
+    assert fresh.improves(1, -1.0)
+
+    honest = {f"owner-{i}": (0.5, 10.0) for i in range(4)}
+    watched = EarlyStopping(2, "metric", higher=True)
+    assert watched.improves(1, 0.5, honest | {"liar": (1.0, 20.0)})
+    risen = {name: (0.6, weight) for name, (_, weight) in honest.items()}
+    assert watched.improves(2, 0.4, risen | {"liar": (0.0, 20.0)})
+    fallen = {name: (0.55, weight) for name, (_, weight) in honest.items()}
+    assert not watched.improves(3, 0.9, fallen | {"liar": (1.0, 20.0)})
+
+
+@pytest.mark.parametrize("owners", [3, 5])
+def test_a_run_watches_the_score_and_not_the_loss(
+    make_config: Any, run_locally: Any, monkeypatch: pytest.MonkeyPatch, owners: int
+) -> None:
+    def says(losses: Iterator[float], scores: Iterator[float]) -> Callable[[Message], None]:
+        def change(reply: Message) -> None:
+            reply.content[REPORT]["loss"] = next(losses)
+            reply.content[REPORT]["accuracy"] = next(scores)
+
+        return change
+
+    for owner in range(min(owners, 4)):  # the loss falls, the score is best after round 2
+        told = says(iter([0.9, 0.8, 0.7]), iter([0.5, 0.75, 0.25]))
+        replies_of(monkeypatch, owner, told, "evaluate")
+    if owners == 5:  # the last one lies
+        replies_of(monkeypatch, 4, says(iter([0.9] * 3), iter([1.0, 0.0, 1.0])), "evaluate")
+    settings = {"data__owners": owners, "train__rounds": 3, "train__patience": 3}
+    config = make_config(train__max_steps=1, train__watch="metric", **settings)
+    found = run_locally(config).server["early_stopping"]
+    assert found["best_round"] == 2
+    assert found["waited"] == 1
+    assert "best_metric" in found
+
+
+def test_an_owners_score_is_of_its_own_counts() -> None:
+    flat = {
+        "model.task": "token-classification",
+        "model.labels": 3,
+        "model.label-names": "O,B-a,I-a",
+    }
+    task = task_of(read_settings(flat))
+    (family, *_) = task.families()
+    assert task.headline_of({"loss": 1.0, "targets": 4.0}) is None
+    rows = {
+        "a": {"loss": 1.0, "targets": 4.0, "num-examples": 2.0, f"{family.name}-0-0": 3.0},
+        "b": {"loss": 1.0, "targets": 4.0, "num-examples": 2.0},
+    }
+    own = task.headline_of(rows["a"])
+    owners = average(rows, 0.0, task.scores, task.headline_of)["owners"]
+    assert own is not None
+    assert {name: row.get("headline") for name, row in owners.items()} == {"a": own, "b": None}
+    assert "headline" not in average(rows, 0.0, task.scores)["owners"]["a"]
+
+
+def test_perplexity_is_better_lower() -> None:
+    flat = {"model.task": "causal-lm", "train.patience": 1, "train.watch": "metric"}
+    task = task_of(read_settings(flat))
+    assert task.lower_is_better
+    assert task.headline_of({"loss": 0.0}) == 1.0
+
+
 @pytest.mark.parametrize("form", ["rslora", "dora"])
 def test_a_run_of_another_lora(make_config: Any, run_locally: Any, form: str) -> None:
     settings = {"train__lora_form": form, "train__lora_rank": 2, "train__lora_targets": "query"}
@@ -162,6 +238,7 @@ def test_a_run_on_a_stored_top_is_nearly_the_run_on_a_plain_one(
             "1 with offsite-tuning",
         ),
         ({"train.patience": 1, "output.evaluate-every": 0}, "evaluate-every=0: must be >= 1"),
+        ({"train.watch": "metric"}, "train.watch='metric': must be 'loss' with train.patience=0"),
         ({"train.lora-form": "qlora"}, "train.lora-form='qlora'"),
         ({"train.lora-dropout": 1.0}, r"must be in \[0, 1\)"),
         ({"train.schedule": "steps"}, "train.schedule='steps'"),
