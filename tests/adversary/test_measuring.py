@@ -191,6 +191,19 @@ def test_what_is_hidden_leaves_and_is_measured_once(
     assert len(lines(victim)) == 3
 
 
+def test_figures_of_weaker_attackers_are_not_taken_for_todays(
+    server: LyingServer,
+    bundles: dict[str, Bundle],
+    owner: Callable[..., Owner],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    victim = owner(FLOOR)
+    for number in (1, 1, 2, 2):
+        monkeypatch.setattr("fedsplit.privacy.empirical.ATTACKERS", number)
+        server.split(victim, asked(60.0), bundles["bottom"], zeros, "evaluate")
+    assert len(lines(victim)) == 2
+
+
 @pytest.mark.parametrize(
     ("protection", "passes"),
     [

@@ -22,6 +22,7 @@ from fedsplit.owners.measuring import (
     views_allowed,
 )
 from fedsplit.owners.policy.rules import Breach, Policy
+from fedsplit.privacy import empirical
 from fedsplit.privacy.empirical import Measure
 from fedsplit.privacy.perturb import SamplePerturber
 from fedsplit.privacy.secret import OwnerSecret
@@ -84,11 +85,13 @@ class OwnFigures:
     def _key(self, rule: str, source: Source, own: OwnTexts, session: SessionFacts) -> str:
         """Return what names a measurement: everything that moves it but the texts themselves.
 
-        A bottom that learns is measured anew in every session.
+        A bottom that learns is measured anew in every session, and every bottom once this version's
+        attackers read more than those of the figures at hand.
         """
         policy = self._policy
         asked = {name: policy[name] for name in policy.rules if name.startswith("measure.")}
         facts: list[Any] = [rule, session.digest, asked, own.max_tokens, own.samples is not None]
+        facts.append(empirical.ATTACKERS)
         if rule == TOKENS:
             facts += [draw_name(source.perturber), views_allowed(policy)]
         elif own.labels is not None:
