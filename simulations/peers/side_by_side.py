@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedsplit.attacks import Inversion, View, make_attack
-from fedsplit.attacks.inversion.learned import represent
 from fedsplit.attacks.inversion.embeddings import soft_embeddings
+from fedsplit.attacks.inversion.learned import represent
 from fedsplit.attacks.scoring import score_tokens
 from fedsplit.attacks.transcripts import TRANSCRIPT
 from fedsplit.config import RunConfig
