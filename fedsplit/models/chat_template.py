@@ -134,7 +134,8 @@ def encode(tokenizer: Any, conversations: Sequence[Conversation], most: int) -> 
     ends = [(i, at) for i, one in enumerate(laid) for span in one.spans for at in span]
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marks = {*tokenizer.all_special_ids, *(at for at, token in added.items() if token.special)}
-    marks.discard(tokenizer.unk_token_id)  # stands for text
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        marks.discard(tokenizer.unk_token_id)  # stands for text
     heads = iter(tokens([laid[i].text[:at] for i, at in ends]))
     out = []
     for number, (one, ids) in enumerate(zip(laid, whole, strict=True)):

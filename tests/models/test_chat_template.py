@@ -101,6 +101,14 @@ def test_an_answer_ends_with_its_mark(template: str, answer: str) -> None:
     )
 
 
+def test_an_end_mark_may_be_the_unknown_token_too() -> None:
+    tokenizer = _tokenizer(CHATML)
+    tokenizer.unk_token = "</s>"  # as GPT-2's tokenizer has it
+    (found,) = encode(tokenizer, [ONE], 500)
+    last = max(at for at, target in enumerate(found.targets) if target)
+    assert found.ids[last] == tokenizer.eos_token_id
+
+
 def test_white_space_without_a_mark_is_the_answers() -> None:
     tokenizer = _tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     (found,) = encode(tokenizer, [[("user", "a"), ("assistant", "é\n")]], 500)

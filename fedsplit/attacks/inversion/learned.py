@@ -344,16 +344,16 @@ class DrawnNoise:
     """The announced law, drawn afresh each time by the attacker itself."""
 
     def __init__(self, mechanism: Mechanism | None, seed: int) -> None:
-        self._mechanism = mechanism if mechanism is not None and mechanism.protects() else None
+        self.mechanism = mechanism if mechanism is not None and mechanism.protects() else None
         self._secret = OwnerSecret.for_simulation(seed, "attacker")
         self._draws = 0
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if self._mechanism is None:
+        if self.mechanism is None:
             return hidden
         self._draws += 1
-        hidden = clip_rows(hidden, self._mechanism.row_clip)
-        return self._mechanism.privatise(hidden, self._secret.stream("learned", self._draws))
+        hidden = clip_rows(hidden, self.mechanism.row_clip)
+        return self.mechanism.privatise(hidden, self._secret.stream("learned", self._draws))
 
 
 def ridge_map(
@@ -406,12 +406,13 @@ def represent(bottom: nn.Module, ids: Sequence[Tensor], batch: int = 64) -> list
     """
     out: list[Tensor] = [torch.empty(0)] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    device = next(bottom.parameters()).device
     for at in range(0, len(order), batch):
         group = order[at : at + batch]
         tokens = padded_ids([ids[i] for i in group])
         lengths = torch.tensor([len(ids[i]) for i in group])
         mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-        hidden = bottom(tokens, mask).float()
+        hidden = bottom(tokens.to(device), mask.to(device)).float().cpu()
         for i, h in zip(group, hidden, strict=True):
             out[i] = h[: len(ids[i])].clone()
     return out

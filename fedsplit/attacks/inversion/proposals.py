@@ -29,7 +29,9 @@ def proposals(
         seconds: that this may take; 0 = no bound.
     """
     found = []
-    if of.token_reader is not None or (len(of.public_ids) > 0 and lawful(of)):
+    if of.token_reader is not None:
+        found.append(of.token_reader.rank(rows, count))
+    elif lawful(of) and any(len(ids) >= 2 for ids in of.public_ids):
         found.append(TokenStates(seed=seed, seconds=seconds).taught(of).rank(rows, count))
     if of.inverter is not None:
         found.append(of.inverter.rank(rows, count))

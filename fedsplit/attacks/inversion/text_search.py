@@ -32,7 +32,7 @@ from fedsplit.attacks.inversion.token_search import (
     reads_left_to_right,
 )
 from fedsplit.attacks.scoring import Inversion
-from fedsplit.errors import check
+from fedsplit.errors import AttackError, check
 from fedsplit.models.modes import frozen
 
 AT_ONCE = 256  # candidates run together where a row is searched for
@@ -98,7 +98,10 @@ class TextSearch(TokenAttack):
         rows = list(view.rows[: self.samples or None])
         count = self.shortlist if of.noisy else max(self.shortlist, self.searched)
         proposed = proposals(of, rows, count, seed=self.seed, seconds=self.seconds / 2)
-        assert proposed is not None, "applies: public text and rows of a known law"
+        if proposed is None:
+            raise AttackError(
+                "public text: 0 texts of two tokens, or rows of no known law: must be"
+            )
         top: list[Tensor] = []
         with frozen(of.bottom):
             reader = _Reader.of(self, of)

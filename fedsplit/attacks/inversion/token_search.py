@@ -226,6 +226,7 @@ class PrefixRunner:
 
     def tokens(self, ids: Tensor) -> Tensor:
         """Return the state at the next position for each of ``ids``, ``(n,) -> (n, d)``."""
+        ids = ids.to(self._device)
         if self._cache is not None:
             return self._behind_cache(ids)
         prefix = self._row(self._prefix).expand(len(ids), -1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -33,7 +33,9 @@ from fedsplit.models.modes import frozen
 from fedsplit.privacy.mechanisms.base import clip_rows
 
 AT_ONCE = 1024  # tokens sent through the bottom, or compared with rows, together
-HELD = 2**30  # bytes of states at most; the rarest tokens have none beyond
+HELD = 2**29  # bytes of one copy of the states at most; the rarest tokens have none beyond
+DRAWN = 500  # public texts that the size of the noise is taken from
+ALIKE = 20  # texts that all start with one token: a start that says nothing
 
 
 @dataclass(frozen=True)
@@ -88,48 +90,59 @@ class TokenStates(TokenAttack):
         Raises:
             AttackError: no public text of two tokens, or states and noise of different widths.
         """
-        if of.token_reader is not None:
+        if of.token_reader is not None and of.token_reader.made_by == self._maker:
             found: StateReader = of.token_reader
             return found
-        states, ids = taught_on(of, self.public_samples, self.seed)
-        noise = DrawnNoise(of.mechanism, self.seed)
+        states, every = taught_on(of, self.public_samples, self.seed)
         clip = 0.0 if of.mechanism is None else of.mechanism.sent_norm
+        pairs = zip(states, every, strict=True)
+        texts = [(clip_rows(x.cpu().float(), clip), y) for x, y in pairs if len(y) >= 2]
+        if not texts:
+            raise AttackError("public text: 0 texts of two tokens: must be >= 1")
+        causal = reads_left_to_right(of.bottom)
         with frozen(of.bottom):
-            tokens, behind, first = self._vocabulary(of, ids)
-        clean = [clip_rows(x.float(), clip) for x in states]
-        drawn = noise_covariance(clean[:: max(1, len(clean) // 500)], noise)
-        fitted = Carried.of(clip_rows(behind, clip), tokens, clean, ids, of, drawn)
+            tokens, behind, first = self._vocabulary(of, [y for _, y in texts], causal, clip)
+        noise = DrawnNoise(of.mechanism, self.seed)
+        drawn = noise_covariance([x for x, _ in texts[:DRAWN]], noise)
+        fitted = Carried.of(behind, tokens, texts, of, drawn, int(causal))
         starts = None
         if first is not None:
-            floor = 1e-8 * float(first.square().mean())
-            starts = Whitened.of(clip_rows(first, clip), drawn, floor)
-        prior = of.log_prior()[tokens]
-        reader = StateReader(fitted, starts, tokens, prior)
+            floor = 1e-8 * float(first.var(0).mean())
+            starts = Whitened.of(first, drawn, floor)
+        reader = StateReader(fitted, starts, tokens, of.log_prior()[tokens], self._maker)
         of.token_reader = reader
         return reader
 
+    @property
+    def _maker(self) -> TokenStates:
+        """What a reader depends on."""
+        return replace(self, top_k=1)
+
     @torch.no_grad()
     def _vocabulary(
-        self, of: Public, texts: Sequence[Tensor]
+        self, of: Public, texts: Sequence[Tensor], causal: bool, clip: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return ids (n,), their states in public contexts (n, d), and at a text's start or None.
 
-        The latter where states depend on what stands before them and texts start in different ways.
+        The latter where states depend on what stands before them and a text may start with a word.
         """
-        causal = reads_left_to_right(of.bottom)
         room = HELD // (4 * int(of.bottom.hidden_size))
         order = of.log_prior().argsort(descending=True)[:room]
         long = [x for x in texts if len(x) > self.context_tokens] or list(texts)
         heads = [x[: self.context_tokens] for x in long[: self.contexts]]
-        starting = causal and len({int(x[0]) for x in texts}) > 1
+        begun = {int(x[0]) for x in texts}
+        starting = causal and (
+            len(begun) > 1 or not (begun <= of.special_ids or len(texts) > ALIKE)
+        )
         tail = None if causal else long[0][-1:]
         until = time.perf_counter() + (self.seconds or float("inf"))
         runner = PrefixRunner(of.bottom, of.embedding) if causal else None
         behind, first = [], []
         for part in torch.split(order, AT_ONCE):
-            behind.append(torch.stack([_states(of, runner, h, part, tail) for h in heads]).mean(0))
+            seen = torch.stack([_states(of, runner, h, part, tail) for h in heads]).mean(0)
+            behind.append(clip_rows(seen, clip))
             if starting:
-                first.append(_states(of, runner, heads[0][:0], part, tail))
+                first.append(clip_rows(_states(of, runner, heads[0][:0], part, tail), clip))
             if time.perf_counter() > until:
                 break
         order = order[: sum(map(len, behind))]
@@ -139,15 +152,15 @@ class TokenStates(TokenAttack):
 def _states(
     of: Public, runner: PrefixRunner | None, head: Tensor, ids: Tensor, tail: Tensor | None
 ) -> Tensor:
-    """Return the state of each of ``ids`` between a head and a tail, ``(n, d)``."""
+    """Return the state of each of ``ids`` between a head and a tail, ``(n, d)``, on the CPU."""
     if runner is not None:
         runner.advance(head.tolist())
-        return runner.tokens(ids)
+        return runner.tokens(ids).cpu()
     assert tail is not None, "states that depend on what follows"
     parts = [head.expand(len(ids), -1), ids[:, None], tail.expand(len(ids), -1)]
-    whole = torch.cat(parts, dim=1)
+    whole = torch.cat(parts, dim=1).to(next(of.bottom.parameters()).device)
     hidden: Tensor = of.bottom(whole, torch.ones_like(whole))
-    return hidden[:, len(head)].float()
+    return hidden[:, len(head)].float().cpu()
 
 
 @dataclass(frozen=True)
@@ -159,12 +172,14 @@ class StateReader:
         starts: of that one; None: it is read as the others.
         tokens: that can be guessed, ``(n,)``.
         prior: their log frequency in public text, ``(n,)``.
+        made_by: the attack that made it.
     """
 
     fit: Carried
     starts: Whitened | None
     tokens: Tensor
     prior: Tensor
+    made_by: TokenStates
 
     @torch.no_grad()
     def scores(self, rows: Tensor) -> Tensor:

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsplit.attacks import Public, Truth, View, make_attack
 from fedsplit.attacks.inversion.averaging import MeanOfViews
 from fedsplit.attacks.inversion.carried_states import Whitened, noise_covariance
 from fedsplit.attacks.inversion.learned import DrawnNoise, represent
+from fedsplit.attacks.inversion.proposals import proposals
 from fedsplit.attacks.inversion.row_evidence import RowEvidence
 from fedsplit.attacks.inversion.token_states import TokenStates
 from fedsplit.errors import AttackError, ConfigError
 from fedsplit.models import load, split
 from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
 from fedsplit.privacy.mechanisms.base import clip_rows
+from fedsplit.privacy.mechanisms.shaped import Shaped
 from tests.tiny_models import save_tiny_bert, save_tiny_llama
 
 
@@ -137,17 +139,68 @@ def test_whitened_scores_are_gaussian_log_densities_up_to_a_row_constant() -> No
     assert torch.allclose(left, left[:, :1].expand_as(left), atol=1e-4)
 
 
-def test_the_noises_covariance_is_the_laws() -> None:
-    rows = [torch.randn(200, 8) for _ in range(40)]
-    law = DChi(2.0)
-    found = noise_covariance(rows, DrawnNoise(law, 0))
-    power = law.mean_noise_norm(8) ** 2 / 8
-    assert torch.allclose(found, torch.eye(8).double() * found.trace() / 8, atol=0.1 * power)
-    assert float(found.trace()) / 8 == pytest.approx(power, rel=0.3)
+@pytest.mark.parametrize("rows", [3, 4000])
+@pytest.mark.parametrize("shaped", [False, True])
+def test_the_noises_covariance_is_the_laws_however_few_rows_tell_it(
+    rows: int, shaped: bool
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    clean = [torch.randn(rows, 8, generator=draw)]
+    law: Any = DChi(2.0)
+    wanted = torch.eye(8).double() * law.mean_noise_norm(8) ** 2 / 8
+    if shaped:
+        directions = torch.linalg.qr(torch.randn(8, 2, generator=draw).double()).Q
+        law = Shaped(epsilon=1.0, delta=1e-5, clip=1e3, spare=0.2, directions=directions)
+        whiten = law.whitener()
+        wanted = law.sigma**2 * torch.linalg.inv(whiten @ whiten.T)
+    found = noise_covariance(clean, DrawnNoise(law, 0))
+    ratio = float(found.trace() / wanted.trace())
+    assert torch.allclose(found, ratio * wanted, atol=1e-6 * float(wanted.max()))
+    assert 0.4 < ratio < 2.5
+    sample = torch.cat([DrawnNoise(law, n)(clean[0]) - clean[0] for n in range(20)]).double()
+    if rows > 100:
+        empirical = sample.T @ sample / len(sample)
+        assert torch.allclose(found, empirical, atol=0.05 * float(wanted.max()))
+
+
+def test_a_large_common_part_costs_no_precision() -> None:
+    draw = torch.Generator().manual_seed(3)
+    means = torch.randn(200, 16, generator=draw) + 1e4 * torch.randn(16, generator=draw)
+    found = Whitened.of(means, torch.zeros(16, 16).double(), 1e-8)
+    assert torch.equal(found.scores(means).argmax(1), torch.arange(200))
+
+
+def test_few_public_rows_lose_little(world: Any) -> None:
+    def read_with(texts: int) -> float:
+        view = seen(world, 1.0)
+        view.public.public_ids = view.public.public_ids[:texts]
+        return make_attack("token_states").run(view, Truth(ids=world[2])).success
+
+    assert read_with(8) > 0.5 * read_with(300)
+
+
+def test_a_reader_of_other_settings_is_not_taken_for_this_ones(world: Any) -> None:
+    view = seen(world, 0.0)
+    first = TokenStates().taught(view.public)
+    assert TokenStates(top_k=3).taught(view.public) is first
+    other = TokenStates(contexts=1).taught(view.public)
+    assert other is not first
+    assert proposals(view.public, view.rows, 4) is not None
+    assert view.public.token_reader is other
+
+
+def test_public_text_without_two_tokens_is_refused(world: Any) -> None:
+    for texts in ([], [[3], [4]]):
+        view = View(Public(world[0], None, texts), seen(world, 0.0).rows)
+        for name in ("token_states", "text_search"):
+            with pytest.raises(AttackError, match="two tokens"):
+                make_attack(name).run(view, Truth(ids=world[2]))
 
 
 def test_what_leaves_at_another_width_is_refused() -> None:
-    class Wider(nn.Module):
+    class Wider:
+        mechanism = DChi(1.0)
+
         def __call__(self, x: Tensor) -> Tensor:
             return torch.cat([x, x], 1)
 
