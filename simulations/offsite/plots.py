@@ -99,8 +99,8 @@ def sweep_plot(path: Path, rows: Rows) -> None:
                     ]
                     means = [math.exp(sum(map(math.log, f)) / len(f)) for f in found]
                     spread = [
-                        [m - min(f) for m, f in zip(means, found, strict=True)],
-                        [max(f) - m for m, f in zip(means, found, strict=True)],
+                        [max(0.0, m - min(f)) for m, f in zip(means, found, strict=True)],
+                        [max(0.0, max(f) - m) for m, f in zip(means, found, strict=True)],
                     ]
                     axes.errorbar(
                         values, means, spread, color=colour, marker="o", markersize=4, label=label

@@ -25,6 +25,7 @@ from simulations.offsite.emulator_sweep import PLOT as SWEEP_PLOT
 from simulations.offsite.emulator_sweep import run as run_sweep
 from simulations.offsite.emulator_table import METHODS, run
 from simulations.offsite.extraction import run as run_extraction
+from simulations.offsite.plots import sweep_plot
 
 COLUMNS = {
     *("method", "seed", "full_zero_shot", "full_ft", "emulator_zero_shot", "emulator_ft"),
@@ -295,3 +296,16 @@ def test_the_bench_counts_seconds_of_both_ways(
 def test_bench_numbers_out_of_range(change: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         run_bench(Console(file=io.StringIO()), **change)
+
+
+def test_a_sweep_of_one_seed_is_drawn_whatever_its_mean_rounds_to(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    # exp(log(x)) is not x: a bar from the mean to the lowest of one seed may be below zero.
+    values = [1 + n / 7 for n in range(200)]
+    rows = [
+        {"knob": "alpha", "target": "", "value": v, "plug_in": v, "emulator_ft": v + 1}
+        | {"emulator_zero_shot": 3 * v}
+        for v in values
+    ]
+    sweep_plot(tmp_path / "sweep.png", rows)
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
