@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsplit.attacks.base import Public
 from fedsplit.attacks.inversion.row_evidence import lawful
-from fedsplit.attacks.inversion.token_states import TokenStates
+from fedsplit.attacks.inversion.token_states import TokenStates, teaches
 
 
 def proposals(
@@ -31,7 +31,7 @@ def proposals(
     found = []
     if of.token_reader is not None:
         found.append(of.token_reader.rank(rows, count))
-    elif lawful(of) and any(len(ids) >= 2 for ids in of.public_ids):
+    elif lawful(of) and teaches(of):
         found.append(TokenStates(seed=seed, seconds=seconds).taught(of).rank(rows, count))
     if of.inverter is not None:
         found.append(of.inverter.rank(rows, count))

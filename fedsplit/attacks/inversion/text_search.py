@@ -31,6 +31,7 @@ from fedsplit.attacks.inversion.token_search import (
     PrefixRunner,
     reads_left_to_right,
 )
+from fedsplit.attacks.inversion.token_states import teaches
 from fedsplit.attacks.scoring import Inversion
 from fedsplit.errors import AttackError, check
 from fedsplit.models.modes import frozen
@@ -89,7 +90,7 @@ class TextSearch(TokenAttack):
         of = view.public
         if not super().applies(view) or has_candidates(view) or not lawful(of):
             return False
-        return len(of.public_ids) > 0 and (of.model is None or of.bottom.task != "causal-lm")
+        return teaches(of) and (of.model is None or of.bottom.task != "causal-lm")
 
     def read(self, view: View) -> Inversion:
         """Return the guesses; see :meth:`TokenAttack.read`."""

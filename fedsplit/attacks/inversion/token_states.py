@@ -76,7 +76,7 @@ class TokenStates(TokenAttack):
         """Return whether rows of a known law were received, behind blocks, with public text."""
         of = view.public
         fits = super().applies(view) and not has_candidates(view) and lawful(of)
-        return fits and len(of.public_ids) > 0
+        return fits and teaches(of)
 
     def read(self, view: View) -> Inversion:
         """Return the guesses; see :meth:`TokenAttack.read`."""
@@ -97,8 +97,8 @@ class TokenStates(TokenAttack):
         clip = 0.0 if of.mechanism is None else of.mechanism.sent_norm
         pairs = zip(states, every, strict=True)
         texts = [(clip_rows(x.cpu().float(), clip), y) for x, y in pairs if len(y) >= 2]
-        if not texts:
-            raise AttackError("public text: 0 texts of two tokens: must be >= 1")
+        if not texts or not teaches(of):
+            raise AttackError("public text: 0 texts of two tokens, one a word: must be >= 1")
         causal = reads_left_to_right(of.bottom)
         with frozen(of.bottom):
             tokens, behind, first = self._vocabulary(of, [y for _, y in texts], causal, clip)
@@ -147,6 +147,11 @@ class TokenStates(TokenAttack):
                 break
         order = order[: sum(map(len, behind))]
         return order, torch.cat(behind), torch.cat(first) if starting else None
+
+
+def teaches(of: Public) -> bool:
+    """Return whether a public text has a word behind its first token."""
+    return any(v not in of.special_ids for ids in of.public_ids for v in map(int, ids[1:]))
 
 
 def _states(

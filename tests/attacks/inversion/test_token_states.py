@@ -190,8 +190,10 @@ def test_a_reader_of_other_settings_is_not_taken_for_this_ones(world: Any) -> No
 
 
 def test_public_text_without_two_tokens_is_refused(world: Any) -> None:
-    for texts in ([], [[3], [4]]):
-        view = View(Public(world[0], None, texts), seen(world, 0.0).rows)
+    for texts in ([], [[3], [4]], [[4, 3, 3], [3, 3]]):
+        view = View(Public(world[0], None, texts, frozenset({3})), seen(world, 0.0).rows)
+        assert not TokenStates().applies(view)
+        assert proposals(view.public, view.rows, 4) is None
         for name in ("token_states", "text_search"):
             with pytest.raises(AttackError, match="two tokens"):
                 make_attack(name).run(view, Truth(ids=world[2]))
