@@ -167,6 +167,7 @@ class OptimisationInversion(TokenAttack):
         with frozen(bottom):
             device = next(bottom.parameters()).device
             known = _Clipped(bottom, clip)
+            whole = embedding_table(embedding, vocab_size, device)  # (V, d_e)
             ids = torch.arange(vocab_size) if shortlist is None else shortlist.cpu()
             for at in range(0, len(order), self.batch):
                 group = order[at : at + self.batch]
@@ -177,8 +178,7 @@ class OptimisationInversion(TokenAttack):
                     told = f"must be in 0..{vocab_size - 1}"
                     raise AttackError(f"shortlist: {len(tried)} ids: {told}")
                 tried = tried.to(device)
-                table = embedding_table(embedding, vocab_size, device)[tried]  # (V', d_e)
-                found = self._batch(rows, known, embedding, table, tried, near)
+                found = self._batch(rows, known, embedding, whole[tried], tried, near)
                 for i, guess in zip(group, found, strict=True):
                     top[i] = guess
         return Inversion(top, time.perf_counter() - start)

@@ -10,25 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsplit.attacks import Public, TextSearch, Truth, View, make_attack, suited
-from fedsplit.attacks.inversion.learned import represent
+from fedsplit.attacks import TextSearch, Truth, make_attack, suited
 from fedsplit.attacks.inversion.row_evidence import RowEvidence
 from fedsplit.attacks.inversion.text_search import _Reader
 from fedsplit.attacks.inversion.token_search import reads_left_to_right
 from fedsplit.errors import ConfigError
-from fedsplit.models import load, split
-from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
-from tests.tiny_models import save_tiny_bert, save_tiny_llama
+from tests.attacks.inversion.behind_blocks import SAVE, seen, tiny_bottom
 
 BUDGET: dict[str, dict[str, Any]] = {"learned": {"steps": 40}, "text_search": {"samples": 12}}
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=sorted(SAVE))
 def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A classifier's bottom of two blocks, and public and private texts."""
-    save = {"bert": save_tiny_bert, "llama": save_tiny_llama}[request.param]
-    folder = save(tmp_path_factory.mktemp(request.param))
-    bottom = split(load(folder, "sequence-classification", num_labels=3).model, 2)[0].eval()
+    bottom = tiny_bottom(request.param, tmp_path_factory.mktemp(request.param))
     draw = torch.Generator().manual_seed(5)
     weight = 1.0 / torch.arange(1, bottom.vocab + 1)
 
@@ -37,18 +32,6 @@ def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         return [torch.multinomial(weight, n, replacement=True, generator=draw) for n in sizes]
 
     return request.param, bottom, texts(300), texts(12)
-
-
-def seen(bottom: Any, public: list[Tensor], private: list[Tensor], ratio: float) -> View:
-    clean = represent(bottom, private)
-    law = None
-    rows = clean
-    if ratio:
-        norm = float(torch.cat(clean).norm(dim=1).median())
-        law = DChi(eta_from_ratio(ratio, clean[0].shape[1], norm))
-        secret = OwnerSecret.for_simulation(0, "owner")
-        rows = [law.privatise(x, secret.stream(i)) for i, x in enumerate(clean)]
-    return View(Public(bottom, law, [x.tolist() for x in public]), rows)
 
 
 def test_a_classifier_on_a_causal_model_is_read_exactly(world: Any) -> None:

@@ -16,19 +16,17 @@ from fedsplit.attacks.inversion.proposals import proposals
 from fedsplit.attacks.inversion.row_evidence import RowEvidence
 from fedsplit.attacks.inversion.token_states import TokenStates
 from fedsplit.errors import AttackError, ConfigError
-from fedsplit.models import load, split
-from fedsplit.privacy import DChi, OwnerSecret, eta_from_ratio
+from fedsplit.privacy import DChi
 from fedsplit.privacy.mechanisms.base import clip_rows
 from fedsplit.privacy.mechanisms.shaped import Shaped
-from tests.tiny_models import save_tiny_bert, save_tiny_llama
+from tests.attacks.inversion import behind_blocks
+from tests.attacks.inversion.behind_blocks import SAVE, tiny_bottom
 
 
-@pytest.fixture(scope="module", params=["bert", "llama"])
+@pytest.fixture(scope="module", params=sorted(SAVE))
 def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A bottom of two blocks, public and private texts; half of the vocabulary is never public."""
-    save = {"bert": save_tiny_bert, "llama": save_tiny_llama}[request.param]
-    folder = save(tmp_path_factory.mktemp(request.param))
-    bottom = split(load(folder, "sequence-classification", num_labels=3).model, 2)[0].eval()
+    bottom = tiny_bottom(request.param, tmp_path_factory.mktemp(request.param))
     draw = torch.Generator().manual_seed(5)
 
     def texts(count: int, among: int) -> list[Tensor]:
@@ -39,15 +37,7 @@ def world(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def seen(world: Any, ratio: float, clip: float = 0.0) -> View:
-    bottom, public, private = world
-    clean = represent(bottom, private)
-    law, rows = None, clean
-    if ratio:
-        norm = float(torch.cat(clean).norm(dim=1).median())
-        law = DChi(eta_from_ratio(ratio, clean[0].shape[1], clip or norm), row_clip=clip)
-        secret = OwnerSecret.for_simulation(0, "owner")
-        rows = [law.privatise(clip_rows(x, clip), secret.stream(i)) for i, x in enumerate(clean)]
-    return View(Public(bottom, law, [x.tolist() for x in public]), rows)
+    return behind_blocks.seen(*world, ratio, clip)
 
 
 def read(world: Any, attack: str, ratio: float, clip: float = 0.0, **own: Any) -> Any:
