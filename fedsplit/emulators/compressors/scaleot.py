@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedsplit.config import OffsiteConfig
 from fedsplit.emulators.build import Emulator, build_emulator
@@ -14,7 +14,6 @@ from fedsplit.emulators.compression.src import (
     TRUNCATIONS,
     compress_block,
     compressed_numel,
-    roots_of,
 )
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
@@ -26,6 +25,7 @@ from fedsplit.emulators.compressors.base import (
     plain_forecast,
 )
 from fedsplit.emulators.compressors.distil import Distil, distil
+from fedsplit.emulators.compressors.truncation import truncation_roots
 from fedsplit.emulators.importance.files import Importance
 from fedsplit.emulators.importance.harmonizer import Harmonizer, default_width
 from fedsplit.emulators.planning.plan import (
@@ -189,11 +189,7 @@ class ScaleOT(Compressor):
                 importance = self.settled(model, material)
 
         compressed, which = plan.having(COMPRESS), {"attention": self.attention, "ffn": self.ffn}
-        roots: dict[int, dict[str, Tensor]] = {}
-        if compressed and self.truncation == "outputs":
-            tokens = material.needed_tokens(f"{self.name} truncation='outputs'")
-            layout, size = dense_layout_of(model.config), material.batch_size
-            roots = roots_of(model, layout, compressed, tokens, batch_size=size, **which)
+        roots = truncation_roots(self.truncation, self.name, model, material, compressed, **which)
 
         def edit(position: int, block: nn.Module) -> None:
             details["ranks"][str(position)] = compress_block(

@@ -34,7 +34,6 @@ from fedsplit.emulators.compression.src import (
     TRUNCATIONS,
     compress_block,
     compressed_numel,
-    roots_of,
 )
 from fedsplit.emulators.compression.structure import Model
 from fedsplit.emulators.compressors.base import (
@@ -45,6 +44,7 @@ from fedsplit.emulators.compressors.base import (
     adapters_in,
     whole_forecast,
 )
+from fedsplit.emulators.compressors.truncation import truncation_roots
 from fedsplit.emulators.lm import logits_of, mean_loss
 from fedsplit.emulators.planning.plan import COMPRESS, KEEP, EmulatorPlan, check_fraction
 from fedsplit.errors import ConfigError, UnsupportedModelError, check, one_of
@@ -123,11 +123,8 @@ class Withholding(Compressor):
         chosen = adapters_in(layers, self.adapters)
         plan = EmulatorPlan.with_adapters(layers, chosen, COMPRESS if self.beta > 0 else KEEP)
 
-        roots: dict[int, dict[str, Tensor]] = {}
-        if self.beta > 0 and self.truncation == "outputs":
-            tokens = material.needed_tokens(f"{self.name} truncation='outputs'")
-            layout, compressed = dense_layout_of(model.config), plan.having(COMPRESS)
-            roots = roots_of(model, layout, compressed, tokens, batch_size=material.batch_size)
+        compressed = plan.having(COMPRESS)
+        roots = truncation_roots(self.truncation, self.name, model, material, compressed)
 
         def edit(position: int, block: nn.Module) -> None:
             layout = dense_layout_of(model.config)
